@@ -1,0 +1,352 @@
+"""What `experiments/*.yaml` may say. `autokernel schema` prints this as JSON schema for editors.
+
+Relative paths in an experiment are relative to the folder of its file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from autokernel.errors import ConfigError
+from autokernel.records import ConfigValue
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """Which model, and from where. Exactly one of `checkpoint`, `config` and `factory`; nothing is downloaded."""
+
+    checkpoint: Path | None = Field(None, description="local folder with config.json and safetensors (transformers)")
+    config: Path | dict[str, Any] | None = Field(
+        None, description="a transformers config (JSON file, or its keys with `model_type`); weights are random"
+    )
+    factory: str | None = Field(
+        None,
+        description="`package.module:function` or `file.py:function`; called with `arguments`, returns a torch.nn.Module",
+    )
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of `factory`")
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    seed: int = Field(0, description="of random weights")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        given = [name for name in ("checkpoint", "config", "factory") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of checkpoint, config and factory, not {given or 'none'}")
+        if self.arguments and self.factory is None:
+            raise ValueError("`arguments` belong to `factory`, which is not given")
+        return self
+
+
+class PrefillScenario(_Section):
+    """A language model reads a whole prompt."""
+
+    kind: Literal["prefill"]
+    batch: PositiveInt = 1
+    length: PositiveInt = Field(description="tokens per sequence")
+
+
+class DecodeScenario(_Section):
+    """A language model produces one token per sequence, with a static KV cache."""
+
+    kind: Literal["decode"]
+    batch: PositiveInt = 1
+    context: PositiveInt = Field(description="tokens already in the cache; the cache has room for a few more")
+
+
+class CallScenario(_Section):
+    """Any other model: one call with the inputs that a function makes."""
+
+    kind: Literal["call"]
+    inputs: str = Field(
+        description="`module:function` or `file.py:function`; called as f(batch=..., seed=..., device=..., dtype=...), "
+        "returns the tuple of the model's positional arguments"
+    )
+    batch: PositiveInt = 1
+
+
+Scenario = Annotated[PrefillScenario | DecodeScenario | CallScenario, Field(discriminator="kind")]
+
+
+class SearchSection(_Section):
+    """How much to try. The search stops at whichever of `trials` and `seconds` comes first."""
+
+    trials: PositiveInt = Field(200, description="distinct candidates over all hotspots")
+    seconds: PositiveFloat = Field(600, description="wall time of the search stage")
+    workers: PositiveInt = Field(2, description="candidates in flight; timing itself is never concurrent on a device")
+    sampler: Literal["tpe", "random", "cmaes", "gp"] = "tpe"
+    seeds: tuple[Literal["stock", "history", "nvmatmul"], ...] = Field(
+        ("stock", "history", "nvmatmul"), description="who proposes first, in this order"
+    )
+    hotspots: PositiveInt = Field(16, description="how many of the ranked hotspots to search at most")
+    min_weight: float = Field(0.01, ge=0, lt=1, description="leave hotspots below this share of the whole run alone")
+    seed: int = 0
+    trial_timeout_s: PositiveFloat = Field(120, description="one candidate, from build to re-check")
+    spaces: Path | None = Field(None, description="folder of search spaces that replaces the package's own")
+
+
+class GraphSection(_Section):
+    """Search over Inductor's graph-level options, judged end to end."""
+
+    enabled: bool = True
+    trials: PositiveInt = Field(8, description="option sets tried end to end, stock included")
+
+
+class EvalSection(_Section):
+    """The model's own quality metric, measured with stock code and with the bundle."""
+
+    metric: str = Field("bits_per_byte", description="`bits_per_byte`, `perplexity`, or `module:function` / `file.py:function`")
+    data: str | None = Field(None, description="a text file, a folder of them, or `file.py:function` that returns bytes")
+    max_bytes: PositiveInt = Field(65536, description="how much of the data to use")
+    length: PositiveInt = Field(256, description="tokens per window")
+    limit: PositiveFloat = Field(0.002, description="largest relative worsening allowed, at the interval's bad end")
+    higher_is_better: bool = False
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a metric function")
+
+
+class ValidationSection(_Section):
+    """What a winner has to prove. The numerical budget itself (2x eager's own error) is not negotiable."""
+
+    eval: EvalSection | None = None
+    deterministic: bool = Field(False, description="refuse candidates whose output differs between two runs")
+    min_gain: float = Field(0.02, ge=0, lt=1, description="lower bound of a winner's speed-up must exceed 1 + min_gain")
+    confirm_rounds: PositiveInt = Field(41, description="paired rounds per confirmation")
+    confirm_top: PositiveInt = Field(2, description="candidates per hotspot that are confirmed against the baselines")
+    end_to_end_rounds: PositiveInt = Field(41, description="paired rounds per scenario and mode")
+    min_top1_agreement: float = Field(0.99, ge=0, le=1, description="language models: same most likely token as stock")
+
+
+class ClusterSection(_Section):
+    """Where workers run. The default starts Ray on this machine."""
+
+    address: str = Field("local", description="`local`, `auto`, `HOST:PORT`, or `ray://HOST:PORT`; `inline` uses no Ray at all")
+    gpus_per_worker: float = Field(1, gt=0, description="GPU runs only")
+    cpus_per_worker: float = Field(1, gt=0)
+
+
+class Experiment(_Section):
+    """One experiment: a model, its scenarios, what may be tried, and what has to be proved."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$", description="names the run's folder and the MLflow experiment")
+    model: ModelSection
+    scenarios: dict[str, Scenario] = Field(min_length=1, description="name -> what the model does; each is timed end to end")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: PositiveInt | None = Field(None, description="CPU threads of the model; default: physical cores")
+    backends: tuple[Literal["aten", "inductor", "triton", "cutedsl"], ...] = ("aten", "inductor")
+    search: SearchSection = SearchSection()
+    graph: GraphSection = GraphSection()
+    validation: ValidationSection = ValidationSection()
+    storage: str | None = Field(None, description="Optuna storage URL; default: SQLite in the run's folder")
+    tracking: str | None = Field(None, description="MLflow tracking URI; default: SQLite in the runs folder")
+    cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Experiment:
+        if "aten" not in self.backends:
+            raise ValueError("backends must include aten: the stock kernels are always in the candidate set")
+        if self.device == "cpu":
+            gpu_only = sorted({"triton", "cutedsl"} & set(self.backends))
+            if gpu_only:
+                raise ValueError(f"backends {gpu_only} need a GPU, but device is cpu: remove them or set `device: cuda`")
+        if self.model.factory is None and any(s.kind == "call" for s in self.scenarios.values()):
+            raise ValueError("scenarios of kind `call` need `model.factory`; language models take `prefill` and `decode`")
+        if self.model.factory is not None and self.validation.eval is not None:
+            if self.validation.eval.metric in ("bits_per_byte", "perplexity"):
+                raise ValueError(
+                    f"metric {self.validation.eval.metric} is for language models; a factory model needs `module:function`"
+                )
+        if self.storage is not None and self.storage == self.tracking:
+            raise ValueError("storage and tracking must be different databases: Optuna and MLflow clash in one")
+        return self
+
+
+class LoadedExperiment(_Section):
+    """An experiment with where it came from."""
+
+    experiment: Experiment
+    path: Path
+    text: str = Field(description="the file as read, for the record")
+
+    def resolve(self, path: Path | str) -> Path:
+        """A path of the experiment as an absolute path."""
+        return (self.path.parent / Path(path).expanduser()).resolve()
+
+
+def load_experiment(path: Path | str, overrides: tuple[str, ...] = ()) -> LoadedExperiment:
+    """Read and check an experiment; `overrides` are `a.b=value` with the value in YAML.
+
+    Raises:
+        ConfigError: names the file, the key's path, the value and the cure.
+    """
+    path = Path(path).expanduser().resolve()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; in that folder: {', '.join(near)}" if near else ""
+        raise ConfigError(f"{path}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    data = parse_yaml_mapping(text, path)
+    for override in overrides:
+        _override(data, override)
+    try:
+        experiment = Experiment.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, path, Experiment)) from None
+    loaded = LoadedExperiment(experiment=experiment, path=path, text=text)
+    _check_files(loaded)
+    return loaded
+
+
+def parse_yaml_mapping(text: str, path: Path) -> dict[str, Any]:
+    """A YAML document that must be a mapping, with duplicate keys refused.
+
+    Raises:
+        ConfigError: names the file and, for a syntax error, line and column.
+    """
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506  (a subclass of SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold keys and values, not {type(data).__name__}")
+    return data
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, instead of silently keeping the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    dotted, equals, value = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"--set {override}: must look like search.trials=50")
+    *parents, last = dotted.split(".")
+    target: Any = data
+    for parent in parents:
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override}: `{parent}` lies below something that is not a section")
+        target = target.setdefault(parent, {})
+    if not isinstance(target, dict):
+        raise ConfigError(f"--set {override}: `{'.'.join(parents)}` is not a section")
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+
+
+def explain(error: ValidationError, path: Path, model: type[BaseModel]) -> str:
+    """A pydantic error as lines of `file: key.path: what is wrong (value); cure`."""
+    lines = []
+    for item in error.errors(include_url=False):
+        location = [str(part) for part in item["loc"] if part not in ("prefill", "decode", "call")]
+        key = ".".join(location) or "(top level)"
+        if item["type"] == "extra_forbidden":
+            known = sorted(_fields_at(model, item["loc"][:-1]))
+            near = difflib.get_close_matches(location[-1], known, n=1)
+            cure = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"{path}: {key}: unknown key; {cure}")
+            continue
+        message = item["msg"].removeprefix("Value error, ")
+        value = "" if item["type"] in ("missing", "value_error") else f" (got {_short(item['input'])})"
+        lines.append(f"{path}: {key}: {message}{value}")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
+    """Names of the fields of the section at this place of the schema."""
+    kinds: dict[str, type[BaseModel]] = {"prefill": PrefillScenario, "decode": DecodeScenario, "call": CallScenario}
+    current: type[BaseModel] = model
+    for part in location:
+        if str(part) in kinds:
+            current = kinds[str(part)]
+            continue
+        info = current.model_fields.get(str(part))
+        if info is None:
+            continue
+        for option in (info.annotation, *getattr(info.annotation, "__args__", ())):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                current = option
+                break
+    return set(current.model_fields)
+
+
+def _check_files(loaded: LoadedExperiment) -> None:
+    """Everything the experiment names on disk must be there before anything is started."""
+    experiment = loaded.experiment
+    model = experiment.model
+    wanted: list[tuple[str, Path, str]] = []
+    if model.checkpoint is not None:
+        wanted.append(("model.checkpoint", loaded.resolve(model.checkpoint), "a folder with config.json and *.safetensors"))
+    if isinstance(model.config, Path):
+        wanted.append(("model.config", loaded.resolve(model.config), "a transformers config.json"))
+    if experiment.search.spaces is not None:
+        wanted.append(("search.spaces", loaded.resolve(experiment.search.spaces), "a folder of <op>.yaml files"))
+    functions = [("model.factory", model.factory)]
+    functions += [(f"scenarios.{n}.inputs", s.inputs) for n, s in experiment.scenarios.items() if isinstance(s, CallScenario)]
+    if experiment.validation.eval is not None:
+        data, metric = experiment.validation.eval.data, experiment.validation.eval.metric
+        functions.append(("validation.eval.metric", metric if ":" in metric else None))
+        if data is not None and ":" in data:
+            functions.append(("validation.eval.data", data))
+        elif data is not None:
+            wanted.append(("validation.eval.data", loaded.resolve(data), "a text file or a folder of them"))
+        elif metric in ("bits_per_byte", "perplexity"):
+            raise ConfigError(f"{loaded.path}: validation.eval.data: metric {metric} needs text to be measured on")
+        elif ":" not in metric:
+            raise ConfigError(
+                f"{loaded.path}: validation.eval.metric: {metric!r} is neither bits_per_byte, perplexity nor module:function"
+            )
+    for key, reference in functions:
+        if reference is None:
+            continue
+        target, colon, function = reference.rpartition(":")
+        if not colon or not function.isidentifier() or not target:
+            raise ConfigError(f"{loaded.path}: {key}: {reference!r} must look like package.module:function or file.py:function")
+        if target.endswith(".py"):
+            wanted.append((key, loaded.resolve(target), "a Python file"))
+    for key, place, what in wanted:
+        if not place.exists():
+            raise ConfigError(f"{loaded.path}: {key}: {place} does not exist; it should be {what}")
+    if model.checkpoint is not None and not (loaded.resolve(model.checkpoint) / "config.json").is_file():
+        raise ConfigError(f"{loaded.path}: model.checkpoint: {loaded.resolve(model.checkpoint)} holds no config.json")
+
+
+__all__ = [
+    "CallScenario",
+    "ClusterSection",
+    "ConfigValue",
+    "DecodeScenario",
+    "EvalSection",
+    "Experiment",
+    "LoadedExperiment",
+    "PrefillScenario",
+    "load_experiment",
+    "parse_yaml_mapping",
+]

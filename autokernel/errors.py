@@ -1,0 +1,39 @@
+"""What can go wrong, for people: each message states the rule, the values that broke it, and the cure."""
+
+from __future__ import annotations
+
+
+class AutokernelError(Exception):
+    """Base of every error that autokernel raises on purpose. The command line prints it without a traceback."""
+
+
+class ConfigError(AutokernelError):
+    """An experiment, a search space or a command line says something that cannot be done. Exit code 2."""
+
+
+class WorkloadError(AutokernelError):
+    """The model or one of its scenarios cannot be built or run."""
+
+
+class BundleError(AutokernelError):
+    """A bundle is missing, damaged, or of a format this version does not read."""
+
+
+class StorageError(AutokernelError):
+    """The run's folder, journal or study cannot be read or written."""
+
+
+class WorkerError(AutokernelError):
+    """A job did not come back with a value: see the leaves for why."""
+
+
+class JobTimeout(WorkerError):
+    """The job ran past its deadline and its process group was killed."""
+
+
+class JobCrashed(WorkerError):
+    """The process that ran the job died (signal, exit, memory limit). The message carries the end of its log."""
+
+
+class JobLost(WorkerError):
+    """The worker or its node went away; the job itself is not to blame and may be tried again."""
