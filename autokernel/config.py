@@ -157,11 +157,9 @@ class Experiment(_Section):
                 raise ValueError(f"backends {gpu_only} need a GPU, but device is cpu: remove them or set `device: cuda`")
         if self.model.factory is None and any(s.kind == "call" for s in self.scenarios.values()):
             raise ValueError("scenarios of kind `call` need `model.factory`; language models take `prefill` and `decode`")
-        if self.model.factory is not None and self.validation.eval is not None:
-            if self.validation.eval.metric in ("bits_per_byte", "perplexity"):
-                raise ValueError(
-                    f"metric {self.validation.eval.metric} is for language models; a factory model needs `module:function`"
-                )
+        metric = self.validation.eval.metric if self.validation.eval is not None else ""
+        if self.model.factory is not None and metric in ("bits_per_byte", "perplexity"):
+            raise ValueError(f"metric {metric} is for language models; a factory model needs `module:function`")
         if self.storage is not None and self.storage == self.tracking:
             raise ValueError("storage and tracking must be different databases: Optuna and MLflow clash in one")
         return self
@@ -213,7 +211,7 @@ def parse_yaml_mapping(text: str, path: Path) -> dict[str, Any]:
         ConfigError: names the file and, for a syntax error, line and column.
     """
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506  (a subclass of SafeLoader)
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""

@@ -1,0 +1,220 @@
+"""What a run tells its recorders, in order: the journal writes these lines, MLflow and the progress display mirror them.
+
+An event is a record with a `type`; `event_to_json` and `event_from_json` are the journal's format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from autokernel.environment import Environment
+from autokernel.records import Candidate, ConfigValue, Evaluation, Hotspot, Record, Speedup, Verdict, Winner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted(Record):
+    """The first line of a journal, and again each time the run is resumed."""
+
+    run_id: str
+    name: str
+    experiment: str  # the YAML as read
+    experiment_digest: str  # of the parsed experiment: what resuming compares
+    environment: Environment
+    seed: int
+    version: str  # autokernel's
+    git_commit: str = ""
+    resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStarted(Record):
+    """Stages: profile, search, confirm, graph, validate, export, prove."""
+
+    stage: str
+    total: int = 0  # steps, if known
+    budget_s: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageProgress(Record):
+    """A step inside a stage, for the display; not kept in the journal."""
+
+    stage: str
+    done: int
+    total: int
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFinished(Record):
+    stage: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profiled(Record):
+    """Hotspots, ranked by attainable gain, with the ceilings their rooflines come from."""
+
+    hotspots: tuple[Hotspot, ...]
+    scenario_us: Mapping[str, float]  # one step of each scenario under Inductor's default
+    read_gb_per_s: float
+    peak_tflops: Mapping[str, float]  # by dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchPlanned(Record):
+    """How many trials each hotspot may use, by problem key."""
+
+    trials: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated(Record):
+    """One finished trial. `origin` says who proposed it: "stock", "history", "nvmatmul", or the sampler."""
+
+    evaluation: Evaluation
+    origin: str
+    number: int  # counts over the whole run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confirmed(Record):
+    """A finalist against the strongest stock choice, paired and interleaved."""
+
+    problem_key: str
+    candidate: Candidate
+    baseline: Candidate
+    speedup: Speedup
+    accepted: bool
+    reason: str
+    winner: Winner | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphTrial(Record):
+    """One set of graph-level options, judged end to end: speed-up over the best stock mode per scenario."""
+
+    options: Mapping[str, ConfigValue]
+    speedups: Mapping[str, Speedup]
+    score: float  # geometric mean of the ratios
+    accepted: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeTiming(Record):
+    """One scenario in one mode: eager, default, max-autotune or bundle."""
+
+    mode: str
+    median_us: float
+    spread_us: float
+    compile_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScenarioResult(Record):
+    """End-to-end times of one scenario, interleaved in one process; the speed-up is over the best stock mode."""
+
+    scenario: str
+    modes: tuple[ModeTiming, ...]
+    best_stock: str
+    speedup: Speedup
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult(Record):
+    """The model's metric with stock code and with the bundle; `worse_by` is relative, with its interval's bad end."""
+
+    metric: str
+    stock: float
+    bundle: float
+    worse_by: float
+    worse_by_high: float
+    limit: float
+    passed: bool
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelValidated(Record):
+    """The whole model with the bundle: equivalence, metric, times; `dropped` are entries the gates removed."""
+
+    verdict: Verdict
+    evals: tuple[EvalResult, ...]
+    scenarios: tuple[ScenarioResult, ...]
+    dropped: Mapping[str, str] = field(default_factory=dict)  # problem key -> why
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported(Record):
+    """The bundle was written. `stock` bundles change nothing."""
+
+    folder: str
+    archive: str
+    digest: str
+    num_entries: int
+    stock: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proved(Record):
+    """A fresh process loaded the bundle through torch.compile."""
+
+    passed: bool
+    num_hits: int
+    num_entries: int
+    num_benchmarks: int
+    compile_s: float
+    stock_compile_s: float
+    message: str = ""
+    scenario_us: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFinished(Record):
+    """The last line. `outcome`: "won", "stock" (nothing beat stock: a normal outcome), "failed" or "interrupted"."""
+
+    outcome: str
+    message: str
+    seconds: float
+
+
+Event = (
+    RunStarted | StageStarted | StageProgress | StageFinished | Profiled | SearchPlanned | Evaluated | Confirmed
+    | GraphTrial | ModelValidated | Exported | Proved | RunFinished
+)  # fmt: skip
+
+EVENT_TYPES: Mapping[str, type[Record]] = {cls.__name__: cls for cls in Event.__args__}
+
+
+class Recorder(Protocol):
+    """Whoever wants to know what happens in a run."""
+
+    def record(self, event: Event) -> None:
+        """Take one event. Called from one thread, in order."""
+        ...
+
+    def close(self) -> None:
+        """Flush; nothing comes after."""
+        ...
+
+
+def event_to_json(event: Event) -> dict[str, Any]:
+    return {"type": type(event).__name__, **event.to_json()}
+
+
+def event_from_json(data: Mapping[str, Any]) -> Event:
+    """Inverse of `event_to_json`.
+
+    Raises:
+        ValueError: unknown type or fields.
+    """
+    fields = dict(data)
+    name = fields.pop("type", None)
+    if name not in EVENT_TYPES:
+        raise ValueError(f"unknown event type {name!r}; known: {', '.join(EVENT_TYPES)}")
+    return EVENT_TYPES[name].from_json(fields)  # type: ignore[return-value]
