@@ -1,0 +1,274 @@
+"""Workers on a Ray cluster, which may be just this machine. The only import of Ray.
+
+Each worker is an actor that holds its device and owns a child process (`Worker`) in which the jobs run, so a bad job never
+costs the actor. Jobs and replies travel as bytes in Ray's arguments and returns: no disk is shared. An actor that is lost,
+by itself or with its node, costs the job it ran (JobLost) and is replaced wherever there is room.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from autokernel.errors import ConfigError, JobLost, WorkerError
+from autokernel.workers.pool import QueuedPool
+from autokernel.workers.worker import Reply, Worker
+
+_log = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 180.0
+_SLACK_S = _START_TIMEOUT_S + 60.0  # the child may have to be started again before the job
+_PATIENCE_S = 600.0  # how long the whole pool may be without a single worker before jobs are given up
+_MAX_FAILED_STARTS = 3
+_OBJECT_STORE_BYTES = 256 << 20
+
+
+class RayPool(QueuedPool):
+    """A pool of actors.
+
+    On a cluster that is joined, workers that do not fit yet wait for room (an autoscaler sees them), and the others work.
+
+    Args:
+        address: "local" starts Ray here, for as long as the pool lives; "auto", "HOST:PORT" and "ray://HOST:PORT" join.
+        num_workers: actors. "local" starts no more than this machine's GPUs have room for.
+        num_gpus_per_worker: 0 for CPU jobs, which then see no GPU at all. Below 1, workers share a GPU.
+        num_cpus_per_worker: what Ray books; it pins nothing.
+        env: variables for the jobs' processes.
+        memory_limit_bytes: per worker, its child and whatever that starts together; None for no limit.
+        preload: modules that each child imports on start ("torch").
+
+    Raises:
+        ConfigError: there is no cluster at the address, or no node with room for one worker.
+    """
+
+    def __init__(
+        self,
+        address: str = "local",
+        *,
+        num_workers: int,
+        num_gpus_per_worker: float = 0.0,
+        num_cpus_per_worker: float = 1.0,
+        env: Mapping[str, str] | None = None,
+        memory_limit_bytes: int | None = None,
+        preload: Sequence[str] = (),
+    ) -> None:
+        env = dict(env or {})
+        if num_gpus_per_worker == 0:
+            env["CUDA_VISIBLE_DEVICES"] = ""  # Ray itself no longer hides GPUs from those who asked for none
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            _connect(address, math.ceil(num_workers * num_cpus_per_worker))
+        try:
+            num_workers = _fit(address, num_workers, num_gpus_per_worker, num_cpus_per_worker)
+        except ConfigError:
+            if self._owns_ray:
+                ray.shutdown()
+            raise
+        actor = ray.remote(num_cpus=num_cpus_per_worker, num_gpus=num_gpus_per_worker, max_restarts=0, max_task_retries=0)(
+            _Host
+        )
+
+        def create() -> Any:
+            return actor.remote(env, memory_limit_bytes, tuple(preload))
+
+        fleet = _Fleet()
+        super().__init__([_ActorRunner(create, fleet) for _ in range(num_workers)])
+
+    def close(self) -> None:
+        """Cancel what is queued, kill the actors with what they run, and leave the cluster. Idempotent."""
+        super().close()
+        if self._owns_ray:
+            self._owns_ray = False
+            ray.shutdown()
+
+
+class _Host:
+    """The actor: holds the device that Ray gave it, and a worker."""
+
+    def __init__(self, env: Mapping[str, str], memory_limit_bytes: int | None, preload: Sequence[str]) -> None:
+        if "OMP_NUM_THREADS" not in env:
+            os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to num_cpus, which only books
+        self._worker = Worker(env=env, memory_limit_bytes=memory_limit_bytes, preload=preload, start_timeout_s=_START_TIMEOUT_S)
+
+    def start(self) -> WorkerError | None:
+        """Start the child. Errors are returned, since Ray would wrap what is raised."""
+        try:
+            self._worker.start()
+        except WorkerError as error:
+            return error
+        return None
+
+    def run(self, job: bytes, timeout_s: float) -> Reply | WorkerError:
+        """Run a job in the child."""
+        try:
+            return self._worker.run_pickled(job, timeout_s)
+        except WorkerError as error:
+            return error
+
+
+class _Fleet:
+    """How many of a pool's actors are up, and since when none is."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_ready = 0
+        self._none_since = time.monotonic()
+
+    def count(self, change: int) -> None:
+        with self._lock:
+            self._num_ready += change
+            if self._num_ready == 0:
+                self._none_since = time.monotonic()
+
+    def stranded_s(self) -> float:
+        """Seconds since the last actor was up; 0 while one is."""
+        with self._lock:
+            return 0.0 if self._num_ready else time.monotonic() - self._none_since
+
+
+class _ActorRunner:
+    """One place in the pool: an actor, and its replacement when it is lost."""
+
+    def __init__(self, create: Callable[[], Any], fleet: _Fleet) -> None:
+        self._create = create
+        self._fleet = fleet
+        self._lock = threading.Lock()
+        self._closed = False
+        self._actor: Any = None
+        self._starting: Any = None  # the pending answer of a new actor's `start`
+        self._ready = False
+
+    def start(self) -> None:
+        failures = 0
+        while not self._ready:
+            try:
+                self._wait_for_actor()
+            except ray.exceptions.RuntimeEnvSetupError as error:
+                self._discard()
+                raise WorkerError(f"a cluster node cannot set up the workers' environment: {error}") from error
+            except ray.exceptions.RayError as error:
+                self._discard()
+                failures += 1
+                _log.warning("a new worker was lost while it started: %s", _first_line(error))
+                if failures >= _MAX_FAILED_STARTS:
+                    raise WorkerError(f"no worker starts on the cluster; {failures} tries, the last one: {error}") from error
+
+    def _wait_for_actor(self) -> None:
+        with self._lock:
+            if self._closed:
+                raise JobLost("the pool is closed")
+            if self._actor is None:
+                self._actor = self._create()
+                self._starting = self._actor.start.remote()
+        while not ray.wait([self._starting], timeout=0.25)[0]:
+            if self._closed:
+                raise JobLost("the pool is closed")
+            if (waited := self._fleet.stranded_s()) > _PATIENCE_S:
+                raise JobLost(f"no node of the cluster has had room for a worker for {waited:.0f} s; it has {_offer()}")
+        problem = ray.get(self._starting)
+        if problem is not None:
+            self._discard()
+            raise problem
+        self._ready = True
+        self._fleet.count(+1)
+
+    def run_pickled(self, job: bytes, timeout_s: float) -> Reply:
+        try:
+            reply = ray.get(self._actor.run.remote(job, timeout_s), timeout=timeout_s + _SLACK_S)
+        except ray.exceptions.RayTaskError as error:
+            raise WorkerError(f"the worker itself failed: {error}") from error
+        except ray.exceptions.RayError as error:
+            # Also when the actor is only out of reach: the job may still be running there, so that actor has to go.
+            self._discard()
+            if self._closed:
+                raise JobLost("the pool was closed while the job ran") from error
+            _log.warning("a worker was lost: %s", _first_line(error))
+            raise JobLost(f"the worker or its node went away while the job ran: {_first_line(error)}") from error
+        if isinstance(reply, WorkerError):
+            raise reply
+        return reply  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            actor = self._actor
+        if actor is not None:
+            ray.kill(actor)
+
+    def _discard(self) -> None:
+        with self._lock:
+            actor, self._actor, self._starting = self._actor, None, None
+        if self._ready:
+            self._ready = False
+            self._fleet.count(-1)
+        if actor is not None:
+            ray.kill(actor)
+
+
+def _connect(address: str, num_cpus: int) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        # "local", not the default: a plain init would join whatever cluster a stranger left running on this host.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        options |= {
+            "include_dashboard": False,
+            "num_cpus": max(os.cpu_count() or 1, num_cpus),
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
+    else:
+        options["runtime_env"] = {"py_modules": [str(Path(__file__).resolve().parents[1])]}
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        cure = "start one with `ray start --head` or `ray up`, or use `local`"
+        raise ConfigError(f"cluster.address: no Ray cluster can be reached at {address!r}: {error}; {cure}") from error
+
+
+def _fit(address: str, num_workers: int, num_gpus: float, num_cpus: float) -> int:
+    """How many actors to create.
+
+    Raises:
+        ConfigError: not even one fits on any node.
+    """
+    room = sum(
+        int(min(node["Resources"].get(kind, 0.0) / need for kind, need in (("GPU", num_gpus), ("CPU", num_cpus)) if need > 0))
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    if room == 0:
+        cure = "lower cluster.gpus_per_worker or cluster.cpus_per_worker, or wait until `ray status` shows more nodes"
+        raise ConfigError(f"a worker needs {num_gpus:g} GPU and {num_cpus:g} CPU on one node, but {_offer()}; {cure}")
+    if room >= num_workers:
+        return num_workers
+    if address == "local":
+        _log.info("%d workers instead of %d: that is what this machine has room for", room, num_workers)
+        return room
+    _log.warning("the cluster has room for %d of %d workers now; the others wait for more nodes", room, num_workers)
+    return num_workers
+
+
+def _offer() -> str:
+    """The nodes in words: "1 node with 0 GPU, 8 CPU"."""
+    kinds: dict[str, int] = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            text = f"{node['Resources'].get('GPU', 0):g} GPU, {node['Resources'].get('CPU', 0):g} CPU"
+            kinds[text] = kinds.get(text, 0) + 1
+    nodes = [f"{count} node{'s' if count > 1 else ''} with {text}" for text, count in kinds.items()]
+    return "there is " + " and ".join(nodes) if nodes else "there is no node"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
