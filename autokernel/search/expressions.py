@@ -1,0 +1,231 @@
+"""Constraints of search spaces: one Python expression each, parsed against a whitelist and never given to `eval`.
+
+    block_m * block_k * num_stages <= smem_bytes / dtype_bytes
+    threads_m == 0 or threads_m * threads_n * threads_k == threads
+    template == "cpp_gemm"
+
+Allowed are numbers, strings, true and false, the names that the caller lists, arithmetic, comparisons, `in` a list,
+`and` / `or` / `not`, `a if c else b`, and the functions of `FUNCTIONS`.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import math
+import operator
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autokernel.errors import ConfigError
+
+Value = Any  # int, float, str, bool, or a tuple of them on the right of `in`
+_Evaluator = Callable[[Mapping[str, Value]], Value]
+
+_MAX_LENGTH = 500
+_MAX_BITS = 256  # of any intermediate result: enough for every product of sizes, too few to exhaust memory
+
+
+def ceildiv(a: float, b: float) -> int:
+    """a / b, rounded up."""
+    return int(-(-a // b))
+
+
+def is_power_of_two(a: float) -> bool:
+    """1, 2, 4, 8, ..."""
+    return a >= 1 and int(a) == a and int(a) & (int(a) - 1) == 0
+
+
+def log2(a: float) -> float:
+    """Binary logarithm."""
+    return math.log2(a)
+
+
+FUNCTIONS: Mapping[str, Callable[..., Value]] = {
+    "abs": abs, "ceildiv": ceildiv, "is_power_of_two": is_power_of_two, "log2": log2, "max": max, "min": min,
+}  # fmt: skip
+
+
+def _numbers(function: Callable[[Any, Any], Value]) -> Callable[[Any, Any], Value]:
+    def checked(a: Value, b: Value) -> Value:
+        if not isinstance(a, (int, float)) or not isinstance(b, (int, float)):
+            raise TypeError(f"arithmetic needs numbers, not {a!r} and {b!r}")
+        result = function(a, b)
+        if isinstance(result, int) and result.bit_length() > _MAX_BITS:
+            raise OverflowError(f"a result has more than {_MAX_BITS} bits")
+        return result
+
+    return checked
+
+
+def _power(a: Any, b: Any) -> Value:
+    # judged before it is computed: 9 ** 9 ** 9 would not return
+    if abs(a) > 1 and abs(b) * math.log2(abs(a)) > _MAX_BITS:
+        raise OverflowError(f"{a} ** {b} has more than {_MAX_BITS} bits")
+    return a**b
+
+
+_BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Value]] = {
+    ast.Add: _numbers(operator.add),
+    ast.Sub: _numbers(operator.sub),
+    ast.Mult: _numbers(operator.mul),
+    ast.Div: _numbers(operator.truediv),
+    ast.FloorDiv: _numbers(operator.floordiv),
+    ast.Mod: _numbers(operator.mod),
+    ast.Pow: _numbers(_power),
+}
+_COMPARE: Mapping[type[ast.cmpop], Callable[[Any, Any], Value]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+}
+_UNARY: Mapping[type[ast.unaryop], Callable[[Any], Value]] = {
+    ast.Not: operator.not_,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A parsed expression; `names` are the ones it reads, `where` says where it stands, for messages."""
+
+    text: str
+    names: frozenset[str]
+    where: str
+    _evaluator: _Evaluator
+
+    def evaluate(self, values: Mapping[str, Value]) -> Value:
+        """Its value, with `values` for its names.
+
+        Raises:
+            ConfigError: a name has no value, or the values do not fit the operation (division by zero, text times number).
+        """
+        try:
+            return self._evaluator(values)
+        except KeyError as error:
+            name = str(error.args[0])
+            raise ConfigError(
+                f"{self.where}: `{self.text}`: {name} has no value here; known are {', '.join(sorted(values))}"
+            ) from None
+        except (ArithmeticError, TypeError, ValueError) as error:
+            given = ", ".join(f"{name}={values[name]!r}" for name in sorted(self.names) if name in values)
+            raise ConfigError(
+                f"{self.where}: `{self.text}` cannot be computed with {given or 'no names'}: {error}; "
+                "guard the case, e.g. `block_k == 0 or k % block_k == 0`"
+            ) from None
+
+
+def parse_expression(text: str, *, allowed: Collection[str], where: str) -> Expression:
+    """Check an expression against the whitelist.
+
+    Args:
+        text: the expression.
+        allowed: names that it may read.
+        where: file and key path, for messages.
+
+    Raises:
+        ConfigError: unknown name, function or syntax; the message lists what is allowed.
+    """
+    if len(text) > _MAX_LENGTH:
+        raise ConfigError(
+            f"{where}: `{text[:60]}...` has {len(text)} characters, at most {_MAX_LENGTH} are allowed; split it into several"
+        )
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise ConfigError(
+            f"{where}: `{text}` is not an expression: {reason}; write it as in Python, e.g. `m % 8 == 0`"
+        ) from None
+    compiler = _Compiler(text=text, allowed=frozenset(allowed), where=where, names=set())
+    try:
+        evaluator = compiler.compile(tree.body)
+    except RecursionError:
+        raise ConfigError(f"{where}: `{text[:60]}...` is nested too deeply; split it into several") from None
+    return Expression(text=text.strip(), names=frozenset(compiler.names), where=where, _evaluator=evaluator)
+
+
+@dataclass(slots=True)
+class _Compiler:
+    """Turns whitelisted nodes into closures; anything else is refused."""
+
+    text: str
+    allowed: frozenset[str]
+    where: str
+    names: set[str]
+
+    def compile(self, node: ast.expr) -> _Evaluator:
+        match node:
+            case ast.Constant(value=bool() | int() | float() | str() as value):
+                return lambda _values: value
+            case ast.Name(id=name):
+                return self._name(name)
+            case ast.BoolOp(op=op, values=values):
+                parts = [self.compile(value) for value in values]
+                if isinstance(op, ast.And):
+                    return lambda env: all(part(env) for part in parts)
+                return lambda env: any(part(env) for part in parts)
+            case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
+                unary, inner = _UNARY[type(op)], self.compile(operand)
+                return lambda env: unary(inner(env))
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+                binary, first, second = _BINARY[type(op)], self.compile(left), self.compile(right)
+                return lambda env: binary(first(env), second(env))
+            case ast.Compare(left=left, ops=ops, comparators=comparators) if all(type(op) in _COMPARE for op in ops):
+                return self._comparison(left, ops, comparators)
+            case ast.IfExp(test=test, body=body, orelse=orelse):
+                condition, yes, no = self.compile(test), self.compile(body), self.compile(orelse)
+                return lambda env: yes(env) if condition(env) else no(env)
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in FUNCTIONS:
+                function, compiled = FUNCTIONS[name], [self.compile(a) for a in arguments]
+                return lambda env: function(*[a(env) for a in compiled])
+            case ast.Call(func=ast.Name(id=name)):
+                raise self._refused(f"{name}(...) is not one of the functions {', '.join(FUNCTIONS)}")
+            case _:
+                raise self._refused(f"`{ast.unparse(node)}` ({type(node).__name__}) is not allowed")
+
+    def _name(self, name: str) -> _Evaluator:
+        constant = {"true": True, "false": False}.get(name)  # YAML's spelling
+        if constant is not None:
+            return lambda _values: constant
+        if name not in self.allowed:
+            near = difflib.get_close_matches(name, self.allowed, n=1)
+            cure = f"did you mean `{near[0]}`? " if near else ""
+            raise self._refused(f"the name `{name}` is unknown; {cure}Text goes in quotes")
+        self.names.add(name)
+        return lambda env: env[name]
+
+    def _comparison(self, left: ast.expr, ops: list[ast.cmpop], comparators: list[ast.expr]) -> _Evaluator:
+        functions = [_COMPARE[type(op)] for op in ops]
+        operands = [self.compile(left)]
+        for op, node in zip(ops, comparators, strict=True):
+            if isinstance(op, (ast.In, ast.NotIn)):
+                if not isinstance(node, (ast.Tuple, ast.List)):
+                    raise self._refused(f"the right side of `in` must be a list such as [1, 2, 4], not `{ast.unparse(node)}`")
+                items = [self.compile(item) for item in node.elts]
+                operands.append(lambda env, items=items: tuple(item(env) for item in items))  # type: ignore[misc]
+            else:
+                operands.append(self.compile(node))
+        if len(functions) == 1:
+            compare, first, second = functions[0], operands[0], operands[1]
+            return lambda env: compare(first(env), second(env))
+
+        def chain(env: Mapping[str, Value]) -> Value:
+            values = [operand(env) for operand in operands]
+            return all(f(a, b) for f, a, b in zip(functions, values, values[1:], strict=True))
+
+        return chain
+
+    def _refused(self, reason: str) -> ConfigError:
+        return ConfigError(
+            f"{self.where}: `{self.text}`: {reason}. Allowed names: {', '.join(sorted(self.allowed)) or 'none'}; "
+            f"functions: {', '.join(FUNCTIONS)}; besides numbers, quoted text, + - * / // % **, comparisons, `in [..]`, "
+            "and, or, not, if-else"
+        )

@@ -1,0 +1,159 @@
+"""Which candidates of one problem are known, in flight or waiting, so that none is evaluated twice. Pure Python."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from autokernel.records import Candidate, ConfigValue, Evaluation, Problem, Status
+from autokernel.search.space import BoundSpace, Config
+
+MAX_LOST = 2  # a candidate whose worker went away is tried again this often
+_COUNT_LIMIT = 50_000  # spaces beyond this are not counted, and never called exhausted
+_MAX_MUTATIONS = 32
+_MAX_RANDOM = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What is known of a candidate; `median_us` if and only if it is OK."""
+
+    candidate: Candidate
+    status: Status
+    median_us: float | None = None
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> Outcome:
+        measured = evaluation.measurement
+        median = measured.median_us if measured is not None else None
+        return cls(candidate=evaluation.candidate, status=evaluation.status, median_us=median)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """A candidate that is to be proposed before the sampler is asked."""
+
+    candidate: Candidate
+    origin: str
+
+
+class Ledger:
+    """Bookkeeping of one problem's candidates by id."""
+
+    def __init__(self, problem: Problem, spaces: Mapping[str, BoundSpace]) -> None:
+        self.problem = problem
+        self.spaces = spaces
+        self.outcomes: dict[str, Outcome] = {}
+        self.sizes = {backend: space.count(_COUNT_LIMIT) for backend, space in spaces.items()}
+        self._waiting: deque[Waiting] = deque()
+        self._waiting_ids: set[str] = set()
+        self._pending: set[str] = set()
+        self._lost: dict[str, int] = {}
+        self._legal_seen: set[str] = set()
+
+    @property
+    def size(self) -> int | None:
+        """Legal configs of all backends together; None if there are too many to count."""
+        return None if any(size >= _COUNT_LIMIT for size in self.sizes.values()) else sum(self.sizes.values())
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every legal config is finished or in flight."""
+        return self.size is not None and len(self._legal_seen) >= self.size
+
+    @property
+    def num_spent(self) -> int:
+        """Distinct candidates finished or in flight."""
+        return len(self.outcomes) + len(self._pending)
+
+    def candidate(self, backend: str, config: Mapping[str, ConfigValue]) -> Candidate:
+        """A candidate of this ledger's problem."""
+        return Candidate(problem=self.problem, backend=backend, config=config)
+
+    def violations(self, candidate: Candidate) -> list[str]:
+        """Why the candidate is not legal here; empty if it is."""
+        space = self.spaces.get(candidate.backend)
+        if candidate.problem.key != self.problem.key:
+            return [f"it is for another problem: {candidate.problem.key}"]
+        return [f"backend {candidate.backend} has no space here"] if space is None else space.violations(candidate.config)
+
+    def seen(self, candidate: Candidate) -> bool:
+        """Whether it is finished, in flight or waiting."""
+        identity = candidate.id
+        return identity in self.outcomes or identity in self._pending or identity in self._waiting_ids
+
+    def wait(self, candidate: Candidate, origin: str) -> bool:
+        """Put a legal candidate in the queue; False if it is seen already."""
+        if self.seen(candidate):
+            return False
+        self._waiting.append(Waiting(candidate=candidate, origin=origin))
+        self._waiting_ids.add(candidate.id)
+        return True
+
+    def next_waiting(self) -> Waiting | None:
+        """The first of the queue."""
+        if not self._waiting:
+            return None
+        waiting = self._waiting.popleft()
+        self._waiting_ids.discard(waiting.candidate.id)
+        return waiting
+
+    def start(self, candidate: Candidate) -> None:
+        """The candidate is in flight."""
+        self._pending.add(candidate.id)
+        self._legal_seen.add(candidate.id)
+
+    def finish(self, outcome: Outcome, origin: str) -> None:
+        """A candidate's end. One that was lost waits again, up to `MAX_LOST` times."""
+        identity = outcome.candidate.id
+        self._pending.discard(identity)
+        if outcome.status is Status.LOST:
+            self._lost[identity] = self._lost.get(identity, 0) + 1
+            if self._lost[identity] <= MAX_LOST:
+                self._legal_seen.discard(identity)
+                self._waiting.appendleft(Waiting(candidate=outcome.candidate, origin=origin))
+                self._waiting_ids.add(identity)
+                return
+        self.outcomes[identity] = outcome
+        if not self.violations(outcome.candidate):
+            self._legal_seen.add(identity)
+
+    def best(self) -> Outcome | None:
+        """The fastest that is OK."""
+        done = [outcome for outcome in self.outcomes.values() if outcome.median_us is not None]
+        return min(done, key=lambda outcome: outcome.median_us or 0.0, default=None)
+
+    def unseen_of(self, backends: Iterable[str]) -> Iterator[Candidate]:
+        """Legal candidates of these backends that are not seen, in the order of the file."""
+        for backend in backends:
+            for config in self.spaces[backend].enumerate():
+                candidate = self.candidate(backend, config)
+                if not self.seen(candidate):
+                    yield candidate
+
+    def unseen_near(self, backend: str, config: Config | None, rng: random.Random) -> Candidate | None:
+        """A legal candidate that is not seen: close to `config` if possible, else at random, else the first one left."""
+        space = self.spaces[backend]
+        drawn: list[Config | None] = []
+        if config is not None:
+            start = space.nearest(config)
+            drawn.append(start)
+            drawn += [_mutated(start, space, rng) for _ in range(_MAX_MUTATIONS) if start is not None]
+        for i in range(len(drawn) + _MAX_RANDOM):
+            draw = drawn[i] if i < len(drawn) else space.random(rng)
+            if draw is not None:
+                candidate = self.candidate(backend, draw)
+                if not self.seen(candidate):
+                    return candidate
+        return next(self.unseen_of([backend]), None)
+
+
+def _mutated(config: Config, space: BoundSpace, rng: random.Random) -> Config | None:
+    """The config with one parameter changed at random, repaired where that broke a constraint."""
+    domains = [domain for domain in space.domains if domain.name in config and len(domain.choices) > 1]
+    if not domains:
+        return None
+    domain = rng.choice(domains)
+    return space.nearest({**config, domain.name: rng.choice(domain.choices)})

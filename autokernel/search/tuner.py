@@ -1,0 +1,436 @@
+"""Ask and tell for one problem: which candidate next. The only module that imports optuna.
+
+Sampling works on an Optuna study in memory, which answers in milliseconds; every finished trial is mirrored into the
+real storage (SQLite, PostgreSQL) before `tell` returns, so a killed process loses none. What Optuna is told:
+
+    OK                         COMPLETE, log(median in us)
+    INVALID ... CRASHED        COMPLETE, a value worse than the worst, and a violated constraint: its config is to blame
+    LOST                       FAIL, which samplers ignore; the candidate is proposed again
+
+Stock and other seeds come first, then all of every small backend space, then the sampler. What the sampler draws is
+checked here: an illegal config is told as a violated constraint and never proposed, a known one is answered at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import optuna
+from optuna.trial import TrialState, create_trial
+
+from autokernel.errors import ConfigError, StorageError
+from autokernel.records import Candidate, ConfigValue, Evaluation, Problem, Status, canonical_json, digest_of
+from autokernel.search.ledger import Ledger, Outcome, Waiting
+from autokernel.search.space import BoundSpace, Config, Names, Space
+
+if TYPE_CHECKING:
+    from autokernel.search.seeds import Seed
+
+logger = logging.getLogger(__name__)
+
+SamplerName = Literal["tpe", "random", "cmaes", "gp"]
+
+_SMALL_SPACE = 12  # a backend with so few configs is tried completely rather than sampled
+_NUM_STARTUP = 10  # legal random configs before a model is fitted
+_MAX_REJECTIONS = 8  # draws that may be illegal or known before the nearest unseen config is taken
+_MAX_STUDY_TRIALS = 600  # then the study in memory is thinned: fitting costs time in proportion
+_KEEP_BEST, _KEEP_RECENT, _KEEP_VIOLATED = 150, 100, 50
+_FIRST_PENALTY = math.log(1e6)  # before anything was measured: one second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A candidate to evaluate; `number` is what `tell` wants back."""
+
+    number: int
+    candidate: Candidate
+    origin: str  # who proposed it: a seeder's name, "enumerated", or the sampler's
+
+
+@dataclass(slots=True, kw_only=True)
+class _InFlight:
+    proposal: Proposal
+    trial: optuna.trial.Trial | None  # in the study in memory, if its backend is sampled
+
+
+class Tuner:
+    """Proposes candidates of one problem and learns from their evaluations.
+
+    Args:
+        problem: what is tuned.
+        spaces: by backend; those without a legal config on this device are ignored.
+        names: of the problem and device (`space.names_for`).
+        storage: SQLAlchemy URL for the durable copy, or None to keep everything in memory.
+        study_name: name of the study there; one per problem.
+        sampler: "tpe", "random", "cmaes" or "gp".
+        seed: makes proposals reproducible, given the same tells in the same order.
+        max_trials: distinct candidates to propose in all, those of a resumed run included. May be raised later.
+
+    Raises:
+        ConfigError: the sampler needs a package that is not installed.
+        StorageError: the storage cannot be opened.
+    """
+
+    def __init__(
+        self,
+        *,
+        problem: Problem,
+        spaces: Mapping[str, Space],
+        names: Names,
+        storage: str | None = None,
+        study_name: str = "autokernel",
+        sampler: SamplerName = "tpe",
+        seed: int = 0,
+        max_trials: int = 1000,
+    ) -> None:
+        self.problem = problem
+        self.max_trials = max_trials
+        bound = {backend: space.bind(names) for backend, space in spaces.items()}
+        self._ledger = Ledger(problem, {backend: space for backend, space in bound.items() if not space.empty})
+        self._sampler_name: SamplerName = sampler
+        self._seed = seed
+        self._in_flight: dict[int, _InFlight] = {}
+        self._study: _MemoryStudy | None = None
+        _check_sampler(sampler)
+        self._mirror = _Mirror(storage, study_name, self._ledger) if storage is not None else None
+        if self._mirror is not None:
+            for outcome in self._mirror.load():
+                self._ledger.finish(outcome, "resumed")
+        self._number = self._ledger.num_spent
+        # a resumed process must not draw again what it drew before
+        self._rng = random.Random(f"{seed} {problem.key} {self._number}")
+        sizes = self._ledger.sizes
+        everything = sum(sizes.values()) <= max_trials
+        self._sampled = [b for b, size in sizes.items() if size > _SMALL_SPACE and not everything]
+        self._enumerated: list[Candidate] | None = None
+
+    @property
+    def size(self) -> int | None:
+        """Legal configs of all backends; None if there are too many to count."""
+        return self._ledger.size
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every legal config is finished or in flight."""
+        return self._ledger.exhausted
+
+    @property
+    def num_finished(self) -> int:
+        """Distinct candidates whose outcome is known."""
+        return len(self._ledger.outcomes)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Proposals that were not told yet."""
+        return len(self._in_flight)
+
+    def best(self) -> Outcome | None:
+        """The fastest candidate that is OK, with its median in microseconds."""
+        return self._ledger.best()
+
+    def enqueue(self, seeds: Iterable[Seed]) -> int:
+        """Propose these first, in order. Illegal and known ones are left out, with a line in the log.
+
+        Returns:
+            How many were taken.
+        """
+        taken = 0
+        for seed in seeds:
+            reasons = self._ledger.violations(seed.candidate)
+            if reasons:
+                logger.info("seed %s (%s) left out: %s", seed.candidate.label, seed.origin, "; ".join(reasons))
+            elif self._ledger.wait(seed.candidate, seed.origin):
+                taken += 1
+        return taken
+
+    def warm_start(self, evaluations: Iterable[Evaluation]) -> int:
+        """Take in what an earlier process of this run finished: it is learnt from and never proposed again.
+
+        Evaluations of other problems and lost ones are passed over; what the storage lacks is added to it.
+
+        Returns:
+            How many were new.
+        """
+        new = 0
+        for evaluation in evaluations:
+            known = evaluation.candidate.id in self._ledger.outcomes
+            if known or evaluation.status is Status.LOST or evaluation.candidate.problem.key != self.problem.key:
+                continue
+            self._learn(Outcome.of(evaluation), "resumed", trial=None)
+            new += 1
+        self._number = max(self._number, self._ledger.num_spent)
+        return new
+
+    def ask(self, count: int) -> list[Proposal]:
+        """Up to `count` candidates that were never proposed before; fewer when budget or space run out."""
+        proposals: list[Proposal] = []
+        while len(proposals) < count and self._ledger.num_spent < self.max_trials:
+            waiting = self._waiting()
+            trial: optuna.trial.Trial | None = None
+            if waiting is None:
+                candidate, trial = self._sample()
+                if candidate is None:
+                    break
+                waiting = Waiting(candidate=candidate, origin=self._sampler_name)
+            elif self._study is not None and waiting.candidate.backend in self._sampled:
+                trial = self._study.start(waiting.candidate)
+            proposal = Proposal(number=self._number, candidate=waiting.candidate, origin=waiting.origin)
+            self._number += 1
+            self._ledger.start(proposal.candidate)
+            self._in_flight[proposal.number] = _InFlight(proposal=proposal, trial=trial)
+            proposals.append(proposal)
+        return proposals
+
+    def tell(self, number: int, evaluation: Evaluation) -> None:
+        """The outcome of a proposal. When this returns, it is in the storage.
+
+        Raises:
+            ValueError: no such proposal is in flight, or the evaluation is of another candidate.
+            StorageError: the storage cannot be written.
+        """
+        flight = self._in_flight.get(number)
+        if flight is None:
+            raise ValueError(f"proposal {number} is not in flight; in flight are {sorted(self._in_flight)}")
+        if flight.proposal.candidate.id != evaluation.candidate.id:
+            raise ValueError(f"proposal {number} is {flight.proposal.candidate.label}, not {evaluation.candidate.label}")
+        del self._in_flight[number]
+        self._learn(Outcome.of(evaluation), flight.proposal.origin, trial=flight.trial)
+
+    def close(self) -> None:
+        """Let go of the storage. Idempotent."""
+        if self._mirror is not None:
+            self._mirror.close()
+
+    def _learn(self, outcome: Outcome, origin: str, trial: optuna.trial.Trial | None) -> None:
+        self._ledger.finish(outcome, origin)
+        if self._study is not None and outcome.candidate.backend in self._sampled:
+            self._study.learn(outcome, trial)
+        if self._mirror is not None:
+            self._mirror.append(outcome, origin)
+
+    def _waiting(self) -> Waiting | None:
+        waiting = self._ledger.next_waiting()
+        if waiting is not None:
+            return waiting
+        if self._enumerated is None:
+            small = [backend for backend in self._ledger.spaces if backend not in self._sampled]
+            self._enumerated = list(self._ledger.unseen_of(small))
+            self._rng.shuffle(self._enumerated)  # any prefix is a fair sample
+            self._enumerated.reverse()
+        while self._enumerated:
+            candidate = self._enumerated.pop()
+            if not self._ledger.seen(candidate):
+                return Waiting(candidate=candidate, origin="enumerated")
+        return None
+
+    def _sample(self) -> tuple[Candidate | None, optuna.trial.Trial | None]:
+        if not self._sampled or self._ledger.exhausted:
+            return None, None
+        study = self._memory_study()
+        backend, config = self._rng.choice(self._sampled), None
+        if self._sampler_name != "random" and study.num_feasible >= _NUM_STARTUP:
+            for _ in range(_MAX_REJECTIONS if self._sampler_name != "gp" else 2):  # the Gaussian process takes seconds
+                trial, backend, config = study.ask()
+                violated = len(self._ledger.spaces[backend].violations(config))
+                candidate = self._ledger.candidate(backend, config)
+                if violated:
+                    study.reject(trial, float(violated))
+                elif not self._ledger.seen(candidate):
+                    return candidate, trial
+                else:
+                    study.repeat(trial, self._ledger.outcomes.get(candidate.id))
+        for place in [backend, *(b for b in self._sampled if b != backend)]:
+            found = self._ledger.unseen_near(place, config if place == backend else None, self._rng)
+            if found is not None:
+                return found, study.start(found)
+        return None, None
+
+    def _memory_study(self) -> _MemoryStudy:
+        if self._study is None:
+            spaces = {backend: self._ledger.spaces[backend] for backend in self._sampled}
+            seed = self._rng.getrandbits(31)
+            self._study = _MemoryStudy(spaces, self._sampler_name, seed)
+            for outcome in self._ledger.outcomes.values():
+                if outcome.candidate.backend in spaces and not self._ledger.violations(outcome.candidate):
+                    self._study.learn(outcome, None)
+            for flight in self._in_flight.values():
+                if flight.proposal.candidate.backend in spaces:
+                    flight.trial = self._study.start(flight.proposal.candidate)
+        elif self._study.num_trials > _MAX_STUDY_TRIALS:
+            in_flight = [f for f in self._in_flight.values() if f.trial is not None]
+            self._study.thin()
+            for flight in in_flight:
+                flight.trial = self._study.start(flight.proposal.candidate)
+        return self._study
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """One finished trial as the study in memory keeps it."""
+
+    params: Mapping[str, Any]
+    value: float | None  # None: its config made it fail, or is illegal
+    violated: float
+
+
+class _MemoryStudy:
+    """The Optuna study that is sampled. Parameters are `backend`, then `<backend>.<name>` of that backend."""
+
+    def __init__(self, spaces: Mapping[str, BoundSpace], sampler: SamplerName, seed: int) -> None:
+        self._spaces = spaces
+        self._sampler_name = sampler
+        self._seed = seed
+        self._rows: list[_Row] = []
+        self._worst = -math.inf
+        self.num_feasible = 0
+        self._study = self._new_study()
+
+    @property
+    def num_trials(self) -> int:
+        return len(self._rows)
+
+    @property
+    def _penalty(self) -> float:
+        return self._worst + math.log(2) if math.isfinite(self._worst) else _FIRST_PENALTY
+
+    def ask(self) -> tuple[optuna.trial.Trial, str, Config]:
+        """What the sampler would try; it may be illegal or known."""
+        trial = self._study.ask()
+        backend = str(trial.suggest_categorical("backend", list(self._spaces)))
+        config: Config = {}
+        values: dict[str, ConfigValue] = dict(self._spaces[backend].names)
+        for domain in self._spaces[backend].domains:
+            if not domain.present(values):
+                continue
+            name = f"{backend}.{domain.name}"
+            if domain.ordered:
+                value = domain.choices[trial.suggest_int(name, 0, len(domain.choices) - 1)]
+            else:
+                value = trial.suggest_categorical(name, list(domain.choices))  # type: ignore[assignment]
+            config[domain.name] = values[domain.name] = value
+        return trial, backend, config
+
+    def start(self, candidate: Candidate) -> optuna.trial.Trial:
+        """A running trial with the candidate's parameters, so that further draws keep away from it."""
+        self._study.enqueue_trial(self._params(candidate))
+        return self.ask()[0]
+
+    def learn(self, outcome: Outcome, trial: optuna.trial.Trial | None) -> None:
+        """The end of a candidate; `trial` is its running trial, if it has one."""
+        if outcome.status is Status.LOST:
+            if trial is not None:
+                self._study.tell(trial, state=TrialState.FAIL)
+            return
+        value = math.log(outcome.median_us) if outcome.median_us is not None else None
+        row = _Row(params=self._params(outcome.candidate), value=value, violated=0.0 if value is not None else 1.0)
+        self._keep(row)
+        if trial is None:
+            self._add(row)
+        else:
+            self._tell(trial, row)
+
+    def reject(self, trial: optuna.trial.Trial, violated: float) -> None:
+        """The draw is illegal."""
+        row = _Row(params=trial.params, value=None, violated=violated)
+        self._rows.append(row)
+        self._tell(trial, row)
+
+    def repeat(self, trial: optuna.trial.Trial, known: Outcome | None) -> None:
+        """The draw is known (answered with what is known) or in flight (forgotten)."""
+        if known is None or known.status is Status.LOST:
+            self._study.tell(trial, state=TrialState.FAIL)
+        else:
+            self.learn(known, trial)
+
+    def thin(self) -> None:
+        """Start over with the best and the latest trials; running trials must be started again by the caller."""
+        feasible = [row for row in self._rows if row.value is not None]
+        best = sorted(feasible, key=lambda row: row.value or 0.0)[:_KEEP_BEST]
+        kept = {id(row) for row in [*best, *feasible[-_KEEP_RECENT:]]}
+        kept |= {id(row) for row in [row for row in self._rows if row.value is None][-_KEEP_VIOLATED:]}
+        self._rows = [row for row in self._rows if id(row) in kept]
+        self._seed += 1
+        self._study = self._new_study()
+        for row in self._rows:
+            self._add(row)
+
+    def _keep(self, row: _Row) -> None:
+        self._rows.append(row)
+        if row.value is not None:
+            self.num_feasible += 1
+            self._worst = max(self._worst, row.value)
+
+    def _tell(self, trial: optuna.trial.Trial, row: _Row) -> None:
+        trial.set_constraint("legal", row.violated)
+        self._study.tell(trial, row.value if row.value is not None else self._penalty)
+
+    def _add(self, row: _Row) -> None:
+        backend = row.params["backend"]
+        distributions: dict[str, Any] = {"backend": optuna.distributions.CategoricalDistribution(list(self._spaces))}
+        for domain in self._spaces[backend].domains:
+            name = f"{backend}.{domain.name}"
+            if name in row.params:
+                distributions[name] = (
+                    optuna.distributions.IntDistribution(0, len(domain.choices) - 1)
+                    if domain.ordered
+                    else optuna.distributions.CategoricalDistribution(list(domain.choices))
+                )
+        value = row.value if row.value is not None else self._penalty
+        trial = create_trial(
+            params=dict(row.params), distributions=distributions, value=value, constraints={"legal": row.violated}
+        )
+        self._study.add_trial(trial)
+
+    def _params(self, candidate: Candidate) -> dict[str, Any]:
+        params: dict[str, Any] = {"backend": candidate.backend}
+        for domain in self._spaces[candidate.backend].domains:
+            if domain.name in candidate.config:
+                value = candidate.config[domain.name]
+                params[f"{candidate.backend}.{domain.name}"] = domain.choices.index(value) if domain.ordered else value
+        return params
+
+    def _new_study(self) -> optuna.Study:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        conditional = len(self._spaces) > 1 or any(d.when is not None for s in self._spaces.values() for d in s.domains)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = _make_sampler(self._sampler_name, self._seed, conditional)
+        return optuna.create_study(direction="minimize", sampler=sampler)
+
+
+def _make_sampler(name: SamplerName, seed: int, conditional: bool) -> optuna.samplers.BaseSampler:
+    match name:
+        case "tpe":
+            # groups: a backend's parameters are fitted jointly, from the trials that have them
+            return optuna.samplers.TPESampler(seed=seed, group=conditional, n_startup_trials=0, constant_liar=True)
+        case "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        case "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=0, warn_independent_sampling=False)
+        case "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=0, deterministic_objective=False)
+
+
+def _check_sampler(name: SamplerName) -> None:
+    if name == "cmaes":
+        try:
+            import cmaes  # type: ignore[import-not-found]  # noqa: F401
+        except ImportError:
+            raise ConfigError("search.sampler: cmaes needs a package that is not installed: pip install cmaes") from None
+
+
+class _Mirror:
+    """The durable copy: one finished Optuna trial per finished candidate, with readable parameters."""
+
+    def __init__(self, url: str, study_name: str, ledger: Ledger) -> None:
+        self._url = url
+        self._ledger = ledger
+        self._fingerprint = digest_of([[b, [[d.name, list(d.choices)] for d in s.domains]] for b, s in ledger.spaces.items()])
+        self._storage = self._guarded("opened", lambda: _open_storage(url))
+        self._study_id: int = self._guarded("opened", lambda: self._open_study(study_name))
