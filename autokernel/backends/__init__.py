@@ -60,3 +60,23 @@ class Backend(Protocol):
     def export(self, candidate: Candidate) -> Mapping[str, ConfigValue]:
         """The entry of a bundle that makes production build exactly this candidate."""
         ...
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of this name.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    for backend in all_backends():
+        if backend.name == name:
+            return backend
+    raise ValueError(f"no backend {name!r}; there are {', '.join(b.name for b in all_backends())}")
+
+
+def all_backends() -> tuple[Backend, ...]:
+    """Every backend, in order of precedence: of two equal candidates the simpler one wins."""
+    from autokernel.backends.aten import AtenBackend
+    from autokernel.backends.inductor import InductorBackend
+
+    return (AtenBackend(), InductorBackend())

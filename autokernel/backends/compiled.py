@@ -1,0 +1,116 @@
+"""Candidates built the way production builds them: through `torch.compile` with a bundle of one entry.
+
+What is timed is what is exported. Several copies of the problem, each with weights of its own, make one compiled graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from autokernel.backends import BuildError, Built, Refused
+from autokernel.environment import current_environment
+from autokernel.export.bundle import Bundle, Entry
+from autokernel.ops import Op, get_op
+from autokernel.records import Candidate, Problem
+
+
+class Copies(torch.nn.Module):
+    """`num_copies` independent instances of a problem; constants are parameters, as in a model.
+
+    forward takes the non-constant inputs of every copy in order and returns the outputs of every copy in order.
+    """
+
+    def __init__(self, problem: Problem, constants: list[list[torch.Tensor]]) -> None:
+        super().__init__()
+        self.num_copies = len(constants)
+        self.num_inputs = len(problem.inputs) - len(problem.constants)
+        self._op: Op = get_op(problem.op)
+        self._problem = problem
+        self._num_constants = len(problem.constants)
+        # a transposed weight is a view of the row-major parameter that nn.Linear keeps
+        self._transposed = [_is_transposed(problem, i) for i in problem.constants]
+        for copy, tensors in enumerate(constants):
+            for index, tensor in enumerate(tensors):
+                stored = tensor.t() if self._transposed[index] else tensor
+                self.register_parameter(f"c{copy}_{index}", torch.nn.Parameter(stored, requires_grad=False))
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs: tuple[torch.Tensor, ...] = ()
+        for copy in range(self.num_copies):
+            variable = list(inputs[copy * self.num_inputs : (copy + 1) * self.num_inputs])
+            arguments = []
+            constant = 0
+            for position in range(self.num_inputs + self._num_constants):
+                if position in self._problem.constants:
+                    tensor = getattr(self, f"c{copy}_{constant}")
+                    arguments.append(tensor.t() if self._transposed[constant] else tensor)
+                    constant += 1
+                else:
+                    arguments.append(variable.pop(0))
+            outputs += self._op.reference(self._problem, *arguments)
+        return outputs
+
+
+def _is_transposed(problem: Problem, index: int) -> bool:
+    spec = problem.inputs[index]
+    return len(spec.shape) == 2 and spec.stride[0] == 1 and spec.shape[1] > 1 and spec.stride[1] == spec.shape[0]
+
+
+def build(candidate: Candidate, constants: list[list[torch.Tensor]], *, stock: bool) -> Built:
+    """Compile copies of a candidate's problem.
+
+    Args:
+        candidate: its config becomes the one entry of a bundle.
+        constants: per copy, the problem's constant inputs in order.
+        stock: compile with Inductor's defaults and no bundle instead.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
+    from autokernel.export.apply import BundleBackend
+
+    problem = candidate.problem
+    module = Copies(problem, constants).eval()
+    entry = Entry(problem=problem, backend=candidate.backend, config=dict(candidate.config))
+    backend: Any = "inductor"
+    if not stock:
+        environment = current_environment(problem.device)
+        bundle = Bundle(name=candidate.id, created="", version="", environment=environment, entries=(entry,))
+        backend = BundleBackend(bundle)
+    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
+
+    def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return compiled(*inputs)  # type: ignore[no-any-return]
+
+    # compile now: a failure is the build's, and timing must not pay for it
+    examples = [_example(problem, i) for _ in constants for i in range(len(problem.inputs)) if i not in problem.constants]
+    try:
+        run(*examples)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise BuildError(_first_line(error)) from error
+    except torch._inductor.exc.InductorError as error:
+        raise BuildError(_first_line(error)) from error
+    hits = len(constants) if stock else backend.usage()[entry.key].hits
+    reasons = [] if stock else backend.usage()[entry.key].reasons
+    return Built(run=run, num_copies=len(constants), hits=hits, notes={"reasons": "; ".join(reasons)})
+
+
+def _example(problem: Problem, index: int) -> torch.Tensor:
+    spec = problem.inputs[index]
+    dtype = getattr(torch, spec.dtype)
+    out = torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=problem.device)
+    return out.normal_() if dtype.is_floating_point else out.zero_()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:500]
+
+
+def refuse_without_constant_weight(candidate: Candidate) -> None:
+    """Raises Refused if the config packs a weight that the problem does not have."""
+    if not candidate.problem.constants:
+        raise Refused(f"{candidate.label} packs a weight, but {candidate.problem.op} here has no constant input")

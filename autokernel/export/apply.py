@@ -1,0 +1,147 @@
+"""Production: make `torch.compile` use a bundle. Needs torch alone.
+
+    model = torch.compile(model, backend=autokernel.backend("path/to/bundle"))
+
+Nothing is benchmarked. What the bundle does not cover, or what does not hold on this machine, gets Inductor's stock code,
+and one log line says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch._inductor.compile_fx import compile_fx
+
+from autokernel.environment import current_environment
+from autokernel.errors import BundleError
+from autokernel.export.bundle import Bundle, read_bundle
+from autokernel.export.freezing import FrozenGraph, freeze_inputs, weights_to_freeze
+from autokernel.export.passes import MergePass, SitePass
+from autokernel.export.pins import install
+from autokernel.export.plan import Plan, Usage, mismatch
+
+log = logging.getLogger(__name__)
+
+OnMismatch = Literal["stock", "apply", "error"]
+
+_OWN_OPTIONS = ("freezing",)  # graph options that are ours, not Inductor's
+
+
+class BundleBackend:
+    """A `torch.compile` backend: Inductor, with a bundle's kernel choices. Safe to use from several threads."""
+
+    def __init__(self, bundle: Bundle, on_mismatch: OnMismatch = "stock") -> None:
+        here = current_environment(bundle.environment.device) if _device_there(bundle.environment.device) else None
+        why_not = f"there is no {bundle.environment.device} device" if here is None else mismatch(bundle.environment, here)
+        if why_not and on_mismatch == "error":
+            raise BundleError(f"bundle {bundle.name}: {why_not}; tune again on this machine, or allow stock code")
+        if why_not and on_mismatch == "apply":
+            log.warning("autokernel: bundle %s is applied although %s", bundle.name, why_not)
+            why_not = None
+        self.plan = Plan(bundle, why_not)
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.plan.bundle
+
+    def usage(self) -> dict[str, Usage]:
+        """Per problem key: how many sites were built from the entry so far, and why others were not."""
+        return self.plan.report()
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        plan = self.plan
+        if not plan.active:
+            return _inductor(gm, inputs, {})
+        install()
+        frozen = weights_to_freeze(gm, inputs, plan) if not torch.is_grad_enabled() else []
+        if torch.is_grad_enabled():
+            for entry in plan.bundle.entries:
+                plan.skip(entry, "gradients are enabled; compile and call under torch.inference_mode() or torch.no_grad()")
+        if not frozen:
+            return _inductor(gm, inputs, inductor_options(plan, frozen=False))
+
+        def compile_frozen(weights: Sequence[Any]) -> Callable[..., Any]:
+            module = freeze_inputs(gm, weights, frozen)
+            rest = [value for i, value in enumerate(inputs) if i not in set(frozen)]
+            return _inductor(module, rest, inductor_options(plan, frozen=True))
+
+        def compile_stock() -> Callable[..., Any]:
+            return _inductor(gm, inputs, inductor_options(plan, frozen=False))
+
+        return FrozenGraph(compile_frozen, compile_stock, frozen, len(inputs), inputs)
+
+
+def _inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+    return cast("Callable[..., Any]", compiled)
+
+
+def _device_there(device: str) -> bool:
+    return device == "cpu" or (device == "cuda" and torch.cuda.is_available())
+
+
+def inductor_options(plan: Plan, *, frozen: bool) -> dict[str, Any]:
+    """Inductor's configuration for a compilation with this plan.
+
+    The lookup table carries the plan's digest: its contents are part of the cache key of compiled graphs in every
+    version of torch, which our hooks are not.
+    """
+    options: dict[str, Any] = {
+        "max_autotune_gemm": True,  # offers templates; the pins leave one choice, so nothing is timed
+        "max_autotune_gemm_backends": "ATEN,CPP" if plan.bundle.environment.device == "cpu" else "ATEN,TRITON",
+        "joint_custom_post_pass": MergePass(plan),
+        "post_grad_custom_pre_pass": SitePass(plan),
+        "lookup_table.table": {"autokernel": [{"digest": plan.digest}]},
+    }
+    if frozen:
+        options["freezing"] = True
+        options["cpp.weight_prepack"] = True
+    for name, value in plan.bundle.graph_options.items():
+        if name not in _OWN_OPTIONS:
+            options[name] = value
+    return options
+
+
+def load_bundle(bundle: Bundle | Path | str) -> Bundle:
+    """A bundle as such, or read from its folder, `.zip` or `bundle.json`."""
+    return bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+
+
+def backend(bundle: Bundle | Path | str, *, on_mismatch: OnMismatch = "stock") -> BundleBackend:
+    """A backend for `torch.compile`.
+
+    Args:
+        bundle: the bundle, or where it lies.
+        on_mismatch: what to do if it was made for another machine or version: "stock" code (the default), "apply" it all the
+            same, or an "error".
+
+    Raises:
+        BundleError: the bundle cannot be read, or does not fit and `on_mismatch` is "error".
+    """
+    return BundleBackend(load_bundle(bundle), on_mismatch)
+
+
+def options(bundle: Bundle | Path | str, *, on_mismatch: OnMismatch = "stock") -> Mapping[str, Any]:
+    """The same as options for `torch.compile(model, options=...)`, for those who must keep `backend="inductor"`.
+
+    Packed weights need one more line there, before the model is compiled, since Dynamo decides while it traces:
+    `torch._dynamo.config.prepare_freezing = True`. It makes every parameter a constant that is never looked at again.
+    """
+    plan = BundleBackend(load_bundle(bundle), on_mismatch).plan
+    if not plan.active:
+        return {}
+    install()
+    return inductor_options(plan, frozen=torch._dynamo.config.prepare_freezing)
+
+
+def stock_backend(gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    """What `torch.compile(backend="autokernel")` finds by name: it cannot know which bundle is meant.
+
+    Raises:
+        BundleError: always, with the line to write instead.
+    """
+    raise BundleError('name the bundle: torch.compile(model, backend=autokernel.backend("path/to/bundle"))')

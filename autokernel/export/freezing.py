@@ -1,0 +1,187 @@
+"""Weights as constants, per entry, from inside a `torch.compile` backend.
+
+Inductor packs a weight only if it is a constant of the graph. Its own switch must be thrown before Dynamo traces, freezes
+everything, and never looks at the weights again. Here the weights that entries need become constants of the graph that
+Dynamo hands to the backend, and each call checks that they are still the same, unchanged tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from autokernel.export.bundle import Entry
+from autokernel.export.matching import Gemm
+from autokernel.export.pins import dtype_name
+from autokernel.export.plan import Plan
+
+log = logging.getLogger(__name__)
+
+MAX_REFREEZES = 8
+
+
+def needs_constant(entry: Entry) -> bool:
+    """Whether the entry's kernel reads a packed weight."""
+    return bool(entry.config.get("prepack")) or entry.config.get("template") == "cpp_gemm" or "merge" in entry.config
+
+
+def weights_to_freeze(gm: torch.fx.GraphModule, inputs: Sequence[Any], plan: Plan) -> list[int]:
+    """Positions of the inputs that are parameters used by a GEMM with an entry that needs them constant."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    position = {node: i for i, node in enumerate(placeholders)}
+    everything = plan.bundle.graph_options.get("freezing") == "all"
+    chosen: set[int] = set()
+    by_input: dict[Any, list[tuple[int, int, int]]] = {}  # shared input -> (position, m, n) of plain products
+    for node in gm.graph.nodes:
+        linear = _linear(node)
+        if linear is None:
+            continue
+        x, weight, bias, n_axis = linear
+        index = position.get(weight)
+        if index is None or not isinstance(inputs[index], torch.nn.Parameter):
+            continue
+        value = x.meta.get("example_value")
+        if not isinstance(value, torch.Tensor) or not all(isinstance(n, int) for n in value.shape):
+            continue
+        k, n = int(value.shape[-1]), int(inputs[index].shape[n_axis])
+        m = math.prod(int(s) for s in value.shape[:-1])
+        entry = plan.find(Gemm(dtype_name(value.dtype), 1, m, (n,), k, bias is not None))
+        if entry is not None and needs_constant(entry):
+            chosen.add(index)
+            if isinstance(bias, torch.fx.Node) and bias in position:
+                chosen.add(position[bias])
+        if bias is None:
+            by_input.setdefault(x, []).append((index, m, n))
+    for x, members in by_input.items():
+        value = x.meta["example_value"]
+        for entry, ns in plan.groups(dtype_name(value.dtype), members[0][1], int(value.shape[-1])):
+            if needs_constant(entry) and entry.config.get("prepack", True) is not False and _covers(members, ns):
+                chosen.update(index for index, _, n in members if n in ns)
+    if everything:
+        chosen.update(i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter))
+    return sorted(i for i in chosen if not inputs[i].requires_grad or not torch.is_grad_enabled())
+
+
+def _covers(members: list[tuple[int, int, int]], ns: tuple[int, ...]) -> bool:
+    have = sorted(n for _, _, n in members)
+    return all(have.count(n) >= ns.count(n) for n in ns)
+
+
+def _linear(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node, Any, int] | None:
+    """(x, weight, bias, axis of N in the weight) of a Dynamo node that multiplies by a weight."""
+    if node.op != "call_function":
+        return None
+    args: list[Any] = [*node.args, *node.kwargs.values()]
+    if node.target is torch._C._nn.linear or node.target is torch.nn.functional.linear:
+        x, weight, bias, n_axis = args[0], args[1], args[2] if len(args) > 2 else None, 0
+    elif node.target in (torch.matmul, torch.mm, operator.matmul) and len(args) == 2:
+        x, weight, bias, n_axis = args[0], args[1], None, 1
+    elif node.target is torch.addmm and len(args) == 3:
+        x, weight, bias, n_axis = args[1], args[2], args[0], 1
+    else:
+        return None
+    if not isinstance(x, torch.fx.Node) or not isinstance(weight, torch.fx.Node):
+        return None
+    return x, weight, bias, n_axis
+
+
+def freeze_inputs(gm: torch.fx.GraphModule, inputs: Sequence[Any], frozen: Sequence[int]) -> torch.fx.GraphModule:
+    """A copy of the graph in which these inputs are parameters of the module; the others keep their order."""
+    graph = torch.fx.Graph()
+    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+    root: dict[str, Any] = {name: getattr(gm, name) for name in _attributes(gm)}
+    position = 0
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            if position in frozen:
+                name = f"_autokernel_frozen_{position}"
+                weight = inputs[position]
+                root[name] = torch.nn.Parameter(weight.detach(), requires_grad=False) if weight.requires_grad else weight
+                mapping[node] = graph.get_attr(name)
+                mapping[node].meta = {"example_value": node.meta.get("example_value")}
+            else:
+                mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            position += 1
+        else:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+    module = torch.nn.Module()
+    for name, value in root.items():
+        setattr(module, name, value)
+    copy = torch.fx.GraphModule(module, graph)
+    # without Dynamo's marks, AOTAutograd takes the module's own parameters for what they are
+    copy.meta = {key: value for key, value in gm.meta.items() if key != "dynamo_compile_id"}
+    return copy
+
+
+def _attributes(gm: torch.fx.GraphModule) -> list[str]:
+    names = {str(n.target).split(".", 1)[0] for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
+    return sorted(names)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Counts in-place changes; inference tensors have no counter."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class FrozenGraph:
+    """A compiled graph that holds its weights as constants, and looks at each call whether they still are.
+
+    One graph may serve several modules (layers that share code, a weight that was replaced): every set of weights gets a
+    compilation of its own, up to `MAX_REFREEZES`; beyond that, the graph is compiled once more without constants.
+    """
+
+    def __init__(
+        self,
+        compile_frozen: Callable[[Sequence[Any]], Callable[..., Any]],
+        compile_stock: Callable[[], Callable[..., Any]],
+        frozen: Sequence[int],
+        num_inputs: int,
+        inputs: Sequence[Any],
+    ) -> None:
+        self._compile_frozen = compile_frozen
+        self._compile_stock = compile_stock
+        self._frozen = tuple(frozen)
+        kept = tuple(i for i in range(num_inputs) if i not in set(frozen))
+        self._kept = _getter(kept)
+        self._variants: list[tuple[tuple[tuple[int, Any, int], ...], Callable[..., Any]]] = []
+        self._stock: Callable[..., Any] | None = None
+        self._add(inputs)
+
+    def _add(self, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = self._compile_frozen(inputs)
+        held = tuple((i, inputs[i], version_of(inputs[i])) for i in self._frozen)
+        self._variants.append((held, compiled))
+        return compiled
+
+    def __call__(self, *args: Any) -> Any:
+        for held, compiled in self._variants:
+            for i, weight, version in held:
+                if args[i] is not weight or (version >= 0 and weight._version != version):
+                    break
+            else:
+                return compiled(*self._kept(args))
+        return self._miss(args)
+
+    def _miss(self, args: Sequence[Any]) -> Any:
+        if self._stock is None and len(self._variants) > MAX_REFREEZES:
+            log.warning(
+                "autokernel: the weights of one compiled graph changed or were exchanged %d times; "
+                "from now on it runs without packed weights",
+                MAX_REFREEZES,
+            )
+            self._stock = self._compile_stock()
+        if self._stock is not None:
+            return self._stock(*args)
+        log.info("autokernel: new or changed weights: packing them again")
+        return self._add(args)(*self._kept(args))
+
+
+def _getter(positions: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda args: tuple(args[i] for i in positions)

@@ -1,0 +1,59 @@
+"""Which entry belongs to a GEMM that the compiler is looking at. Pure.
+
+Inside Inductor a GEMM has lost its epilogue and its weight may already be packed, so an entry is looked up by what
+survives: dtype, sizes, and whether there is a bias. When two entries share that, the first one (the heavier hotspot) wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from autokernel.export.bundle import Entry
+from autokernel.records import Problem
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Gemm:
+    """What identifies a GEMM during compilation: `ns` has one N per output (several where GEMMs share their input)."""
+
+    dtype: str
+    batch: int
+    m: int
+    ns: tuple[int, ...]
+    k: int
+    bias: bool
+
+    def __str__(self) -> str:
+        shape = f"{self.batch}x" if self.batch != 1 else ""
+        return f"{self.dtype} {shape}{self.m}x{'+'.join(map(str, self.ns))}x{self.k}{' + bias' if self.bias else ''}"
+
+
+def gemm_of(problem: Problem) -> Gemm | None:
+    """The GEMM of a problem, None for any other op."""
+    specs = problem.inputs
+    if problem.op == "mm":
+        (m, k), (_, n) = specs[0].shape, specs[1].shape
+        return Gemm(specs[0].dtype, 1, m, (n,), k, False)
+    if problem.op == "addmm":
+        (m, k), (_, n) = specs[1].shape, specs[2].shape
+        return Gemm(specs[1].dtype, 1, m, (n,), k, True)
+    if problem.op in ("bmm", "baddbmm"):
+        first = specs[0] if problem.op == "bmm" else specs[1]
+        second = specs[1] if problem.op == "bmm" else specs[2]
+        (batch, m, k), n = first.shape, second.shape[2]
+        return Gemm(first.dtype, batch, m, (n,), k, problem.op == "baddbmm")
+    if problem.op == "merged_mm":
+        m, k = specs[0].shape
+        return Gemm(specs[0].dtype, 1, m, tuple(spec.shape[1] for spec in specs[1:]), k, False)
+    return None
+
+
+def index_entries(entries: Iterable[Entry]) -> dict[Gemm, Entry]:
+    """Entries by GEMM, first come first."""
+    index: dict[Gemm, Entry] = {}
+    for entry in entries:
+        gemm = gemm_of(entry.problem)
+        if gemm is not None:
+            index.setdefault(gemm, entry)
+    return index

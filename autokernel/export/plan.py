@@ -1,0 +1,115 @@
+"""What of a bundle applies in this process, and what became of each entry. Knows torch's version, not Inductor."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, field, replace
+
+from autokernel.environment import Environment
+from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.matching import Gemm, gemm_of, index_entries
+
+log = logging.getLogger(__name__)
+
+
+def mismatch(made: Environment, here: Environment) -> str | None:
+    """One clause that says why entries made there do not hold here, None if they do.
+
+    The device, its instruction set, the number of threads or multiprocessors and torch's minor version decide; a patch
+    release, the driver and other libraries do not.
+    """
+    facts = (
+        ("device", made.device, here.device),
+        ("device name", made.device_name, here.device_name),
+        ("instruction set", made.isa, here.isa),
+        ("threads" if made.device == "cpu" else "multiprocessors", made.num_units, here.num_units),
+        ("torch", minor(made.torch), minor(here.torch)),
+    )
+    for what, there, now in facts:
+        if there != now:
+            return f"it was tuned with {what} {there}, this is {now}"
+    return None
+
+
+def minor(version: str) -> str:
+    """Major and minor part of a version."""
+    return ".".join(version.split(".")[:2])
+
+
+@dataclass(slots=True)
+class Usage:
+    """Counters of one entry: `hits` counts the sites in compiled graphs that were built from it."""
+
+    hits: int = 0
+    reasons: list[str] = field(default_factory=list)  # why it did not apply somewhere
+
+
+class Plan:
+    """A bundle in use: entries by GEMM, and what happened to each. Compilations of several threads share one plan."""
+
+    def __init__(self, bundle: Bundle, why_not: str | None = None) -> None:
+        """`why_not` given means that nothing of the bundle applies here, for that reason."""
+        self.bundle = bundle
+        self.why_not = why_not
+        self._lock = threading.Lock()
+        self._index: dict[Gemm, Entry] = {} if why_not else index_entries(bundle.entries)
+        self._concatenated = {
+            replace(gemm, ns=(sum(gemm.ns),)): entry
+            for gemm, entry in self._index.items()
+            if entry.config.get("merge") == "concat"
+        }
+        self.usage: dict[str, Usage] = {entry.key: Usage() for entry in bundle.entries}
+        if why_not:
+            for entry in bundle.entries:
+                self.skip(entry, why_not)
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever compiled code could: part of Inductor's cache key."""
+        return f"{self.bundle.applied_digest}{'-stock' if self.why_not else ''}"
+
+    @property
+    def active(self) -> bool:
+        return self.why_not is None and not self.bundle.stock
+
+    @property
+    def num_hit_entries(self) -> int:
+        return sum(usage.hits > 0 for usage in self.usage.values())
+
+    def find(self, gemm: Gemm) -> Entry | None:
+        """The entry for a GEMM, None if stock code serves it."""
+        return self._index.get(gemm)
+
+    def find_or_merged(self, gemm: Gemm) -> Entry | None:
+        """The entry for a GEMM that may itself be the concatenation of several."""
+        return self._index.get(gemm) or self._concatenated.get(gemm)
+
+    def groups(self, dtype: str, m: int, k: int) -> list[tuple[Entry, tuple[int, ...]]]:
+        """Entries that merge GEMMs of this input, with the Ns that they merge; most GEMMs first."""
+        found = [
+            (entry, gemm.ns)
+            for gemm, entry in self._index.items()
+            if entry.problem.op == "merged_mm" and (gemm.dtype, gemm.m, gemm.k) == (dtype, m, k)
+        ]
+        return sorted(found, key=lambda item: -len(item[1]))
+
+    def hit(self, entry: Entry) -> None:
+        with self._lock:
+            self.usage[entry.key].hits += 1
+
+    def skip(self, entry: Entry, reason: str) -> None:
+        """Stock code serves this entry's problem here; said once per entry and reason."""
+        with self._lock:
+            reasons = self.usage[entry.key].reasons
+            if reason in reasons:
+                return
+            reasons.append(reason)
+        log.warning("autokernel: stock code instead of the tuned entry for %s: %s", entry.key, reason)
+
+    def report(self) -> dict[str, Usage]:
+        """Usage by problem key."""
+        return dict(self.usage)
+
+
+__all__ = ["Gemm", "Plan", "Usage", "gemm_of", "minor", "mismatch"]
