@@ -1,0 +1,172 @@
+"""How wrong an output may be: twice as wrong as eager PyTorch in the problem's own dtype. No other tolerance anywhere.
+
+Errors are against the op in float64 (float32 where float64 does not run), both as the largest difference of an element and
+as the relative norm. The floor is a rounding's worth: half a unit in the last place of the reference's largest element
+(a quarter of that for the norm), so that an eager result that happens to be exact does not forbid a rounded one. Integers
+are exact. NaN, +Inf and -Inf must be where eager has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autokernel.ops import Op
+from autokernel.records import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+EAGER_FACTOR = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What one output has to be.
+
+    `reference` holds the exact result (integers: eager's own), `classes` says where eager is not finite (0 finite, 1 NaN,
+    2 +Inf, 3 -Inf; None: all finite). `shares_with` are earlier outputs of the same call whose storage eager shares.
+    """
+
+    reference: torch.Tensor
+    classes: torch.Tensor | None
+    limit_max: float
+    limit_norm: float
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    device: torch.device
+    num_bytes: int
+    shares_with: tuple[int, ...]
+
+    @property
+    def exact(self) -> bool:
+        return not self.dtype.is_floating_point
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """How wrong one output is. `misplaced` counts elements whose NaN/Inf/finite class is not eager's."""
+
+    max: float
+    norm: float
+    misplaced: int
+
+
+def run_reference(op: Op, problem: Problem, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The op in float64, or in float32 where it does not run in float64. Integer inputs stay as they are."""
+    import torch
+
+    for dtype in (torch.float64, torch.float32):
+        raised = [x.to(dtype) if x.dtype.is_floating_point else x for x in inputs]
+        try:
+            return op.reference(problem, *raised)
+        except (RuntimeError, NotImplementedError):
+            if dtype is torch.float32:
+                raise
+    raise AssertionError("one of the two dtypes either returns or raises")
+
+
+def expected_outputs(op: Op, problem: Problem, inputs: Sequence[torch.Tensor]) -> tuple[Expected, ...]:
+    """The reference and eager's own error for each output of one copy."""
+    import torch
+
+    with torch.no_grad():
+        eager = op.reference(problem, *inputs)
+        exact = run_reference(op, problem, inputs)
+        expected = []
+        for i, (own, reference) in enumerate(zip(eager, exact, strict=True)):
+            shared = tuple(j for j in range(i) if eager[j].untyped_storage().data_ptr() == own.untyped_storage().data_ptr())
+            expected.append(_expected(own, reference, shared))
+        return tuple(expected)
+
+
+def errors_of(out: torch.Tensor, expected: Expected) -> Errors:
+    """Errors of an output of the expected shape and dtype, over the elements where eager and reference are finite."""
+    import torch
+
+    if expected.exact:
+        different = out != expected.reference
+        worst = (out.double() - expected.reference.double()).abs().max().item() if out.numel() else 0.0
+        return Errors(max=max(worst, 1.0) if bool(different.any()) else 0.0, norm=0.0, misplaced=0)
+    out = _wide(out)
+    if expected.classes is None:
+        misplaced = int((~torch.isfinite(out)).sum())
+    else:
+        misplaced = int((_classes(out) != expected.classes).sum())
+    worst, norm = _distance(out, expected.reference, expected.classes)
+    return Errors(max=worst, norm=norm, misplaced=misplaced)
+
+
+def all_finite(outputs: Sequence[torch.Tensor]) -> bool:
+    """Whether no output holds a NaN or an infinity."""
+    import torch
+
+    return all(bool(torch.isfinite(_wide(out)).all()) for out in outputs if out.dtype.is_floating_point)
+
+
+def _expected(eager: torch.Tensor, reference: torch.Tensor, shared: tuple[int, ...]) -> Expected:
+    import torch
+
+    limit_max = limit_norm = 0.0
+    classes = None
+    if not eager.dtype.is_floating_point:
+        reference = eager.clone()
+    else:
+        if not all_finite([eager]):
+            classes = _classes(eager)
+        info = torch.finfo(eager.dtype)
+        unit = info.eps / 2
+        kept = reference if classes is None else torch.where(classes == 0, reference, 0)
+        largest = kept.abs().nan_to_num(0, 0, 0).max().item() if kept.numel() else 0.0
+        error_max, error_norm = _distance(eager, reference, classes)
+        limit_max = EAGER_FACTOR * error_max + unit * largest + info.smallest_normal * unit
+        limit_norm = EAGER_FACTOR * error_norm + unit / 4
+        # float32 holds the reference of a 16-bit problem to a ten-thousandth of its budget, in half the memory.
+        reference = reference.to(torch.float64 if eager.dtype.itemsize > 2 else torch.float32)
+    return Expected(
+        reference=reference,
+        classes=classes,
+        limit_max=limit_max,
+        limit_norm=limit_norm,
+        dtype=eager.dtype,
+        shape=tuple(eager.shape),
+        stride=tuple(eager.stride()),
+        device=eager.device,
+        num_bytes=eager.numel() * eager.element_size(),
+        shares_with=shared,
+    )
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """float8 has next to no operations of its own."""
+    return tensor.float() if tensor.dtype.is_floating_point and tensor.element_size() == 1 else tensor
+
+
+def _classes(tensor: torch.Tensor) -> torch.Tensor:
+    """0 where finite, 1 where NaN, 2 where +Inf, 3 where -Inf; uint8, shape as the tensor's."""
+    import torch
+
+    tensor = _wide(tensor)
+    infinite = torch.isinf(tensor)
+    return torch.isnan(tensor).byte() + infinite.byte() * 2 + (infinite & (tensor < 0)).byte()
+
+
+def _distance(out: torch.Tensor, reference: torch.Tensor, classes: torch.Tensor | None) -> tuple[float, float]:
+    """(largest absolute difference, norm of the difference over the reference's) where both should be finite."""
+    import torch
+
+    if out.numel() == 0:
+        return 0.0, 0.0
+    exact = reference.double()
+    counted = torch.isfinite(exact) if classes is None else torch.isfinite(exact) & (classes == 0)
+    difference = torch.where(counted, out.double() - exact, 0.0)
+    scale = torch.where(counted, exact, 0.0).norm().item()
+    worst, norm = difference.abs().max().item(), difference.norm().item()
+    if norm == 0:
+        return 0.0, 0.0
+    # A NaN or Inf where a number belongs compares false with any limit, and must not pass for that.
+    worst, norm = (float("inf") if math.isnan(x) else x for x in (worst, norm))
+    return worst, norm / scale if scale > 0 else float("inf")

@@ -1,0 +1,267 @@
+"""Inputs that show what a kernel does wrong: several draws, each reproducible from a seed, in the problem's exact layout.
+
+Non-constant inputs vary by draw; constants (weights) are drawn once per copy. Copy 0's constants repeat their first half
+along the contraction, so that the draw "cancellation" really cancels there and a lost fp32 accumulation shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from autokernel.evaluate.caches import cache_bytes
+from autokernel.records import Problem, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+DRAWS = ("model", "large", "tiny", "zero_rows", "cancellation", "nonfinite")
+MIN_COPIES, MAX_COPIES = 2, 32
+_CANCELLING_SCALE = 16.0  # the halves that cancel, over what remains
+# Powers of two, so that scaling itself rounds nothing; small enough that squares and cubes stay finite and normal.
+_SCALES = {
+    "large": {"float16": 2.0**4, "float8_e4m3fn": 2.0**4, "float8_e5m2": 2.0**4},
+    "tiny": {"float16": 2.0**-6, "float8_e4m3fn": 2.0**-3, "float8_e5m2": 2.0**-6},
+}
+_WIDE_SCALES = {"large": 2.0**16, "tiny": 2.0**-30}
+_INTEGER_RANGES = {"int8": (-128, 128), "uint8": (0, 256), "int16": (-1024, 1024), "bool": (0, 2)}
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed that is fresh for every distinct combination of parts, and the same in every process."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def num_copies_for(
+    problem: Problem, cache_size: int | None = None, limit: int = MAX_COPIES, memory_bytes: int | None = None
+) -> int:
+    """Copies of all inputs that together exceed twice the L2 cache, between 2 and `limit`, as far as memory allows.
+
+    Args:
+        problem: what is run on each copy.
+        cache_size: bytes of L2; default: of the problem's device.
+        limit: most copies, 2 or more.
+        memory_bytes: what all copies together may take; default: a quarter of what is free.
+
+    Raises:
+        ValueError: not even two copies fit.
+    """
+    cache_size = cache_bytes(problem.device) if cache_size is None else cache_size
+    memory_bytes = _free_bytes(problem.device) // 4 if memory_bytes is None else memory_bytes
+    each = max(1, sum(spec.num_bytes for spec in problem.inputs))
+    affordable = memory_bytes // each
+    if affordable < MIN_COPIES:
+        raise ValueError(
+            f"{problem.key}: {MIN_COPIES} copies of its inputs ({each} bytes each) must fit in {memory_bytes} bytes, a quarter "
+            f"of the free memory; tune a smaller problem or free some"
+        )
+    return max(MIN_COPIES, min(2 * cache_size // each + 1, limit, affordable))
+
+
+def is_cold(problem: Problem, num_copies: int, cache_size: int) -> bool:
+    """Whether the copies together exceed twice the cache."""
+    return num_copies * sum(spec.num_bytes for spec in problem.inputs) > 2 * cache_size
+
+
+def draw_scale(problem: Problem, draw: str) -> float:
+    """Magnitude of a draw's activations over the model's."""
+    narrow = [_SCALES[draw][s.dtype] for s in problem.inputs if draw in _SCALES and s.dtype in _SCALES[draw]]
+    if narrow:
+        return max(narrow) if draw == "tiny" else min(narrow)
+    return _WIDE_SCALES.get(draw, 1.0)
+
+
+def make_inputs(
+    problem: Problem, seed: int, draw: str = "model", device: str | None = None, scale: float | None = None
+) -> list[torch.Tensor]:
+    """One tensor per input of the problem, constants included, with its exact dtype, shape and stride.
+
+    Elements of the storage that no index reaches are NaN, so a kernel that reads past its input is wrong.
+
+    Args:
+        problem: says the layout.
+        seed: equal seeds give equal tensors.
+        draw: one of `DRAWS`; constants are always drawn as "model".
+        device: default: the problem's.
+        scale: magnitude instead of the draw's own, for "large" where eager itself overflows.
+
+    Raises:
+        ValueError: the draw is unknown.
+    """
+    if draw not in DRAWS:
+        raise ValueError(f"draw {draw!r} is not one of {DRAWS}")
+    scale = draw_scale(problem, draw) if scale is None else scale
+    return [
+        _constant(problem, i, seed, device, paired=False)
+        if i in problem.constants
+        else _variable(problem, i, seed, draw, device, scale)
+        for i in range(len(problem.inputs))
+    ]
+
+
+def make_variables(
+    problem: Problem, seed: int, draw: str = "model", device: str | None = None, scale: float | None = None
+) -> list[torch.Tensor]:
+    """`make_inputs` without the constants."""
+    if draw not in DRAWS:
+        raise ValueError(f"draw {draw!r} is not one of {DRAWS}")
+    scale = draw_scale(problem, draw) if scale is None else scale
+    positions = [i for i in range(len(problem.inputs)) if i not in problem.constants]
+    return [_variable(problem, i, seed, draw, device, scale) for i in positions]
+
+
+def make_constants(problem: Problem, seed: int, num_copies: int, device: str | None = None) -> list[list[torch.Tensor]]:
+    """Per copy, the problem's constant inputs in order: different weights for every copy."""
+    return [
+        [_constant(problem, i, derived_seed(seed, "copy", copy), device, paired=copy == 0) for i in problem.constants]
+        for copy in range(num_copies)
+    ]
+
+
+def join(problem: Problem, variables: Sequence[torch.Tensor], constants: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """All inputs of one copy, in the problem's order."""
+    rest, fixed = iter(variables), iter(constants)
+    return [next(fixed) if i in problem.constants else next(rest) for i in range(len(problem.inputs))]
+
+
+def contraction_size(problem: Problem) -> int:
+    """Elements that one output sums over, as well as can be told: the last dimension of the first non-constant input."""
+    for i, spec in enumerate(problem.inputs):
+        if i not in problem.constants and spec.shape:
+            return spec.shape[-1]
+    return max((spec.shape[-1] for spec in problem.inputs if spec.shape), default=1)
+
+
+def _constant(problem: Problem, position: int, seed: int, device: str | None, *, paired: bool) -> torch.Tensor:
+    spec = problem.inputs[position]
+    generator = _Generator(spec, derived_seed(seed, "constant", position), device or problem.device)
+    if not _is_float(spec):
+        return generator.place(generator.integers(problem, "model"))
+    values = generator.normal()
+    k = contraction_size(problem)
+    if len(spec.shape) < 2:
+        values = values / 2  # biases and gains of norms
+    else:
+        values = values / math.sqrt(k if k in spec.shape else spec.shape[-1])
+        if paired:
+            values = _pair(values, k)
+    return generator.place(values)
+
+
+def _variable(problem: Problem, position: int, seed: int, draw: str, device: str | None, scale: float) -> torch.Tensor:
+    spec = problem.inputs[position]
+    generator = _Generator(spec, derived_seed(seed, draw, "input", position), device or problem.device)
+    if not _is_float(spec):
+        return generator.place(generator.integers(problem, draw))
+    values = generator.normal() * scale
+    first = next((i for i in range(len(problem.inputs)) if i not in problem.constants), position)
+    if draw == "zero_rows":
+        rows = values.reshape(-1, values.shape[-1]) if values.dim() else values.reshape(1, 1)
+        rows[:: 1 if rows.shape[0] == 1 else 2] = 0
+        values = rows.reshape(values.shape)
+    elif draw == "cancellation":
+        values = _cancel(values) if position == first else _pair(values, contraction_size(problem))
+    elif draw == "nonfinite":
+        values = generator.spoil(values)
+    return generator.place(values)
+
+
+def _cancel(values: torch.Tensor) -> torch.Tensor:
+    """Large first halves along the last dimension, and their negatives plus something small behind them."""
+    if values.dim() == 0 or values.shape[-1] < 2:
+        return values
+    half = values.shape[-1] // 2
+    cancelled = values.clone()
+    cancelled[..., :half] = values[..., :half] * _CANCELLING_SCALE
+    cancelled[..., half : 2 * half] -= cancelled[..., :half]
+    return cancelled
+
+
+def _pair(values: torch.Tensor, size: int) -> torch.Tensor:
+    """The first half repeated along every dimension that has the contraction's size (only the op knows which it is)."""
+    paired = values.clone()
+    half = size // 2
+    for dim in range(values.dim() if half and values.dim() >= 2 else 0):
+        if values.shape[dim] == size:
+            paired.narrow(dim, half, half).copy_(paired.narrow(dim, 0, half).clone())
+    return paired
+
+
+def _is_float(spec: TensorSpec) -> bool:
+    return spec.dtype.startswith(("float", "bfloat"))
+
+
+class _Generator:
+    """Draws values for one tensor and puts them into its layout."""
+
+    def __init__(self, spec: TensorSpec, seed: int, device: str) -> None:
+        import torch
+
+        self._spec, self._device = spec, device
+        self._random = torch.Generator(device=device).manual_seed(seed)
+        # A broadcast dimension holds one element, however often it is read.
+        self._distinct = [1 if s == 0 else n for n, s in zip(spec.shape, spec.stride, strict=True)]
+
+    def normal(self) -> torch.Tensor:
+        import torch
+
+        return torch.randn(self._distinct, generator=self._random, device=self._device, dtype=torch.float32)
+
+    def integers(self, problem: Problem, draw: str) -> torch.Tensor:
+        """Integers of the dtype's range; those wide enough for indices stay within every table of the problem."""
+        import torch
+
+        if self._spec.dtype in _INTEGER_RANGES:
+            low, high = _INTEGER_RANGES[self._spec.dtype]
+        else:
+            low, high = 0, min((s.shape[0] for s in problem.inputs if s.shape and _is_float(s)), default=128)
+        if draw == "tiny":
+            low, high = max(low, 0), min(high, 2)
+        values = torch.randint(low, max(high, low + 1), self._distinct, generator=self._random, device=self._device)
+        if draw == "large":
+            return torch.where(values >= (low + high) / 2, high - 1, low)
+        return torch.zeros_like(values) if draw == "zero_rows" and low < 0 else values
+
+    def spoil(self, values: torch.Tensor) -> torch.Tensor:
+        """One NaN, one +Inf and one -Inf, in rows of their own where there are enough rows."""
+        import torch
+
+        rows = values.clone().reshape(-1, values.shape[-1] if values.dim() else 1)
+        if rows.numel() == 0:
+            return values
+        chosen = torch.randperm(rows.shape[0], generator=self._random, device=self._device)[:3].tolist()
+        kinds = torch.randperm(3, generator=self._random, device=self._device).tolist()
+        for row, kind in zip(chosen, kinds, strict=False):
+            column = int(torch.randint(rows.shape[1], (1,), generator=self._random, device=self._device))
+            rows[row, column] = (math.nan, math.inf, -math.inf)[kind]
+        return rows.reshape(values.shape)
+
+    def place(self, values: torch.Tensor) -> torch.Tensor:
+        """The values in a fresh storage with the spec's dtype, shape and stride."""
+        import torch
+
+        spec, dtype = self._spec, getattr(torch, self._spec.dtype)
+        if spec.num_elements == 0:
+            return torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=self._device)
+        length = 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True))
+        storage = torch.zeros(length, dtype=torch.float32 if _is_float(spec) else torch.int64, device=self._device)
+        storage = (storage + math.nan if _is_float(spec) else storage).to(dtype)
+        target = storage.as_strided(self._distinct, spec.stride)
+        if length < math.prod(self._distinct):  # windows that overlap: no order of writing is right, so write the storage
+            storage.copy_(values.reshape(-1)[:length])
+        else:
+            target.copy_(values)
+        return storage.as_strided(spec.shape, spec.stride)
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)

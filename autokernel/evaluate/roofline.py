@@ -1,0 +1,189 @@
+"""What this machine can do at best, measured; and that nothing may claim to be faster than that."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from autokernel.evaluate.caches import cache_bytes, last_level_bytes
+from autokernel.evaluate.timing import pin_threads, quiet, timer
+from autokernel.ops import Op
+from autokernel.records import Check, Measurement, Problem, Record
+
+if TYPE_CHECKING:
+    import torch
+
+_MARGIN = 1.1
+# A cycle through more than this many times a cache finds next to nothing of it there. A CPU's replacement keeps some of a
+# working set that is only a little too large; MEASURING.md counts twice a GPU's L2 as cold.
+_COLD_FACTOR = {"cpu": 4, "cuda": 2}
+_READ_BYTES_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings(Record):
+    """The best that was seen on one machine: reading from memory and from the caches, and multiplying by dtype.
+
+    `cache_gb_per_s` is for what fits into the last level, `l2_gb_per_s` for what fits into the L2s.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    read_gb_per_s: float
+    tflops: Mapping[str, float] = field(default_factory=dict)
+    cache_gb_per_s: float = 0.0
+    cache_bytes: int = 0
+    l2_gb_per_s: float = 0.0
+    l2_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.read_gb_per_s > 0 or any(not value > 0 for value in self.tflops.values()):
+            raise ValueError(f"ceilings must be positive: {self.read_gb_per_s} GB/s, {dict(self.tflops)} TFLOP/s")
+
+    def read_ceiling(self, working_set_bytes: int) -> float:
+        """GB/s from the fastest level that could hold (part of) a working set of this size."""
+        factor = _COLD_FACTOR.get(self.device, 4)
+        speed = self.read_gb_per_s
+        if working_set_bytes <= factor * self.cache_bytes:
+            speed = max(speed, self.cache_gb_per_s)
+        if working_set_bytes <= factor * self.l2_bytes:
+            speed = max(speed, self.l2_gb_per_s)
+        return speed
+
+    def peak_tflops(self, dtype: str) -> float:
+        """TFLOP/s of a dtype; for one that was not measured, the best of all (so nothing is called too fast by mistake)."""
+        return self.tflops.get(dtype) or max(self.tflops.values(), default=math.inf)
+
+
+def roofline_us(flops: int, num_bytes: int, dtype: str, ceilings: Ceilings) -> float:
+    """Least time of one call whose data come from memory, in microseconds."""
+    return max(num_bytes / (ceilings.read_gb_per_s * 1e3), flops / (ceilings.peak_tflops(dtype) * 1e6))
+
+
+def physics_check(measurement: Measurement, problem: Problem, op: Op, ceilings: Ceilings, num_copies: int = 1) -> Check:
+    """Whether a measurement is possible: the roofline's time over the measured one must not exceed 1.1.
+
+    Args:
+        measurement: time of one call.
+        problem: what was solved.
+        op: says its operations and least traffic.
+        ceilings: of this machine, with the same number of threads.
+        num_copies: sets of inputs that the timing rotated among; what they take together decides which cache could hold it.
+    """
+    num_bytes, flops = op.num_bytes(problem), op.flops(problem)
+    speed = ceilings.read_ceiling(num_copies * sum(spec.num_bytes for spec in problem.inputs))
+    dtype = problem.inputs[0].dtype
+    least_us = max(num_bytes / (speed * 1e3), flops / (ceilings.peak_tflops(dtype) * 1e6))
+    ratio = least_us / measurement.median_us
+    note = (
+        f"least possible {least_us:.3g} us ({num_bytes} bytes at {speed:.3g} GB/s, {flops} operations at "
+        f"{ceilings.peak_tflops(dtype):.3g} TFLOP/s), measured {measurement.median_us:.3g} us"
+    )
+    return Check(name="physics", value=ratio, limit=_MARGIN, passed=ratio <= _MARGIN, note=note)
+
+
+def measure_ceilings(
+    device: str, threads: int | None = None, dtypes: Iterable[str] = ("float32", "bfloat16"), budget_s: float = 3.0
+) -> Ceilings:
+    """Measure this machine; each ceiling is the best of everything tried, since noise only ever slows down.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: CPU threads; default: what torch is set to.
+        dtypes: floating dtypes to multiply in; those that do not run are left out.
+        budget_s: about how long it may take.
+    """
+    import torch
+
+    if device == "cpu":
+        pin_threads(threads)
+    dtypes = list(dtypes)
+    last, l2 = last_level_bytes(device), cache_bytes(device, threads)
+    share_s = budget_s / (3 + len(dtypes))
+    with quiet():
+        memory = _read_speed(device, min(_READ_BYTES_LIMIT, max(5 * last, 256 << 20)), share_s)
+        in_cache = _read_speed(device, last // 2, share_s) if last > l2 else 0.0
+        in_l2 = _read_speed(device, l2 // 2, share_s)
+        peaks = {dtype: _gemm_tflops(device, dtype, share_s) for dtype in dtypes}
+    return Ceilings(
+        device=device,
+        threads=torch.get_num_threads() if device == "cpu" else 1,
+        read_gb_per_s=memory,
+        tflops={dtype: peak for dtype, peak in peaks.items() if peak > 0},
+        cache_gb_per_s=max(in_cache, memory),
+        cache_bytes=last,
+        l2_gb_per_s=max(in_l2, in_cache, memory),
+        l2_bytes=l2,
+    )
+
+
+def _read_speed(device: str, num_bytes: int, budget_s: float) -> float:
+    """GB/s of reading a buffer over and over, by the best of several kernels that only read."""
+    import torch
+
+    columns = 4096
+    rows = max(8, num_bytes // (4 * columns))
+    matrix = torch.randn(rows, columns, device=device)
+    vector = torch.randn(columns, device=device)
+    # Small buffers are read several times in one call, so that the call itself does not count.
+    again = max(1, (16 << 20) // (matrix.numel() * 4))
+    repeated = matrix.reshape(1, -1).expand(again, -1)
+    readers: list[tuple[Callable[[], object], int]] = [
+        (lambda: torch.mv(matrix, vector), 1),
+        (lambda: torch.sum(repeated, dim=1), again),
+        (lambda: torch.amax(repeated, dim=1), again),
+        (lambda: [torch.mv(matrix, vector) for _ in range(again)], again),
+    ]
+    if device == "cuda":
+        target = torch.empty_like(matrix)
+        readers.append((lambda: target.copy_(matrix), 2))
+    size = matrix.numel() * 4
+    return max(size * times / (_best_us(device, read, budget_s / len(readers)) * 1e3) for read, times in readers)
+
+
+def _gemm_tflops(device: str, dtype: str, budget_s: float) -> float:
+    """TFLOP/s of the best of a few large products; 0 if the dtype does not multiply here."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    shapes = [(256, 1024, 1024), (1024, 1024, 1024), (512, 2048, 2048)]
+    if device == "cuda":
+        shapes = [(8192, 8192, 8192), (4096, 8192, 8192)]
+    best = 0.0
+    for m, n, k in shapes:
+        try:
+            x, w = torch.randn(m, k, device=device).to(kind), torch.randn(n, k, device=device).to(kind)
+            for product in _products(x, w):
+                us = _best_us(device, product, budget_s / len(shapes) / 2)
+                best = max(best, 2 * m * n * k / (us * 1e6))
+        except (RuntimeError, NotImplementedError):  # this dtype does not multiply on this device
+            continue
+    return best
+
+
+def _products(x: torch.Tensor, w: torch.Tensor) -> Sequence[Callable[[], object]]:
+    """Ways to compute x [M, K] times w [N, K] transposed: torch's own, and oneDNN's with prepacked weights."""
+    import torch
+
+    ways: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(x, w)]
+    if x.device.type == "cpu":
+        try:
+            packed = torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), x.shape[0])
+            torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        except (RuntimeError, AttributeError, NotImplementedError):  # no oneDNN in this build, or not for this dtype
+            return ways
+        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+    return ways
+
+
+def _best_us(device: str, function: Callable[[], object], budget_s: float) -> float:
+    """Fastest of as many runs as fit, three at least, in microseconds."""
+    timed = timer(device, function)
+    timed()
+    best, deadline, count = math.inf, time.monotonic() + budget_s, 0
+    while count < 3 or time.monotonic() < deadline:
+        best, count = min(best, timed()), count + 1
+    return max(best, 1e-3)

@@ -1,0 +1,117 @@
+"""What tensors are, rather than what they hold: their bytes, layout, storage, and whether they are tensors at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from autokernel.evaluate.budget import Expected
+
+if TYPE_CHECKING:
+    import torch
+
+
+def synchronize(device: str) -> None:
+    """Wait for everything on the device, on every stream."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole storage as uint8 [num_bytes], gaps included; a view."""
+    import torch
+
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+
+
+def num_different(first: torch.Tensor, second: torch.Tensor) -> int:
+    """Elements that are not bitwise equal; any NaN equals any other."""
+    import torch
+
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[first.element_size()]
+    different = first.contiguous().view(integer) != second.contiguous().view(integer)
+    if not bool(different.any()):
+        return 0
+    if first.dtype.is_floating_point:
+        different &= ~(first.float().isnan() & second.float().isnan())
+    return int(different.sum())
+
+
+def plain_problem(outputs: Sequence[Any]) -> str:
+    """ "" if every output is a plain strided tensor; otherwise what is not. Touches no data, so nothing lazy is woken up."""
+    import torch
+
+    for i, out in enumerate(outputs):
+        if type(out) is not torch.Tensor:
+            return f"output {i} is a {type(out).__name__}; only plain torch.Tensor is accepted"
+        if out.layout != torch.strided or out.is_conj() or out.is_neg() or out.requires_grad:
+            return f"output {i} has layout {out.layout}, or a pending conjugate, negation or gradient; it must be plain"
+    return ""
+
+
+def metadata_problem(outputs: Sequence[torch.Tensor], expected: Sequence[Expected]) -> str:
+    """ "" if number, dtype, shape, stride and device of the outputs are the reference's; otherwise the first difference."""
+    if len(outputs) != len(expected):
+        return f"{len(outputs)} outputs, but the reference has {len(expected)}"
+    for i, (out, want) in enumerate(zip(outputs, expected, strict=True)):
+        differences = [
+            f"{name} {got} instead of {should}"
+            for name, got, should in (
+                ("dtype", out.dtype, want.dtype),
+                ("shape", tuple(out.shape), want.shape),
+                ("stride", _meaningful(out.stride(), out.shape), _meaningful(want.stride, want.shape)),
+                ("device", out.device, want.device),
+            )
+            if got != should
+        ]
+        if differences:
+            return f"output {i}: {', '.join(differences)}"
+    return ""
+
+
+def alias_problem(
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    earlier: Sequence[torch.Tensor],
+    shares_with: Sequence[tuple[int, ...]],
+    outputs_per_copy: int,
+) -> str:
+    """ "" if no output's storage overlaps an input, an output of the call before, or another output of this one.
+
+    Args:
+        outputs: of all copies in order.
+        inputs: all inputs and constants.
+        earlier: outputs of the call before, still alive.
+        shares_with: per output, the earlier outputs of its own copy whose storage eager shares; these may overlap.
+        outputs_per_copy: outputs of one copy.
+    """
+    spans = [_span(x) for x in outputs]
+    foreign = [("an input or constant", _span(x)) for x in inputs] + [("an earlier call's output", _span(x)) for x in earlier]
+    for i, span in enumerate(spans):
+        for what, other in foreign:
+            if _overlap(span, other):
+                return f"output {i} shares memory with {what}"
+        first = i - i % outputs_per_copy
+        for j in range(i):
+            if _overlap(span, spans[j]) and j - first not in shares_with[i]:
+                return f"outputs {j} and {i} share memory"
+    return ""
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return max(a[0], b[0]) < min(a[1], b[1])
+
+
+def _meaningful(stride: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of dimensions that have more than one element; the others say nothing."""
+    if any(n == 0 for n in shape):
+        return ()
+    return tuple(s for s, n in zip(stride, shape, strict=True) if n != 1)

@@ -1,0 +1,353 @@
+"""How long a call takes: cold caches, the regime of production, medians; and contenders against each other, interleaved.
+
+On a CPU a sample is one `Built.run` over all copies, by the wall clock. On a GPU it is the replay of a CUDA graph that holds
+several of them, by events. The copies of the inputs are what keeps L2 cold.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from autokernel.backends import Built
+from autokernel.evaluate.statistics import drifted, median_and_spread, paired_speedup, running_median
+from autokernel.evaluate.tensors import synchronize
+from autokernel.records import Measurement, Record, Speedup
+
+if TYPE_CHECKING:
+    import torch
+
+_GRAPH_REPLAY_US = 1000.0  # a replay lasts at least this long, so that its own launch does not count
+_MAX_GRAPH_CALLS = 64
+_WARMUP_ROUNDS = 3
+Regime = Literal["graph", "eager"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much time a measurement may take."""
+
+    warmup_s: float
+    budget_s: float
+    min_samples: int
+    max_samples: int
+
+
+EFFORTS: Mapping[str, Effort] = {
+    "quick": Effort(warmup_s=0.03, budget_s=0.2, min_samples=7, max_samples=500),
+    "thorough": Effort(warmup_s=0.2, budget_s=1.5, min_samples=25, max_samples=4000),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison(Record):
+    """Contenders timed against each other in one process.
+
+    `drift` is how far the baseline's running median wandered over its median; `conditions` are clocks, power, temperature
+    and load before and after, as far as this machine tells them.
+    """
+
+    baseline: str
+    medians_us: Mapping[str, float]
+    spreads_us: Mapping[str, float]
+    num_rounds: int
+    num_discarded: int
+    drift: float
+    speedups: Mapping[str, Speedup] = field(default_factory=dict)
+    conditions: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Comparison:
+        """Inverse of `to_json`."""
+        fields = dict(data)
+        fields["speedups"] = {name: Speedup.from_json(value) for name, value in fields.get("speedups", {}).items()}
+        return cls(**fields)
+
+
+def measure(
+    built: Built,
+    inputs: Sequence[torch.Tensor],
+    *,
+    device: str,
+    threads: int | None = None,
+    cold: bool = True,
+    effort: str = "quick",
+    regime: Regime = "graph",
+    audit: Callable[[Callable[[], tuple[Any, ...]]], None] | None = None,
+    seed: int = 0,
+) -> Measurement:
+    """Time of one call on one copy.
+
+    Args:
+        built: what to time.
+        inputs: the non-constant inputs of all copies, in order.
+        device: "cpu" or "cuda".
+        threads: CPU threads; default: what torch is set to.
+        cold: whether the copies exceed twice L2 (see `probes.is_cold`), for the record.
+        effort: a key of `EFFORTS`.
+        regime: "graph" or "eager"; on a CPU there is only eager.
+        audit: called once, at a random point, with the call as it is timed; its time does not count.
+        seed: of that point.
+
+    Raises:
+        ValueError: the effort is unknown.
+    """
+    if effort not in EFFORTS:
+        raise ValueError(f"effort {effort!r} is not one of {sorted(EFFORTS)}")
+    limits = EFFORTS[effort]
+    if device == "cpu":
+        pin_threads(threads)
+    graphed = device == "cuda" and regime == "graph"
+    with quiet():
+        step, verified_step, num_calls = _graph_step(built, inputs) if graphed else _eager_step(built, inputs)
+        timed = timer(device, step)
+        one_us = _warm_up(timed, limits)
+        # The audit comes at a random point of the first half, wherever the time runs out.
+        planned = min(limits.max_samples, max(limits.min_samples, int(limits.budget_s * 1e6 / one_us)))
+        audit_at = random.Random(seed).randrange(max(1, min(planned, limits.max_samples) // 2))
+        samples: list[float] = []
+        spent_us = 0.0
+        while len(samples) < limits.min_samples or (spent_us < limits.budget_s * 1e6 and len(samples) < limits.max_samples):
+            if audit is not None and len(samples) == audit_at:
+                audit(verified_step)
+                audit = None
+                timed()  # what the audit left in the caches
+            samples.append(timed())
+            spent_us += samples[-1]
+        if audit is not None:
+            audit(verified_step)
+    per_call = [sample / (num_calls * built.num_copies) for sample in samples]
+    median, spread = median_and_spread(per_call)
+    return Measurement(
+        median_us=max(median, 1e-4),
+        spread_us=spread,
+        num_samples=len(samples),
+        regime=_regime(device, graphed, cold, num_calls * built.num_copies),
+    )
+
+
+def compare(
+    contenders: Mapping[str, Callable[[], object]],
+    baseline: str,
+    rounds: int,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    calls_per_sample: Mapping[str, int] | int = 1,
+    min_sample_us: float = 200.0,
+) -> Comparison:
+    """Time contenders interleaved, each once per round in random order, and judge them by the paired ratios.
+
+    A round in which the baseline itself drifted (see `statistics.drifted`) is discarded for everyone.
+
+    Args:
+        contenders: functions without arguments; each call is one sample, repeated where it is shorter than `min_sample_us`.
+        baseline: the key of the contender that the others are compared with.
+        rounds: paired rounds, after a few uncounted ones.
+        device: "cpu" or "cuda"; on a GPU time is by events, each sample after a full synchronisation.
+        seed: of the order and the bootstrap.
+        calls_per_sample: how many calls of the kernel one function call holds; what times are divided by.
+        min_sample_us: shorter functions are called several times per sample.
+
+    Raises:
+        ValueError: the baseline is not among the contenders, or there are no rounds.
+    """
+    if baseline not in contenders or rounds < 1:
+        raise ValueError(f"baseline {baseline!r} must be one of {sorted(contenders)}, and rounds ({rounds}) at least 1")
+    names = list(contenders)
+    order = random.Random(seed)
+    before = conditions(device)
+    with quiet():
+        repeats = {}
+        timers = {}
+        for name, function in contenders.items():
+            once = timer(device, function)
+            once()
+            shortest = min(once() for _ in range(_WARMUP_ROUNDS))
+            repeats[name] = max(1, math.ceil(min_sample_us / max(shortest, 0.1)))
+            timers[name] = timer(device, function, repeats[name])
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for number in range(-_WARMUP_ROUNDS, rounds):
+            order.shuffle(names)
+            for name in names:
+                sample = timers[name]()
+                if number >= 0:
+                    times[name].append(sample)
+    for name, values in times.items():
+        calls = calls_per_sample if isinstance(calls_per_sample, int) else calls_per_sample[name]
+        times[name] = [value / (repeats[name] * calls) for value in values]
+    return _judge(times, baseline, seed, {**_prefixed("before", before), **_prefixed("after", conditions(device))})
+
+
+def timer(device: str, function: Callable[[], object], repeats: int = 1) -> Callable[[], float]:
+    """A function that runs `function` `repeats` times and returns the time of all of them in microseconds."""
+    if device != "cuda":
+
+        def by_clock() -> float:
+            start = time.perf_counter_ns()
+            for _ in range(repeats):
+                function()
+            return (time.perf_counter_ns() - start) / 1000
+
+        return by_clock
+
+    import torch
+
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def by_events() -> float:
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(repeats):
+            function()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) * 1000
+
+    return by_events
+
+
+def graph_of(function: Callable[[], Any], num_calls: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph that holds `num_calls` calls, and what the last of them returned (its static outputs)."""
+    import torch
+
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(num_calls):
+            outputs = function()
+    return graph, outputs
+
+
+def pin_threads(threads: int | None) -> None:
+    """Make torch use exactly this many CPU threads. `OMP_WAIT_POLICY=passive` must be set before torch is imported."""
+    import torch
+
+    if threads is not None and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No gradients, and no garbage collection in the middle of a sample."""
+    import torch
+
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def conditions(device: str) -> dict[str, float]:
+    """What the machine says about its state now: load, and a GPU's clock (MHz), power (W) and temperature (C)."""
+    state: dict[str, float] = {}
+    if hasattr(os, "getloadavg"):
+        state["load"] = os.getloadavg()[0]
+    if device == "cuda":
+        import torch
+
+        for name, read in (
+            ("clock_mhz", torch.cuda.clock_rate),
+            ("power_w", lambda: torch.cuda.power_draw() / 1000),
+            ("temperature_c", torch.cuda.temperature),
+        ):
+            try:
+                state[name] = float(read())
+            except (RuntimeError, ImportError, ModuleNotFoundError):  # no NVML here
+                continue
+        return state
+    try:
+        with open(f"/sys/devices/system/cpu/cpu{min(os.sched_getaffinity(0))}/cpufreq/scaling_cur_freq", encoding="ascii") as f:
+            state["clock_mhz"] = int(f.read()) / 1000
+    except (OSError, ValueError, AttributeError):  # guests and other systems do not say
+        pass
+    return state
+
+
+def _eager_step(
+    built: Built, inputs: Sequence[torch.Tensor]
+) -> tuple[Callable[[], object], Callable[[], tuple[Any, ...]], int]:
+    def step() -> tuple[Any, ...]:
+        return built.run(*inputs)
+
+    return step, step, 1
+
+
+def _graph_step(
+    built: Built, inputs: Sequence[torch.Tensor]
+) -> tuple[Callable[[], object], Callable[[], tuple[Any, ...]], int]:
+    """Replay, the same with its outputs wiped before and returned after, and how many calls it holds."""
+    single, _ = graph_of(lambda: built.run(*inputs), 1)
+    replay_us = min(timer("cuda", single.replay)() for _ in range(5))
+    num_calls = max(1, min(_MAX_GRAPH_CALLS, math.ceil(_GRAPH_REPLAY_US / max(replay_us, 1.0))))
+    graph, outputs = graph_of(lambda: built.run(*inputs), num_calls)
+
+    def verified() -> tuple[Any, ...]:
+        for out in outputs:
+            out.fill_(math.nan if out.dtype.is_floating_point else 85)
+        graph.replay()
+        synchronize("cuda")
+        return tuple(outputs)
+
+    return graph.replay, verified, num_calls
+
+
+def _warm_up(timed: Callable[[], float], limits: Effort) -> float:
+    """Run until the warm-up's time is over, twice at least; returns the fastest in microseconds."""
+    best, spent = math.inf, 0.0
+    count = 0
+    while count < 2 or spent < limits.warmup_s * 1e6:
+        sample = timed()
+        best, spent, count = min(best, sample), spent + sample, count + 1
+    return max(best, 0.1)
+
+
+def _regime(device: str, graphed: bool, cold: bool, num_calls: int) -> str:
+    import torch
+
+    where = "cuda graph" if graphed else "cuda eager" if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return f"{where}, {'cold' if cold else 'warm'} L2, {num_calls} calls a sample"
+
+
+def _judge(times: Mapping[str, Sequence[float]], baseline: str, seed: int, state: Mapping[str, float]) -> Comparison:
+    discarded = drifted(times[baseline])
+    kept = {name: [t for t, drop in zip(values, discarded, strict=True) if not drop] for name, values in times.items()}
+    num_discarded = int(discarded.sum())
+    statistics = {name: median_and_spread(values) for name, values in kept.items()}
+    wandering = running_median(times[baseline])
+    return Comparison(
+        baseline=baseline,
+        medians_us={name: median for name, (median, _) in statistics.items()},
+        spreads_us={name: spread for name, (_, spread) in statistics.items()},
+        num_rounds=len(discarded),
+        num_discarded=num_discarded,
+        drift=float((wandering.max() - wandering.min()) / statistics[baseline][0]),
+        speedups={
+            name: paired_speedup(kept[baseline], values, seed=seed + i, num_discarded=num_discarded)
+            for i, (name, values) in enumerate(kept.items())
+            if name != baseline
+        },
+        conditions=state,
+    )
+
+
+def _prefixed(prefix: str, state: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}_{name}": value for name, value in state.items()}
