@@ -21,7 +21,7 @@ import ray.exceptions
 
 from autokernel.errors import ConfigError, JobLost, WorkerError
 from autokernel.workers.pool import QueuedPool
-from autokernel.workers.worker import Reply, Worker
+from autokernel.workers.worker import Reply, Worker, module_path
 
 _log = logging.getLogger(__name__)
 
@@ -77,8 +77,10 @@ class RayPool(QueuedPool):
             _Host
         )
 
+        here = module_path()
+
         def create() -> Any:
-            return actor.remote(env, memory_limit_bytes, tuple(preload))
+            return actor.remote(env, memory_limit_bytes, tuple(preload), here, address == "local")
 
         fleet = _Fleet()
         super().__init__([_ActorRunner(create, fleet) for _ in range(num_workers)])
@@ -94,10 +96,25 @@ class RayPool(QueuedPool):
 class _Host:
     """The actor: holds the device that Ray gave it, and a worker."""
 
-    def __init__(self, env: Mapping[str, str], memory_limit_bytes: int | None, preload: Sequence[str]) -> None:
+    def __init__(
+        self,
+        env: Mapping[str, str],
+        memory_limit_bytes: int | None,
+        preload: Sequence[str],
+        driver_path: Sequence[str],
+        same_machine: bool,
+    ) -> None:
         if "OMP_NUM_THREADS" not in env:
             os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to num_cpus, which only books
-        self._worker = Worker(env=env, memory_limit_bytes=memory_limit_bytes, preload=preload, start_timeout_s=_START_TIMEOUT_S)
+        # On another node the driver's folders may be missing or hold something else, so they come last there.
+        path = driver_path if same_machine else list(dict.fromkeys([*module_path(), *driver_path]))
+        self._worker = Worker(
+            env=env,
+            memory_limit_bytes=memory_limit_bytes,
+            preload=preload,
+            sys_path=path,
+            start_timeout_s=_START_TIMEOUT_S,
+        )
 
     def start(self) -> WorkerError | None:
         """Start the child. Errors are returned, since Ray would wrap what is raised."""

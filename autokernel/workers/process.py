@@ -165,7 +165,7 @@ class ChildProcess:
         return True
 
     def exited(self) -> bool:
-        """Whether the child is dead. Thread-safe. It stays a zombie, so that its id and its group's cannot be given to others."""
+        """Whether the child is dead; thread-safe. It stays a zombie, so that its id cannot be given to others."""
         with self._lock:
             if self._reaped:
                 return True

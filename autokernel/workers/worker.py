@@ -163,7 +163,7 @@ class Worker:
         if self._child is not None:
             return self._child
         child = self._new_child()
-        hello = pickle.dumps((self._sys_path if self._sys_path is not None else _module_path(), self._preload))
+        hello = pickle.dumps((self._sys_path if self._sys_path is not None else module_path(), self._preload))
         try:
             reply = self._exchange(child, hello, self._start_timeout_s)
         except (JobTimeout, JobCrashed) as error:
@@ -205,6 +205,6 @@ class Worker:
             child.close()
 
 
-def _module_path() -> list[str]:
+def module_path() -> list[str]:
     """`sys.path` with the working directory spelled out."""
     return [path or os.getcwd() for path in sys.path]

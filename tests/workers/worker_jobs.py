@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 @dataclass(frozen=True)
 class Add:
@@ -36,13 +38,23 @@ class ParentPid:
 
 @dataclass(frozen=True)
 class Where:
-    """Which worker runs it, and on which node."""
+    """The process that owns the worker (an actor), and its parent (the node's own process)."""
 
     seconds: float = 0.0
 
-    def __call__(self) -> tuple[int, str]:
+    def __call__(self) -> tuple[int, int]:
         time.sleep(self.seconds)
-        return os.getppid(), os.environ.get("RAY_NODE_ID", "")
+        owner = psutil.Process(os.getppid())
+        return owner.pid, owner.ppid()
+
+
+@dataclass(frozen=True)
+class SleepAndPid:
+    seconds: float
+
+    def __call__(self) -> int:
+        time.sleep(self.seconds)
+        return os.getpid()
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,15 @@ class WriteToAllPipes:
     def __call__(self) -> str:
         os.write(1, b"\x00" * 7 + b"\x04junk")
         return "unharmed"
+
+
+@dataclass(frozen=True)
+class ForkAndReturn:
+    """Both the process and its copy return."""
+
+    def __call__(self) -> str:
+        os.fork()
+        return "once"
 
 
 @dataclass(frozen=True)
@@ -203,6 +224,7 @@ class Raise:
     kind: str
 
     def __call__(self) -> None:
+        print("printed before")
         if self.kind == "value":
             raise ValueError("tile 13 is not a multiple of 8")
         if self.kind == "unpicklable":

@@ -1,0 +1,205 @@
+"""What every pool must do, for each of them; then what is the local pool's own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, wait
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import worker_jobs as jobs
+
+from autokernel.config import ClusterSection
+from autokernel.errors import JobCrashed, JobLost, JobTimeout, WorkerError
+from autokernel.workers.pool import InlinePool, LocalPool, Pool, open_pool
+
+ROOT = Path(__file__).resolve().parents[2]
+GENEROUS_S = 60.0
+ENV = {"AK_TEST": "set", "OMP_NUM_THREADS": "3"}
+
+
+def _ray_pool(num_workers: int) -> Pool:
+    from autokernel.workers.cluster import RayPool
+
+    return RayPool("local", num_workers=num_workers, env=ENV, memory_limit_bytes=256 << 20)
+
+
+@pytest.fixture(scope="module", params=["inline", "local", pytest.param("ray", marks=pytest.mark.ray)])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def pool(kind: str) -> Iterator[Pool]:
+    made: Pool
+    if kind == "inline":
+        made = InlinePool()
+    elif kind == "local":
+        made = LocalPool(2, env=ENV, memory_limit_bytes=256 << 20)
+    else:
+        made = _ray_pool(2)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def isolating(kind: str) -> None:
+    if kind == "inline":
+        pytest.skip("the inline pool isolates nothing")
+
+
+class TestEveryPool:
+    def test_results_and_exceptions(self, pool: Pool) -> None:
+        assert pool.num_workers >= 1
+        futures = [pool.submit(jobs.Add(i, 1), GENEROUS_S) for i in range(20)]
+        assert [future.result() for future in futures] == list(range(1, 21))
+        with pytest.raises(ValueError, match="tile 13"):
+            pool.submit(jobs.Raise("value"), GENEROUS_S).result()
+
+    @pytest.mark.usefixtures("isolating")
+    def test_exceptions_carry_the_childs_traceback(self, pool: Pool) -> None:
+        error = pool.submit(jobs.Raise("value"), GENEROUS_S).exception()
+        assert error is not None
+        assert "worker_jobs.py" in "".join(error.__notes__)
+        error = pool.submit(jobs.Raise("unpicklable"), GENEROUS_S).exception()
+        assert type(error) is WorkerError
+        assert "LocalError: 7: does not travel" in str(error)
+
+    @pytest.mark.usefixtures("isolating")
+    def test_every_failure_is_a_typed_value_and_costs_one_job(self, pool: Pool) -> None:
+        cases: list[tuple[Callable[[], Any], float, type[WorkerError], str]] = [
+            (jobs.Segfault(), GENEROUS_S, JobCrashed, "SIGSEGV"),
+            (jobs.Exit(3), GENEROUS_S, JobCrashed, "exit code 3"),
+            (jobs.SysExit(), GENEROUS_S, JobCrashed, "SystemExit: 3"),
+            (jobs.Allocate(), GENEROUS_S, JobCrashed, "memory limit of 256 MiB"),
+            (jobs.Sleep(600), 0.5, JobTimeout, "deadline of 0.5 s"),
+            (jobs.Unpicklable(), GENEROUS_S, WorkerError, "cannot be pickled"),
+        ]
+        futures = [pool.submit(job, timeout_s) for job, timeout_s, _, _ in cases]
+        good = [pool.submit(jobs.Add(i, i), GENEROUS_S) for i in range(4)]
+        for future, (_, _, cls, says) in zip(futures, cases, strict=True):
+            error = future.exception()
+            assert type(error) is cls, error
+            assert says in str(error)
+        assert [future.result() for future in good] == [0, 2, 4, 6]
+
+    @pytest.mark.usefixtures("isolating")
+    def test_the_environment_is_the_jobs_own(self, pool: Pool, kind: str) -> None:
+        assert pool.submit(jobs.Variable("AK_TEST"), GENEROUS_S).result() == "set"
+        assert pool.submit(jobs.Variable("OMP_NUM_THREADS"), GENEROUS_S).result() == "3"
+        if kind == "ray":
+            assert pool.submit(jobs.Variable("CUDA_VISIBLE_DEVICES"), GENEROUS_S).result() == ""
+
+    @pytest.mark.usefixtures("isolating")
+    def test_the_clock_starts_with_the_job(self, pool: Pool) -> None:
+        """Six sleeps of 0.4 s on two workers: the last waits longer than any may run."""
+        futures = [pool.submit(jobs.Sleep(0.4), 0.75) for _ in range(6)]
+        assert [future.result() for future in futures] == [0.4] * 6
+
+    @pytest.mark.usefixtures("isolating")
+    def test_workers_run_at_the_same_time(self, pool: Pool) -> None:
+        assert pool.num_workers == 2
+        pids = {future.result() for future in [pool.submit(jobs.SleepAndPid(0.5), GENEROUS_S) for _ in range(2)]}
+        assert len(pids) == 2
+
+    @pytest.mark.usefixtures("isolating")
+    def test_what_is_queued_can_be_cancelled(self, pool: Pool, tmp_path: Path) -> None:
+        busy = [pool.submit(jobs.Sleep(0.5), GENEROUS_S) for _ in range(2)]
+        queued = pool.submit(jobs.Touch(str(tmp_path / "ran"), 0), GENEROUS_S)
+        assert queued.cancel()
+        wait(busy)
+        assert pool.submit(jobs.Add(1, 1), GENEROUS_S).result() == 2
+        with pytest.raises(CancelledError):
+            queued.result()
+        assert not (tmp_path / "ran").exists()
+
+    def test_close_ends_it_all(self, pool: Pool, kind: str, tmp_path: Path, eventually: Callable[..., None]) -> None:
+        """The last test of each pool: closes it with two jobs running and one waiting."""
+        futures = []
+        files = [tmp_path / "a", tmp_path / "b"]
+        if kind != "inline":
+            futures = [pool.submit(jobs.Touch(str(file), 600), 600) for file in [*files, tmp_path / "never"]]
+            eventually(lambda: all(file.exists() and file.read_text() for file in files), GENEROUS_S)
+        started = time.monotonic()
+        pool.close()
+        assert time.monotonic() - started < 8
+        for future in futures[:2]:
+            assert isinstance(future.exception(1), JobLost)
+        if kind != "inline":
+            assert futures[2].cancelled()
+            assert not (tmp_path / "never").exists()
+            eventually(lambda: not any(psutil.pid_exists(int(file.read_text())) for file in files), what="the jobs' end")
+        with pytest.raises(WorkerError, match="pool is closed"):
+            pool.submit(jobs.Add(1, 1), 1)
+        pool.close()
+
+
+def test_first_in_first_out(tmp_path: Path) -> None:
+    pool = LocalPool(1)
+    names = [f"job{i}" for i in range(12)]
+    futures = [pool.submit(jobs.Note(str(tmp_path / "order"), name, 0.02), GENEROUS_S) for name in names]
+    wait(futures)
+    pool.close()
+    assert (tmp_path / "order").read_text().split() == names
+
+
+def test_a_pool_whose_children_cannot_start_says_so() -> None:
+    pool = LocalPool(1, preload=("no_such_module",))
+    with pytest.raises(WorkerError, match="no_such_module"):
+        pool.submit(jobs.Add(1, 1), GENEROUS_S).result()
+    pool.close()
+
+
+def test_a_job_that_cannot_be_pickled_is_refused_at_once() -> None:
+    pool = LocalPool(1)
+    with pytest.raises(WorkerError, match="must be picklable"):
+        pool.submit(lambda: 1, GENEROUS_S)
+    pool.close()
+
+
+def test_inline_address_needs_no_ray() -> None:
+    code = f"""
+import sys
+sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]!r}
+import worker_jobs
+from autokernel.config import ClusterSection
+from autokernel.workers.pool import open_pool
+pool = open_pool(ClusterSection(address="inline"), device="cpu", num_workers=1, env={{}})
+assert pool.submit(worker_jobs.Variable("CUDA_VISIBLE_DEVICES"), 30).result() == "", "CPU jobs see no GPU"
+pool.close()
+assert "ray" not in sys.modules and "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_no_pool_without_workers() -> None:
+    with pytest.raises(ValueError, match="at least one worker, not 0"):
+        open_pool(ClusterSection(address="inline"), device="cpu", num_workers=0, env={})
+
+
+def test_ctrl_c_ends_quickly(tmp_path: Path, eventually: Callable[..., None], all_gone: Callable[[list[int]], None]) -> None:
+    """As a terminal sends it: to the whole process group of the driver."""
+    begun = tmp_path / "begun"
+    code = f"""
+import sys
+sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]!r}
+import worker_jobs
+from autokernel.workers.pool import LocalPool
+pool = LocalPool(1)
+try:
+    pool.submit(worker_jobs.Touch({str(begun)!r}, 600), 600).result()
+except KeyboardInterrupt:
+    pool.close()
+    sys.exit(130)
+"""
+    driver = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    eventually(lambda: begun.exists() and begun.read_text(), 30)
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(5) == 130
+    all_gone([int(begun.read_text())])
