@@ -17,17 +17,19 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import optuna
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autokernel.errors import ConfigError, StorageError
-from autokernel.records import Candidate, ConfigValue, Evaluation, Problem, Status, canonical_json, digest_of
+from autokernel.records import Candidate, Evaluation, Problem, Status, digest_of
 from autokernel.search.ledger import Ledger, Outcome, Waiting
-from autokernel.search.space import BoundSpace, Config, Names, Space
+from autokernel.search.observations import Observation, Observations
+from autokernel.search.space import BoundSpace, Config, Domain, Names, Space
 
 if TYPE_CHECKING:
     from autokernel.search.seeds import Seed
@@ -35,13 +37,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SamplerName = Literal["tpe", "random", "cmaes", "gp"]
+_T = TypeVar("_T")
 
 _SMALL_SPACE = 12  # a backend with so few configs is tried completely rather than sampled
 _NUM_STARTUP = 10  # legal random configs before a model is fitted
 _MAX_REJECTIONS = 8  # draws that may be illegal or known before the nearest unseen config is taken
 _MAX_STUDY_TRIALS = 600  # then the study in memory is thinned: fitting costs time in proportion
-_KEEP_BEST, _KEEP_RECENT, _KEEP_VIOLATED = 150, 100, 50
-_FIRST_PENALTY = math.log(1e6)  # before anything was measured: one second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +99,9 @@ class Tuner:
         self._in_flight: dict[int, _InFlight] = {}
         self._study: _MemoryStudy | None = None
         _check_sampler(sampler)
-        self._mirror = _Mirror(storage, study_name, self._ledger) if storage is not None else None
+        self._mirror = _Mirror(storage, study_name, self._ledger.spaces) if storage is not None else None
         if self._mirror is not None:
-            for outcome in self._mirror.load():
+            for outcome in self._mirror.load(problem):
                 self._ledger.finish(outcome, "resumed")
         self._number = self._ledger.num_spent
         # a resumed process must not draw again what it drew before
@@ -108,7 +109,7 @@ class Tuner:
         sizes = self._ledger.sizes
         everything = sum(sizes.values()) <= max_trials
         self._sampled = [b for b, size in sizes.items() if size > _SMALL_SPACE and not everything]
-        self._enumerated: list[Candidate] | None = None
+        self._enumerated = False
 
     @property
     def size(self) -> int | None:
@@ -216,18 +217,15 @@ class Tuner:
 
     def _waiting(self) -> Waiting | None:
         waiting = self._ledger.next_waiting()
-        if waiting is not None:
-            return waiting
-        if self._enumerated is None:
+        if waiting is None and not self._enumerated:
+            self._enumerated = True
             small = [backend for backend in self._ledger.spaces if backend not in self._sampled]
-            self._enumerated = list(self._ledger.unseen_of(small))
-            self._rng.shuffle(self._enumerated)  # any prefix is a fair sample
-            self._enumerated.reverse()
-        while self._enumerated:
-            candidate = self._enumerated.pop()
-            if not self._ledger.seen(candidate):
-                return Waiting(candidate=candidate, origin="enumerated")
-        return None
+            candidates = list(self._ledger.unseen_of(small))
+            self._rng.shuffle(candidates)  # any prefix is a fair sample
+            for candidate in candidates:
+                self._ledger.wait(candidate, "enumerated")
+            waiting = self._ledger.next_waiting()
+        return waiting
 
     def _sample(self) -> tuple[Candidate | None, optuna.trial.Trial | None]:
         if not self._sampled or self._ledger.exhausted:
@@ -270,55 +268,38 @@ class Tuner:
         return self._study
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Row:
-    """One finished trial as the study in memory keeps it."""
-
-    params: Mapping[str, Any]
-    value: float | None  # None: its config made it fail, or is illegal
-    violated: float
-
-
 class _MemoryStudy:
-    """The Optuna study that is sampled. Parameters are `backend`, then `<backend>.<name>` of that backend."""
+    """The Optuna study that is sampled."""
 
     def __init__(self, spaces: Mapping[str, BoundSpace], sampler: SamplerName, seed: int) -> None:
         self._spaces = spaces
         self._sampler_name = sampler
         self._seed = seed
-        self._rows: list[_Row] = []
-        self._worst = -math.inf
-        self.num_feasible = 0
+        self._seen = Observations(spaces)
         self._study = self._new_study()
 
     @property
     def num_trials(self) -> int:
-        return len(self._rows)
+        return len(self._seen.kept)
 
     @property
-    def _penalty(self) -> float:
-        return self._worst + math.log(2) if math.isfinite(self._worst) else _FIRST_PENALTY
+    def num_feasible(self) -> int:
+        return self._seen.num_feasible
 
     def ask(self) -> tuple[optuna.trial.Trial, str, Config]:
         """What the sampler would try; it may be illegal or known."""
         trial = self._study.ask()
         backend = str(trial.suggest_categorical("backend", list(self._spaces)))
         config: Config = {}
-        values: dict[str, ConfigValue] = dict(self._spaces[backend].names)
+        values: dict[str, Any] = dict(self._spaces[backend].names)
         for domain in self._spaces[backend].domains:
-            if not domain.present(values):
-                continue
-            name = f"{backend}.{domain.name}"
-            if domain.ordered:
-                value = domain.choices[trial.suggest_int(name, 0, len(domain.choices) - 1)]
-            else:
-                value = trial.suggest_categorical(name, list(domain.choices))  # type: ignore[assignment]
-            config[domain.name] = values[domain.name] = value
+            if domain.present(values):
+                config[domain.name] = values[domain.name] = _suggest(trial, f"{backend}.{domain.name}", domain)
         return trial, backend, config
 
     def start(self, candidate: Candidate) -> optuna.trial.Trial:
         """A running trial with the candidate's parameters, so that further draws keep away from it."""
-        self._study.enqueue_trial(self._params(candidate))
+        self._study.enqueue_trial(self._seen.params(candidate))
         return self.ask()[0]
 
     def learn(self, outcome: Outcome, trial: optuna.trial.Trial | None) -> None:
@@ -327,19 +308,15 @@ class _MemoryStudy:
             if trial is not None:
                 self._study.tell(trial, state=TrialState.FAIL)
             return
-        value = math.log(outcome.median_us) if outcome.median_us is not None else None
-        row = _Row(params=self._params(outcome.candidate), value=value, violated=0.0 if value is not None else 1.0)
-        self._keep(row)
+        observation = self._seen.add(self._seen.params(outcome.candidate), outcome.median_us)
         if trial is None:
-            self._add(row)
+            self._add(observation)
         else:
-            self._tell(trial, row)
+            self._tell(trial, observation)
 
     def reject(self, trial: optuna.trial.Trial, violated: float) -> None:
         """The draw is illegal."""
-        row = _Row(params=trial.params, value=None, violated=violated)
-        self._rows.append(row)
-        self._tell(trial, row)
+        self._tell(trial, self._seen.add(trial.params, None, violated))
 
     def repeat(self, trial: optuna.trial.Trial, known: Outcome | None) -> None:
         """The draw is known (answered with what is known) or in flight (forgotten)."""
@@ -349,51 +326,19 @@ class _MemoryStudy:
             self.learn(known, trial)
 
     def thin(self) -> None:
-        """Start over with the best and the latest trials; running trials must be started again by the caller."""
-        feasible = [row for row in self._rows if row.value is not None]
-        best = sorted(feasible, key=lambda row: row.value or 0.0)[:_KEEP_BEST]
-        kept = {id(row) for row in [*best, *feasible[-_KEEP_RECENT:]]}
-        kept |= {id(row) for row in [row for row in self._rows if row.value is None][-_KEEP_VIOLATED:]}
-        self._rows = [row for row in self._rows if id(row) in kept]
+        """Start over with the best and the latest trials; the caller starts running trials again."""
+        self._seen.thin()
         self._seed += 1
         self._study = self._new_study()
-        for row in self._rows:
-            self._add(row)
+        for observation in self._seen.kept:
+            self._add(observation)
 
-    def _keep(self, row: _Row) -> None:
-        self._rows.append(row)
-        if row.value is not None:
-            self.num_feasible += 1
-            self._worst = max(self._worst, row.value)
+    def _tell(self, trial: optuna.trial.Trial, observation: Observation) -> None:
+        trial.set_constraint("legal", observation.violated)
+        self._study.tell(trial, self._seen.value(observation))
 
-    def _tell(self, trial: optuna.trial.Trial, row: _Row) -> None:
-        trial.set_constraint("legal", row.violated)
-        self._study.tell(trial, row.value if row.value is not None else self._penalty)
-
-    def _add(self, row: _Row) -> None:
-        backend = row.params["backend"]
-        distributions: dict[str, Any] = {"backend": optuna.distributions.CategoricalDistribution(list(self._spaces))}
-        for domain in self._spaces[backend].domains:
-            name = f"{backend}.{domain.name}"
-            if name in row.params:
-                distributions[name] = (
-                    optuna.distributions.IntDistribution(0, len(domain.choices) - 1)
-                    if domain.ordered
-                    else optuna.distributions.CategoricalDistribution(list(domain.choices))
-                )
-        value = row.value if row.value is not None else self._penalty
-        trial = create_trial(
-            params=dict(row.params), distributions=distributions, value=value, constraints={"legal": row.violated}
-        )
-        self._study.add_trial(trial)
-
-    def _params(self, candidate: Candidate) -> dict[str, Any]:
-        params: dict[str, Any] = {"backend": candidate.backend}
-        for domain in self._spaces[candidate.backend].domains:
-            if domain.name in candidate.config:
-                value = candidate.config[domain.name]
-                params[f"{candidate.backend}.{domain.name}"] = domain.choices.index(value) if domain.ordered else value
-        return params
+    def _add(self, observation: Observation) -> None:
+        self._study.add_trial(_finished(self._spaces, observation, self._seen.value(observation)))
 
     def _new_study(self) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -402,6 +347,35 @@ class _MemoryStudy:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = _make_sampler(self._sampler_name, self._seed, conditional)
         return optuna.create_study(direction="minimize", sampler=sampler)
+
+
+def _finished(spaces: Mapping[str, BoundSpace], observation: Observation, value: float | None) -> FrozenTrial:
+    """A trial as Optuna stores it; without a value it is FAIL."""
+    params = dict(observation.params)
+    distributions: dict[str, Any] = {}
+    if params:
+        distributions["backend"] = optuna.distributions.CategoricalDistribution(list(spaces))
+        for domain in spaces[params["backend"]].domains:
+            name = f"{params['backend']}.{domain.name}"
+            if name in params:
+                distributions[name] = (
+                    optuna.distributions.IntDistribution(0, len(domain.choices) - 1)
+                    if domain.ordered
+                    else optuna.distributions.CategoricalDistribution(list(domain.choices))
+                )
+    return create_trial(
+        state=TrialState.COMPLETE if value is not None else TrialState.FAIL,
+        value=value,
+        params=params,
+        distributions=distributions,
+        constraints={"legal": observation.violated},
+    )
+
+
+def _suggest(trial: optuna.trial.Trial, name: str, domain: Domain) -> Any:
+    if domain.ordered:
+        return domain.choices[trial.suggest_int(name, 0, len(domain.choices) - 1)]
+    return trial.suggest_categorical(name, list(domain.choices))
 
 
 def _make_sampler(name: SamplerName, seed: int, conditional: bool) -> optuna.samplers.BaseSampler:
@@ -426,11 +400,94 @@ def _check_sampler(name: SamplerName) -> None:
 
 
 class _Mirror:
-    """The durable copy: one finished Optuna trial per finished candidate, with readable parameters."""
+    """The durable copy: one finished Optuna trial per finished candidate; its config is readable in the user attributes."""
 
-    def __init__(self, url: str, study_name: str, ledger: Ledger) -> None:
+    def __init__(self, url: str, study_name: str, spaces: Mapping[str, BoundSpace]) -> None:
         self._url = url
-        self._ledger = ledger
-        self._fingerprint = digest_of([[b, [[d.name, list(d.choices)] for d in s.domains]] for b, s in ledger.spaces.items()])
-        self._storage = self._guarded("opened", lambda: _open_storage(url))
-        self._study_id: int = self._guarded("opened", lambda: self._open_study(study_name))
+        self._spaces = spaces
+        self._study_name = study_name
+        self._seen = Observations(spaces)
+        self._storage: optuna.storages.RDBStorage = self._guarded(lambda: _open_storage(url))
+        self._study_id: int = self._guarded(self._open_study)
+
+    def load(self, problem: Problem) -> list[Outcome]:
+        """What is finished. Trials that a killed process left running are closed as FAIL."""
+        trials = self._guarded(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
+        outcomes: list[Outcome] = []
+        for trial in trials:
+            if trial.state is TrialState.RUNNING:
+                self._guarded(partial(self._storage.set_trial_state_values, trial._trial_id, TrialState.FAIL))
+            status = trial.user_attrs.get("status", "LOST")
+            if trial.state is not TrialState.COMPLETE or status == "LOST":
+                continue
+            candidate = Candidate(problem=problem, backend=trial.user_attrs["backend"], config=trial.user_attrs["config"])
+            median = math.exp(trial.value) if status == "OK" and trial.value is not None else None
+            outcomes.append(Outcome(candidate=candidate, status=Status(status), median_us=median))
+        return outcomes
+
+    def append(self, outcome: Outcome, origin: str) -> None:
+        """Write one finished candidate; it is on disk when this returns."""
+        candidate = outcome.candidate
+        space = self._spaces.get(candidate.backend)
+        fits = space is not None and not space.violations(candidate.config)  # what another space allowed has no parameters here
+        observation = self._seen.observe(self._seen.params(candidate) if fits else {}, outcome.median_us)
+        value = None if outcome.status is Status.LOST else self._seen.value(observation)
+        trial = _finished(self._spaces, observation, value)
+        trial.user_attrs = {
+            "backend": candidate.backend,
+            "config": dict(candidate.config),
+            "status": str(outcome.status),
+            "origin": origin,
+        }
+        self._guarded(lambda: self._storage.create_new_trial(self._study_id, trial))
+
+    def close(self) -> None:
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    def _open_study(self) -> int:
+        """The study of this name, or, if the search space has changed since, one beside it."""
+        fingerprint = digest_of([[b, [[d.name, list(d.choices)] for d in s.domains]] for b, s in self._spaces.items()])
+        name = self._study_name
+        while True:
+            study = optuna.create_study(storage=self._storage, study_name=name, load_if_exists=True, direction="minimize")
+            known = study.user_attrs.get("space")
+            if known is None:
+                study.set_user_attr("space", fingerprint)
+            if known in (None, fingerprint):
+                return int(study._study_id)
+            logger.warning("study %s in %s was made with another search space; starting a new one beside it", name, self._url)
+            name = f"{self._study_name} {fingerprint}"
+
+    def _guarded(self, action: Callable[[], _T]) -> _T:
+        """Storage trouble as a StorageError that says what to do."""
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            return action()
+        except ImportError as error:
+            cure = "pip install 'autokernel[postgresql]'" if self._url.startswith("postgres") else "install its driver"
+            raise StorageError(f"storage {self._url}: {error}; {cure}") from None
+        except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError, OSError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise StorageError(
+                f"storage {self._url}: study {self._study_name!r} cannot be read or written: {reason}; its folder must exist "
+                "and be writable, the disk not full, and the database not shared with MLflow"
+            ) from error
+
+
+def _open_storage(url: str) -> optuna.storages.RDBStorage:
+    if not url.startswith("sqlite"):
+        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    from sqlalchemy import event
+
+    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 30}})
+
+    def configure(connection: Any, _record: Any) -> None:
+        # a commit survives the death of the process without an fsync each
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    event.listen(storage.engine, "connect", configure)
+    storage.engine.dispose()  # connections made so far lack the settings
+    return storage
