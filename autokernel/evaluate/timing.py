@@ -104,10 +104,9 @@ def measure(
     limits = EFFORTS[effort]
     if device == "cpu":
         pin_threads(threads)
-    graphed = device == "cuda" and regime == "graph"
     with quiet():
-        step, verified_step, num_calls = _graph_step(built, inputs) if graphed else _eager_step(built, inputs)
-        timed = timer(device, step)
+        step = make_step(built, inputs, device=device, regime=regime)
+        timed = timer(device, step.run)
         one_us = _warm_up(timed, limits)
         # The audit comes at a random point of the first half, wherever the time runs out.
         planned = min(limits.max_samples, max(limits.min_samples, int(limits.budget_s * 1e6 / one_us)))
@@ -116,20 +115,20 @@ def measure(
         spent_us = 0.0
         while len(samples) < limits.min_samples or (spent_us < limits.budget_s * 1e6 and len(samples) < limits.max_samples):
             if audit is not None and len(samples) == audit_at:
-                audit(verified_step)
+                audit(step.verified)
                 audit = None
                 timed()  # what the audit left in the caches
             samples.append(timed())
             spent_us += samples[-1]
         if audit is not None:
-            audit(verified_step)
-    per_call = [sample / (num_calls * built.num_copies) for sample in samples]
+            audit(step.verified)
+    per_call = [sample / step.num_calls for sample in samples]
     median, spread = median_and_spread(per_call)
     return Measurement(
         median_us=max(median, 1e-4),
         spread_us=spread,
         num_samples=len(samples),
-        regime=_regime(device, graphed, cold, num_calls * built.num_copies),
+        regime=describe_regime(device, regime, cold, step.num_calls),
     )
 
 
@@ -184,6 +183,49 @@ def compare(
         calls = calls_per_sample if isinstance(calls_per_sample, int) else calls_per_sample[name]
         times[name] = [value / (repeats[name] * calls) for value in values]
     return _judge(times, baseline, seed, {**_prefixed("before", before), **_prefixed("after", conditions(device))})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A candidate as it is timed: `run` once, which holds `num_calls` calls (copies times repeats).
+
+    `verified` is the same, but wipes a graph's static outputs before, and returns the outputs of all copies.
+    """
+
+    run: Callable[[], object]
+    verified: Callable[[], tuple[Any, ...]]
+    num_calls: int
+
+
+def make_step(built: Built, inputs: Sequence[torch.Tensor], *, device: str, regime: Regime = "graph") -> Step:
+    """The step that is timed: `Built.run` itself, or on a GPU a graph of enough of them for a replay of a millisecond."""
+
+    def call() -> tuple[Any, ...]:
+        return built.run(*inputs)
+
+    if device != "cuda" or regime == "eager":
+        return Step(run=call, verified=call, num_calls=built.num_copies)
+    single, _ = graph_of(call, 1)
+    replay_us = min(timer("cuda", single.replay)() for _ in range(5))
+    repeats = max(1, min(_MAX_GRAPH_CALLS, math.ceil(_GRAPH_REPLAY_US / max(replay_us, 1.0))))
+    graph, outputs = graph_of(call, repeats)
+
+    def verified() -> tuple[Any, ...]:
+        for out in outputs:
+            out.fill_(math.nan if out.dtype.is_floating_point else 85)
+        graph.replay()
+        synchronize("cuda")
+        return tuple(outputs)
+
+    return Step(run=graph.replay, verified=verified, num_calls=repeats * built.num_copies)
+
+
+def describe_regime(device: str, regime: Regime, cold: bool, num_calls: int) -> str:
+    """How a time was taken, for the record: "cpu, 2 threads, cold L2, 8 calls a sample"."""
+    import torch
+
+    where = f"cpu, {torch.get_num_threads()} threads" if device == "cpu" else f"cuda {regime}"
+    return f"{where}, {'cold' if cold else 'warm'} L2, {num_calls} calls a sample"
 
 
 def timer(device: str, function: Callable[[], object], repeats: int = 1) -> Callable[[], float]:
@@ -282,34 +324,6 @@ def conditions(device: str) -> dict[str, float]:
     return state
 
 
-def _eager_step(
-    built: Built, inputs: Sequence[torch.Tensor]
-) -> tuple[Callable[[], object], Callable[[], tuple[Any, ...]], int]:
-    def step() -> tuple[Any, ...]:
-        return built.run(*inputs)
-
-    return step, step, 1
-
-
-def _graph_step(
-    built: Built, inputs: Sequence[torch.Tensor]
-) -> tuple[Callable[[], object], Callable[[], tuple[Any, ...]], int]:
-    """Replay, the same with its outputs wiped before and returned after, and how many calls it holds."""
-    single, _ = graph_of(lambda: built.run(*inputs), 1)
-    replay_us = min(timer("cuda", single.replay)() for _ in range(5))
-    num_calls = max(1, min(_MAX_GRAPH_CALLS, math.ceil(_GRAPH_REPLAY_US / max(replay_us, 1.0))))
-    graph, outputs = graph_of(lambda: built.run(*inputs), num_calls)
-
-    def verified() -> tuple[Any, ...]:
-        for out in outputs:
-            out.fill_(math.nan if out.dtype.is_floating_point else 85)
-        graph.replay()
-        synchronize("cuda")
-        return tuple(outputs)
-
-    return graph.replay, verified, num_calls
-
-
 def _warm_up(timed: Callable[[], float], limits: Effort) -> float:
     """Run until the warm-up's time is over, twice at least; returns the fastest in microseconds."""
     best, spent = math.inf, 0.0
@@ -318,13 +332,6 @@ def _warm_up(timed: Callable[[], float], limits: Effort) -> float:
         sample = timed()
         best, spent, count = min(best, sample), spent + sample, count + 1
     return max(best, 0.1)
-
-
-def _regime(device: str, graphed: bool, cold: bool, num_calls: int) -> str:
-    import torch
-
-    where = "cuda graph" if graphed else "cuda eager" if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return f"{where}, {'cold' if cold else 'warm'} L2, {num_calls} calls a sample"
 
 
 def _judge(times: Mapping[str, Sequence[float]], baseline: str, seed: int, state: Mapping[str, float]) -> Comparison:

@@ -1,0 +1,231 @@
+"""The job that evaluates one candidate, in a child process: reference, build, check, time, physics, and check again.
+
+Isolation is against crashes and hangs. It is no security sandbox.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autokernel.backends import Backend, BuildError, Built, Refused
+from autokernel.environment import current_environment
+from autokernel.errors import JobCrashed, JobLost, JobTimeout
+from autokernel.evaluate.caches import cache_bytes
+from autokernel.evaluate.numerics import Checker, Expectation, expect
+from autokernel.evaluate.probes import MAX_COPIES, derived_seed, is_cold, make_constants, num_copies_for
+from autokernel.evaluate.roofline import Ceilings, physics_check
+from autokernel.evaluate.timing import measure, pin_threads
+from autokernel.ops import Op
+from autokernel.records import Candidate, Check, Evaluation, Measurement, Status
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
+_MAX_LOG_CHARS = 4000
+_MAX_NAMED_CHECKS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateCandidate:
+    """A job for a pool: everything about one candidate, from build to re-check.
+
+    Args:
+        candidate: what to evaluate.
+        seed: of the run; the check's own seed follows from it and the candidate's id.
+        ceilings: of this machine with these threads; without them there is no physics check.
+        deterministic_required: two runs that differ are a failure, not just a remark.
+        effort: a key of `timing.EFFORTS`.
+        threads: CPU threads; default: what torch is set to.
+        max_copies: most sets of inputs to rotate among; fewer make a build faster and, below twice L2, the caches warm.
+    """
+
+    candidate: Candidate
+    seed: int = 0
+    ceilings: Ceilings | None = None
+    deterministic_required: bool = False
+    effort: str = "quick"
+    threads: int | None = None
+    max_copies: int = MAX_COPIES
+
+    def __call__(self) -> Evaluation:
+        """Evaluate.
+
+        Raises:
+            Exception: the op or the machine is at fault (an unknown op, a reference that fails), not the candidate.
+        """
+        from autokernel.backends import get_backend
+        from autokernel.ops import get_op
+        from autokernel.workers.device_lock import device_lock
+
+        start = time.monotonic()
+        problem = self.candidate.problem
+        backend, op = get_backend(self.candidate.backend), get_op(problem.op)
+        why_not = backend.unavailable(problem.device) or backend.supports(problem)
+        if why_not:
+            return _failed(self.candidate, Status.INVALID, why_not, start)
+        start_clean(self.threads)
+        seed = derived_seed(self.seed, self.candidate.id)
+        num_copies = num_copies_for(problem, cache_bytes(problem.device, self.threads), self.max_copies)
+        # A compiler next to it disturbs a CPU's timing but no GPU's, where the reference itself does.
+        on_cpu = problem.device == "cpu"
+        with device_lock(problem.device, exclusive=not on_cpu):
+            constants = make_constants(problem, seed, num_copies)
+            expectation = expect(op, problem, constants, seed)
+        building = time.monotonic()
+        with device_lock(problem.device, exclusive=False) if on_cpu else contextlib.nullcontext():
+            built = build_or_fail(self.candidate, backend, constants, start)
+        build_s = time.monotonic() - building
+        if isinstance(built, Evaluation):
+            return built
+        with device_lock(problem.device, exclusive=True):
+            return self._judge(op, built, constants, expectation, start, build_s)
+
+    def _judge(
+        self,
+        op: Op,
+        built: Built,
+        constants: list[list[torch.Tensor]],
+        expectation: Expectation,
+        start: float,
+        build_s: float,
+    ) -> Evaluation:
+        """Check, time, physics, check again."""
+        checker = Checker(self.candidate.problem, built, constants, expectation)
+        measurement = None
+        try:
+            checker.before_timing()
+            if checker.verdict(self.deterministic_required).passed:
+                measurement = self._measure(built, checker, len(constants))
+                if self.ceilings is not None:
+                    checker.add(physics_check(measurement, self.candidate.problem, op, self.ceilings, len(constants)))
+                checker.after_timing()
+        except Exception as error:  # noqa: BLE001  the candidate's own code, at the boundary of the child process
+            message = f"running it failed: {one_line(error)}"
+            return _failed(self.candidate, Status.RUN_ERROR, message, start, build_s=build_s, log_tail=_trace(error))
+        verdict = checker.verdict(self.deterministic_required)
+        passed = verdict.passed and measurement is not None
+        return Evaluation(
+            candidate=self.candidate,
+            status=Status.OK if passed else Status.WRONG,
+            verdict=verdict,
+            measurement=measurement if passed else None,
+            message="" if passed else describe_failures(verdict.failures),
+            environment=current_environment(self.candidate.problem.device, self.threads).digest,
+            build_s=build_s,
+            total_s=time.monotonic() - start,
+            deterministic=checker.deterministic,
+        )
+
+    def _measure(self, built: Built, checker: Checker, num_copies: int) -> Measurement:
+        problem = self.candidate.problem
+        buffers = checker.timing_inputs()
+        return measure(
+            built,
+            [x for copy in buffers for x in copy],
+            device=problem.device,
+            threads=self.threads,
+            cold=is_cold(problem, num_copies, cache_bytes(problem.device, self.threads)),
+            effort=self.effort,
+            audit=lambda run: checker.audit(buffers, run),
+            seed=derived_seed(self.seed, self.candidate.id, "audit"),
+        )
+
+
+def evaluation_of_failure(candidate: Candidate, error: BaseException) -> Evaluation:
+    """What a pool's failure says about the candidate.
+
+    Raises:
+        BaseException: the error itself, if it is none of JobTimeout, JobCrashed and JobLost: then the machinery is broken.
+    """
+    for kind, status in ((JobTimeout, Status.TIMEOUT), (JobCrashed, Status.CRASHED), (JobLost, Status.LOST)):
+        if isinstance(error, kind):
+            notes = "\n".join(getattr(error, "__notes__", ()))
+            return Evaluation(candidate=candidate, status=status, message=one_line(error), log_tail=notes[-_MAX_LOG_CHARS:])
+    raise error
+
+
+def start_clean(threads: int | None) -> None:
+    """Forget what an earlier job in this process compiled (it counts against recompilation limits), and pin threads."""
+    import torch
+
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    pin_threads(threads)
+
+
+def build_or_fail(
+    candidate: Candidate, backend: Backend, constants: list[list[torch.Tensor]], start: float
+) -> Built | Evaluation:
+    """What the backend built, or what its failure says about the candidate.
+
+    Args:
+        candidate: what to build.
+        backend: who builds it.
+        constants: per copy, the constant inputs.
+        start: `time.monotonic()` at the job's start.
+    """
+    building = time.monotonic()
+    try:
+        built = backend.build(candidate, constants)
+    except Refused as error:
+        return _failed(candidate, Status.INVALID, one_line(error), start)
+    except Exception as error:  # noqa: BLE001  compilers raise what they like, at the boundary of the child process
+        message = one_line(error) if isinstance(error, BuildError) else f"building it failed: {one_line(error)}"
+        seconds = time.monotonic() - building
+        return _failed(candidate, Status.BUILD_ERROR, message, start, build_s=seconds, log_tail=_trace(error))
+    if built.num_copies != len(constants):
+        message = f"built for {built.num_copies} copies of the problem, but asked for {len(constants)}"
+    elif built.hits == 0:
+        message = "none of the candidate's entries was hit: stock code ran in its place"
+        if built.notes:
+            message += " (" + "; ".join(f"{name}: {value}" for name, value in built.notes.items()) + ")"
+    else:
+        return built
+    return _failed(candidate, Status.BUILD_ERROR, message, start, build_s=time.monotonic() - building)
+
+
+def describe_failures(failures: Iterable[Check]) -> str:
+    """One sentence: which checks failed, with values and limits."""
+    failed = list(failures)
+    named = [
+        f"{check.name} is {check.value:.4g}, limit {check.limit:.4g}" + (f" ({check.note})" if check.note else "")
+        for check in failed[:_MAX_NAMED_CHECKS]
+    ]
+    more = len(failed) - len(named)
+    return "; ".join(named) + (f"; and {more} more" if more > 0 else "")
+
+
+def one_line(error: BaseException) -> str:
+    """The error's own first line, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return (
+        f"{type(error).__name__}: {lines[0][:500]}"
+        if lines and not isinstance(error, (Refused, BuildError))
+        else (lines[0][:500] if lines else type(error).__name__)
+    )
+
+
+def _failed(
+    candidate: Candidate, status: Status, message: str, start: float, *, build_s: float = 0.0, log_tail: str = ""
+) -> Evaluation:
+    _log.info("%s: %s: %s", candidate.label, status, message)
+    return Evaluation(
+        candidate=candidate,
+        status=status,
+        message=message,
+        log_tail=log_tail,
+        build_s=build_s,
+        total_s=time.monotonic() - start,
+    )
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))[-_MAX_LOG_CHARS:]

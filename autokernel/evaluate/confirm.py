@@ -1,0 +1,223 @@
+"""The job that confirms finalists: against the strongest stock choice, in one process, interleaved, on fresh inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autokernel.backends import Built
+from autokernel.evaluate.caches import cache_bytes
+from autokernel.evaluate.candidate import build_or_fail, describe_failures, one_line, start_clean
+from autokernel.evaluate.numerics import Checker, expect
+from autokernel.evaluate.probes import MAX_COPIES, derived_seed, is_cold, make_constants, num_copies_for
+from autokernel.evaluate.roofline import Ceilings, physics_check
+from autokernel.evaluate.timing import Comparison, Step, compare, describe_regime, make_step
+from autokernel.ops import Op
+from autokernel.records import Candidate, Evaluation, Measurement, Problem, Record, Speedup, Status, Verdict
+
+if TYPE_CHECKING:
+    import torch
+
+_MIN_CHOOSING_ROUNDS = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender(Record):
+    """A candidate that passed its checks again, with its time; `speedup` is over the strongest baseline."""
+
+    candidate: Candidate
+    verdict: Verdict
+    measurement: Measurement
+    deterministic: bool
+    speedup: Speedup | None = None  # None for baselines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confirmation(Record):
+    """Finalists against the strongest baseline.
+
+    The baseline was chosen on rounds of its own (`baselines` holds those times, and the chosen one's from the comparison
+    itself). It is None if no baseline passed its checks; then nothing was compared. `failures` are the candidates of either
+    kind that dropped out.
+    """
+
+    problem: Problem
+    baseline: Candidate | None
+    baselines: tuple[Contender, ...] = ()
+    finalists: tuple[Contender, ...] = ()
+    failures: tuple[Evaluation, ...] = ()
+    comparison: Comparison | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Runner:
+    candidate: Candidate
+    built: Built
+    checker: Checker
+    step: Step | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfirmCandidates:
+    """A job for a pool.
+
+    Args:
+        problem: of all candidates.
+        finalists: what may win.
+        baselines: stock choices; the strongest of them is what finalists are compared with.
+        rounds: paired rounds.
+        seed: fresh for every confirmation.
+        threads: CPU threads; default: what torch is set to.
+        ceilings: for the physics check.
+        deterministic_required: drop candidates whose output differs between two runs.
+        max_copies: most sets of inputs to rotate among.
+    """
+
+    problem: Problem
+    finalists: tuple[Candidate, ...]
+    baselines: tuple[Candidate, ...]
+    rounds: int = 41
+    seed: int = 0
+    threads: int | None = None
+    ceilings: Ceilings | None = None
+    deterministic_required: bool = False
+    max_copies: int = MAX_COPIES
+
+    def __post_init__(self) -> None:
+        strangers = [c.label for c in (*self.finalists, *self.baselines) if c.problem != self.problem]
+        if strangers or not self.baselines:
+            raise ValueError(
+                f"all candidates must be for {self.problem.key} and one a baseline; not so: {strangers or 'none is'}"
+            )
+
+    def __call__(self) -> Confirmation:
+        """Confirm.
+
+        Raises:
+            Exception: the op or the machine is at fault, not a candidate.
+        """
+        from autokernel.ops import get_op
+        from autokernel.workers.device_lock import device_lock
+
+        start_clean(self.threads)
+        device = self.problem.device
+        op = get_op(self.problem.op)
+        seed = derived_seed(self.seed, self.problem.key, "confirm")
+        num_copies = num_copies_for(self.problem, cache_bytes(device, self.threads), self.max_copies)
+        failures: list[Evaluation] = []
+        on_cpu = device == "cpu"
+        with device_lock(device, exclusive=not on_cpu):
+            constants = make_constants(self.problem, seed, num_copies)
+            expectation = expect(op, self.problem, constants, seed)
+        with device_lock(device, exclusive=False) if on_cpu else contextlib.nullcontext():
+            built = self._build_all(constants, failures)
+        with device_lock(device, exclusive=True):
+            runners = [
+                _Runner(candidate=c, built=b, checker=Checker(self.problem, b, constants, expectation)) for c, b in built
+            ]
+            runners = self._keep(runners, lambda r: r.checker.before_timing(), failures)
+            return self._compare(op, runners, failures, num_copies)
+
+    def _build_all(self, constants: list[list[torch.Tensor]], failures: list[Evaluation]) -> list[tuple[Candidate, Built]]:
+        """Every distinct candidate that builds; all share the same weights."""
+        from autokernel.backends import get_backend
+
+        built = []
+        for candidate in dict.fromkeys((*self.baselines, *self.finalists)):
+            result = build_or_fail(candidate, get_backend(candidate.backend), constants, time.monotonic())
+            if isinstance(result, Built):
+                built.append((candidate, result))
+            else:
+                failures.append(result)
+        return built
+
+    def _keep(self, runners: Sequence[_Runner], action: Callable[[_Runner], None], failures: list[Evaluation]) -> list[_Runner]:
+        """The runners that survive an action with all checks passed; the others become failures."""
+        kept = []
+        for runner in runners:
+            try:
+                action(runner)
+            except Exception as error:  # noqa: BLE001  the candidate's own code, at the boundary of the child process
+                message = f"running it failed: {one_line(error)}"
+                failures.append(Evaluation(candidate=runner.candidate, status=Status.RUN_ERROR, message=message))
+                continue
+            verdict = runner.checker.verdict(self.deterministic_required)
+            if verdict.passed:
+                kept.append(runner)
+            else:
+                message = describe_failures(verdict.failures)
+                failures.append(Evaluation(candidate=runner.candidate, status=Status.WRONG, verdict=verdict, message=message))
+        return kept
+
+    def _compare(self, op: Op, runners: list[_Runner], failures: list[Evaluation], num_copies: int) -> Confirmation:
+        if not any(r.candidate in self.baselines for r in runners):
+            return Confirmation(problem=self.problem, baseline=None, failures=tuple(failures))
+        inputs = [x for copy in runners[0].checker.timing_inputs() for x in copy]
+
+        def prepare(runner: _Runner) -> None:
+            runner.step = make_step(runner.built, inputs, device=self.problem.device)
+
+        runners = self._keep(runners, prepare, failures)
+        stock = [r for r in runners if r.candidate in self.baselines]
+        chosen, choosing = self._strongest(stock)
+        baseline = chosen.candidate
+        racing = [r for r in runners if r is chosen or r.candidate in self.finalists]
+        comparison = self._race(racing, chosen, self.rounds, "race")
+        medians = {**choosing.medians_us, **comparison.medians_us}
+        spreads = {**choosing.spreads_us, **comparison.spreads_us}
+        contenders = {}
+
+        def finish(runner: _Runner) -> None:
+            name = runner.candidate.id
+            measurement = self._measurement(runner, medians[name], spreads[name], num_copies)
+            if self.ceilings is not None:
+                runner.checker.add(physics_check(measurement, self.problem, op, self.ceilings, num_copies))
+            runner.checker.after_timing()
+            contenders[name] = Contender(
+                candidate=runner.candidate,
+                verdict=runner.checker.verdict(self.deterministic_required),
+                measurement=measurement,
+                deterministic=runner.checker.deterministic,
+                speedup=comparison.speedups.get(name),
+            )
+
+        sound = self._keep(runners, finish, failures)
+        if chosen not in sound:  # times were taken against something that turned out wrong
+            return Confirmation(problem=self.problem, baseline=None, failures=tuple(failures), comparison=comparison)
+        return Confirmation(
+            problem=self.problem,
+            baseline=baseline,
+            baselines=tuple(contenders[r.candidate.id] for r in sound if r.candidate in self.baselines),
+            finalists=tuple(contenders[r.candidate.id] for r in sound if r.candidate in self.finalists and r is not chosen),
+            failures=tuple(failures),
+            comparison=comparison,
+        )
+
+    def _strongest(self, stock: list[_Runner]) -> tuple[_Runner, Comparison]:
+        """The fastest baseline, by rounds that count for nothing else."""
+        comparison = self._race(stock, stock[0], max(_MIN_CHOOSING_ROUNDS, self.rounds // 3), "choose")
+        return min(stock, key=lambda r: comparison.medians_us[r.candidate.id]), comparison
+
+    def _race(self, runners: Sequence[_Runner], baseline: _Runner, rounds: int, purpose: str) -> Comparison:
+        steps: Mapping[str, Step] = {r.candidate.id: r.step for r in runners if r.step is not None}
+        return compare(
+            {name: step.run for name, step in steps.items()},
+            baseline.candidate.id,
+            rounds,
+            device=self.problem.device,
+            seed=derived_seed(self.seed, self.problem.key, purpose),
+            calls_per_sample={name: step.num_calls for name, step in steps.items()},
+        )
+
+    def _measurement(self, runner: _Runner, median_us: float, spread_us: float, num_copies: int) -> Measurement:
+        assert runner.step is not None
+        cold = is_cold(self.problem, num_copies, cache_bytes(self.problem.device, self.threads))
+        return Measurement(
+            median_us=median_us,
+            spread_us=spread_us,
+            num_samples=self.rounds,
+            regime=describe_regime(self.problem.device, "graph", cold, runner.step.num_calls) + ", interleaved",
+        )
