@@ -88,6 +88,9 @@ class SearchSection(_Section):
     hotspots: PositiveInt = Field(16, description="how many of the ranked hotspots to search at most")
     min_weight: float = Field(0.01, ge=0, lt=1, description="leave hotspots below this share of the whole run alone")
     seed: int = 0
+    max_copies: int = Field(
+        8, ge=1, le=64, description="sets of weights and inputs a candidate is timed on in turn; more keep caches colder"
+    )
     trial_timeout_s: PositiveFloat = Field(120, description="one candidate, from build to re-check")
     spaces: Path | None = Field(None, description="folder of search spaces that replaces the package's own")
 

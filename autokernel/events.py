@@ -62,6 +62,7 @@ class Profiled(Record):
     scenario_us: Mapping[str, float]  # one step of each scenario under Inductor's default
     read_gb_per_s: float
     peak_tflops: Mapping[str, float]  # by dtype
+    ceilings: Mapping[str, Any] = field(default_factory=dict)  # `evaluate.roofline.Ceilings` as JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,7 @@ class Confirmed(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphTrial(Record):
-    """One set of graph-level options, judged end to end: speed-up over the best stock mode per scenario."""
+    """One set of graph-level options, judged end to end: speed-up over the bundle without options, per scenario."""
 
     options: Mapping[str, ConfigValue]
     speedups: Mapping[str, Speedup]

@@ -5,6 +5,7 @@ What is timed is what is exported. Several copies of the problem, each with weig
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def build(candidate: Candidate, constants: list[list[torch.Tensor]], *, stock: b
     backend: Any = "inductor"
     if not stock:
         environment = current_environment(problem.device)
-        bundle = Bundle(name=candidate.id, created="", version="", environment=environment, entries=(entry,))
+        entries = expanded(entry)
+        bundle = Bundle(name=candidate.id, created="", version="", environment=environment, entries=entries)
         backend = BundleBackend(bundle)
     compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
 
@@ -93,9 +95,20 @@ def build(candidate: Candidate, constants: list[list[torch.Tensor]], *, stock: b
         raise BuildError(_first_line(error)) from error
     except torch._inductor.exc.InductorError as error:
         raise BuildError(_first_line(error)) from error
-    hits = len(constants) if stock else backend.usage()[entry.key].hits
-    reasons = [] if stock else backend.usage()[entry.key].reasons
+    usage = [] if stock else list(backend.usage().values())
+    hits = len(constants) if stock else min(item.hits for item in usage)
+    reasons = [reason for item in usage for reason in item.reasons]
     return Built(run=run, num_copies=len(constants), hits=hits, notes={"reasons": "; ".join(reasons)})
+
+
+def expanded(entry: Entry) -> tuple[Entry, ...]:
+    """The entry itself; or, for GEMMs that share an input but stay apart, one entry for each of them."""
+    problem = entry.problem
+    if problem.op != "merged_mm" or entry.config.get("merge", "none") != "none":
+        return (entry,)
+    config = {name: value for name, value in entry.config.items() if name != "merge"}
+    parts = (replace(problem, op="mm", inputs=(problem.inputs[0], weight), constants=(1,)) for weight in problem.inputs[1:])
+    return tuple({part.key: Entry(problem=part, backend=entry.backend, config=config) for part in parts}.values())
 
 
 def _example(problem: Problem, index: int) -> torch.Tensor:

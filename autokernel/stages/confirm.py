@@ -1,0 +1,200 @@
+"""Stage 3: finalists against the strongest stock choice, paired; and which of the winners go into the bundle together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from autokernel.errors import WorkerError
+from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
+from autokernel.evaluate.roofline import Ceilings
+from autokernel.events import Confirmed, Profiled
+from autokernel.export.bundle import Entry
+from autokernel.records import Candidate, Evaluation, Hotspot, Problem, Status, TensorSpec, Winner
+from autokernel.stages.context import RunContext
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 900
+_WORTH_CONFIRMING = 1.0  # screening time of the best stock choice over a finalist's, at least
+
+
+def is_stock(candidate: Candidate) -> bool:
+    """What eager PyTorch and `torch.compile` without a bundle would run for this problem."""
+    merged = candidate.config.get("merge", "none") != "none"
+    return candidate.backend == "aten" and not candidate.config.get("prepack") and not merged
+
+
+def is_separate(candidate: Candidate) -> bool:
+    """A way to run GEMMs that share an input one by one: what merging them has to beat, however each is tuned."""
+    return candidate.problem.op == "merged_mm" and candidate.config.get("merge", "none") == "none"
+
+
+def finalists_of(evaluations: Sequence[Evaluation], top: int) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
+    """(finalists, baselines) of one problem: the fastest by their screening, and every stock choice that works.
+
+    Of two candidates within one spread of each other the one with the shorter config comes first.
+    """
+    good = [e for e in evaluations if e.status is Status.OK and e.measurement is not None]
+    good.sort(key=lambda e: (e.measurement.median_us if e.measurement else 0.0, len(e.candidate.config)))
+    stock = [e for e in good if is_stock(e.candidate)]
+    separate = [e for e in good if is_separate(e.candidate) and not is_stock(e.candidate)][:2]
+    baselines = tuple(dict.fromkeys(e.candidate for e in (*stock, *separate)))
+    if not stock or not stock[0].measurement:
+        return (), baselines
+    limit = stock[0].measurement.median_us / _WORTH_CONFIRMING
+    rest = [e for e in good if e.candidate not in baselines and e.measurement and e.measurement.median_us < limit]
+    return tuple(e.candidate for e in rest[:top]), baselines
+
+
+def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, Sequence[Evaluation]]) -> list[Winner]:
+    """Winners, the heaviest hotspot first."""
+    settings = context.experiment.validation
+    hotspots: dict[str, Hotspot] = {}
+    for hotspot in profiled.hotspots:
+        hotspots.setdefault(hotspot.problem.key, hotspot)
+    earlier = context.state.confirmed if context.state is not None else {}
+    winners = [event.winner for event in earlier.values() if event.winner is not None]
+    decided = {event.problem_key for event in earlier.values()}
+    jobs: list[tuple[Hotspot, ConfirmCandidates]] = []
+    for key, found in evaluations.items():
+        if key in decided or key not in hotspots:
+            continue
+        finalists, baselines = finalists_of(found, settings.confirm_top)
+        if finalists and baselines:
+            job = ConfirmCandidates(
+                problem=hotspots[key].problem,
+                finalists=finalists,
+                baselines=baselines,
+                rounds=settings.confirm_rounds,
+                seed=context.seed + 1,
+                threads=context.threads,
+                ceilings=Ceilings.from_json(profiled.ceilings),
+                deterministic_required=settings.deterministic,
+                max_copies=context.experiment.search.max_copies,
+            )
+            jobs.append((hotspots[key], job))
+    if not jobs and "confirm" in (context.state.stages_done if context.state is not None else ()):
+        return _by_weight(winners)
+    with context.stage("confirm", total=len(jobs)):
+        futures = [context.pool.submit(job, _TIMEOUT_S) for _, job in jobs]
+        for done, ((hotspot, _), future) in enumerate(zip(jobs, futures, strict=True)):
+            context.progress("confirm", done, len(jobs), hotspot.problem.key)
+            try:
+                confirmation = future.result()
+            except WorkerError as error:
+                log.warning("%s was not confirmed: %s", hotspot.problem.key, error)
+                continue
+            events = _judge(hotspot, confirmation, settings.min_gain)
+            for event in events:
+                context.emit(event)
+                if event.winner is not None:
+                    winners.append(event.winner)
+        context.progress("confirm", len(jobs), len(jobs))
+    return _by_weight(winners)
+
+
+def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> list[Confirmed]:
+    """One event per finalist; at most one of them carries a winner."""
+    if confirmation.baseline is None:
+        log.warning("%s: no stock choice passed its checks; nothing is claimed", hotspot.problem.key)
+        return []
+    baseline = next(c for c in confirmation.baselines if c.candidate == confirmation.baseline)
+    passed = [c for c in confirmation.finalists if c.speedup is not None and c.speedup.low > 1 + min_gain]
+    best = min(passed, key=lambda c: c.measurement.median_us, default=None)
+    events = []
+    for contender in confirmation.finalists:
+        speedup = contender.speedup
+        if speedup is None:
+            continue
+        winner = None
+        if contender is best:
+            evaluation = Evaluation(
+                candidate=contender.candidate,
+                status=Status.OK,
+                verdict=contender.verdict,
+                measurement=contender.measurement,
+                deterministic=contender.deterministic,
+            )
+            winner = Winner(
+                hotspot=hotspot,
+                evaluation=evaluation,
+                baseline=baseline.candidate,
+                baseline_us=baseline.measurement.median_us,
+                winner_us=contender.measurement.median_us,
+                speedup=speedup,
+            )
+            reason = f"lower bound {speedup.low:.3f} is above {1 + min_gain:.3f}"
+        elif contender in passed:
+            reason = "another finalist of this hotspot is faster"
+        else:
+            reason = f"lower bound {speedup.low:.3f} is not above {1 + min_gain:.3f}"
+        events.append(
+            Confirmed(
+                problem_key=hotspot.problem.key,
+                candidate=contender.candidate,
+                baseline=baseline.candidate,
+                speedup=speedup,
+                accepted=winner is not None,
+                reason=reason,
+                winner=winner,
+            )
+        )
+    return events
+
+
+def _by_weight(winners: Sequence[Winner]) -> list[Winner]:
+    return sorted(winners, key=lambda w: -w.hotspot.weight)
+
+
+def entry_of(winner: Winner) -> Entry:
+    """What the bundle says about a winner."""
+    from autokernel.backends import get_backend
+
+    candidate = winner.evaluation.candidate
+    return Entry(
+        problem=candidate.problem,
+        backend=candidate.backend,
+        config=get_backend(candidate.backend).export(candidate),
+        scenario=winner.hotspot.scenario,
+        baseline=winner.baseline.label,
+        baseline_us=winner.baseline_us,
+        winner_us=winner.winner_us,
+        speedup=winner.speedup,
+        regime=winner.evaluation.measurement.regime if winner.evaluation.measurement else "",
+        deterministic=winner.evaluation.deterministic,
+    )
+
+
+def parts_of(problem: Problem) -> tuple[Problem, ...]:
+    """The single GEMMs of a merged one."""
+    return tuple(
+        Problem(op="mm", inputs=(problem.inputs[0], weight), device=problem.device, constants=(1,))
+        for weight in problem.inputs[1:]
+    )
+
+
+def compatible(
+    winners: Sequence[Winner], evaluations: Mapping[str, Sequence[Evaluation]]
+) -> tuple[list[Winner], dict[str, str]]:
+    """Winners that go together, and why others do not.
+
+    Merging takes its GEMMs away from their own entries: it must be faster than those, each at its best.
+    """
+    kept, dropped = [], {}
+    by_gemm: dict[tuple[TensorSpec, ...], float] = {}
+    for found in evaluations.values():
+        for evaluation in found:
+            if evaluation.status is Status.OK and evaluation.measurement and evaluation.candidate.problem.op == "mm":
+                specs = evaluation.candidate.problem.inputs[:2]
+                by_gemm[specs] = min(by_gemm.get(specs, float("inf")), evaluation.measurement.median_us)
+    for winner in winners:
+        problem = winner.hotspot.problem
+        if problem.op == "merged_mm":
+            apart = [by_gemm.get(part.inputs) for part in parts_of(problem)]
+            known = [us for us in apart if us is not None]
+            if len(known) == len(apart) and sum(known) <= winner.winner_us:
+                dropped[problem.key] = f"its GEMMs take {sum(known):.1f} us apart, {winner.winner_us:.1f} us merged"
+                continue
+        kept.append(winner)
+    return kept, dropped

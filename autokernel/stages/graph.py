@@ -1,0 +1,92 @@
+"""Stage 4: graph-level options on top of the winners, judged end to end, every set against the bundle without options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from autokernel.evaluate.end_to_end import Contender, ScenarioTiming, TimeScenario
+from autokernel.events import GraphTrial
+from autokernel.export.bundle import Bundle
+from autokernel.records import Speedup
+from autokernel.search.graph_options import Options, load_graph_options, merged, spelled
+from autokernel.stages.context import RunContext
+
+_TIMEOUT_S = 1800
+_PLAIN = "no options"
+
+
+def search_graph_options(context: RunContext, bundle: Bundle) -> Options:
+    """The options to export: every set that helped by itself, together, if together they help as well.
+
+    A bundle that ends up with neither entries nor options is a stock bundle, so options are searched even if no kernel won.
+    """
+    settings = context.experiment.graph
+    if not settings.enabled:
+        return {}
+    if context.state is not None and "graph" in context.state.stages_done:
+        accepted = [dict(t.options) for t in context.state.graph_trials if t.accepted]
+        return accepted[-1] if accepted else {}
+    spaces = context.experiment.search.spaces
+    sets = load_graph_options(context.device, context.loaded.resolve(spaces) if spaces is not None else None)
+    sets = sets[: settings.trials]
+    with context.stage("graph", total=len(sets), note=f"{len(sets)} option sets"):
+        trials = _try(context, bundle, sets)
+        good = [trial for trial in trials if trial.accepted]
+        for trial in trials:
+            # which ones are exported is decided by the last accepted event
+            context.emit(replace(trial, accepted=False) if trial.accepted and len(good) > 1 else trial)
+        if not good:
+            return {}
+        if len(good) == 1:
+            return dict(good[0].options)
+        good.sort(key=lambda trial: -trial.score)
+        together = _try(context, bundle, [merged([dict(t.options) for t in good])])[0]
+        chosen = together if together.accepted and together.score >= good[0].score else good[0]
+        if together is not chosen:
+            context.emit(replace(together, accepted=False, reason="no better together than the best one alone"))
+        context.emit(chosen)
+        return dict(chosen.options)
+
+
+def _try(context: RunContext, bundle: Bundle, sets: Sequence[Options]) -> list[GraphTrial]:
+    """Time the option sets on every scenario, one job per scenario."""
+    contenders = [Contender(name=_PLAIN, bundle=bundle)]
+    contenders += [Contender(name=spelled(options), bundle=replace(bundle, graph_options=options)) for options in sets]
+    jobs = [
+        (
+            name,
+            TimeScenario(
+                loaded=context.loaded,
+                scenario=name,
+                device=context.device,
+                threads=context.threads,
+                contenders=tuple(contenders),
+                baselines=(_PLAIN,),
+                rounds=max(11, context.experiment.validation.end_to_end_rounds // 2),
+                seed=context.seed + 2,
+            ),
+        )
+        for name in context.experiment.scenarios
+    ]
+    timings = context.run_all("graph", jobs, _TIMEOUT_S)
+    return [_judge(options, timings) for options in sets]
+
+
+def _judge(options: Options, timings: Sequence[ScenarioTiming]) -> GraphTrial:
+    """Accepted if it helps by the geometric mean of the lower bounds, and clearly hurts nowhere."""
+    name = spelled(options)
+    failures = [f"{t.scenario}: {t.failures[name]}" for t in timings if name in t.failures]
+    if failures:
+        return GraphTrial(options=options, speedups={}, score=0.0, accepted=False, reason="; ".join(failures))
+    speedups: dict[str, Speedup] = {t.scenario: t.speedups[name] for t in timings}
+    score, low = (_geomean([getattr(s, part) for s in speedups.values()]) for part in ("ratio", "low"))
+    slower = [scenario for scenario, s in speedups.items() if s.high < 1]
+    accepted = low > 1 and not slower
+    reason = "" if accepted else f"slower on {', '.join(slower)}" if slower else f"lower bound {low:.3f} is not above 1"
+    return GraphTrial(options=options, speedups=speedups, score=score, accepted=accepted, reason=reason)
+
+
+def _geomean(values: Sequence[float]) -> float:
+    return math.exp(sum(math.log(v) for v in values) / len(values))

@@ -1,0 +1,91 @@
+"""Stage 1: what the model spends its time on, and what this machine could do at best."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autokernel.config import LoadedExperiment
+from autokernel.evaluate.roofline import Ceilings, measure_ceilings
+from autokernel.evaluate.timing import pin_threads
+from autokernel.events import Profiled
+from autokernel.stages.context import RunContext
+from autokernel.workers.device_lock import device_lock
+
+if TYPE_CHECKING:
+    from autokernel.profiling.capture import CapturedScenario
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 900
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureCeilings:
+    """Job: the machine's read bandwidth and peak arithmetic."""
+
+    device: str
+    threads: int
+    dtype: str
+
+    def __call__(self) -> Ceilings:
+        with device_lock(self.device, exclusive=True):
+            dtypes = dict.fromkeys(("float32", self.dtype))
+            return measure_ceilings(self.device, self.threads, tuple(dtypes), budget_s=2.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileScenario:
+    """Job: capture one scenario's graph and time its kernels."""
+
+    loaded: LoadedExperiment
+    scenario: str
+    device: str
+    threads: int
+    seed: int
+
+    def __call__(self) -> CapturedScenario:
+        import torch
+
+        from autokernel.evaluate.end_to_end import build_program
+        from autokernel.profiling.capture import capture
+        from autokernel.profiling.workload import load_model
+
+        torch.compiler.reset()
+        pin_threads(self.threads)
+        model = load_model(self.loaded, self.device)
+        program = build_program(self.loaded, model, self.scenario, self.device, self.seed)
+        return capture(program, self.device)
+
+
+def profile(context: RunContext) -> Profiled:
+    """The hotspots of all scenarios, from the journal if an earlier process found them."""
+    if context.state is not None and context.state.profiled is not None:
+        return context.state.profiled
+    from autokernel.profiling.hotspots import rank
+
+    experiment = context.experiment
+    with context.stage("profile", total=len(experiment.scenarios) + 1):
+        dtype = experiment.model.dtype
+        jobs: list[tuple[str, Callable[[], Any]]] = [
+            (
+                f"scenario {name}",
+                ProfileScenario(
+                    loaded=context.loaded, scenario=name, device=context.device, threads=context.threads, seed=context.seed
+                ),
+            )
+            for name in experiment.scenarios
+        ]
+        jobs.append(("ceilings", MeasureCeilings(device=context.device, threads=context.threads, dtype=dtype)))
+        *captured, ceilings = context.run_all("profile", jobs, _TIMEOUT_S)
+        profiled = Profiled(
+            hotspots=rank(captured, ceilings),
+            scenario_us={c.scenario: c.step_us for c in captured},
+            read_gb_per_s=ceilings.read_gb_per_s,
+            peak_tflops=dict(ceilings.tflops),
+            ceilings=ceilings.to_json(),
+        )
+        context.emit(profiled)
+    return profiled

@@ -1,0 +1,199 @@
+"""Stage 2: ask tuners, evaluate on the pool, tell tuners; until the trials or the time are used up."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+
+from autokernel.backends import all_backends
+from autokernel.errors import WorkerError
+from autokernel.evaluate.candidate import EvaluateCandidate, evaluation_of_failure
+from autokernel.evaluate.roofline import Ceilings
+from autokernel.events import Evaluated, Profiled, SearchPlanned
+from autokernel.ops import get_op
+from autokernel.records import Evaluation, Hotspot, Status
+from autokernel.search.budget import Scheduler, allocate
+from autokernel.search.seeds import SeedContext, seeds_from
+from autokernel.search.space import DeviceFacts, Names, Space, load_space, names_for
+from autokernel.search.tuner import Proposal, Tuner
+from autokernel.stages.context import RunContext
+from autokernel.tracking.history import ok_evaluations
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Hunt:
+    """One hotspot being searched."""
+
+    hotspot: Hotspot
+    tuner: Tuner
+
+
+@dataclass(slots=True, kw_only=True)
+class _Flight:
+    hunt: Hunt
+    proposal: Proposal
+
+
+def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation]]:
+    """Evaluations by problem key, those of an earlier process included."""
+    settings = context.experiment.search
+    hunts = open_hunts(context, profiled)
+    done = sum(hunt.tuner.num_finished for hunt in hunts.values())
+    number = context.state.num_trials if context.state is not None else 0
+    evaluations: dict[str, list[Evaluation]] = {key: [] for key in hunts}
+    if context.state is not None:
+        for evaluation in context.state.evaluations.values():
+            evaluations.setdefault(evaluation.candidate.problem.key, []).append(evaluation)
+    if context.state is not None and "search" in context.state.stages_done:
+        return evaluations
+    scheduler = Scheduler([hunt.hotspot for hunt in hunts.values()], {k: h.tuner.max_trials for k, h in hunts.items()})
+    ceilings = Ceilings.from_json(profiled.ceilings)
+    total = min(settings.trials, sum(hunt.tuner.max_trials for hunt in hunts.values()))
+    deadline = time.monotonic() + settings.seconds
+    flights: dict[Future[Evaluation], _Flight] = {}
+    with context.stage("search", total=total, budget_s=settings.seconds, note=f"{len(hunts)} hotspots"):
+        context.emit(SearchPlanned(trials={key: hunt.tuner.max_trials for key, hunt in hunts.items()}))
+        try:
+            while True:
+                # one waits behind each that runs, so that no worker idles while the driver records
+                while len(flights) < 2 * context.pool.num_workers and time.monotonic() < deadline and done < total:
+                    flight = _next(hunts, scheduler)
+                    if flight is None:
+                        break
+                    job = EvaluateCandidate(
+                        candidate=flight.proposal.candidate,
+                        seed=context.seed,
+                        ceilings=ceilings,
+                        deterministic_required=context.experiment.validation.deterministic,
+                        threads=context.threads,
+                        max_copies=settings.max_copies,
+                    )
+                    flights[context.pool.submit(job, settings.trial_timeout_s)] = flight
+                    done += 1
+                if not flights:
+                    break
+                finished, _ = wait(flights, timeout=0.5, return_when=FIRST_COMPLETED)
+                if time.monotonic() >= deadline:
+                    for future in [f for f in flights if f.cancel()]:
+                        flights.pop(future)
+                for future in finished:
+                    if future not in flights:
+                        continue
+                    flight = flights.pop(future)
+                    evaluation = _evaluation(future, flight)
+                    number += 1
+                    context.emit(Evaluated(evaluation=evaluation, origin=flight.proposal.origin, number=number))
+                    flight.hunt.tuner.tell(flight.proposal.number, evaluation)
+                    evaluations[evaluation.candidate.problem.key].append(evaluation)
+                    if evaluation.status is Status.LOST:
+                        done -= 1
+                    context.progress("search", done - len(flights), total, _message(flight, evaluation))
+        finally:
+            for future in flights:
+                future.cancel()
+            for hunt in hunts.values():
+                hunt.tuner.close()
+    return evaluations
+
+
+def _next(hunts: dict[str, Hunt], scheduler: Scheduler) -> _Flight | None:
+    """The next proposal, of the hotspot with the largest expected gain that is left."""
+    while (key := scheduler.next()) is not None:
+        proposals = hunts[key].tuner.ask(1)
+        if proposals:
+            scheduler.took(key)
+            return _Flight(hunt=hunts[key], proposal=proposals[0])
+        if hunts[key].tuner.exhausted or hunts[key].tuner.num_in_flight == 0:
+            scheduler.exhausted(key)
+        else:
+            return None  # something in flight may yet be lost and come back
+    return None
+
+
+def _evaluation(future: Future[Evaluation], flight: _Flight) -> Evaluation:
+    try:
+        return future.result()
+    except WorkerError as error:
+        return evaluation_of_failure(flight.proposal.candidate, error)
+
+
+def _message(flight: _Flight, evaluation: Evaluation) -> str:
+    best = flight.hunt.tuner.best()
+    text = f"{flight.hunt.hotspot.scenario}: {evaluation.candidate.problem.op}"
+    if best is not None and best.median_us is not None:
+        text += f", best {best.median_us:.1f} us ({best.candidate.label})"
+    return text
+
+
+def device_facts(context: RunContext, profiled: Profiled) -> DeviceFacts:
+    """What constraints of search spaces may ask of the device."""
+    environment = context.environment
+    smem = 232448 if environment.isa.startswith("sm_9") else 0
+    return DeviceFacts(
+        device=context.device,
+        threads=context.threads,
+        isa=environment.isa,
+        l2_bytes=int(profiled.ceilings.get("l2_bytes", 0)),
+        smem_bytes=smem,
+        num_units=environment.num_units,
+    )
+
+
+def spaces_for(context: RunContext, hotspot: Hotspot) -> dict[str, Space]:
+    """Spaces of the allowed backends that can serve the hotspot's problem."""
+    settings = context.experiment.search
+    folder = context.loaded.resolve(settings.spaces) if settings.spaces is not None else None
+    spaces = load_space(hotspot.problem.op, folder)
+    usable = {}
+    for backend in all_backends():
+        if backend.name not in context.experiment.backends or backend.name not in spaces:
+            continue
+        why_not = backend.supports(hotspot.problem)
+        if why_not:
+            log.info("%s: no candidates from %s: %s", hotspot.problem.key, backend.name, why_not)
+            continue
+        usable[backend.name] = spaces[backend.name]
+    return usable
+
+
+def open_hunts(context: RunContext, profiled: Profiled) -> dict[str, Hunt]:
+    """A tuner for each hotspot worth searching, seeded, and taught what is known already."""
+    settings = context.experiment.search
+    facts = device_facts(context, profiled)
+    chosen: dict[str, Hotspot] = {}
+    for hotspot in profiled.hotspots:
+        if hotspot.weight >= settings.min_weight and len(chosen) < settings.hotspots:
+            chosen.setdefault(hotspot.problem.key, hotspot)
+    spaces = {key: spaces_for(context, hotspot) for key, hotspot in chosen.items()}
+    chosen = {key: hotspot for key, hotspot in chosen.items() if spaces[key]}
+    names: dict[str, Names] = {
+        key: names_for(get_op(hotspot.problem.op).dims(hotspot.problem), facts) for key, hotspot in chosen.items()
+    }
+    sizes = {key: sum(space.count(names[key], 10_000) for space in spaces[key].values()) for key in chosen}
+    trials = allocate(
+        list(chosen.values()), settings.trials, minimum=sum(len(s) for s in list(spaces.values())[:1]) + 1, sizes=sizes
+    )
+    known = list(context.state.evaluations.values()) if context.state is not None else []
+    here = context.environment
+    earlier = ok_evaluations(context.history, here.device_name, here.torch) if "history" in settings.seeds else []
+    hunts: dict[str, Hunt] = {}
+    for key, hotspot in chosen.items():
+        tuner = Tuner(
+            problem=hotspot.problem,
+            spaces=spaces[key],
+            names=names[key],
+            storage=context.experiment.storage or f"sqlite:///{context.folder / 'optuna.db'}",
+            study_name=f"{context.run_id} {key}",
+            sampler=settings.sampler,
+            seed=context.seed,
+            max_trials=max(1, trials.get(key, 1)),
+        )
+        seeding = SeedContext(problem=hotspot.problem, spaces=spaces[key], names=names[key], history=earlier)
+        tuner.warm_start(e for e in known if e.candidate.problem.key == key)
+        tuner.enqueue(seeds_from(settings.seeds, seeding))
+        hunts[key] = Hunt(hotspot=hotspot, tuner=tuner)
+    return hunts
