@@ -135,19 +135,25 @@ class Ledger:
 
     def unseen_near(self, backend: str, config: Config | None, rng: random.Random) -> Candidate | None:
         """A legal candidate that is not seen: close to `config` if possible, else at random, else the first one left."""
-        space = self.spaces[backend]
-        drawn: list[Config | None] = []
-        if config is not None:
-            start = space.nearest(config)
-            drawn.append(start)
-            drawn += [_mutated(start, space, rng) for _ in range(_MAX_MUTATIONS) if start is not None]
-        for i in range(len(drawn) + _MAX_RANDOM):
-            draw = drawn[i] if i < len(drawn) else space.random(rng)
-            if draw is not None:
-                candidate = self.candidate(backend, draw)
-                if not self.seen(candidate):
-                    return candidate
+        for draw in _draws(self.spaces[backend], config, rng):
+            candidate = self.candidate(backend, draw)
+            if not self.seen(candidate):
+                return candidate
         return next(self.unseen_of([backend]), None)
+
+
+def _draws(space: BoundSpace, config: Config | None, rng: random.Random) -> Iterator[Config]:
+    start = space.nearest(config) if config is not None else None
+    if start is not None:
+        yield start
+        for _ in range(_MAX_MUTATIONS):
+            mutated = _mutated(start, space, rng)
+            if mutated is not None:
+                yield mutated
+    for _ in range(_MAX_RANDOM):
+        draw = space.random(rng)
+        if draw is not None:
+            yield draw
 
 
 def _mutated(config: Config, space: BoundSpace, rng: random.Random) -> Config | None:

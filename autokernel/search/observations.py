@@ -10,7 +10,7 @@ from typing import Any
 from autokernel.records import Candidate
 from autokernel.search.space import BoundSpace
 
-_KEEP_BEST, _KEEP_RECENT, _KEEP_VIOLATED = 150, 100, 50
+_KEEP_BEST, _KEEP_RECENT, _KEEP_VIOLATED = 100, 60, 40
 _FIRST_PENALTY = math.log(1e6)  # before anything was measured: one second
 
 

@@ -41,8 +41,9 @@ _T = TypeVar("_T")
 
 _SMALL_SPACE = 12  # a backend with so few configs is tried completely rather than sampled
 _NUM_STARTUP = 10  # legal random configs before a model is fitted
-_MAX_REJECTIONS = 8  # draws that may be illegal or known before the nearest unseen config is taken
-_MAX_STUDY_TRIALS = 600  # then the study in memory is thinned: fitting costs time in proportion
+_MAX_REJECTIONS = 4  # draws that may be illegal or known before the unseen config nearest to one is taken
+_PATIENCE = 150  # trials; later draws mostly repeat, and a step from the last one is as good and much cheaper
+_MAX_STUDY_TRIALS = 300  # then the study in memory is thinned: fitting costs time in proportion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +100,7 @@ class Tuner:
         self._in_flight: dict[int, _InFlight] = {}
         self._study: _MemoryStudy | None = None
         _check_sampler(sampler)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise a line per trial
         self._mirror = _Mirror(storage, study_name, self._ledger.spaces) if storage is not None else None
         if self._mirror is not None:
             for outcome in self._mirror.load(problem):
@@ -233,7 +235,8 @@ class Tuner:
         study = self._memory_study()
         backend, config = self._rng.choice(self._sampled), None
         if self._sampler_name != "random" and study.num_feasible >= _NUM_STARTUP:
-            for _ in range(_MAX_REJECTIONS if self._sampler_name != "gp" else 2):  # the Gaussian process takes seconds
+            patient = self._ledger.num_spent < _PATIENCE and self._sampler_name != "gp"  # whose draws take a second each
+            for _ in range(_MAX_REJECTIONS if patient else 1):
                 trial, backend, config = study.ask()
                 violated = len(self._ledger.spaces[backend].violations(config))
                 candidate = self._ledger.candidate(backend, config)
@@ -341,7 +344,6 @@ class _MemoryStudy:
         self._study.add_trial(_finished(self._spaces, observation, self._seen.value(observation)))
 
     def _new_study(self) -> optuna.Study:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         conditional = len(self._spaces) > 1 or any(d.when is not None for s in self._spaces.values() for d in s.domains)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -417,12 +419,13 @@ class _Mirror:
         for trial in trials:
             if trial.state is TrialState.RUNNING:
                 self._guarded(partial(self._storage.set_trial_state_values, trial._trial_id, TrialState.FAIL))
-            status = trial.user_attrs.get("status", "LOST")
-            if trial.state is not TrialState.COMPLETE or status == "LOST":
+            said = trial.user_attrs.get("candidate")
+            if trial.state is not TrialState.COMPLETE or said is None:
                 continue
-            candidate = Candidate(problem=problem, backend=trial.user_attrs["backend"], config=trial.user_attrs["config"])
-            median = math.exp(trial.value) if status == "OK" and trial.value is not None else None
-            outcomes.append(Outcome(candidate=candidate, status=Status(status), median_us=median))
+            status = Status(said["status"])
+            median = math.exp(trial.value) if status is Status.OK and trial.value is not None else None
+            candidate = Candidate(problem=problem, backend=said["backend"], config=said["config"])
+            outcomes.append(Outcome(candidate=candidate, status=status, median_us=median))
         return outcomes
 
     def append(self, outcome: Outcome, origin: str) -> None:
@@ -433,12 +436,12 @@ class _Mirror:
         observation = self._seen.observe(self._seen.params(candidate) if fits else {}, outcome.median_us)
         value = None if outcome.status is Status.LOST else self._seen.value(observation)
         trial = _finished(self._spaces, observation, value)
+        # one attribute, since each is a statement of its own
         trial.user_attrs = {
-            "backend": candidate.backend,
-            "config": dict(candidate.config),
-            "status": str(outcome.status),
-            "origin": origin,
-        }
+            "candidate": {
+                "backend": candidate.backend, "config": dict(candidate.config), "status": str(outcome.status), "origin": origin,
+            }
+        }  # fmt: skip
         self._guarded(lambda: self._storage.create_new_trial(self._study_id, trial))
 
     def close(self) -> None:
