@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ _START_TIMEOUT_S = 180.0
 _SLACK_S = _START_TIMEOUT_S + 60.0  # the child may have to be started again before the job
 _PATIENCE_S = 600.0  # how long the whole pool may be without a single worker before jobs are given up
 _MAX_FAILED_STARTS = 3
+_KNOCK_S = 10.0
 _OBJECT_STORE_BYTES = 256 << 20
 
 
@@ -246,10 +249,25 @@ def _connect(address: str, num_cpus: int) -> None:
     else:
         options["runtime_env"] = {"py_modules": [str(Path(__file__).resolve().parents[1])]}
     try:
+        if address not in ("local", "auto"):
+            _knock(address)
         ray.init(address=address, **options)
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         cure = "start one with `ray start --head` or `ray up`, or use `local`"
         raise ConfigError(f"cluster.address: no Ray cluster can be reached at {address!r}: {error}; {cure}") from error
+
+
+def _knock(address: str) -> None:
+    """Raise within seconds when nobody listens there: Ray itself tries for minutes, with a page of warnings.
+
+    Raises:
+        ValueError: not an address.
+        OSError: nobody listens.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and colon and port.isdigit()):
+        raise ValueError("it must be `local`, `auto`, `HOST:PORT` or `ray://HOST:PORT` (or `inline`, without Ray)")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 def _fit(address: str, num_workers: int, num_gpus: float, num_cpus: float) -> int:
@@ -265,7 +283,9 @@ def _fit(address: str, num_workers: int, num_gpus: float, num_cpus: float) -> in
     )
     if room == 0:
         cure = "lower cluster.gpus_per_worker or cluster.cpus_per_worker, or wait until `ray status` shows more nodes"
-        raise ConfigError(f"a worker needs {num_gpus:g} GPU and {num_cpus:g} CPU on one node, but {_offer()}; {cure}")
+        raise ConfigError(
+            f"a worker needs {num_gpus:g} GPU and {num_cpus:g} CPU on one node, but the cluster has {_offer()}; {cure}"
+        )
     if room >= num_workers:
         return num_workers
     if address == "local":
@@ -276,14 +296,10 @@ def _fit(address: str, num_workers: int, num_gpus: float, num_cpus: float) -> in
 
 
 def _offer() -> str:
-    """The nodes in words: "1 node with 0 GPU, 8 CPU"."""
-    kinds: dict[str, int] = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            text = f"{node['Resources'].get('GPU', 0):g} GPU, {node['Resources'].get('CPU', 0):g} CPU"
-            kinds[text] = kinds.get(text, 0) + 1
-    nodes = [f"{count} node{'s' if count > 1 else ''} with {text}" for text, count in kinds.items()]
-    return "there is " + " and ".join(nodes) if nodes else "there is no node"
+    """The nodes in words: "2 x (8 GPU, 96 CPU), 1 x (0 GPU, 8 CPU)"."""
+    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    kinds = Counter(f"({node.get('GPU', 0):g} GPU, {node.get('CPU', 0):g} CPU)" for node in nodes)
+    return ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items())) or "no node"
 
 
 def _first_line(error: BaseException) -> str:

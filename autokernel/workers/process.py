@@ -57,7 +57,8 @@ class ChildProcess:
                     undo.callback(os.close, fd)
                 request_read, self._request, self._reply, reply_write, self._output, output_write = ends
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "autokernel.workers.child", str(request_read), str(reply_write)],
+                    # -P: the working directory must not shadow this package or the standard library
+                    [sys.executable, "-P", "-m", "autokernel.workers.child", str(request_read), str(reply_write)],
                     stdin=subprocess.DEVNULL,
                     stdout=output_write,
                     stderr=output_write,

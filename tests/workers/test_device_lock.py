@@ -82,7 +82,9 @@ def settle(holder: Holder, eventually: Callable[..., None]) -> None:
     time.sleep(0.15)
 
 
-def test_shared_holders_overlap_and_exclude_an_exclusive_one(hold: Callable[..., Holder], eventually: Callable[..., None]) -> None:
+def test_shared_holders_overlap_and_exclude_an_exclusive_one(
+    hold: Callable[..., Holder], eventually: Callable[..., None]
+) -> None:
     first, second = hold("a", exclusive=False), hold("b", exclusive=False)
     eventually(lambda: first.holds() and second.holds())
     timing = hold("timing", exclusive=True)
@@ -111,7 +113,9 @@ def test_an_exclusive_holder_excludes_all(hold: Callable[..., Holder], eventuall
     eventually(lambda: build.done.exists() and other.done.exists())
 
 
-def test_who_waits_for_the_device_is_not_starved_by_builds(hold: Callable[..., Holder], eventually: Callable[..., None]) -> None:
+def test_who_waits_for_the_device_is_not_starved_by_builds(
+    hold: Callable[..., Holder], eventually: Callable[..., None]
+) -> None:
     first = hold("first", exclusive=False)
     eventually(first.holds)
     timing = hold("timing", exclusive=True)
@@ -166,18 +170,26 @@ def test_threads_exclude_each_other(eventually: Callable[..., None]) -> None:
     assert order == ["first", "other"]
 
 
-def test_freed_after_an_exception_and_in_spite_of_a_fork() -> None:
-    with pytest.raises(ZeroDivisionError), device_lock("cpu", exclusive=True):
-        child = os.fork()  # it has the lock's file open, as a compiler's forked helper would
-        if child == 0:
+def fork_and_fail(children: list[int]) -> None:
+    """Hold the device, fork a process that keeps the lock's file open, as a compiler's helper would, and fail."""
+    with device_lock("cpu", exclusive=True):
+        pid = os.fork()
+        if pid == 0:
             time.sleep(30)
             os._exit(0)
+        children.append(pid)
         raise ZeroDivisionError
+
+
+def test_freed_after_an_exception_and_in_spite_of_a_fork() -> None:
+    children: list[int] = []
+    with pytest.raises(ZeroDivisionError):
+        fork_and_fail(children)
     started = time.monotonic()
     with device_lock("cpu", exclusive=True):
         assert time.monotonic() - started < 5
-    os.kill(child, 9)
-    os.waitpid(child, 0)
+    os.kill(children[0], 9)
+    os.waitpid(children[0], 0)
 
 
 def test_a_gpu_goes_by_its_visible_entry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,9 +205,12 @@ def test_a_gpu_goes_by_its_visible_entry(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_folder_that_is_not_ours_is_refused(own_folder: Path) -> None:
     trap = own_folder / f"autokernel-{os.getuid()}"
     trap.symlink_to(own_folder)
-    with pytest.raises(StorageError, match="must be a folder of your own; remove it or set TMPDIR"), device_lock("cpu", exclusive=True):
+    with (
+        pytest.raises(StorageError, match="must be a folder of your own; remove it or set TMPDIR"),
+        device_lock("cpu", exclusive=True),
+    ):
         pass
     trap.unlink()
     trap.write_text("")
-    with pytest.raises(StorageError, match="cannot be made.*set TMPDIR"), device_lock("cpu", exclusive=True):
+    with pytest.raises(StorageError, match=r"cannot be made.*set TMPDIR"), device_lock("cpu", exclusive=True):
         pass

@@ -174,7 +174,7 @@ def test_a_job_that_cannot_travel_says_so(worker: Worker, monkeypatch: pytest.Mo
 
 def test_a_job_whose_module_is_missing_in_the_child_says_so() -> None:
     worker = Worker(sys_path=[path for path in sys.path if path != str(Path(__file__).parent)])
-    with pytest.raises(WorkerError, match="cannot be loaded in the child.*No module named 'worker_jobs'"):
+    with pytest.raises(WorkerError, match=r"cannot be loaded in the child.*No module named 'worker_jobs'"):
         worker.run(jobs.Add(1, 2), GENEROUS_S)
     worker.close()
 

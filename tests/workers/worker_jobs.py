@@ -74,6 +74,14 @@ class IsLoaded:
 
 
 @dataclass(frozen=True)
+class OriginOf:
+    module: str
+
+    def __call__(self) -> str:
+        return str(sys.modules[self.module].__file__)
+
+
+@dataclass(frozen=True)
 class Say:
     num_bytes: int
     last_words: str = ""

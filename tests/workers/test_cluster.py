@@ -1,0 +1,149 @@
+"""A cluster of two emulated nodes: actors and nodes are killed for real."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import worker_jobs as jobs
+
+from autokernel.config import ClusterSection
+from autokernel.errors import ConfigError, JobLost
+from autokernel.workers.pool import Pool, open_pool
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parents[2]
+GENEROUS_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head without room for any worker, and two nodes with room for one each."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        made.add_node(num_cpus=1, resources={"worker_node": 1})
+    yield made
+    import ray
+
+    ray.shutdown()
+    made.shutdown()
+
+
+def section(cluster: Any, **changes: Any) -> ClusterSection:
+    return ClusterSection(**{"address": cluster.address, **changes})
+
+
+@pytest.fixture(scope="module")
+def pool(cluster: Any) -> Iterator[Pool]:
+    made = open_pool(section(cluster), device="cpu", num_workers=2, env={"AK_TEST": "set"}, memory_limit_bytes=1 << 30)
+    yield made
+    made.close()
+
+
+def places(pool: Pool) -> list[tuple[int, int]]:
+    """(actor, node) of two jobs that run at the same time."""
+    return [future.result(GENEROUS_S) for future in [pool.submit(jobs.Where(0.5), GENEROUS_S) for _ in range(2)]]
+
+
+def test_no_room_is_said_up_front(cluster: Any) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"needs 1 GPU and 1 CPU on one node, but the cluster has 1 x \(0 GPU, 0 CPU\), 2 x \(0 GPU, 1 CPU\); lower",
+    ):
+        open_pool(section(cluster), device="cuda", num_workers=2, env={})
+    with pytest.raises(ConfigError, match=r"needs 0 GPU and 2 CPU on one node"):  # two nodes of one CPU do not make one of two
+        open_pool(section(cluster, cpus_per_worker=2), device="cpu", num_workers=1, env={})
+
+
+def test_jobs_run_on_both_nodes_with_their_own_environment(pool: Pool) -> None:
+    there = places(pool)
+    assert len({node for _, node in there}) == 2
+    assert pool.submit(jobs.Variable("AK_TEST"), GENEROUS_S).result() == "set"
+    assert pool.submit(jobs.Variable("CUDA_VISIBLE_DEVICES"), GENEROUS_S).result() == ""
+    assert pool.submit(jobs.Variable("OMP_NUM_THREADS"), GENEROUS_S).result() is None, "Ray's own 1 must not get through"
+
+
+def test_the_package_travels_to_the_nodes(cluster: Any, pool: Pool, tmp_path: Path) -> None:
+    """A driver in a folder of its own: the nodes can have the package from Ray alone."""
+    assert pool.num_workers == 2  # both places are taken by now, so the head makes room
+    node = cluster.add_node(num_cpus=4)
+    code = f"""
+import sys
+sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]!r}
+import worker_jobs
+from autokernel.workers.cluster import RayPool
+pool = RayPool({cluster.address!r}, num_workers=1, num_cpus_per_worker=2)
+print("ORIGIN", pool.submit(worker_jobs.OriginOf("autokernel"), 60).result())
+pool.close()
+"""
+    script = tmp_path / "driver.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    cluster.remove_node(node)
+    origin = next((line for line in done.stdout.splitlines() if line.startswith("ORIGIN")), done.stderr)
+    assert "py_modules_files" in origin
+
+
+def test_an_actor_that_is_killed_costs_its_job_and_is_replaced(
+    pool: Pool, tmp_path: Path, eventually: Callable[..., None], all_gone: Callable[[list[int]], None]
+) -> None:
+    begun = tmp_path / "begun"
+    lost = pool.submit(jobs.Touch(str(begun), 600), 600)
+    eventually(lambda: begun.exists() and begun.read_text(), GENEROUS_S)
+    child = int(begun.read_text())
+    os.kill(psutil.Process(child).ppid(), signal.SIGKILL)
+    error = lost.exception(GENEROUS_S)
+    assert type(error) is JobLost
+    assert "went away while the job ran" in str(error)
+    all_gone([child])
+    eventually(lambda: len({actor for actor, _ in places(pool)}) == 2, GENEROUS_S, "the replacement")
+
+
+def test_a_node_that_dies_costs_its_jobs_and_the_others_go_on(
+    cluster: Any, pool: Pool, tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    running = [pool.submit(jobs.Touch(str(file), 4), GENEROUS_S) for file in files]
+    queued = [pool.submit(jobs.Where(0.05), GENEROUS_S) for _ in range(6)]
+    eventually(lambda: all(file.exists() and file.read_text() for file in files), GENEROUS_S)
+    raylet = psutil.Process(int(files[0].read_text())).parent().parent().pid  # type: ignore[union-attr]
+    victim = next(node for node in cluster.worker_nodes if _raylet(node) == raylet)
+    cluster.remove_node(victim, allow_graceful=False)
+    assert type(running[0].exception(GENEROUS_S)) is JobLost
+    assert running[1].result(GENEROUS_S) == "slept"
+    assert {future.result(GENEROUS_S)[1] for future in queued} == {_raylet(node) for node in cluster.worker_nodes}
+    cluster.add_node(num_cpus=1, resources={"worker_node": 1})  # a new machine joins: the pool is whole again
+    eventually(lambda: len({node for _, node in places(pool)}) == 2, GENEROUS_S, "work on the node that joined")
+
+
+def _raylet(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:1", "Connection refused"),
+        ("ray://127.0.0.1:1", "Connection refused"),
+        ("somewhere", "it must be `local`, `auto`, `HOST:PORT`"),
+    ],
+)
+def test_no_cluster_at_the_address(address: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # this process is connected to the cluster of this module
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=f"no Ray cluster can be reached at '{address}'.*{says}"):
+        open_pool(ClusterSection(address=address), device="cpu", num_workers=1, env={})
+    assert time.monotonic() - started < 5
