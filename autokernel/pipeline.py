@@ -1,0 +1,267 @@
+"""The whole flow: profile, search, confirm, graph options, validate, export, prove. Each stage is one file in `stages/`."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import autokernel
+from autokernel.config import LoadedExperiment, load_experiment
+from autokernel.environment import current_environment, physical_cores
+from autokernel.errors import AutokernelError, ConfigError
+from autokernel.events import ModelValidated, Recorder, RunFinished, RunStarted
+from autokernel.export.bundle import Bundle
+from autokernel.records import digest_of
+from autokernel.stages.context import RunContext, close_all
+from autokernel.tracking.state import RunState, find_resumable
+
+log = logging.getLogger(__name__)
+
+STAGES = ("profile", "search", "confirm", "graph", "validate", "export", "prove")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOutcome:
+    """How a run ended, and where everything lies."""
+
+    outcome: str  # "won", "stock" or "stopped" (after the stage that was asked for)
+    message: str
+    folder: Path
+    bundle: Path | None
+    seconds: float
+
+
+def run(
+    experiment: Path | str | LoadedExperiment,
+    *,
+    overrides: tuple[str, ...] = (),
+    runs_folder: Path | str = "runs",
+    fresh: bool = False,
+    until: str = STAGES[-1],
+    recorders: Sequence[Recorder] = (),
+) -> RunOutcome:
+    """Run an experiment, or go on with the newest unfinished run of the same one.
+
+    Args:
+        experiment: the YAML file.
+        overrides: `a.b=value`, on top of the file.
+        runs_folder: where runs are kept.
+        fresh: start anew even if there is an unfinished run.
+        until: the last stage to do.
+        recorders: told of every event, after the journal.
+
+    Raises:
+        ConfigError: the experiment cannot be run as it stands.
+        AutokernelError: the run failed; what was finished is in its journal.
+    """
+    loaded = experiment if isinstance(experiment, LoadedExperiment) else load_experiment(experiment, overrides)
+    with open_run(loaded, Path(runs_folder), fresh=fresh, recorders=recorders) as context:
+        return _run_stages(context, until)
+
+
+def _run_stages(context: RunContext, until: str) -> RunOutcome:
+    """The flow on one screen."""
+    from autokernel.stages.confirm import compatible, confirm, entry_of
+    from autokernel.stages.graph import search_graph_options
+    from autokernel.stages.model import validate
+    from autokernel.stages.production import export_bundle, make_bundle, prove
+    from autokernel.stages.profile import profile
+    from autokernel.stages.search import search
+
+    profiled = profile(context)
+    if until == "profile":
+        return _stopped(context, until)
+    evaluations = search(context, profiled)
+    if until == "search":
+        return _stopped(context, until)
+    winners, dropped = compatible(confirm(context, profiled, evaluations), evaluations)
+    if until == "confirm":
+        return _stopped(context, until)
+    bundle = make_bundle(context, [entry_of(winner) for winner in winners], {})
+    bundle = make_bundle(context, bundle.entries, search_graph_options(context, bundle))
+    if until == "graph":
+        return _stopped(context, until)
+    validated, bundle = validate(context, bundle, dropped)
+    if until == "validate":
+        return _stopped(context, until)
+    bundle = make_bundle(context, bundle.entries, bundle.graph_options, validated)
+    export_bundle(context, bundle)
+    proved = prove(context, bundle, validated) if until != "export" else None
+    if proved is not None and not proved.passed:
+        raise AutokernelError(f"the exported bundle did not hold in a fresh process: {proved.message}")
+    return _finish(context, bundle, validated)
+
+
+def _finish(context: RunContext, bundle: Bundle, validated: ModelValidated) -> RunOutcome:
+    best = max(validated.scenarios, key=lambda s: s.speedup.ratio)
+    if bundle.stock:
+        outcome = "stock"
+        message = "Nothing beat stock code clearly enough: the bundle says so, and changes nothing."
+    else:
+        outcome = "won"
+        gains = ", ".join(f"{s.scenario} {s.speedup.ratio:.2f}x" for s in validated.scenarios)
+        message = f"Faster than the best stock mode: {gains}." if best.speedup.low > 1 else f"No scenario is slower: {gains}."
+    seconds = round(time.monotonic() - context.started, 1)
+    context.emit(RunFinished(outcome=outcome, message=message, seconds=seconds))
+    return RunOutcome(
+        outcome=outcome, message=message, folder=context.folder, bundle=context.folder / "bundle", seconds=seconds
+    )
+
+
+def _stopped(context: RunContext, stage: str) -> RunOutcome:
+    seconds = round(time.monotonic() - context.started, 1)
+    return RunOutcome(outcome="stopped", message=f"stopped after {stage}", folder=context.folder, bundle=None, seconds=seconds)
+
+
+@contextlib.contextmanager
+def open_run(
+    loaded: LoadedExperiment, runs_folder: Path, *, fresh: bool, recorders: Sequence[Recorder]
+) -> Iterator[RunContext]:
+    """A run's folder, journal, mirror and pool; and an end to all of them, whatever happens."""
+    from autokernel.tracking.history import earlier_runs
+    from autokernel.tracking.journal import Journal
+    from autokernel.workers.pool import open_pool
+
+    experiment = loaded.experiment
+    device = resolve_device(loaded)
+    threads = experiment.threads or physical_cores()
+    digest = digest_of(experiment.model_dump(mode="json"))
+    found = None if fresh else find_resumable(runs_folder, experiment.name, digest)
+    state: RunState | None = None
+    if found is not None:
+        folder, state = found
+    else:
+        folder = runs_folder / experiment.name / new_run_id()
+    folder = folder.resolve()
+    environment = current_environment(device, threads)
+    if state is not None and state.started.environment.digest != environment.digest:
+        log.warning("the unfinished run %s was made on another machine or with other versions: starting anew", folder.name)
+        folder, state = (runs_folder / experiment.name / new_run_id()).resolve(), None
+    journal = Journal(folder)
+    all_recorders: list[Recorder] = [journal, *_mirrors(loaded, runs_folder, folder), *recorders]
+    started = time.monotonic()
+    emit = [r.record for r in all_recorders]
+    event = RunStarted(
+        run_id=folder.name,
+        name=experiment.name,
+        experiment=loaded.text,
+        experiment_digest=digest,
+        environment=environment,
+        seed=experiment.search.seed,
+        version=autokernel.__version__,
+        git_commit=_git_commit(loaded),
+        resumed=state is not None,
+    )
+    try:
+        for record in emit:
+            record(event)
+        pool = open_pool(
+            experiment.cluster,
+            device=device,
+            num_workers=experiment.search.workers,
+            env=worker_env(threads),
+            memory_limit_bytes=memory_limit(experiment.search.workers),
+            preload=("torch",),
+        )
+        try:
+            yield RunContext(
+                loaded=loaded,
+                folder=folder,
+                run_id=folder.name,
+                device=device,
+                threads=threads,
+                environment=environment,
+                pool=pool,
+                recorders=all_recorders,
+                state=state,
+                history=earlier_runs(runs_folder, folder),
+                started=started,
+            )
+        finally:
+            pool.close()
+    except KeyboardInterrupt:
+        _end(all_recorders, "interrupted", "interrupted; the same command resumes it", started)
+        raise
+    except AutokernelError as error:
+        _end(all_recorders, "failed", str(error), started)
+        raise
+    finally:
+        close_all(all_recorders)
+
+
+def _end(recorders: Sequence[Recorder], outcome: str, message: str, started: float) -> None:
+    """The last line of a run that did not end well; a journal that cannot take it must not hide the reason."""
+    event = RunFinished(outcome=outcome, message=message, seconds=round(time.monotonic() - started, 1))
+    for recorder in recorders:
+        try:
+            recorder.record(event)
+        except AutokernelError as error:
+            log.warning("%s", error)
+
+
+def _mirrors(loaded: LoadedExperiment, runs_folder: Path, folder: Path) -> list[Recorder]:
+    from autokernel.tracking.mlflow_mirror import MlflowMirror
+
+    return [MlflowMirror.for_run(loaded.experiment, runs_folder.resolve(), folder)]
+
+
+def _git_commit(loaded: LoadedExperiment) -> str:
+    from autokernel.stages.production import git_commit
+
+    return git_commit(loaded.path.parent)
+
+
+def new_run_id() -> str:
+    """Sorts by time, and differs between two runs of one second."""
+    return datetime.datetime.now().strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+
+
+def resolve_device(loaded: LoadedExperiment) -> str:
+    """The experiment's device; "auto" is a GPU if there is one.
+
+    Raises:
+        ConfigError: it asks for a GPU and torch sees none.
+    """
+    import torch
+
+    wanted = loaded.experiment.device
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available() and loaded.experiment.cluster.address in ("local", "inline"):
+        raise ConfigError(
+            f"{loaded.path}: device: cuda, but torch {torch.__version__} sees no GPU here; "
+            "install a CUDA build of torch, set `device: cpu`, or name a cluster in `cluster.address`"
+        )
+    return wanted
+
+
+def worker_env(threads: int) -> dict[str, str]:
+    """Variables that decide how fast CPU kernels run and what phones home, for every process that measures."""
+    env = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        # threads that spin between parallel regions turn a 0.4 ms kernel into 10 ms on a busy machine
+        "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "0",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    return {name: os.environ.get(name, value) if name.startswith("TORCHINDUCTOR") else value for name, value in env.items()}
+
+
+def memory_limit(num_workers: int) -> int:
+    """Bytes that one worker may take: a candidate that allocates without end must not take the machine along."""
+    import psutil
+
+    return int(psutil.virtual_memory().total * 0.8 / num_workers)
