@@ -80,6 +80,7 @@ class SearchSection(_Section):
 
     trials: PositiveInt = Field(200, description="distinct candidates over all hotspots")
     seconds: PositiveFloat = Field(600, description="wall time of the search stage")
+    min_trials: PositiveInt = Field(4, description="trials that every searched hotspot gets, whatever it could gain")
     workers: PositiveInt = Field(2, description="candidates in flight; timing itself is never concurrent on a device")
     sampler: Literal["tpe", "random", "cmaes", "gp"] = "tpe"
     seeds: tuple[Literal["stock", "history", "nvmatmul"], ...] = Field(

@@ -145,7 +145,7 @@ def open_run(
         log.warning("the unfinished run %s was made on another machine or with other versions: starting anew", folder.name)
         folder, state = (runs_folder / experiment.name / new_run_id()).resolve(), None
     journal = Journal(folder)
-    all_recorders: list[Recorder] = [journal, *_mirrors(loaded, runs_folder, folder), *recorders]
+    all_recorders: list[Recorder] = [journal, *_mirrors(loaded, folder), *recorders]
     started = time.monotonic()
     emit = [r.record for r in all_recorders]
     event = RunStarted(
@@ -206,10 +206,10 @@ def _end(recorders: Sequence[Recorder], outcome: str, message: str, started: flo
             log.warning("%s", error)
 
 
-def _mirrors(loaded: LoadedExperiment, runs_folder: Path, folder: Path) -> list[Recorder]:
+def _mirrors(loaded: LoadedExperiment, folder: Path) -> list[Recorder]:
     from autokernel.tracking.mlflow_mirror import MlflowMirror
 
-    return [MlflowMirror.for_run(loaded.experiment, runs_folder.resolve(), folder)]
+    return [MlflowMirror(folder, loaded.experiment.tracking)]
 
 
 def _git_commit(loaded: LoadedExperiment) -> str:

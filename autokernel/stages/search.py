@@ -14,7 +14,7 @@ from autokernel.evaluate.roofline import Ceilings
 from autokernel.events import Evaluated, Profiled, SearchPlanned
 from autokernel.ops import get_op
 from autokernel.records import Evaluation, Hotspot, Status
-from autokernel.search.budget import Scheduler, allocate
+from autokernel.search.budget import Scheduler, allocate, merge
 from autokernel.search.seeds import SeedContext, seeds_from
 from autokernel.search.space import DeviceFacts, Names, Space, load_space, names_for
 from autokernel.search.tuner import Proposal, Tuner
@@ -50,7 +50,10 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
             evaluations.setdefault(evaluation.candidate.problem.key, []).append(evaluation)
     if context.state is not None and "search" in context.state.stages_done:
         return evaluations
-    scheduler = Scheduler([hunt.hotspot for hunt in hunts.values()], {k: h.tuner.max_trials for k, h in hunts.items()})
+    limits = {key: hunt.tuner.max_trials for key, hunt in hunts.items()}
+    scheduler = Scheduler(limits, merge(profiled.hotspots), minimum=settings.min_trials)
+    for key, hunt in hunts.items():
+        scheduler.spend(key, hunt.tuner.num_finished)
     ceilings = Ceilings.from_json(profiled.ceilings)
     total = min(settings.trials, sum(hunt.tuner.max_trials for hunt in hunts.values()))
     deadline = time.monotonic() + settings.seconds
@@ -103,14 +106,13 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
 def _next(hunts: dict[str, Hunt], scheduler: Scheduler) -> _Flight | None:
     """The next proposal, of the hotspot with the largest expected gain that is left."""
     while (key := scheduler.next()) is not None:
-        proposals = hunts[key].tuner.ask(1)
+        tuner = hunts[key].tuner
+        tuner.max_trials = max(tuner.max_trials, scheduler.limit(key))
+        proposals = tuner.ask(1)
         if proposals:
-            scheduler.took(key)
+            scheduler.spend(key)
             return _Flight(hunt=hunts[key], proposal=proposals[0])
-        if hunts[key].tuner.exhausted or hunts[key].tuner.num_in_flight == 0:
-            scheduler.exhausted(key)
-        else:
-            return None  # something in flight may yet be lost and come back
+        scheduler.exhaust(key)
     return None
 
 
@@ -174,9 +176,7 @@ def open_hunts(context: RunContext, profiled: Profiled) -> dict[str, Hunt]:
         key: names_for(get_op(hotspot.problem.op).dims(hotspot.problem), facts) for key, hotspot in chosen.items()
     }
     sizes = {key: sum(space.count(names[key], 10_000) for space in spaces[key].values()) for key in chosen}
-    trials = allocate(
-        list(chosen.values()), settings.trials, minimum=sum(len(s) for s in list(spaces.values())[:1]) + 1, sizes=sizes
-    )
+    trials = allocate(list(chosen.values()), settings.trials, settings.seconds, settings.min_trials, sizes)
     known = list(context.state.evaluations.values()) if context.state is not None else []
     here = context.environment
     earlier = ok_evaluations(context.history, here.device_name, here.torch) if "history" in settings.seeds else []

@@ -1,0 +1,176 @@
+"""Does a bundle still hold here? Every entry: is it hit, is it right, is it still faster than stock?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autokernel.config import ClusterSection, LoadedExperiment
+from autokernel.environment import current_environment, physical_cores
+from autokernel.errors import WorkerError
+from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
+from autokernel.evaluate.end_to_end import STOCK_MODES, Contender, ScenarioTiming, TimeScenario
+from autokernel.events import ScenarioResult
+from autokernel.export.bundle import Bundle, Entry, read_bundle
+from autokernel.export.plan import mismatch
+from autokernel.records import Candidate, Record, Speedup
+from autokernel.workers.pool import Pool
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 1800
+_BUNDLE = "bundle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntryCheck(Record):
+    """One entry, checked again. `promised` is the speed-up the bundle says, `speedup` what it is here and now."""
+
+    key: str
+    scenario: str
+    hits: int
+    reason: str  # why it was not hit; empty if it was
+    speedup: Speedup | None
+    promised: float
+    holds: bool
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport(Record):
+    """A bundle on this machine. `environment_reason` says why nothing of it applies, if so."""
+
+    environment_reason: str | None
+    entries: tuple[EntryCheck, ...]
+    scenarios: tuple[ScenarioResult, ...]
+    passed: bool
+
+
+def verify(bundle: Path, loaded: LoadedExperiment, *, rounds: int = 21, pool: Pool | None = None) -> VerifyReport:
+    """Compile the model with a bundle, count which entries are hit, check each again and time it against stock.
+
+    Args:
+        bundle: its folder, `.zip` or `bundle.json`.
+        loaded: the experiment that says which model and scenarios.
+        rounds: paired rounds of every comparison.
+        pool: where to run; default: one child process on this machine.
+
+    Raises:
+        BundleError: the bundle cannot be read.
+        WorkerError: the model itself does not run.
+    """
+    content = read_bundle(bundle)
+    own = pool is None
+    running = pool if pool is not None else _local_pool(content)
+    try:
+        return _verify(content, loaded, rounds, running)
+    finally:
+        if own:
+            running.close()
+
+
+def _local_pool(bundle: Bundle) -> Pool:
+    from autokernel.pipeline import worker_env
+    from autokernel.workers.pool import open_pool
+
+    device = bundle.environment.device
+    threads = bundle.environment.num_units if device == "cpu" else physical_cores()
+    return open_pool(
+        ClusterSection(address="inline"), device=device, num_workers=1, env=worker_env(threads), preload=("torch",)
+    )
+
+
+def _verify(bundle: Bundle, loaded: LoadedExperiment, rounds: int, pool: Pool) -> VerifyReport:
+    threads = loaded.experiment.threads or physical_cores()
+    device = bundle.environment.device
+    reason = mismatch(bundle.environment, current_environment(device, threads)) if _there(device) else f"no {device} device"
+    contenders = tuple(Contender(name=mode) for mode in STOCK_MODES) + (Contender(name=_BUNDLE, bundle=bundle),)
+    timing_jobs = {
+        name: pool.submit(
+            TimeScenario(
+                loaded=loaded,
+                scenario=name,
+                device=device,
+                threads=threads,
+                contenders=contenders,
+                baselines=STOCK_MODES,
+                rounds=rounds,
+            ),
+            _TIMEOUT_S,
+        )
+        for name in loaded.experiment.scenarios
+    }
+    entry_jobs = {
+        entry.key: pool.submit(_confirmation(entry, rounds, threads), _TIMEOUT_S)
+        for entry in ([] if reason else bundle.entries)
+    }
+    timings = [future.result() for future in timing_jobs.values()]
+    hits: dict[str, int] = {}
+    for timing in timings:
+        for key, count in timing.hits.get(_BUNDLE, {}).items():
+            hits[key] = hits.get(key, 0) + count
+    checks = tuple(_check(entry, hits.get(entry.key, 0), reason, entry_jobs.get(entry.key)) for entry in bundle.entries)
+    scenarios = tuple(scenario_result(timing) for timing in timings if _BUNDLE not in timing.failures)
+    failed = [timing for timing in timings if _BUNDLE in timing.failures]
+    for timing in failed:
+        log.warning("%s does not run with the bundle: %s", timing.scenario, timing.failures[_BUNDLE])
+    passed = not failed and reason is None and all(c.holds for c in checks) and all(s.passed for s in scenarios)
+    return VerifyReport(environment_reason=reason, entries=checks, scenarios=scenarios, passed=passed)
+
+
+def _there(device: str) -> bool:
+    import torch
+
+    return device == "cpu" or torch.cuda.is_available()
+
+
+def _confirmation(entry: Entry, rounds: int, threads: int) -> Callable[[], Confirmation]:
+    stock: Mapping[str, Any] = {"prepack": False, **({"merge": "none"} if entry.problem.op == "merged_mm" else {})}
+    return ConfirmCandidates(
+        problem=entry.problem,
+        finalists=(Candidate(problem=entry.problem, backend=entry.backend, config=entry.config),),
+        baselines=(Candidate(problem=entry.problem, backend="aten", config=stock),),
+        rounds=rounds,
+        threads=threads,
+        max_copies=8,
+    )
+
+
+def _check(entry: Entry, hits: int, reason: str | None, future: Future[Confirmation] | None) -> EntryCheck:
+    speedup, message = None, ""
+    if future is not None:
+        try:
+            confirmation = future.result()
+        except WorkerError as error:
+            message = f"could not be checked: {error}"
+        else:
+            if confirmation.finalists:
+                speedup = confirmation.finalists[0].speedup
+            elif confirmation.failures:
+                message = f"{confirmation.failures[0].status}: {confirmation.failures[0].message}"
+    why = "" if hits else reason or "no such GEMM in the compiled model"
+    if speedup is not None and not message:
+        message = "still faster than stock" if speedup.low > 1 else "no longer clearly faster than stock"
+    return EntryCheck(
+        key=entry.key,
+        scenario=entry.scenario,
+        hits=hits,
+        reason=why,
+        speedup=speedup,
+        promised=entry.speedup.ratio if entry.speedup is not None else 1.0,
+        holds=hits > 0 and speedup is not None and speedup.low > 1,
+        message=message or why,
+    )
+
+
+def scenario_result(timing: ScenarioTiming, name: str = _BUNDLE) -> ScenarioResult:
+    """The line of a results table: the bundle against the best stock mode. It passes unless it is clearly slower."""
+    speedup = timing.speedups[name]
+    modes = tuple(replace(mode, mode=_BUNDLE) if mode.mode == name else mode for mode in timing.modes)
+    return ScenarioResult(
+        scenario=timing.scenario, modes=modes, best_stock=timing.baseline, speedup=speedup, passed=speedup.high >= 1
+    )

@@ -1,0 +1,181 @@
+"""Stage 5: the whole model with the bundle: equivalent, its metric intact, no scenario slower. What fails is dropped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from autokernel.config import LoadedExperiment
+from autokernel.errors import WorkerError
+from autokernel.evaluate.end_to_end import STOCK_MODES, Contender, ScenarioTiming, TimeScenario
+from autokernel.evaluate.timing import pin_threads
+from autokernel.events import EvalResult, ModelValidated, ScenarioResult
+from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.verify import scenario_result
+from autokernel.records import Check, Record, Verdict
+from autokernel.stages.context import RunContext
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 1800
+_BUNDLE = "bundle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality(Record):
+    """Equivalence on every scenario, and the metric if the experiment has one."""
+
+    verdict: Verdict
+    evals: tuple[EvalResult, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict.passed and all(result.passed for result in self.evals)
+
+    @property
+    def why_not(self) -> str:
+        reasons = [f"{c.name} is {c.value:.4g}, limit {c.limit:.4g}" for c in self.verdict.failures]
+        reasons += [f"{e.metric} is worse by {e.worse_by_high:.4g}, limit {e.limit:.4g}" for e in self.evals if not e.passed]
+        return "; ".join(reasons)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckModel:
+    """Job: the model with a bundle against stock, by the error budget and by its own metric."""
+
+    loaded: LoadedExperiment
+    bundle: Bundle
+    device: str
+    threads: int
+    seed: int
+
+    def __call__(self) -> Quality:
+        from autokernel.evaluate.quality import check_model
+
+        pin_threads(self.threads)
+        verdict, evals = check_model(self.loaded, self.bundle, self.device, self.seed)
+        return Quality(verdict=verdict, evals=evals)
+
+
+def validate(context: RunContext, bundle: Bundle, dropped: Mapping[str, str]) -> tuple[ModelValidated, Bundle]:
+    """The verdict on the whole model, and the bundle that passes it: possibly smaller, at worst stock."""
+    if context.state is not None and "validate" in context.state.stages_done and context.state.validated is not None:
+        validated = context.state.validated
+        kept = tuple(entry for entry in bundle.entries if entry.key not in validated.dropped)
+        options = {} if _OPTIONS in validated.dropped else bundle.graph_options
+        return validated, replace(bundle, entries=kept, graph_options=options)
+    gone = dict(dropped)
+    with context.stage("validate", total=len(context.experiment.scenarios) + 1):
+        quality = check(context, bundle)
+        if not quality.passed:
+            bundle, quality = _drop_harmful(context, bundle, quality, gone)
+        scenarios, bundle = _time_until_never_slower(context, bundle, gone)
+        if gone.keys() - dropped.keys() and not bundle.stock:
+            quality = check(context, bundle)  # what is exported is what was judged
+        validated = ModelValidated(verdict=quality.verdict, evals=quality.evals, scenarios=scenarios, dropped=gone)
+        context.emit(validated)
+    return validated, bundle
+
+
+_OPTIONS = "graph options"
+
+
+def check(context: RunContext, bundle: Bundle) -> Quality:
+    """One bundle's quality; a model that crashes with it is a failed check, not a failed run."""
+    job = CheckModel(
+        loaded=context.loaded, bundle=bundle, device=context.device, threads=context.threads, seed=context.seed + 3
+    )
+    try:
+        return context.run_all("validate", [("equivalence and metric", job)], _TIMEOUT_S)[0]
+    except WorkerError as error:
+        if bundle.stock:
+            raise
+        failed = Check(name="runs", value=1, limit=0, passed=False, note=str(error))
+        return Quality(verdict=Verdict(checks=(failed,)))
+
+
+def _drop_harmful(context: RunContext, bundle: Bundle, quality: Quality, gone: dict[str, str]) -> tuple[Bundle, Quality]:
+    """Remove what makes the model fail: graph options first, then entries by bisection."""
+    why = quality.why_not
+    if bundle.graph_options:
+        gone[_OPTIONS] = why
+        bundle = replace(bundle, graph_options={})
+        quality = check(context, bundle)
+        if quality.passed:
+            return bundle, quality
+        del gone[_OPTIONS]  # they were not the reason; but without them the entries are easier to tell apart
+        gone[_OPTIONS] = "left out while the entries were bisected"
+    kept: list[Entry] = []
+
+    def passes(entries: Sequence[Entry]) -> Quality:
+        return check(context, replace(bundle, entries=tuple(entries)))
+
+    def sift(entries: Sequence[Entry]) -> None:
+        """Keep the entries that pass together with those already kept; halve those that do not."""
+        verdict = passes([*kept, *entries])
+        if verdict.passed:
+            kept.extend(entries)
+        elif len(entries) == 1:
+            gone[entries[0].key] = verdict.why_not
+            log.warning("dropped %s: with it, %s", entries[0].key, verdict.why_not)
+        else:
+            middle = len(entries) // 2
+            sift(entries[:middle])
+            sift(entries[middle:])
+
+    if len(bundle.entries) > 1:
+        middle = len(bundle.entries) // 2
+        sift(bundle.entries[:middle])
+        sift(bundle.entries[middle:])
+    elif bundle.entries:
+        gone[bundle.entries[0].key] = quality.why_not
+    bundle = replace(bundle, entries=tuple(kept))
+    return bundle, check(context, bundle)
+
+
+def _time_until_never_slower(
+    context: RunContext, bundle: Bundle, gone: dict[str, str]
+) -> tuple[tuple[ScenarioResult, ...], Bundle]:
+    """Scenario times with a bundle that makes none of them slower."""
+    results = _time(context, bundle, tuple(context.experiment.scenarios))
+    slower = [result for result in results.values() if not result.passed]
+    if slower and bundle.graph_options:
+        gone[_OPTIONS] = f"{slower[0].scenario} took {1 / slower[0].speedup.ratio:.3f} times as long as stock"
+        bundle = replace(bundle, graph_options={})
+        results = _time(context, bundle, tuple(context.experiment.scenarios))
+        slower = [result for result in results.values() if not result.passed]
+    for result in slower:
+        # shapes differ between scenarios, so a scenario's own entries are what can slow it down
+        for entry in bundle.entries:
+            if entry.scenario == result.scenario:
+                gone[entry.key] = f"{result.scenario} took {1 / result.speedup.ratio:.3f} times as long as stock"
+    if slower:
+        bundle = replace(bundle, entries=tuple(entry for entry in bundle.entries if entry.key not in gone))
+        results |= _time(context, bundle, tuple(result.scenario for result in slower))
+    return tuple(results.values()), bundle
+
+
+def _time(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -> dict[str, ScenarioResult]:
+    contenders = tuple(Contender(name=mode) for mode in STOCK_MODES) + (Contender(name=_BUNDLE, bundle=bundle),)
+    jobs = [
+        (
+            f"end to end: {name}",
+            TimeScenario(
+                loaded=context.loaded,
+                scenario=name,
+                device=context.device,
+                threads=context.threads,
+                contenders=contenders,
+                baselines=STOCK_MODES,
+                rounds=context.experiment.validation.end_to_end_rounds,
+                seed=context.seed + 3,
+            ),
+        )
+        for name in scenarios
+    ]
+    timings: list[ScenarioTiming] = context.run_all("validate", jobs, _TIMEOUT_S)
+    for timing in timings:
+        if _BUNDLE in timing.failures:
+            raise WorkerError(f"scenario {timing.scenario} does not run with the bundle: {timing.failures[_BUNDLE]}")
+    return {timing.scenario: scenario_result(timing) for timing in timings}
