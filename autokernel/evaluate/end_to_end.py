@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STOCK_MODES = ("eager", "default", "max-autotune")
+BUNDLE = "bundle"
 _SCREEN_ROUNDS = 7
 
 
@@ -33,6 +34,11 @@ class Contender:
 
     name: str
     bundle: Bundle | None = None
+
+
+def against_stock(bundle: Bundle) -> tuple[Contender, ...]:
+    """Every stock mode, and the bundle under the name `BUNDLE`."""
+    return (*(Contender(name=mode) for mode in STOCK_MODES), Contender(name=BUNDLE, bundle=bundle))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from autokernel.config import ClusterSection, LoadedExperiment
 from autokernel.environment import current_environment, physical_cores
 from autokernel.errors import WorkerError
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
-from autokernel.evaluate.end_to_end import STOCK_MODES, Contender, ScenarioTiming, TimeScenario
+from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, ScenarioTiming, TimeScenario, against_stock
 from autokernel.events import ScenarioResult
 from autokernel.export.bundle import Bundle, Entry, read_bundle
 from autokernel.export.plan import mismatch
@@ -23,7 +23,6 @@ from autokernel.workers.pool import Pool
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 1800
-_BUNDLE = "bundle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +87,6 @@ def _verify(bundle: Bundle, loaded: LoadedExperiment, rounds: int, pool: Pool) -
     threads = loaded.experiment.threads or physical_cores()
     device = bundle.environment.device
     reason = mismatch(bundle.environment, current_environment(device, threads)) if _there(device) else f"no {device} device"
-    contenders = tuple(Contender(name=mode) for mode in STOCK_MODES) + (Contender(name=_BUNDLE, bundle=bundle),)
     timing_jobs = {
         name: pool.submit(
             TimeScenario(
@@ -96,7 +94,7 @@ def _verify(bundle: Bundle, loaded: LoadedExperiment, rounds: int, pool: Pool) -
                 scenario=name,
                 device=device,
                 threads=threads,
-                contenders=contenders,
+                contenders=against_stock(bundle),
                 baselines=STOCK_MODES,
                 rounds=rounds,
             ),
@@ -111,13 +109,13 @@ def _verify(bundle: Bundle, loaded: LoadedExperiment, rounds: int, pool: Pool) -
     timings = [future.result() for future in timing_jobs.values()]
     hits: dict[str, int] = {}
     for timing in timings:
-        for key, count in timing.hits.get(_BUNDLE, {}).items():
+        for key, count in timing.hits.get(BUNDLE, {}).items():
             hits[key] = hits.get(key, 0) + count
     checks = tuple(_check(entry, hits.get(entry.key, 0), reason, entry_jobs.get(entry.key)) for entry in bundle.entries)
-    scenarios = tuple(scenario_result(timing) for timing in timings if _BUNDLE not in timing.failures)
-    failed = [timing for timing in timings if _BUNDLE in timing.failures]
+    scenarios = tuple(scenario_result(timing) for timing in timings if BUNDLE not in timing.failures)
+    failed = [timing for timing in timings if BUNDLE in timing.failures]
     for timing in failed:
-        log.warning("%s does not run with the bundle: %s", timing.scenario, timing.failures[_BUNDLE])
+        log.warning("%s does not run with the bundle: %s", timing.scenario, timing.failures[BUNDLE])
     passed = not failed and reason is None and all(c.holds for c in checks) and all(s.passed for s in scenarios)
     return VerifyReport(environment_reason=reason, entries=checks, scenarios=scenarios, passed=passed)
 
@@ -167,10 +165,10 @@ def _check(entry: Entry, hits: int, reason: str | None, future: Future[Confirmat
     )
 
 
-def scenario_result(timing: ScenarioTiming, name: str = _BUNDLE) -> ScenarioResult:
+def scenario_result(timing: ScenarioTiming, name: str = BUNDLE) -> ScenarioResult:
     """The line of a results table: the bundle against the best stock mode. It passes unless it is clearly slower."""
     speedup = timing.speedups[name]
-    modes = tuple(replace(mode, mode=_BUNDLE) if mode.mode == name else mode for mode in timing.modes)
+    modes = tuple(replace(mode, mode=BUNDLE) if mode.mode == name else mode for mode in timing.modes)
     return ScenarioResult(
         scenario=timing.scenario, modes=modes, best_stock=timing.baseline, speedup=speedup, passed=speedup.high >= 1
     )

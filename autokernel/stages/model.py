@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from autokernel.config import LoadedExperiment
 from autokernel.errors import WorkerError
-from autokernel.evaluate.end_to_end import STOCK_MODES, Contender, ScenarioTiming, TimeScenario
+from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, ScenarioTiming, TimeScenario, against_stock
 from autokernel.evaluate.timing import pin_threads
 from autokernel.events import EvalResult, ModelValidated, ScenarioResult
 from autokernel.export.bundle import Bundle, Entry
@@ -19,7 +19,6 @@ from autokernel.stages.context import RunContext
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 1800
-_BUNDLE = "bundle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +156,6 @@ def _time_until_never_slower(
 
 
 def _time(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -> dict[str, ScenarioResult]:
-    contenders = tuple(Contender(name=mode) for mode in STOCK_MODES) + (Contender(name=_BUNDLE, bundle=bundle),)
     jobs = [
         (
             f"end to end: {name}",
@@ -166,7 +164,7 @@ def _time(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -> dict
                 scenario=name,
                 device=context.device,
                 threads=context.threads,
-                contenders=contenders,
+                contenders=against_stock(bundle),
                 baselines=STOCK_MODES,
                 rounds=context.experiment.validation.end_to_end_rounds,
                 seed=context.seed + 3,
@@ -176,6 +174,6 @@ def _time(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -> dict
     ]
     timings: list[ScenarioTiming] = context.run_all("validate", jobs, _TIMEOUT_S)
     for timing in timings:
-        if _BUNDLE in timing.failures:
-            raise WorkerError(f"scenario {timing.scenario} does not run with the bundle: {timing.failures[_BUNDLE]}")
+        if BUNDLE in timing.failures:
+            raise WorkerError(f"scenario {timing.scenario} does not run with the bundle: {timing.failures[BUNDLE]}")
     return {timing.scenario: scenario_result(timing) for timing in timings}
