@@ -1,0 +1,285 @@
+"""How a run looks in MLflow: names, tags, parameters, rounded metrics and descriptions. Pure; needs no MLflow.
+
+    experiment "<name> - <device name>"
+        campaign   one per experiment run: end-to-end metrics, result tables, artifacts
+            hotspot    one per problem: `best_latency_us` by step, speed-up with its interval
+                trial      one per distinct candidate that came to an end (LOST ones are tried again and not shown)
+
+`ak.kind` tells the three apart, `ak.run_id` holds one campaign together, `ak.key` names a run within it: these three
+make mirroring idempotent.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from autokernel.events import EvalResult, Evaluated, Event, GraphTrial, ModelValidated, Profiled, Proved, RunStarted
+from autokernel.records import Problem, Speedup, Status, digest_of
+from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us, problem_title, rounded
+
+MAX_NAME, MAX_TAG = 120, 5000
+_STATUSES = {Status.OK: "FINISHED", Status.TIMEOUT: "KILLED", Status.CRASHED: "KILLED", Status.INVALID: "KILLED"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """One MLflow run to be."""
+
+    key: str
+    name: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    status: str = "RUNNING"
+
+
+def safe_key(name: str) -> str:
+    """MLflow's alphabet for metric and parameter names."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
+
+
+def experiment_name(started: RunStarted) -> str:
+    """A slash would be read as a folder."""
+    return f"{started.name} - {started.environment.device_name}".replace("/", "-")
+
+
+def campaign_spec(started: RunStarted) -> RunSpec:
+    """The run that stands for the whole experiment run."""
+    env = started.environment
+    tags = {
+        "ak.kind": "campaign",
+        "ak.run_id": started.run_id,
+        "ak.key": "campaign",
+        "ak.status": "running",
+        "ak.experiment_digest": started.experiment_digest,
+        "ak.version": started.version,
+        "ak.device": env.device_name,
+        "ak.isa": env.isa,
+        "ak.torch": env.torch,
+        "ak.python": env.python,
+        "ak.platform": env.platform,
+        "mlflow.source.name": "autokernel run",
+        "mlflow.source.type": "LOCAL",
+        **{f"ak.lib.{name}": version for name, version in env.libraries.items()},
+    }
+    if started.git_commit:
+        tags |= {"mlflow.source.git.commit": started.git_commit, "ak.git_commit": started.git_commit}
+    if env.driver:
+        tags["ak.driver"] = env.driver
+    params = {"device": env.device, "isa": env.isa, "units": str(env.num_units), "torch": env.torch, "seed": str(started.seed)}
+    return RunSpec(key="campaign", name=f"{started.name} {started.run_id}", tags=_cut(tags), params=params)
+
+
+def problem_key(problem: Problem) -> str:
+    """`ak.key` of a hotspot's run."""
+    return digest_of(problem.key)
+
+
+def hotspot_spec(summary: ProblemSummary, run_id: str) -> RunSpec:
+    """The run of one problem, before anything was tried."""
+    problem = summary.problem
+    tags = {
+        "ak.kind": "hotspot",
+        "ak.run_id": run_id,
+        "ak.key": problem_key(problem),
+        "ak.status": "running",
+        "ak.problem": problem.key,
+        "ak.scenarios": ", ".join(summary.scenarios),
+    }
+    metrics = {
+        "weight_pct": 100 * summary.weight,
+        "attainable_gain_pct": 100 * sum(h.attainable_gain for h in summary.hotspots),
+    }
+    params = {"hotspot": summary.title, "op": problem.op, "dtype": problem.inputs[0].dtype if problem.inputs else ""}
+    name = f"{summary.rank:02d} {summary.title}" if summary.hotspots else summary.title
+    return RunSpec(key=problem_key(problem), name=name[:MAX_NAME], tags=_cut(tags), params=params, metrics=_finite(metrics))
+
+
+def trial_spec(event: Evaluated, baseline_us: float | None, run_id: str) -> RunSpec:
+    """The run of one candidate.
+
+    Args:
+        event: the trial; not LOST.
+        baseline_us: the fastest stock choice of the same problem among the trials up to this one.
+        run_id: the campaign's.
+    """
+    evaluation = event.evaluation
+    candidate, status = evaluation.candidate, evaluation.status
+    title = problem_title(candidate.problem)
+    tags = {
+        "ak.kind": "trial",
+        "ak.run_id": run_id,
+        "ak.key": candidate.id,
+        "ak.status": status.value,
+        "ak.backend": candidate.backend,
+        "ak.hotspot": title,
+        "ak.origin": event.origin,
+        "mlflow.note.content": trial_note(event),
+    }
+    params = {"backend": candidate.backend, "origin": event.origin, "hotspot": title, "status": status.value}
+    params |= {safe_key(name): str(value)[:MAX_TAG] for name, value in candidate.config.items()}
+    metrics = {"trial": float(event.number), "build_s": evaluation.build_s, "total_s": evaluation.total_s}
+    if evaluation.measurement is not None:
+        metrics |= {"latency_us": evaluation.measurement.median_us, "spread_us": evaluation.measurement.spread_us}
+        if baseline_us is not None:
+            metrics["speedup"] = baseline_us / evaluation.measurement.median_us
+    if evaluation.verdict is not None:
+        used = [c.value / c.limit for c in evaluation.verdict.checks if c.limit > 0]
+        if used:
+            metrics["limit_used"] = max(used)
+    return RunSpec(
+        key=candidate.id,
+        name=f"#{event.number:03d} {candidate.label}"[:MAX_NAME],
+        tags=_cut(tags),
+        params=params,
+        metrics=_finite(metrics),
+        status=_STATUSES.get(status, "FAILED"),
+    )
+
+
+def campaign_metrics(event: Event) -> dict[str, float]:
+    """What an event adds to the campaign's metrics; empty for most."""
+    values: dict[str, float] = {}
+    match event:
+        case Profiled():
+            values = {f"profile.{name}_us": us for name, us in event.scenario_us.items()}
+            values["machine.read_gb_per_s"] = event.read_gb_per_s
+            values |= {f"machine.{dtype}_tflops": peak for dtype, peak in event.peak_tflops.items()}
+        case GraphTrial():
+            values = {"graph.score": event.score}
+        case ModelValidated():
+            for scenario in event.scenarios:
+                values |= {f"e2e.{scenario.scenario}.{m.mode}_us": m.median_us for m in scenario.modes}
+                values |= speedup_metrics(f"e2e.{scenario.scenario}.", scenario.speedup)
+            if event.scenarios:
+                logs = [math.log(s.speedup.ratio) for s in event.scenarios]
+                values["e2e.speedup"] = math.exp(sum(logs) / len(logs))
+            for result in event.evals:
+                values |= _eval_metrics(result)
+        case Proved():
+            values = {
+                "prove.hits": event.num_hits,
+                "prove.entries": event.num_entries,
+                "prove.compile_s": event.compile_s,
+                "prove.stock_compile_s": event.stock_compile_s,
+            }
+    return _finite(values)
+
+
+def speedup_metrics(prefix: str, speedup: Speedup) -> dict[str, float]:
+    """A speed-up with both ends of its interval."""
+    values = {"speedup": speedup.ratio, "speedup_low": speedup.low, "speedup_high": speedup.high}
+    return _finite({prefix + name: value for name, value in values.items()})
+
+
+def _eval_metrics(result: EvalResult) -> dict[str, float]:
+    prefix = f"eval.{result.metric}"
+    worse = 100 * result.worse_by
+    # Six digits: a metric is compared with itself, and four would hide what the gate saw.
+    return {f"{prefix}.stock": result.stock, f"{prefix}.bundle": result.bundle, f"{prefix}.worse_by_pct": worse}
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    digits = {name: 6 if name.startswith("eval.") else 4 for name in values}
+    return {safe_key(k): rounded(float(v), digits[k]) for k, v in values.items() if math.isfinite(v)}
+
+
+def _cut(tags: Mapping[str, str]) -> dict[str, str]:
+    return {name: value if len(value) <= MAX_TAG else value[: MAX_TAG - 1] + "…" for name, value in tags.items()}
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
+    return "\n".join([_row(*head), _row(*["---"] * len(head)), *(_row(*row) for row in rows)])
+
+
+def _interval(speedup: Speedup) -> str:
+    return f"{speedup.ratio:.3f}× [{speedup.low:.3f}, {speedup.high:.3f}]"
+
+
+def experiment_note(started: RunStarted) -> str:
+    """The description above the table of runs."""
+    return (
+        f"**{started.name}** on {started.environment.device_name}. The saved views (button *Views*, or the links that "
+        f"`autokernel ui` prints) show results, hotspots and trials; the campaign run holds `report.html` and the bundle."
+    )
+
+
+def campaign_note(run: RunSummary) -> str:
+    """The result, as Markdown."""
+    parts = [run.sentence]
+    rows: list[tuple[object, ...]] = []
+    for p in run.problems:
+        final = p.finalist
+        baseline = f"{p.baseline_us:.4g}" if p.baseline_us is not None else "–"
+        winner = f"{p.winner.winner_us:.4g}" if p.winner is not None else "–"
+        gain = _interval(final.speedup) if final is not None else "–"
+        rows.append((p.title, f"{100 * p.weight:.1f} %", len(p.trials), baseline, winner, gain, p.verdict))
+    head = ("hotspot", "weight", "trials", "baseline µs", "winner µs", "speed-up [95 %]", "verdict")
+    parts += ["#### Hotspots", _table(head, rows)] if rows else []
+    if run.validated is not None:
+        scenarios = run.validated.scenarios
+        modes = list(dict.fromkeys(m.mode for s in scenarios for m in s.modes))
+        times = [{m.mode: f"{m.median_us:.4g}" for m in s.modes} for s in scenarios]
+        rows = [
+            (s.scenario, *(by_mode.get(m, "–") for m in modes), f"{_interval(s.speedup)} over {s.best_stock}")
+            for s, by_mode in zip(scenarios, times, strict=True)
+        ]
+        parts += ["#### End to end, µs a step", _table(("scenario", *modes, "bundle over best stock [95 %]"), rows)]
+        rows = [
+            (e.metric, f"{e.stock:.6g}", f"{e.bundle:.6g}", f"{100 * e.worse_by:+.3f} %", f"{100 * e.limit:.2g} %")
+            for e in run.validated.evals
+        ]
+        parts += ["#### Quality", _table(("metric", "stock", "bundle", "worse by", "limit"), rows)] if rows else []
+    if run.exported is not None:
+        parts.append(f"Bundle `{run.exported.folder}`, {run.exported.num_entries} entries, digest `{run.exported.digest}`.")
+    return "\n\n".join(parts)
+
+
+def hotspot_note(p: ProblemSummary) -> str:
+    """What was found about one problem, as Markdown."""
+    parts = [f"`{p.problem.key}`", f"**{p.verdict}**" + (f": {p.reason}" if p.reason else "")]
+    if p.hotspots:
+        head = ("scenario", "calls", "µs a step", "share", "roofline µs", "sites")
+        rows: list[tuple[object, ...]] = [
+            (
+                h.scenario,
+                h.num_calls,
+                f"{h.time_us:.4g}",
+                f"{100 * h.share:.1f} %",
+                f"{h.roofline_us:.4g}",
+                ", ".join(h.sites[:3]),
+            )
+            for h in p.hotspots
+        ]
+        parts.append(_table(head, rows))
+    fastest = sorted(p.timed, key=latency_us)[:5]
+    if fastest:
+        rows = [(f"#{e.number}", e.evaluation.candidate.label, f"{latency_us(e):.4g}", e.origin) for e in fastest]
+        parts += ["Fastest as screened:", _table(("trial", "candidate", "µs", "proposed by"), rows)]
+    return "\n\n".join(parts)
+
+
+def trial_note(event: Evaluated) -> str:
+    """One candidate, as Markdown: its checks, or why it failed."""
+    evaluation = event.evaluation
+    parts = [f"`{evaluation.candidate.label}` for `{evaluation.candidate.problem.key}`"]
+    if evaluation.message:
+        parts.append(f"**{evaluation.status}**: {evaluation.message}")
+    if evaluation.measurement is not None:
+        m = evaluation.measurement
+        parts.append(f"{m.median_us:.4g} µs (spread {m.spread_us:.2g}, {m.num_samples} samples; {m.regime})")
+    if evaluation.verdict is not None:
+        rows: list[tuple[object, ...]] = [
+            (c.name, f"{c.value:.3g}", f"{c.limit:.3g}", "yes" if c.passed else "**no**") for c in evaluation.verdict.checks
+        ]
+        parts.append(_table(("check", "value", "limit", "holds"), rows))
+    if evaluation.log_tail:
+        parts.append("```\n" + evaluation.log_tail[-1500:] + "\n```")
+    return "\n\n".join(parts)
