@@ -1,58 +1,32 @@
-"""What can be replaced. One file per op or fusion; its plain torch function is pattern and reference at once."""
+"""What can be replaced. One file per op or fusion; its plain torch function is pattern and reference at once.
+
+To add an op: write its file, append it to `OPS`, and give it a search space `search_spaces/<name>.yaml`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from autokernel.ops.addmm import Addmm
+from autokernel.ops.baddbmm import Baddbmm
+from autokernel.ops.base import Op, Site
+from autokernel.ops.bmm import Bmm
+from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, apply_epilogue
+from autokernel.ops.merged_mm import MergedMm
+from autokernel.ops.mm import Mm
 
-from autokernel.records import Problem
-
-if TYPE_CHECKING:
-    import torch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """One place in a captured graph where an op applies."""
-
-    problem: Problem
-    name: str  # the node's name, for people
-    producers: tuple[str, ...] = ()  # targets of the nodes that feed its non-constant inputs
-    consumers: tuple[str, ...] = ()  # targets of the nodes that use its result
+# In order of precedence: an opportunity that spans several GEMMs comes before the GEMMs themselves.
+OPS: tuple[Op, ...] = (MergedMm(), Mm(), Addmm(), Bmm(), Baddbmm())
 
 
-class Op(Protocol):
-    """What an op has to say about itself. Ops hold no state."""
+def get_op(name: str) -> Op:
+    """The op of this name.
 
-    name: str
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    for op in OPS:
+        if op.name == name:
+            return op
+    raise ValueError(f"no op is called {name!r}; there are {', '.join(op.name for op in OPS)}")
 
-    def reference(self, problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The op in plain torch, in the dtype of the inputs, epilogue included; one output per result.
 
-        `inputs` follow `problem.inputs`. An epilogue with an operand of its own ("add", "mul") takes it from the inputs
-        behind the op's own, in order.
-        """
-        ...
-
-    def dims(self, problem: Problem) -> Mapping[str, int]:
-        """The names that constraints of search spaces may use: `batch`, `m`, `n`, `k`, `dtype_bytes`, ..."""
-        ...
-
-    def flops(self, problem: Problem) -> int:
-        """Floating-point operations of one call."""
-        ...
-
-    def num_bytes(self, problem: Problem) -> int:
-        """Least traffic of one call: every input read once, every output written once."""
-        ...
-
-    def find(self, graph: torch.fx.Graph, constants: frozenset[str], device: str) -> list[Site]:
-        """Sites in a post-grad ATen graph.
-
-        Args:
-            graph: nodes carry `meta["val"]` (a fake tensor).
-            constants: names of placeholder nodes that are parameters or buffers.
-            device: "cpu" or "cuda".
-        """
-        ...
+__all__ = ["BINARY_EPILOGUES", "OPS", "UNARY_EPILOGUES", "Op", "Site", "apply_epilogue", "get_op"]
