@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import worker_jobs as jobs
 
 from autokernel.config import ClusterSection
-from autokernel.errors import ConfigError, JobLost
+from autokernel.errors import ConfigError, JobLost, WorkerError
 from autokernel.workers.pool import Pool, open_pool
 
 pytestmark = pytest.mark.ray
@@ -31,13 +32,15 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        made.add_node(num_cpus=1, resources={"worker_node": 1})
-    yield made
-    import ray
+    try:
+        for _ in range(2):
+            made.add_node(num_cpus=1)
+        yield made
+    finally:
+        import ray
 
-    ray.shutdown()
-    made.shutdown()
+        ray.shutdown()
+        made.shutdown()
 
 
 def section(cluster: Any, **changes: Any) -> ClusterSection:
@@ -66,33 +69,37 @@ def test_no_room_is_said_up_front(cluster: Any) -> None:
         open_pool(section(cluster, cpus_per_worker=2), device="cpu", num_workers=1, env={})
 
 
-def test_jobs_run_on_both_nodes_with_their_own_environment(pool: Pool) -> None:
-    there = places(pool)
-    assert len({node for _, node in there}) == 2
-    assert pool.submit(jobs.Variable("AK_TEST"), GENEROUS_S).result() == "set"
-    assert pool.submit(jobs.Variable("CUDA_VISIBLE_DEVICES"), GENEROUS_S).result() == ""
-    assert pool.submit(jobs.Variable("OMP_NUM_THREADS"), GENEROUS_S).result() is None, "Ray's own 1 must not get through"
-
-
-def test_the_package_travels_to_the_nodes(cluster: Any, pool: Pool, tmp_path: Path) -> None:
+def test_the_package_travels_to_the_nodes(cluster: Any, tmp_path: Path) -> None:
     """A driver in a folder of its own: the nodes can have the package from Ray alone."""
-    assert pool.num_workers == 2  # both places are taken by now, so the head makes room
-    node = cluster.add_node(num_cpus=4)
     code = f"""
 import sys
 sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]!r}
 import worker_jobs
 from autokernel.workers.cluster import RayPool
-pool = RayPool({cluster.address!r}, num_workers=1, num_cpus_per_worker=2)
+pool = RayPool({cluster.address!r}, num_workers=1)
 print("ORIGIN", pool.submit(worker_jobs.OriginOf("autokernel"), 60).result())
 pool.close()
 """
     script = tmp_path / "driver.py"
     script.write_text(code)
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
-    cluster.remove_node(node)
     origin = next((line for line in done.stdout.splitlines() if line.startswith("ORIGIN")), done.stderr)
     assert "py_modules_files" in origin
+
+
+def test_workers_that_cannot_start_say_so(cluster: Any) -> None:
+    pool = open_pool(section(cluster), device="cpu", num_workers=1, env={}, preload=("no_such_module",))
+    error = pool.submit(jobs.Add(1, 1), GENEROUS_S).exception(GENEROUS_S)
+    pool.close()
+    assert type(error) is WorkerError
+    assert "'no_such_module' of `preload` cannot be imported" in str(error)
+
+
+def test_jobs_run_on_both_nodes_with_their_own_environment(pool: Pool, eventually: Callable[..., None]) -> None:
+    eventually(lambda: len({node for _, node in places(pool)}) == 2, GENEROUS_S, "work on both nodes")
+    assert pool.submit(jobs.Variable("AK_TEST"), GENEROUS_S).result() == "set"
+    assert pool.submit(jobs.Variable("CUDA_VISIBLE_DEVICES"), GENEROUS_S).result() == ""
+    assert pool.submit(jobs.Variable("OMP_NUM_THREADS"), GENEROUS_S).result() is None, "Ray's own 1 must not get through"
 
 
 def test_an_actor_that_is_killed_costs_its_job_and_is_replaced(
@@ -123,12 +130,30 @@ def test_a_node_that_dies_costs_its_jobs_and_the_others_go_on(
     assert type(running[0].exception(GENEROUS_S)) is JobLost
     assert running[1].result(GENEROUS_S) == "slept"
     assert {future.result(GENEROUS_S)[1] for future in queued} == {_raylet(node) for node in cluster.worker_nodes}
-    cluster.add_node(num_cpus=1, resources={"worker_node": 1})  # a new machine joins: the pool is whole again
+    cluster.add_node(num_cpus=1)  # a new machine joins: the pool is whole again
     eventually(lambda: len({node for _, node in places(pool)}) == 2, GENEROUS_S, "work on the node that joined")
 
 
 def _raylet(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
+
+
+def test_a_cluster_without_nodes_does_not_keep_jobs_waiting_for_ever(
+    cluster: Any, pool: Pool, monkeypatch: pytest.MonkeyPatch, all_gone: Callable[[list[int]], None]
+) -> None:
+    from autokernel.workers import cluster as module
+
+    monkeypatch.setattr(module, "_PATIENCE_S", 1.0)
+    actors = [actor for actor, _ in places(pool)]
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node, allow_graceful=False)
+    all_gone(actors)
+    futures = [pool.submit(jobs.Add(1, 1), GENEROUS_S) for _ in range(4)]
+    errors = [future.exception(GENEROUS_S) for future in futures]
+    assert {type(error) for error in errors} == {JobLost}
+    assert re.search(
+        r"no node of the cluster has had room for a worker for \d+ s; it has 1 x \(0 GPU, 0 CPU\)", str(errors[-1])
+    )
 
 
 @pytest.mark.parametrize(
