@@ -20,7 +20,7 @@ from autokernel.errors import JobCrashed, JobLost, JobTimeout
 from autokernel.evaluate.caches import cache_bytes
 from autokernel.evaluate.numerics import Checker, Expectation, expect
 from autokernel.evaluate.probes import MAX_COPIES, derived_seed, is_cold, make_constants, num_copies_for
-from autokernel.evaluate.roofline import Ceilings, physics_check
+from autokernel.evaluate.roofline import Ceilings, sound_physics_check
 from autokernel.evaluate.timing import measure, pin_threads
 from autokernel.ops import Op
 from autokernel.records import Candidate, Check, Evaluation, Measurement, Status
@@ -105,7 +105,11 @@ class EvaluateCandidate:
             if checker.verdict(self.deterministic_required).passed:
                 measurement = self._measure(built, checker, len(constants))
                 if self.ceilings is not None:
-                    checker.add(physics_check(measurement, self.candidate.problem, op, self.ceilings, len(constants)))
+                    checker.add(
+                        sound_physics_check(
+                            measurement, self.candidate.problem, op, self.ceilings, len(constants), self.threads
+                        )
+                    )
                 checker.after_timing()
         except Exception as error:  # noqa: BLE001  the candidate's own code, at the boundary of the child process
             message = f"running it failed: {one_line(error)}"

@@ -13,7 +13,7 @@ from autokernel.evaluate.caches import cache_bytes
 from autokernel.evaluate.candidate import build_or_fail, describe_failures, one_line, start_clean
 from autokernel.evaluate.numerics import Checker, expect
 from autokernel.evaluate.probes import MAX_COPIES, derived_seed, is_cold, make_constants, num_copies_for
-from autokernel.evaluate.roofline import Ceilings, physics_check
+from autokernel.evaluate.roofline import Ceilings, sound_physics_check
 from autokernel.evaluate.timing import Comparison, Step, compare, describe_regime, make_step
 from autokernel.ops import Op
 from autokernel.records import Candidate, Evaluation, Measurement, Problem, Record, Speedup, Status, Verdict
@@ -89,9 +89,8 @@ class ConfirmCandidates:
     def __post_init__(self) -> None:
         strangers = [c.label for c in (*self.finalists, *self.baselines) if c.problem != self.problem]
         if strangers or not self.baselines:
-            raise ValueError(
-                f"all candidates must be for {self.problem.key} and one a baseline; not so: {strangers or 'none is'}"
-            )
+            wrong = f"not so: {', '.join(strangers)}" if strangers else "there is no baseline"
+            raise ValueError(f"all candidates must be for {self.problem.key}, and one at least be a baseline; {wrong}")
 
     def __call__(self) -> Confirmation:
         """Confirm.
@@ -174,7 +173,7 @@ class ConfirmCandidates:
             name = runner.candidate.id
             measurement = self._measurement(runner, medians[name], spreads[name], num_copies)
             if self.ceilings is not None:
-                runner.checker.add(physics_check(measurement, self.problem, op, self.ceilings, num_copies))
+                runner.checker.add(sound_physics_check(measurement, self.problem, op, self.ceilings, num_copies, self.threads))
             runner.checker.after_timing()
             contenders[name] = Contender(
                 candidate=runner.candidate,

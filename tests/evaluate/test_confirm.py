@@ -1,0 +1,110 @@
+"""Finalists are compared with the strongest baseline only, and whoever fails a check drops out."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
+from autokernel.evaluate.roofline import Ceilings
+from autokernel.records import Candidate, Status
+
+linear_of = torch.nn.functional.linear
+
+
+def delayed(us: float) -> Any:
+    def kernel(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        end = time.perf_counter_ns() + us * 1000
+        out = linear_of(x, w)
+        while time.perf_counter_ns() < end:
+            pass
+        return out
+
+    return kernel
+
+
+def broken(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(x.shape[0], w.shape[0])
+
+
+def raising(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no such instruction")
+
+
+KERNELS = {"slow": delayed(1200), "strong": delayed(600), "fast": delayed(300), "broken": broken, "raising": raising}
+
+
+@pytest.fixture
+def candidate(backend: Any, linear: Any, wrap: Any) -> Any:
+    backend.make = lambda c, constants: wrap(c.problem, constants, KERNELS[c.config["kernel"]])
+    problem = linear()
+    return lambda kernel, note=0: Candidate(problem=problem, backend="fake", config={"kernel": kernel, "note": note})
+
+
+def confirm(candidate: Any, finalists: list[Any], baselines: list[Any], **options: Any) -> Confirmation:
+    problem = candidate("slow").problem
+    return ConfirmCandidates(
+        problem=problem, finalists=tuple(finalists), baselines=tuple(baselines), rounds=15, threads=1, max_copies=2, **options
+    )()
+
+
+def test_speedup_is_over_the_strongest_baseline(candidate: Any) -> None:
+    finalists = [candidate("fast"), candidate("slow", 1), candidate("strong", 1)]
+    result = confirm(candidate, finalists, [candidate("slow"), candidate("strong")])
+    assert result.baseline == candidate("strong")
+    assert [c.candidate.config["kernel"] for c in result.baselines] == ["slow", "strong"]
+    fast, slow, equal = result.finalists
+    assert fast.speedup.ratio == pytest.approx(2, rel=0.15)
+    assert fast.speedup.low > 1.5
+    assert slow.speedup.ratio == pytest.approx(0.5, rel=0.15)
+    assert equal.speedup.low < 1.1
+    assert fast.measurement.median_us == pytest.approx(300, rel=0.3)
+    assert fast.measurement.regime.endswith("interleaved")
+    assert fast.verdict.passed
+    assert "repeat_fresh" in {check.name for check in fast.verdict.checks}
+    assert not result.failures
+    assert result.comparison is not None
+    assert result.comparison.num_rounds == 15
+    assert Confirmation.from_json(result.to_json()) == result
+    assert pickle.loads(pickle.dumps(result)) == result
+
+
+def test_whoever_fails_drops_out(candidate: Any) -> None:
+    result = confirm(candidate, [candidate("broken"), candidate("fast")], [candidate("raising"), candidate("slow")])
+    assert result.baseline == candidate("slow")
+    assert [c.candidate for c in result.finalists] == [candidate("fast")]
+    assert {e.candidate.config["kernel"]: e.status for e in result.failures} == {
+        "broken": Status.WRONG,
+        "raising": Status.RUN_ERROR,
+    }
+
+
+def test_a_finalist_that_is_the_baseline_is_not_compared_with_itself(candidate: Any) -> None:
+    result = confirm(candidate, [candidate("strong"), candidate("fast")], [candidate("strong"), candidate("slow")])
+    assert [c.candidate for c in result.finalists] == [candidate("fast")]
+
+
+def test_without_a_sound_baseline_nothing_is_compared(candidate: Any) -> None:
+    result = confirm(candidate, [candidate("fast")], [candidate("broken")])
+    assert result.baseline is None
+    assert not result.finalists
+    assert len(result.failures) == 1
+
+
+def test_impossible_times_drop_out(candidate: Any) -> None:
+    ceilings = Ceilings(read_gb_per_s=1e-3, tflops={"float32": 100}, threads=1)
+    result = confirm(candidate, [candidate("fast")], [candidate("slow")], ceilings=ceilings)
+    assert result.baseline == candidate("slow")  # a second look at the ceilings clears the honest
+    assert len(result.finalists) == 1
+
+
+def test_candidates_must_fit_the_problem(candidate: Any, linear: Any) -> None:
+    other = Candidate(problem=linear(m=64), backend="fake")
+    with pytest.raises(ValueError, match="must be for"):
+        confirm(candidate, [other], [candidate("slow")])
+    with pytest.raises(ValueError, match="no baseline"):
+        confirm(candidate, [candidate("fast")], [])

@@ -1,0 +1,99 @@
+"""Ceilings are measured, and what beats them is called impossible."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from autokernel.evaluate.roofline import (
+    Ceilings,
+    MeasureCeilings,
+    measure_ceilings,
+    physics_check,
+    roofline_us,
+    sound_physics_check,
+)
+from autokernel.records import Measurement
+
+CEILINGS = Ceilings(
+    threads=1, read_gb_per_s=10, tflops={"float32": 0.1, "bfloat16": 0.4}, cache_gb_per_s=100, cache_bytes=1 << 20,
+    l2_gb_per_s=1000, l2_bytes=1 << 14,
+)  # fmt: skip
+
+
+def taking(us: float) -> Measurement:
+    return Measurement(median_us=us, spread_us=0, num_samples=9, regime="test")
+
+
+def test_roofline_is_the_slower_of_reading_and_computing() -> None:
+    assert roofline_us(0, 10_000_000, "float32", CEILINGS) == pytest.approx(1000)
+    assert roofline_us(10**9, 10, "float32", CEILINGS) == pytest.approx(10_000)
+    assert roofline_us(10**9, 10, "bfloat16", CEILINGS) == pytest.approx(2_500)
+    assert roofline_us(10**9, 10, "float16", CEILINGS) == pytest.approx(2_500)  # unknown: the best there is
+
+
+def test_faster_than_possible_fails_with_a_margin(linear: Any, ops: Any) -> None:
+    problem = linear(m=512, k=1024, n=1024)  # 1.07 GFLOP: 10.7 ms at 0.1 TFLOP/s
+    check = physics_check(taking(10_000), problem, ops["linear"], CEILINGS)
+    assert check.passed
+    assert check.value == pytest.approx(1.07, abs=0.01)
+    check = physics_check(taking(9_000), problem, ops["linear"], CEILINGS)
+    assert not check.passed
+    assert "GB/s" in check.note
+
+
+def test_bandwidth_is_that_of_the_fastest_level_that_could_hold_the_working_set(linear: Any, ops: Any) -> None:
+    problem = linear(m=1, k=64, n=64)  # 16.6 KB, hardly any operations
+    ceilings = dataclasses.replace(CEILINGS, tflops={"float32": 100})
+    op = ops["linear"]
+    num_bytes = op.num_bytes(problem)
+    for copies, speed in ((1, 1000), (16, 100), (1000, 10)):
+        least = num_bytes / (speed * 1e3)
+        assert physics_check(taking(least), problem, op, ceilings, copies).value == pytest.approx(1, rel=0.01)
+
+
+def test_ceilings_that_were_taken_too_low_are_looked_at_again(linear: Any, ops: Any) -> None:
+    problem = linear(m=64, k=256, n=256)
+    low = Ceilings(threads=1, read_gb_per_s=1e-3, tflops={"float32": 1e-6})
+    x, w = torch.randn(64, 256), torch.randn(256, 256)
+    torch.nn.functional.linear(x, w)
+    start = time.perf_counter_ns()
+    for _ in range(50):
+        torch.nn.functional.linear(x, w)
+    honest = taking((time.perf_counter_ns() - start) / 50_000)
+    assert not physics_check(honest, problem, ops["linear"], low).passed
+    assert sound_physics_check(honest, problem, ops["linear"], low, 2, 1).passed
+    assert not sound_physics_check(taking(0.01), problem, ops["linear"], low, 2, 1).passed
+
+
+def test_the_higher_of_two_measurements() -> None:
+    other = Ceilings(threads=1, read_gb_per_s=20, tflops={"float32": 0.05, "float16": 0.3}, cache_gb_per_s=50)
+    best = CEILINGS.best_with(other)
+    assert (best.read_gb_per_s, best.cache_gb_per_s) == (20, 100)
+    assert best.tflops == {"float32": 0.1, "bfloat16": 0.4, "float16": 0.3}
+
+
+def test_measured_ceilings_are_plausible_and_survive_json(backend: Any) -> None:
+    ceilings = MeasureCeilings(device="cpu", threads=1, dtypes=("float32",), budget_s=0.5)()
+    assert 0.5 < ceilings.read_gb_per_s < 2000
+    assert ceilings.l2_gb_per_s >= ceilings.cache_gb_per_s >= ceilings.read_gb_per_s
+    assert 0.001 < ceilings.tflops["float32"] < 50
+    assert ceilings.cache_bytes >= ceilings.l2_bytes > 0
+    assert Ceilings.from_json(ceilings.to_json()) == ceilings
+
+
+def test_a_dtype_that_does_not_multiply_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError('"addmm" not implemented for this dtype')
+
+    monkeypatch.setattr(torch.nn.functional, "linear", refuse)
+    assert measure_ceilings("cpu", 1, ("float32",), budget_s=0.2).tflops == {}
+
+
+def test_ceilings_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        Ceilings(read_gb_per_s=0)
