@@ -1,0 +1,1 @@
+"""Problem -> candidates: search spaces, seeds, the tuner, and the budget that hotspots share. Only `tuner` needs optuna."""

@@ -219,7 +219,7 @@ class _Compiler:
 
         def chain(env: Mapping[str, Value]) -> Value:
             values = [operand(env) for operand in operands]
-            return all(f(a, b) for f, a, b in zip(functions, values, values[1:], strict=True))
+            return all(f(a, b) for f, a, b in zip(functions, values[:-1], values[1:], strict=True))
 
         return chain
 

@@ -157,9 +157,8 @@ def _draws(space: BoundSpace, config: Config | None, rng: random.Random) -> Iter
 
 
 def _mutated(config: Config, space: BoundSpace, rng: random.Random) -> Config | None:
-    """The config with one parameter changed at random, repaired where that broke a constraint."""
+    """The config with one or two parameters changed at random; None if that is not legal."""
     domains = [domain for domain in space.domains if domain.name in config and len(domain.choices) > 1]
-    if not domains:
-        return None
-    domain = rng.choice(domains)
-    return space.nearest({**config, domain.name: rng.choice(domain.choices)})
+    changed = rng.sample(domains, min(len(domains), rng.choice((1, 2))))
+    mutated: Config = {**config, **{domain.name: rng.choice(domain.choices) for domain in changed}}
+    return None if space.violations(mutated) else mutated

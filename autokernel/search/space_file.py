@@ -130,13 +130,13 @@ class _SectionReader:
 
     def read(self) -> Section:
         part = self.part
+        clash = sorted(set(part.choices) & self.names)
+        if clash:
+            raise ConfigError(f"{self.where}.choices.{clash[0]}: is also a name of the problem or device; call it differently")
         for key, given in (("when", part.when), ("default", part.default)):
             for name in given:
                 if name not in part.choices:
                     raise ConfigError(f"{self.where}.{key}.{name}: {self._unknown(name)}")
-        clash = sorted(set(part.choices) & self.names)
-        if clash:
-            raise ConfigError(f"{self.where}.choices.{clash[0]}: is also a name of the problem or device; call it differently")
         parameters: list[Parameter] = []
         for name, spec in part.choices.items():
             choices, ordered = self._choices(spec, f"{self.where}.choices.{name}")

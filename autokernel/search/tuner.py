@@ -7,61 +7,37 @@ real storage (SQLite, PostgreSQL) before `tell` returns, so a killed process los
     INVALID ... CRASHED        COMPLETE, a value worse than the worst, and a violated constraint: its config is to blame
     LOST                       FAIL, which samplers ignore; the candidate is proposed again
 
-Stock and other seeds come first, then all of every small backend space, then the sampler. What the sampler draws is
-checked here: an illegal config is told as a violated constraint and never proposed, a known one is answered at once.
+In which order candidates are proposed is in proposals.py.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autokernel.errors import ConfigError, StorageError
-from autokernel.records import Candidate, Evaluation, Problem, Status, digest_of
-from autokernel.search.ledger import Ledger, Outcome, Waiting
+from autokernel.records import Candidate, Problem, Status, digest_of
+from autokernel.search.ledger import Outcome
 from autokernel.search.observations import Observation, Observations
+from autokernel.search.proposals import Proposal, Proposer, Sampled
 from autokernel.search.space import BoundSpace, Config, Domain, Names, Space
-
-if TYPE_CHECKING:
-    from autokernel.search.seeds import Seed
 
 logger = logging.getLogger(__name__)
 
 SamplerName = Literal["tpe", "random", "cmaes", "gp"]
 _T = TypeVar("_T")
 
-_SMALL_SPACE = 12  # a backend with so few configs is tried completely rather than sampled
-_NUM_STARTUP = 10  # legal random configs before a model is fitted
-_MAX_REJECTIONS = 4  # draws that may be illegal or known before the unseen config nearest to one is taken
-_PATIENCE = 150  # trials; later draws mostly repeat, and a step from the last one is as good and much cheaper
-_MAX_STUDY_TRIALS = 300  # then the study in memory is thinned: fitting costs time in proportion
+__all__ = ["Proposal", "SamplerName", "Tuner"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proposal:
-    """A candidate to evaluate; `number` is what `tell` wants back."""
-
-    number: int
-    candidate: Candidate
-    origin: str  # who proposed it: a seeder's name, "enumerated", or the sampler's
-
-
-@dataclass(slots=True, kw_only=True)
-class _InFlight:
-    proposal: Proposal
-    trial: optuna.trial.Trial | None  # in the study in memory, if its backend is sampled
-
-
-class Tuner:
+class Tuner(Proposer):
     """Proposes candidates of one problem and learns from their evaluations.
 
     Args:
@@ -91,184 +67,24 @@ class Tuner:
         seed: int = 0,
         max_trials: int = 1000,
     ) -> None:
-        self.problem = problem
-        self.max_trials = max_trials
         bound = {backend: space.bind(names) for backend, space in spaces.items()}
-        self._ledger = Ledger(problem, {backend: space for backend, space in bound.items() if not space.empty})
-        self._sampler_name: SamplerName = sampler
-        self._seed = seed
-        self._in_flight: dict[int, _InFlight] = {}
-        self._study: _MemoryStudy | None = None
+        usable = {backend: space for backend, space in bound.items() if not space.empty}
         _check_sampler(sampler)
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise a line per trial
-        self._mirror = _Mirror(storage, study_name, self._ledger.spaces) if storage is not None else None
-        if self._mirror is not None:
-            for outcome in self._mirror.load(problem):
-                self._ledger.finish(outcome, "resumed")
-        self._number = self._ledger.num_spent
-        # a resumed process must not draw again what it drew before
-        self._rng = random.Random(f"{seed} {problem.key} {self._number}")
-        sizes = self._ledger.sizes
-        everything = sum(sizes.values()) <= max_trials
-        self._sampled = [b for b, size in sizes.items() if size > _SMALL_SPACE and not everything]
-        self._enumerated = False
+        self._sampler: SamplerName = sampler
+        super().__init__(
+            problem,
+            usable,
+            mirror=_StorageMirror(storage, study_name, usable) if storage is not None else None,
+            sampler_name=sampler,
+            seed=seed,
+            max_trials=max_trials,
+            use_model=sampler != "random",
+            cheap=sampler != "gp",  # whose draws take a second each
+        )
 
-    @property
-    def size(self) -> int | None:
-        """Legal configs of all backends; None if there are too many to count."""
-        return self._ledger.size
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether every legal config is finished or in flight."""
-        return self._ledger.exhausted
-
-    @property
-    def num_finished(self) -> int:
-        """Distinct candidates whose outcome is known."""
-        return len(self._ledger.outcomes)
-
-    @property
-    def num_in_flight(self) -> int:
-        """Proposals that were not told yet."""
-        return len(self._in_flight)
-
-    def best(self) -> Outcome | None:
-        """The fastest candidate that is OK, with its median in microseconds."""
-        return self._ledger.best()
-
-    def enqueue(self, seeds: Iterable[Seed]) -> int:
-        """Propose these first, in order. Illegal and known ones are left out, with a line in the log.
-
-        Returns:
-            How many were taken.
-        """
-        taken = 0
-        for seed in seeds:
-            reasons = self._ledger.violations(seed.candidate)
-            if reasons:
-                logger.info("seed %s (%s) left out: %s", seed.candidate.label, seed.origin, "; ".join(reasons))
-            elif self._ledger.wait(seed.candidate, seed.origin):
-                taken += 1
-        return taken
-
-    def warm_start(self, evaluations: Iterable[Evaluation]) -> int:
-        """Take in what an earlier process of this run finished: it is learnt from and never proposed again.
-
-        Evaluations of other problems and lost ones are passed over; what the storage lacks is added to it.
-
-        Returns:
-            How many were new.
-        """
-        new = 0
-        for evaluation in evaluations:
-            known = evaluation.candidate.id in self._ledger.outcomes
-            if known or evaluation.status is Status.LOST or evaluation.candidate.problem.key != self.problem.key:
-                continue
-            self._learn(Outcome.of(evaluation), "resumed", trial=None)
-            new += 1
-        self._number = max(self._number, self._ledger.num_spent)
-        return new
-
-    def ask(self, count: int) -> list[Proposal]:
-        """Up to `count` candidates that were never proposed before; fewer when budget or space run out."""
-        proposals: list[Proposal] = []
-        while len(proposals) < count and self._ledger.num_spent < self.max_trials:
-            waiting = self._waiting()
-            trial: optuna.trial.Trial | None = None
-            if waiting is None:
-                candidate, trial = self._sample()
-                if candidate is None:
-                    break
-                waiting = Waiting(candidate=candidate, origin=self._sampler_name)
-            elif self._study is not None and waiting.candidate.backend in self._sampled:
-                trial = self._study.start(waiting.candidate)
-            proposal = Proposal(number=self._number, candidate=waiting.candidate, origin=waiting.origin)
-            self._number += 1
-            self._ledger.start(proposal.candidate)
-            self._in_flight[proposal.number] = _InFlight(proposal=proposal, trial=trial)
-            proposals.append(proposal)
-        return proposals
-
-    def tell(self, number: int, evaluation: Evaluation) -> None:
-        """The outcome of a proposal. When this returns, it is in the storage.
-
-        Raises:
-            ValueError: no such proposal is in flight, or the evaluation is of another candidate.
-            StorageError: the storage cannot be written.
-        """
-        flight = self._in_flight.get(number)
-        if flight is None:
-            raise ValueError(f"proposal {number} is not in flight; in flight are {sorted(self._in_flight)}")
-        if flight.proposal.candidate.id != evaluation.candidate.id:
-            raise ValueError(f"proposal {number} is {flight.proposal.candidate.label}, not {evaluation.candidate.label}")
-        del self._in_flight[number]
-        self._learn(Outcome.of(evaluation), flight.proposal.origin, trial=flight.trial)
-
-    def close(self) -> None:
-        """Let go of the storage. Idempotent."""
-        if self._mirror is not None:
-            self._mirror.close()
-
-    def _learn(self, outcome: Outcome, origin: str, trial: optuna.trial.Trial | None) -> None:
-        self._ledger.finish(outcome, origin)
-        if self._study is not None and outcome.candidate.backend in self._sampled:
-            self._study.learn(outcome, trial)
-        if self._mirror is not None:
-            self._mirror.append(outcome, origin)
-
-    def _waiting(self) -> Waiting | None:
-        waiting = self._ledger.next_waiting()
-        if waiting is None and not self._enumerated:
-            self._enumerated = True
-            small = [backend for backend in self._ledger.spaces if backend not in self._sampled]
-            candidates = list(self._ledger.unseen_of(small))
-            self._rng.shuffle(candidates)  # any prefix is a fair sample
-            for candidate in candidates:
-                self._ledger.wait(candidate, "enumerated")
-            waiting = self._ledger.next_waiting()
-        return waiting
-
-    def _sample(self) -> tuple[Candidate | None, optuna.trial.Trial | None]:
-        if not self._sampled or self._ledger.exhausted:
-            return None, None
-        study = self._memory_study()
-        backend, config = self._rng.choice(self._sampled), None
-        if self._sampler_name != "random" and study.num_feasible >= _NUM_STARTUP:
-            patient = self._ledger.num_spent < _PATIENCE and self._sampler_name != "gp"  # whose draws take a second each
-            for _ in range(_MAX_REJECTIONS if patient else 1):
-                trial, backend, config = study.ask()
-                violated = len(self._ledger.spaces[backend].violations(config))
-                candidate = self._ledger.candidate(backend, config)
-                if violated:
-                    study.reject(trial, float(violated))
-                elif not self._ledger.seen(candidate):
-                    return candidate, trial
-                else:
-                    study.repeat(trial, self._ledger.outcomes.get(candidate.id))
-        for place in [backend, *(b for b in self._sampled if b != backend)]:
-            found = self._ledger.unseen_near(place, config if place == backend else None, self._rng)
-            if found is not None:
-                return found, study.start(found)
-        return None, None
-
-    def _memory_study(self) -> _MemoryStudy:
-        if self._study is None:
-            spaces = {backend: self._ledger.spaces[backend] for backend in self._sampled}
-            seed = self._rng.getrandbits(31)
-            self._study = _MemoryStudy(spaces, self._sampler_name, seed)
-            for outcome in self._ledger.outcomes.values():
-                if outcome.candidate.backend in spaces and not self._ledger.violations(outcome.candidate):
-                    self._study.learn(outcome, None)
-            for flight in self._in_flight.values():
-                if flight.proposal.candidate.backend in spaces:
-                    flight.trial = self._study.start(flight.proposal.candidate)
-        elif self._study.num_trials > _MAX_STUDY_TRIALS:
-            in_flight = [f for f in self._in_flight.values() if f.trial is not None]
-            self._study.thin()
-            for flight in in_flight:
-                flight.trial = self._study.start(flight.proposal.candidate)
-        return self._study
+    def _new_study(self, spaces: Mapping[str, BoundSpace], seed: int) -> Sampled:
+        return _MemoryStudy(spaces, self._sampler, seed)
 
 
 class _MemoryStudy:
@@ -401,7 +217,7 @@ def _check_sampler(name: SamplerName) -> None:
             raise ConfigError("search.sampler: cmaes needs a package that is not installed: pip install cmaes") from None
 
 
-class _Mirror:
+class _StorageMirror:
     """The durable copy: one finished Optuna trial per finished candidate; its config is readable in the user attributes."""
 
     def __init__(self, url: str, study_name: str, spaces: Mapping[str, BoundSpace]) -> None:

@@ -1,0 +1,162 @@
+"""Who proposes first: stock defaults, earlier winners, and nvMatmulHeuristics, which needs no GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Problem, Status, TensorSpec
+from autokernel.search import nvmatmul
+from autokernel.search.seeds import SeedContext, history_seeds, seeds_from, stock_seeds
+from autokernel.search.space import DeviceFacts, names_for
+from autokernel.search.space_file import load_space
+
+Evaluate = Callable[..., Evaluation]
+CPU = DeviceFacts(device="cpu", threads=4, isa="AVX512")
+H200 = DeviceFacts(device="cuda", isa="sm_90", smem_bytes=232448, num_units=132)
+
+
+def problem(m: int, n: int, k: int, dtype: str = "bfloat16", device: str = "cpu", op: str = "mm") -> Problem:
+    weight = TensorSpec(shape=(k, n), stride=(1, k), dtype=dtype)
+    inputs = (TensorSpec.contiguous((m, k), dtype), weight)
+    if op == "addmm":
+        inputs = (TensorSpec.contiguous((n,), dtype), *inputs)
+    if op == "bmm":
+        inputs = (TensorSpec.contiguous((8, m, k), dtype), TensorSpec.contiguous((8, k, n), dtype))
+    return Problem(op=op, device=device, inputs=inputs, constants=(len(inputs) - 1,) if op != "bmm" else ())
+
+
+def context(p: Problem, facts: DeviceFacts, history: tuple[Evaluation, ...] = ()) -> SeedContext:
+    (m, k), n = p.inputs[-2].shape[-2:], p.inputs[-1].shape[-1]
+    dims = {"m": m, "n": n, "k": k, "dtype_bytes": DTYPE_BYTES[p.inputs[-1].dtype]}
+    dims |= {"batch": 8} if p.op == "bmm" else {"has_constant_weight": 1}
+    return SeedContext(problem=p, spaces=load_space(p.op), names=names_for(dims, facts), history=history)
+
+
+def test_stock_is_the_default_of_each_backend() -> None:
+    seeds = stock_seeds(context(problem(64, 512, 512), CPU))
+    assert [s.candidate.backend for s in seeds] == ["aten", "inductor"]
+    assert seeds[0].candidate.config == {"prepack": False}
+    assert {v for k, v in seeds[1].candidate.config.items() if k.startswith(("threads", "block"))} == {0}
+
+
+def gemm(threads: tuple[int, int, int], **blocks: int) -> dict[str, Any]:
+    m, n, k = threads
+    return {
+        "template": "cpp_gemm", "threads_m": m, "threads_n": n, "threads_k": k,
+        "block_m": 0, "block_n": 0, "block_k": 0, "k_slices": 1, **blocks,
+    }  # fmt: skip
+
+
+def test_history_prefers_this_problem_then_its_nearest_neighbours(evaluate: Evaluate) -> None:
+    here, near, far, other = (
+        problem(64, 512, 512),
+        problem(1, 512, 512),
+        problem(64, 4096, 512),
+        problem(64, 512, 512, "float32"),
+    )
+
+    def done(p: Problem, config: dict[str, Any], result: float | Status, backend: str = "inductor") -> Evaluation:
+        return evaluate(Candidate(problem=p, backend=backend, config=config), result)
+
+    history = (
+        done(near, gemm((1, 4, 1)), 5.0),
+        done(far, gemm((4, 1, 1)), 1.0),
+        done(far, gemm((1, 1, 4)), 2.0),  # slower than the one above: a neighbour hands on its fastest
+        done(other, gemm((0, 0, 0)), 0.1),  # another dtype
+        done(here, gemm((2, 2, 1)), 9.0),
+        done(here, {"prepack": True}, 8.0, "aten"),
+        done(here, gemm((0, 0, 0)), Status.WRONG),
+    )
+    seeds = history_seeds(context(here, CPU, history))
+    assert [s.candidate.config.get("prepack", s.candidate.config.get("threads_m")) for s in seeds] == [True, 2, 4, 1]
+    assert all(s.candidate.problem == here for s in seeds)
+
+
+def test_history_is_moved_to_a_legal_config(evaluate: Evaluate) -> None:
+    big, small = problem(512, 512, 512), problem(1, 512, 512)
+    config = gemm((4, 1, 1), block_m=16, block_n=4, block_k=64)
+    (seed,) = history_seeds(
+        context(small, CPU, (evaluate(Candidate(problem=big, backend="inductor", config=config), 3.0),))
+    ) or [None]
+    if seed is not None:  # 512 rows against 1 are 2**9 apart
+        pytest.fail("nine doublings away is no neighbour")
+
+
+def test_history_across_a_few_doublings(evaluate: Evaluate) -> None:
+    big, small = problem(16, 512, 512), problem(2, 512, 512)
+    config = gemm((4, 1, 1), block_m=4, block_n=4, block_k=64)
+    ctx = context(small, CPU, (evaluate(Candidate(problem=big, backend="inductor", config=config), 3.0),))
+    (seed,) = history_seeds(ctx)
+    assert ctx.spaces["inductor"].violations(seed.candidate.config, ctx.names) == []
+    assert seed.candidate.config["block_n"] == 4
+    assert seed.candidate.config["block_m"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+@pytest.mark.parametrize(("op", "template"), [("mm", "mm"), ("addmm", "mm"), ("bmm", "bmm")])
+@pytest.mark.parametrize(
+    "shape", [(1, 4096, 4096), (16, 6144, 4096), (48, 4096, 14336), (128, 4096, 4096), (4096, 4096, 14336)]
+)
+def test_nvmatmul_gives_legal_triton_tiles(dtype: str, op: str, template: str, shape: tuple[int, int, int]) -> None:
+    ctx = context(problem(*shape, dtype=dtype, device="cuda", op=op), H200)
+    seeds = nvmatmul.nvmatmul_seeds(ctx)
+    assert 2 <= len(seeds) <= nvmatmul.MAX_SEEDS
+    assert len({s.candidate.id for s in seeds}) == len(seeds)
+    for seed in seeds:
+        assert seed.origin == "nvmatmul"
+        assert seed.candidate.backend == "inductor"
+        assert seed.candidate.config["template"] == template
+        assert ctx.spaces["inductor"].violations(seed.candidate.config, ctx.names) == []
+    assert {s.candidate.config["num_warps"] for s in seeds} >= {4, 8} or shape[0] < 64
+    assert [s.candidate for s in nvmatmul.nvmatmul_seeds(ctx)] == [s.candidate for s in seeds]
+
+
+def test_nvmatmul_knows_small_and_large_rows() -> None:
+    def first(m: int) -> Any:
+        query = nvmatmul.query_for(
+            problem(m, 4096, 4096, device="cuda"), dict(context(problem(m, 4096, 4096, device="cuda"), H200).names)
+        )
+        assert isinstance(query, nvmatmul.Query)
+        assert query.layout == "TN_ROW_MAJOR"  # rows times a transposed weight, as in nn.Linear
+        rows = nvmatmul.ask_library(query)
+        assert all(a.runtime_s <= b.runtime_s for a, b in zip(rows, rows[1:], strict=False) if a.split_k == b.split_k == 1)
+        assert all(row.runtime_s > 0 for row in rows)
+        return rows[0]
+
+    assert first(16).block_m == 16
+    assert first(4096).block_m * first(4096).block_n >= 128 * 128
+
+
+@pytest.mark.parametrize(
+    ("dtype", "facts", "reason"),
+    [("float64", H200, "no letters"), ("bfloat16", DeviceFacts(device="cuda", isa="sm_70"), "no model of a GPU")],
+)
+def test_nvmatmul_says_why_it_has_none(dtype: str, facts: DeviceFacts, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert nvmatmul.nvmatmul_seeds(context(problem(64, 512, 512, dtype, "cuda"), facts)) == []
+    assert reason in caplog.text
+
+
+def test_nvmatmul_absent(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "nvMatmulHeuristics", None)
+    with caplog.at_level("INFO"):
+        assert nvmatmul.nvmatmul_seeds(context(problem(64, 512, 512, device="cuda"), H200)) == []
+    assert "pip install nvidia-matmul-heuristics" in caplog.text
+
+
+def test_nvmatmul_is_for_gpus(caplog: pytest.LogCaptureFixture) -> None:
+    assert nvmatmul.nvmatmul_seeds(context(problem(64, 512, 512), CPU)) == []
+
+
+def test_seeds_come_in_the_order_asked_for_and_once(evaluate: Evaluate) -> None:
+    p = problem(64, 4096, 4096, device="cuda")
+    default = stock_seeds(context(p, H200))[-1].candidate
+    ctx = context(p, H200, (evaluate(default, 20.0),))
+    seeds = seeds_from(("history", "stock", "nvmatmul"), ctx)
+    assert [s.origin for s in seeds][:2] == ["history", "stock"]
+    assert seeds[-1].origin == "nvmatmul"
+    assert len({s.candidate.id for s in seeds}) == len(seeds)
