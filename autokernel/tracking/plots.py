@@ -59,8 +59,9 @@ def _style(salt: str) -> Iterator[None]:
 def _figure(height_in: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
+    figure = Figure(figsize=(_WIDTH_IN, height_in), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06))
     FigureCanvasAgg(figure)  # no pyplot: no global state and no display
     return figure
 
@@ -78,6 +79,7 @@ def history_figure(run: RunSummary) -> Figure | None:
         _history_panel(axes, problem)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
+    figure.supxlabel("trial of this hotspot", fontsize=9, color=MUTED)
     handles: dict[str, Any] = {}
     for axes in grid.flat[: len(shown)]:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -111,7 +113,6 @@ def _history_panel(axes: Axes, problem: ProblemSummary) -> None:
         axes.axhline(latency_us(problem.baseline), color=ORANGE, linestyle=(0, (4, 3)), linewidth=1, label="fastest stock")
     axes.set_title(problem.title, fontsize=8, pad=8)
     axes.set_ylabel("µs")
-    axes.set_xlabel("trial of this hotspot")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.grid(axis="y")
 
@@ -271,9 +272,8 @@ def _inline(document: str, name: str) -> str:
     """The <svg> element of a document: themed colours, width by the page, ids that do not clash with other figures'."""
     text = document[document.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(
-        r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", text, count=1), count=1
-    )
+    for size in ("height", "width"):
+        text = re.sub(rf'(<svg [^>]*?){size}="[^"]*"', r"\1", text, count=1)
     for colour, themed in _THEMED.items():
         text = text.replace(colour, themed)
     text = re.sub(r'\bid="', f'id="{name}-', text)

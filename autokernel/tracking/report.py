@@ -96,8 +96,9 @@ def _short_reason(problem: ProblemSummary) -> str:
 def _facts(run: RunSummary) -> dict[str, str]:
     """What a reader needs to know where the numbers come from."""
     env, started = run.started.environment, run.started
+    units = "threads" if env.device == "cpu" else "multiprocessors"
     facts = {
-        "Device": f"{env.device_name} ({env.device}, {env.isa}, {env.num_units} {'threads' if env.device == 'cpu' else 'multiprocessors'})",
+        "Device": f"{env.device_name} ({env.device}, {env.isa}, {env.num_units} {units})",
         "torch": env.torch,
         "Python": env.python,
         "Platform": env.platform,
@@ -123,7 +124,7 @@ def format_us(value: float | None) -> str:
     """Microseconds with four digits, as ms from 10,000 on."""
     if value is None:
         return "–"
-    return f"{value / 1000:.4g} ms" if value >= 10_000 else f"{value:.4g} µs"
+    return f"{value / 1000:.4g}\u00a0ms" if value >= 10_000 else f"{value:.4g}\u00a0µs"
 
 
 def format_interval(speedup: Speedup) -> str:
@@ -133,7 +134,7 @@ def format_interval(speedup: Speedup) -> str:
 
 def format_pct(value: float, digits: int = 1) -> str:
     """A fraction as a percentage."""
-    return f"{100 * value:.{digits}f} %"
+    return f"{100 * value:.{digits}f}\u00a0%"
 
 
 def format_seconds(value: float) -> str:

@@ -72,11 +72,14 @@ def view_states(scenarios: Sequence[str], params: Sequence[str], hotspot: str = 
     section = {
         "uuid": "ak-section",
         "name": "Kernel search",
+        "columns": 1,
+        "cardHeight": 460,
         "display": True,
         "isReordered": False,
         "deleted": False,
         "isGenerated": False,
     }
+    gains = ["weight_pct", "baseline_us", "best_latency_us", "speedup", "speedup_low", "speedup_high", "trials"]
     return {
         RESULTS: _state(
             "tags.`ak.kind` = 'campaign'",
@@ -86,13 +89,9 @@ def view_states(scenarios: Sequence[str], params: Sequence[str], hotspot: str = 
         ),
         HOTSPOTS: _state(
             "tags.`ak.kind` = 'hotspot'",
-            "attributes.start_time",
+            "metrics.`weight_pct`",  # sorted by time, MLflow would fold the rows under their campaign
             False,
-            [
-                f"metrics.`{m}`"
-                for m in ("weight_pct", "baseline_us", "best_latency_us", "speedup", "speedup_low", "speedup_high")
-            ]
-            + ["metrics.`trials`", "tags.`ak.status`"],
+            [*(f"metrics.`{name}`" for name in gains), "tags.`ak.status`"],
         ),
         TRIALS: _state(
             trial,
@@ -110,7 +109,17 @@ def view_states(scenarios: Sequence[str], params: Sequence[str], hotspot: str = 
 
 
 def _state(search: str, order: str, ascending: bool, columns: list[str]) -> dict[str, Any]:
-    return {**_TABLE, "searchFilter": search, "orderByKey": order, "orderByAsc": ascending, "selectedColumns": columns}
+    name = "attributes.`Run Name`"
+    widths = {name: 330} | {c: 230 if c == "params.`hotspot`" else 24 + 8 * max(8, len(c) - 11) for c in columns}
+    return {
+        **_TABLE,
+        "searchFilter": search,
+        "orderByKey": order,
+        "orderByAsc": ascending,
+        "selectedColumns": columns,
+        "columnOrder": [name, *columns],
+        "columnWidths": widths,
+    }
 
 
 def encode_view(name: str, state: Mapping[str, Any], time_ms: int) -> str:
