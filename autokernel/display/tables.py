@@ -1,0 +1,285 @@
+"""Tables of results, made to be read at 100 columns and up, on a terminal or in a pipe."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.box import Box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from autokernel.display.results import HotspotRow, graph_options, hotspot_rows
+from autokernel.display.words import duration, failures, microseconds, percent, ratio, short_config, short_problem
+from autokernel.events import ModelValidated, ScenarioResult
+from autokernel.records import Hotspot
+from autokernel.tracking.summary import RunSummary
+
+MAX_UNSEARCHED = 4  # rows of hotspots that nobody searched
+REPORT_NAME = "report.html"
+MODES = ("eager", "default", "max-autotune", "bundle")
+
+_RULE = Box("    \n    \n ── \n    \n    \n ── \n    \n    \n")
+_STYLES = {"won": "bold green", "dropped": "yellow", "stock": "", "searched": "cyan", "not searched": "dim"}
+
+
+def table(*columns: tuple[str, str] | str, title: str = "") -> Table:
+    """A table with a line under its head. A column is a name, or (name, "right" | "left" | "fold")."""
+    made = Table(box=_RULE, title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    made.collapse_padding = True
+    for column in columns:
+        name, how = column if isinstance(column, tuple) else (column, "left")
+        made.add_column(
+            name,
+            justify="right" if how == "right" else "left",
+            no_wrap=how != "fold",
+            overflow="fold",
+            header_style="dim",
+        )
+    return made
+
+
+def heading(summary: RunSummary) -> Text:
+    """Which run this is, and on what."""
+    environment = summary.started.environment
+    units = "threads" if environment.device == "cpu" else "multiprocessors"
+    where = f"{environment.device_name}, {environment.isa}, {environment.num_units} {units}, torch {environment.torch}"
+    text = Text.assemble((summary.started.name, "bold"), " ", (f"run {summary.started.run_id}", "cyan"))
+    if summary.num_resumes:
+        text.append(f" (resumed {summary.num_resumes}×)", "dim")
+    text.append(f"\n{where}", "dim")
+    return text
+
+
+def profile_table(summary: RunSummary, limit: int = 20) -> RenderableType:
+    """Hotspots ranked by what could be gained, with the roofline they are measured against."""
+    profiled = summary.profiled
+    if profiled is None:
+        return Text("Not profiled yet.")
+    shown = table(
+        ("#", "right"), ("scenario", "fold"), ("problem (M×N×K)", "fold"), ("calls", "right"), ("us", "right"),
+        ("share", "right"), ("roofline us", "right"), ("could gain", "right"), ("between", "fold"), title="Hotspots",
+    )  # fmt: skip
+    ranked = sorted(profiled.hotspots, key=lambda h: -h.attainable_gain)
+    for rank, hotspot in enumerate(ranked[:limit], start=1):
+        shown.add_row(
+            str(rank),
+            hotspot.scenario,
+            short_problem(hotspot.problem),
+            str(hotspot.num_calls),
+            microseconds(hotspot.time_us),
+            percent(hotspot.share),
+            microseconds(hotspot.roofline_us),
+            percent(hotspot.attainable_gain),
+            Text(_neighbours(hotspot), style="dim"),
+        )
+    steps = ", ".join(f"{name} {microseconds(us)} us" for name, us in profiled.scenario_us.items())
+    peaks = ", ".join(f"{dtype} {tflops:.3g} TFLOP/s" for dtype, tflops in profiled.peak_tflops.items())
+    notes = [f"One step: {steps}.", f"Ceilings: {profiled.read_gb_per_s:.3g} GB/s read, {peaks}."]
+    notes.append("us and share are of one step of the scenario; could gain is of all scenarios together, at the roofline.")
+    if len(ranked) > limit:
+        notes.insert(0, f"{len(ranked) - limit} smaller ones are not shown (--json has them).")
+    return Group(shown, Text("\n".join(notes), style="dim"))
+
+
+def _neighbours(hotspot: Hotspot) -> str:
+    """`silu → · → add`: what feeds it and what uses it, by the last part of each name."""
+    before, after = (
+        "/".join(dict.fromkeys(_op_name(name) for name in names[:2])) for names in (hotspot.producers, hotspot.consumers)
+    )
+    return f"{before or '?'} → {after or '?'}" if before or after else ""
+
+
+def _op_name(target: str) -> str:
+    parts = [part for part in target.split(".") if part not in ("default", "Tensor", "Scalar")]
+    return parts[-1] if parts else target
+
+
+def search_table(summary: RunSummary) -> RenderableType:
+    """The best candidate of each searched hotspot as screened: before it was confirmed."""
+    shown = table(
+        ("scenario", "fold"), ("problem (M×N×K)", "fold"), ("trials", "right"), ("stock us", "right"), ("best us", "right"),
+        ("screened", "right"), ("best candidate", "fold"), title="Search",
+    )  # fmt: skip
+    rows = [row for row in hotspot_rows(summary) if row.num_trials]
+    for row in rows:
+        shown.add_row(
+            ", ".join(row.scenarios),
+            row.problem,
+            str(row.num_trials),
+            _us(row.baseline_us),
+            _us(row.candidate_us if row.candidate is not None else row.baseline_us),
+            f"{row.screened:.2f}×" if row.screened else "",
+            short_config(row.candidate) if row.candidate is not None else Text("stock", style="dim"),
+        )
+    return Group(shown, Text(_search_note(summary), style="dim")) if rows else Text("Nothing was searched yet.")
+
+
+def _search_note(summary: RunSummary) -> str:
+    failed = failures(summary.statuses)
+    seconds = summary.stage_seconds.get("search")
+    time = f" in {duration(seconds)}" if seconds else ""
+    return f"{len(summary.trials)} candidates{time}{f'; failed: {failed}' if failed else ', none failed'}."
+
+
+def hotspot_table(summary: RunSummary) -> RenderableType:
+    """Per hotspot: the baseline, the winner, the speed-up with its interval, the verdict."""
+    shown = table(
+        ("scenario", "fold"), ("problem (M×N×K)", "fold"), ("share", "right"), ("stock us", "right"), ("us", "right"),
+        "speed-up [95 %]", ("winner", "fold"), ("verdict", "fold"), title="Hotspots",
+    )  # fmt: skip
+    rows = hotspot_rows(summary)
+    searched = [row for row in rows if row.num_trials]
+    others = [row for row in rows if not row.num_trials]
+    for row in (*searched, *others[:MAX_UNSEARCHED]):
+        won = row.verdict in ("won", "searched")
+        shown.add_row(
+            ", ".join(row.scenarios),
+            row.problem,
+            percent(row.share) if row.share else "",
+            _us(row.baseline_us),
+            _us(row.candidate_us),
+            _speedup(row),
+            Text(short_config(row.candidate), style="" if won else "dim") if row.candidate is not None else "",
+            Text(_verdict(row), style=_STYLES[row.verdict]),
+        )
+    notes = [_search_note(summary)] if summary.trials else []
+    if len(others) > MAX_UNSEARCHED:
+        rest = sum(row.share for row in others[MAX_UNSEARCHED:])
+        notes.append(f"{len(others) - MAX_UNSEARCHED} more hotspots ({percent(rest)} of the time) were not searched.")
+    options = graph_options(summary)
+    if options:
+        notes.append("Graph options on top: " + " ".join(f"{k}={v}" for k, v in options.items()) + ".")
+    elif "graph" in summary.stage_seconds and summary.graph_trials:
+        notes.append(f"Graph options: none of {len(summary.graph_trials)} sets helped.")
+    return Group(shown, Text("\n".join(notes), style="dim"))
+
+
+def _verdict(row: HotspotRow) -> str:
+    """In the table a word or two: the speed-up's interval says the rest, and the bundle and the JSON hold the sentence."""
+    if row.verdict == "stock":
+        return "stock: gain not clear" if row.speedup is not None else "stock: none faster"
+    return row.verdict
+
+
+def _speedup(row: HotspotRow) -> str | Text:
+    if row.speedup is not None:
+        return Text(ratio(row.speedup), style=_STYLES["won"] if row.verdict == "won" else "dim")
+    if row.screened is not None and row.verdict == "searched":
+        return Text(f"{row.screened:.2f}× screened", style="dim")
+    return ""
+
+
+def _us(value: float | None) -> str:
+    return microseconds(value) if value is not None else ""
+
+
+def scenario_table(scenarios: Iterable[ScenarioResult], *, best_word: str = "best stock") -> Table:
+    """End-to-end times of one step in every mode, and the speed-up over the best stock mode."""
+    shown = table(
+        ("scenario", "fold"), ("eager", "right"), ("default", "right"), ("max-autotune", "right"), ("bundle", "right"),
+        (f"over {best_word} [95 %]", "left"), ("verdict", "fold"), title="End to end, us per step",
+    )  # fmt: skip
+    for result in scenarios:
+        times = {mode.mode: mode.median_us for mode in result.modes}
+        cells = [Text(_us(times.get(mode)), style="bold" if mode in (result.best_stock, "bundle") else "") for mode in MODES]
+        gained = result.speedup.low > 1
+        style = "bold green" if gained else "" if result.passed else "red"
+        verdict = "faster" if gained else "not slower" if result.passed else "slower"
+        shown.add_row(result.scenario, *cells, Text(f"{ratio(result.speedup)} {result.best_stock}", style=style), verdict)
+    return shown
+
+
+def eval_table(validated: ModelValidated) -> Table:
+    """The model's own metric with stock code and with the bundle."""
+    shown = table(
+        "metric", ("stock", "right"), ("bundle", "right"), ("worse by", "right"), ("at most", "right"), ("limit", "right"),
+        ("samples", "right"), "verdict", title="Quality",
+    )  # fmt: skip
+    for result in validated.evals:
+        shown.add_row(
+            result.metric,
+            f"{result.stock:.5g}",
+            f"{result.bundle:.5g}",
+            f"{result.worse_by:+.3%}",
+            f"{result.worse_by_high:+.3%}",
+            f"{result.limit:.3%}",
+            str(result.num_samples),
+            Text("within its limit", style="green") if result.passed else Text("worse", style="red"),
+        )
+    return shown
+
+
+def _checks(validated: ModelValidated) -> Text:
+    failed = validated.verdict.failures
+    if not validated.verdict.checks:
+        return Text()
+    if not failed:
+        return Text(f"The whole model passed {len(validated.verdict.checks)} checks of equivalence.", style="dim")
+    lines = [f"{check.name}: {check.value:.4g}, limit {check.limit:.4g} {check.note}".rstrip() for check in failed]
+    return Text("The model did not pass: " + "; ".join(lines), style="red")
+
+
+def result_view(summary: RunSummary, folder: Path, runs_folder: Path) -> RenderableType:
+    """Everything that is known of a run, best first: for `run` and `show`, of a finished run or one under way."""
+    parts: list[RenderableType] = [heading(summary)]
+    if summary.problems:
+        parts.append(hotspot_table(summary) if summary.trials else profile_table(summary))
+    if summary.validated is not None:
+        parts.append(scenario_table(summary.validated.scenarios))
+        if summary.validated.evals:
+            parts.append(eval_table(summary.validated))
+        parts.append(_checks(summary.validated))
+        if summary.validated.dropped:
+            parts.append(_dropped(summary))
+    parts.append(places(summary, folder, runs_folder))
+    return spaced(parts)
+
+
+def _dropped(summary: RunSummary) -> RenderableType:
+    assert summary.validated is not None
+    titles = {p.problem.key: short_problem(p.problem) for p in summary.problems}
+    shown = table(("dropped", "fold"), ("why", "fold"), title="Winners that the whole model refused")
+    for key, why in summary.validated.dropped.items():
+        shown.add_row(titles.get(key, key), Text(why, style="yellow"))
+    return shown
+
+
+def outcome_line(summary: RunSummary) -> Text:
+    """How the run ended, in a sentence."""
+    finished = summary.finished
+    if finished is None:
+        done = ", ".join(summary.stage_seconds) or "nothing"
+        return Text(f"Unfinished; done so far: {done}. `autokernel run` of the same experiment goes on from here.", "yellow")
+    style = {"won": "bold green", "stock": "bold", "failed": "bold red"}.get(finished.outcome, "yellow")
+    return Text(f"{finished.message} ({duration(finished.seconds)})", style)
+
+
+def places(summary: RunSummary, folder: Path, runs_folder: Path) -> RenderableType:
+    """The verdict, where things lie, and the commands that go on from here."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    if summary.exported is not None:
+        kind = "changes nothing" if summary.exported.stock else f"{summary.exported.num_entries} entries"
+        grid.add_row("bundle", f"{summary.exported.folder} ({kind})")
+        grid.add_row("use it", f'torch.compile(model, backend=autokernel.backend("{summary.exported.folder}"))')
+    proved = summary.proved
+    if proved is not None:
+        hits = f"{proved.num_hits} of {proved.num_entries} entries hit, {proved.num_benchmarks} kernels benchmarked"
+        times = f"compiled in {proved.compile_s:.1f} s (stock {proved.stock_compile_s:.1f} s)"
+        said = f"{hits}, {times}" if proved.passed else f"failed: {proved.message}"
+        grid.add_row("fresh process", Text(said, style="" if proved.passed else "red"))
+    if (folder / REPORT_NAME).exists():
+        grid.add_row("report", str(folder / REPORT_NAME))
+    grid.add_row("run folder", str(folder))
+    grid.add_row("MLflow", Text(f"autokernel ui --runs {shlex.quote(str(runs_folder))}", style="bold"))
+    return Group(outcome_line(summary), grid)
+
+
+def spaced(parts: Iterable[RenderableType]) -> RenderableType:
+    """One empty line between parts, and one at the end."""
+    kept = [part for part in parts if not (isinstance(part, Text) and not part.plain)]
+    return Group(*(item for part in kept for item in (part, "")))

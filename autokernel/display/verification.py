@@ -1,0 +1,47 @@
+"""`autokernel verify` for people: entry by entry, what still holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from autokernel.display.tables import scenario_table, spaced, table
+from autokernel.display.words import ratio
+
+if TYPE_CHECKING:
+    from autokernel.export.verify import VerifyReport
+
+
+def verify_view(report: VerifyReport) -> RenderableType:
+    """Entries, scenarios, and the verdict in a sentence."""
+    parts: list[RenderableType] = []
+    if report.environment_reason is not None:
+        parts.append(Text(f"Nothing of this bundle applies here: {report.environment_reason}.", "red"))
+    if report.entries:
+        shown = table(
+            ("entry", "fold"), ("scenario", "fold"), ("sites", "right"), ("promised", "right"), "here [95 %]", "holds",
+            ("why", "fold"), title="Entries",
+        )  # fmt: skip
+        for entry in report.entries:
+            shown.add_row(
+                Text(entry.key),
+                entry.scenario,
+                str(entry.hits),
+                f"{entry.promised:.2f}×",
+                ratio(entry.speedup) if entry.speedup is not None else "",
+                Text("yes", "bold green") if entry.holds else Text("no", "bold red"),
+                Text(entry.message, "dim"),
+            )
+        parts.append(shown)
+    if report.scenarios:
+        parts.append(scenario_table(report.scenarios))
+    holding = sum(entry.holds for entry in report.entries)
+    count = f"{holding} of {len(report.entries)} entries hold"
+    if report.passed:
+        sentence = "The bundle holds" if report.entries else "The bundle holds: it has no entries and no scenario is slower"
+        parts.append(Text(f"{sentence}{f': {count}' if report.entries else ''}.", "bold green"))
+    else:
+        parts.append(Text(f"The bundle does not hold here: {count}; tune again on this machine.", "bold red"))
+    return spaced(parts)
