@@ -5,7 +5,6 @@ What is timed is what is exported. Several copies of the problem, each with weig
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from autokernel.backends import BuildError, Built, Refused
 from autokernel.environment import current_environment
 from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.matching import parts_of_merged
 from autokernel.ops import Op, get_op
 from autokernel.records import Candidate, Problem
 
@@ -107,8 +107,8 @@ def expanded(entry: Entry) -> tuple[Entry, ...]:
     if problem.op != "merged_mm" or entry.config.get("merge", "none") != "none":
         return (entry,)
     config = {name: value for name, value in entry.config.items() if name != "merge"}
-    parts = (replace(problem, op="mm", inputs=(problem.inputs[0], weight), constants=(1,)) for weight in problem.inputs[1:])
-    return tuple({part.key: Entry(problem=part, backend=entry.backend, config=config) for part in parts}.values())
+    parts = {part.key: Entry(problem=part, backend=entry.backend, config=config) for part in parts_of_merged(problem)}
+    return tuple(parts.values())
 
 
 def _example(problem: Problem, index: int) -> torch.Tensor:

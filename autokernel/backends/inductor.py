@@ -13,6 +13,7 @@ import torch
 
 from autokernel.backends import Built, Refused
 from autokernel.backends.compiled import build, refuse_without_constant_weight
+from autokernel.export.matching import weights_of_merged
 from autokernel.records import Candidate, ConfigValue, Problem
 
 _CPP_DTYPES = ("float32", "bfloat16", "float16")
@@ -51,7 +52,7 @@ class InductorBackend:
         threads = torch.get_num_threads()
         if any(factors) and factors[0] * factors[1] * factors[2] != threads:
             raise Refused(f"thread factors {factors} must multiply to the {threads} threads of this run")
-        if config.get("merge") == "grouped" and len({spec.shape[1] for spec in problem.inputs[1:]}) != 1:
+        if config.get("merge") == "grouped" and len({spec.shape[1] for spec in weights_of_merged(problem)}) != 1:
             raise Refused("the grouped template needs GEMMs of equal N")
         return build(candidate, constants, stock=False)
 

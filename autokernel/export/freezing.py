@@ -11,6 +11,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ MAX_REFREEZES = 8
 
 def needs_constant(entry: Entry) -> bool:
     """Whether the entry's kernel reads a packed weight."""
-    return bool(entry.config.get("prepack")) or entry.config.get("template") == "cpp_gemm" or "merge" in entry.config
+    return (
+        bool(entry.config.get("prepack")) or entry.config.get("template") == "cpp_gemm" or entry.config.get("merge") == "concat"
+    )
 
 
 def weights_to_freeze(gm: torch.fx.GraphModule, inputs: Sequence[Any], plan: Plan) -> list[int]:
@@ -36,7 +39,7 @@ def weights_to_freeze(gm: torch.fx.GraphModule, inputs: Sequence[Any], plan: Pla
     position = {node: i for i, node in enumerate(placeholders)}
     everything = plan.bundle.graph_options.get("freezing") == "all"
     chosen: set[int] = set()
-    by_input: dict[Any, list[tuple[int, int, int]]] = {}  # shared input -> (position, m, n) of plain products
+    by_input: dict[Any, list[_Product]] = {}  # by shared input
     for node in gm.graph.nodes:
         linear = _linear(node)
         if linear is None:
@@ -50,25 +53,35 @@ def weights_to_freeze(gm: torch.fx.GraphModule, inputs: Sequence[Any], plan: Pla
             continue
         k, n = int(value.shape[-1]), int(inputs[index].shape[n_axis])
         m = math.prod(int(s) for s in value.shape[:-1])
+        bias_index = position.get(bias) if isinstance(bias, torch.fx.Node) else None
+        product = _Product(constants=(index, *(() if bias_index is None else (bias_index,))), m=m, n=n, bias=bias is not None)
         entry = plan.find(Gemm(dtype_name(value.dtype), 1, m, (n,), k, bias is not None))
         if entry is not None and needs_constant(entry):
-            chosen.add(index)
-            if isinstance(bias, torch.fx.Node) and bias in position:
-                chosen.add(position[bias])
-        if bias is None:
-            by_input.setdefault(x, []).append((index, m, n))
+            chosen.update(product.constants)
+        by_input.setdefault(x, []).append(product)
     for x, members in by_input.items():
         value = x.meta["example_value"]
-        for entry, ns in plan.groups(dtype_name(value.dtype), members[0][1], int(value.shape[-1])):
-            if needs_constant(entry) and entry.config.get("prepack", True) is not False and _covers(members, ns):
-                chosen.update(index for index, _, n in members if n in ns)
+        for entry, gemm in plan.groups(dtype_name(value.dtype), members[0].m, int(value.shape[-1])):
+            fitting = [product for product in members if product.bias == gemm.bias and product.n in gemm.ns]
+            if needs_constant(entry) and _covers(fitting, gemm.ns):
+                chosen.update(index for product in fitting for index in product.constants)
     if everything:
         chosen.update(i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter))
     return sorted(i for i in chosen if not inputs[i].requires_grad or not torch.is_grad_enabled())
 
 
-def _covers(members: list[tuple[int, int, int]], ns: tuple[int, ...]) -> bool:
-    have = sorted(n for _, _, n in members)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Product:
+    """A product by a weight: positions of the weight and, if that is an input too, of the bias."""
+
+    constants: tuple[int, ...]
+    m: int
+    n: int
+    bias: bool
+
+
+def _covers(members: list[_Product], ns: tuple[int, ...]) -> bool:
+    have = [product.n for product in members]
     return all(have.count(n) >= ns.count(n) for n in ns)
 
 
@@ -87,7 +100,28 @@ def _linear(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node, Any, int
         return None
     if not isinstance(x, torch.fx.Node) or not isinstance(weight, torch.fx.Node):
         return None
-    return x, weight, bias, n_axis
+    source = _transposed(weight)
+    return (x, weight, bias, n_axis) if source is None else (x, source, bias, 1 - n_axis)
+
+
+_TRANSPOSES = {  # target -> the dims that make it a transpose of a matrix; () where there are none to give
+    "t": ((),),
+    torch.t: ((),),
+    torch.Tensor.t: ((),),
+    "transpose": ((0, 1), (1, 0), (-2, -1), (-1, -2)),
+    torch.transpose: ((0, 1), (1, 0), (-2, -1), (-1, -2)),
+    "permute": ((1, 0), (-1, -2), (-1, 0), (1, -2)),
+    torch.permute: ((1, 0), (-1, -2), (-1, 0), (1, -2)),
+}
+
+
+def _transposed(node: torch.fx.Node) -> torch.fx.Node | None:
+    """What a node is the transpose of, None if it is none."""
+    if node.target not in _TRANSPOSES or not isinstance(node.args[0], torch.fx.Node):
+        return None
+    dims = node.args[1:]
+    flat = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
+    return node.args[0] if flat in _TRANSPOSES[node.target] else None  # type: ignore[index]
 
 
 def freeze_inputs(gm: torch.fx.GraphModule, inputs: Sequence[Any], frozen: Sequence[int]) -> torch.fx.GraphModule:

@@ -7,10 +7,10 @@ survives: dtype, sizes, and whether there is a bias. When two entries share that
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autokernel.export.bundle import Entry
-from autokernel.records import Problem
+from autokernel.records import Problem, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -45,8 +45,25 @@ def gemm_of(problem: Problem) -> Gemm | None:
         return Gemm(first.dtype, batch, m, (n,), k, problem.op == "baddbmm")
     if problem.op == "merged_mm":
         m, k = specs[0].shape
-        return Gemm(specs[0].dtype, 1, m, tuple(spec.shape[1] for spec in specs[1:]), k, False)
+        weights = weights_of_merged(problem)
+        return Gemm(specs[0].dtype, 1, m, tuple(spec.shape[1] for spec in weights), k, len(weights) < len(specs) - 1)
     return None
+
+
+def weights_of_merged(problem: Problem) -> tuple[TensorSpec, ...]:
+    """The weights of a `merged_mm`; behind them its inputs may hold one bias for each."""
+    return tuple(spec for spec in problem.inputs[1:] if len(spec.shape) == 2)
+
+
+def parts_of_merged(problem: Problem) -> tuple[Problem, ...]:
+    """The `mm` or `addmm` problems that a `merged_mm` stands for, in order."""
+    x, *_ = problem.inputs
+    weights = weights_of_merged(problem)
+    biases = problem.inputs[1 + len(weights) :]
+    if biases:
+        pairs = zip(biases, weights, strict=True)
+        return tuple(replace(problem, op="addmm", inputs=(bias, x, weight), constants=(0, 2)) for bias, weight in pairs)
+    return tuple(replace(problem, op="mm", inputs=(x, weight), constants=(1,)) for weight in weights)
 
 
 def index_entries(entries: Iterable[Entry]) -> dict[Gemm, Entry]:

@@ -36,10 +36,10 @@ class MergePass(CustomGraphPass):
         for shared, gemms in _gemms_by_input(graph).items():
             left = gemms
             m, k = shared.meta["val"].shape
-            for entry, ns in self.plan.groups(dtype_name(shared.meta["val"].dtype), int(m), int(k)):
+            for entry, gemm in self.plan.groups(dtype_name(shared.meta["val"].dtype), int(m), int(k)):
                 if entry.config.get("merge") != "concat":
                     continue
-                members = _pick(left, ns)
+                members = _pick([node for node in left if _has_bias(node) == gemm.bias], gemm.ns)
                 if members is None:
                     continue
                 _concatenate(graph, shared, members)
@@ -50,11 +50,21 @@ class MergePass(CustomGraphPass):
 
 def _gemms_by_input(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
     groups: dict[torch.fx.Node, list[torch.fx.Node]] = {}
-    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
-        x, w = node.args
-        if isinstance(x, torch.fx.Node) and _static_2d(x) and _static_2d(w) and _is_weight(w):
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+            continue
+        *bias, x, w = node.args
+        if _static_2d(x) and _static_2d(w) and _is_weight(w) and all(_is_bias(b) for b in bias):
             groups.setdefault(_canonical(x), []).append(node)
     return groups
+
+
+def _has_bias(node: torch.fx.Node) -> bool:
+    return node.target is aten.addmm.default
+
+
+def _is_bias(node: Any) -> bool:
+    return isinstance(node, torch.fx.Node) and node.op in ("placeholder", "get_attr") and node.meta["val"].dim() == 1
 
 
 def _canonical(x: torch.fx.Node) -> torch.fx.Node:
@@ -91,12 +101,17 @@ def _pick(users: list[torch.fx.Node], ns: tuple[int, ...]) -> list[torch.fx.Node
 
 def _concatenate(graph: torch.fx.Graph, shared: torch.fx.Node, members: list[torch.fx.Node]) -> None:
     first = min(members, key=list(graph.nodes).index)
-    weights = [user.args[1].args[0] for user in members]  # type: ignore[union-attr]
+    weights = [user.args[-1].args[0] for user in members]  # type: ignore[union-attr]
+    biases = [user.args[0] for user in members if _has_bias(user)]
     sizes = [int(user.meta["val"].shape[1]) for user in members]
     with graph.inserting_before(first):
         stacked = _call(graph, aten.cat.default, weights, 0)
         transposed = _call(graph, aten.permute.default, stacked, [1, 0])
-        product = _call(graph, aten.mm.default, first.args[0], transposed)
+        if biases:
+            bias = _call(graph, aten.cat.default, biases, 0)
+            product = _call(graph, aten.addmm.default, bias, first.args[1], transposed)
+        else:
+            product = _call(graph, aten.mm.default, first.args[0], transposed)
         split = _call(graph, aten.split_with_sizes.default, product, sizes, 1)
         parts = [_call(graph, operator.getitem, split, i) for i in range(len(sizes))]
     for user, part in zip(members, parts, strict=True):
@@ -137,9 +152,10 @@ class SitePass(CustomGraphPass):
             if gemm is not None and node.target is torch.ops.mkldnn._linear_pointwise.default:
                 by_input.setdefault(node.args[0], []).append((node, gemm))
         for shared, users in by_input.items():
-            for entry, ns in self.plan.groups(users[0][1].dtype, users[0][1].m, users[0][1].k):
+            for entry, merged in self.plan.groups(users[0][1].dtype, users[0][1].m, users[0][1].k):
                 if entry.config.get("merge") == "grouped":
-                    self._group_one(graph, shared, [node for node, _ in users], entry, ns)
+                    nodes = [node for node, gemm in users if gemm.bias == merged.bias]
+                    self._group_one(graph, shared, nodes, entry, merged.ns)
 
     def _group_one(
         self, graph: torch.fx.Graph, shared: torch.fx.Node, users: list[torch.fx.Node], entry: Entry, ns: tuple[int, ...]
@@ -172,9 +188,10 @@ def packed_gemm(node: torch.fx.Node) -> Gemm | None:
     if node.op != "call_function":
         return None
     ops = torch.ops
-    targets = {ops.mkldnn._linear_pointwise.default: 2, ops.mkldnn._linear_pointwise.binary: 3}
+    targets: dict[Any, int] = {ops.mkldnn._linear_pointwise.default: 2, ops.mkldnn._linear_pointwise.binary: 3}
     if hasattr(ops.mkl, "_mkl_linear"):
-        targets[ops.mkl._mkl_linear.default] = 3
+        # Inductor's pattern leaves the packet, not its overload
+        targets |= {ops.mkl._mkl_linear.default: 3, ops.mkl._mkl_linear: 3}
     if node.target not in targets:
         return None
     bias = node.args[targets[node.target]]

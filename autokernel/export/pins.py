@@ -6,6 +6,7 @@ pass in the current configuration for its plan, so it works for each compilation
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ def pin(choices: list[Any]) -> list[Any]:
         return stock
     gemm = _gemm_of_template(templates[0])
     entry = plan.find_or_merged(gemm) if gemm is not None else None
+    if entry is None and gemm is not None and not gemm.bias:
+        # MKL's packed GEMM adds the bias behind the template
+        entry = plan.find_or_merged(replace(gemm, bias=True))
     if entry is None or entry.config.get("template") != "cpp_gemm":
         return stock
     try:

@@ -64,6 +64,10 @@ class Plan:
             for entry in bundle.entries:
                 self.skip(entry, why_not)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Plan:
+        """Itself: configurations are copied with the passes that carry the plan, but its counters are one set."""
+        return self
+
     @property
     def digest(self) -> str:
         """Changes whenever compiled code could: part of Inductor's cache key."""
@@ -85,14 +89,14 @@ class Plan:
         """The entry for a GEMM that may itself be the concatenation of several."""
         return self._index.get(gemm) or self._concatenated.get(gemm)
 
-    def groups(self, dtype: str, m: int, k: int) -> list[tuple[Entry, tuple[int, ...]]]:
-        """Entries that merge GEMMs of this input, with the Ns that they merge; most GEMMs first."""
+    def groups(self, dtype: str, m: int, k: int) -> list[tuple[Entry, Gemm]]:
+        """Entries that merge GEMMs of this input, with what they merge; most GEMMs first."""
         found = [
-            (entry, gemm.ns)
+            (entry, gemm)
             for gemm, entry in self._index.items()
             if entry.problem.op == "merged_mm" and (gemm.dtype, gemm.m, gemm.k) == (dtype, m, k)
         ]
-        return sorted(found, key=lambda item: -len(item[1]))
+        return sorted(found, key=lambda item: -len(item[1].ns))
 
     def hit(self, entry: Entry) -> None:
         with self._lock:

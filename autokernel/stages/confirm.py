@@ -10,7 +10,8 @@ from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.events import Confirmed, Profiled
 from autokernel.export.bundle import Entry
-from autokernel.records import Candidate, Evaluation, Hotspot, Problem, Status, TensorSpec, Winner
+from autokernel.export.matching import Gemm, gemm_of, parts_of_merged
+from autokernel.records import Candidate, Evaluation, Hotspot, Status, Winner
 from autokernel.stages.context import RunContext
 
 log = logging.getLogger(__name__)
@@ -166,14 +167,6 @@ def entry_of(winner: Winner) -> Entry:
     )
 
 
-def parts_of(problem: Problem) -> tuple[Problem, ...]:
-    """The single GEMMs of a merged one."""
-    return tuple(
-        Problem(op="mm", inputs=(problem.inputs[0], weight), device=problem.device, constants=(1,))
-        for weight in problem.inputs[1:]
-    )
-
-
 def compatible(
     winners: Sequence[Winner], evaluations: Mapping[str, Sequence[Evaluation]]
 ) -> tuple[list[Winner], dict[str, str]]:
@@ -182,16 +175,16 @@ def compatible(
     Merging takes its GEMMs away from their own entries: it must be faster than those, each at its best.
     """
     kept, dropped = [], {}
-    by_gemm: dict[tuple[TensorSpec, ...], float] = {}
+    by_gemm: dict[Gemm | None, float] = {}
     for found in evaluations.values():
         for evaluation in found:
-            if evaluation.status is Status.OK and evaluation.measurement and evaluation.candidate.problem.op == "mm":
-                specs = evaluation.candidate.problem.inputs[:2]
-                by_gemm[specs] = min(by_gemm.get(specs, float("inf")), evaluation.measurement.median_us)
+            if evaluation.status is Status.OK and evaluation.measurement is not None:
+                gemm = gemm_of(evaluation.candidate.problem)
+                by_gemm[gemm] = min(by_gemm.get(gemm, float("inf")), evaluation.measurement.median_us)
     for winner in winners:
         problem = winner.hotspot.problem
         if problem.op == "merged_mm":
-            apart = [by_gemm.get(part.inputs) for part in parts_of(problem)]
+            apart = [by_gemm.get(gemm_of(part)) for part in parts_of_merged(problem)]
             known = [us for us in apart if us is not None]
             if len(known) == len(apart) and sum(known) <= winner.winner_us:
                 dropped[problem.key] = f"its GEMMs take {sum(known):.1f} us apart, {winner.winner_us:.1f} us merged"

@@ -16,7 +16,8 @@ from autokernel.ops import get_op
 from autokernel.records import Evaluation, Hotspot, Status
 from autokernel.search.budget import Scheduler, allocate, merge
 from autokernel.search.seeds import SeedContext, seeds_from
-from autokernel.search.space import DeviceFacts, Names, Space, load_space, names_for
+from autokernel.search.space import DeviceFacts, Names, Space, names_for
+from autokernel.search.space_file import load_space
 from autokernel.search.tuner import Proposal, Tuner
 from autokernel.stages.context import RunContext
 from autokernel.tracking.history import ok_evaluations
@@ -150,7 +151,7 @@ def spaces_for(context: RunContext, hotspot: Hotspot) -> dict[str, Space]:
     settings = context.experiment.search
     folder = context.loaded.resolve(settings.spaces) if settings.spaces is not None else None
     spaces = load_space(hotspot.problem.op, folder)
-    usable = {}
+    usable: dict[str, Space] = {}
     for backend in all_backends():
         if backend.name not in context.experiment.backends or backend.name not in spaces:
             continue

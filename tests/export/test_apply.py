@@ -1,0 +1,280 @@
+"""Production: `torch.compile` with a bundle builds what the bundle says, times nothing, and never runs stale weights."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import autokernel
+from autokernel.environment import current_environment
+from autokernel.errors import BundleError
+from autokernel.export.apply import BundleBackend, stock_backend
+from autokernel.export.bundle import Bundle, Entry, write_bundle
+from autokernel.records import Problem, TensorSpec
+
+M, K, HIDDEN = 16, 64, 96
+
+
+class Gated(nn.Module):
+    """down(silu(gate(x)) * up(x)): one merged group, one GEMM with a bias."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(K, HIDDEN, bias=bias)
+        self.up = nn.Linear(K, HIDDEN, bias=bias)
+        self.down = nn.Linear(HIDDEN, K)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def spec(*shape: int) -> TensorSpec:
+    return TensorSpec.contiguous(shape, "float32")
+
+
+def weight(k: int, n: int) -> TensorSpec:
+    return TensorSpec(shape=(k, n), dtype="float32", stride=(1, k))
+
+
+GATE = Problem(op="mm", inputs=(spec(M, K), weight(K, HIDDEN)), device="cpu", constants=(1,))
+DOWN = Problem(op="addmm", inputs=(spec(K), spec(M, HIDDEN), weight(HIDDEN, K)), device="cpu", constants=(0, 2))
+BOTH = Problem(op="merged_mm", inputs=(spec(M, K), weight(K, HIDDEN), weight(K, HIDDEN)), device="cpu", constants=(1, 2))
+BOTH_BIASED = replace(BOTH, inputs=(*BOTH.inputs, spec(HIDDEN), spec(HIDDEN)), constants=(1, 2, 3, 4))
+
+
+def entry(problem: Problem, backend: str, **config: int | str | bool) -> Entry:
+    return Entry(problem=problem, backend=backend, config=config)
+
+
+def bundle_of(*entries: Entry, **options: int | str | bool) -> Bundle:
+    environment = current_environment("cpu")
+    return Bundle(name="t", created="", version="", environment=environment, entries=entries, graph_options=options)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+    torch.compiler.reset()
+
+
+def compiled_with(model: nn.Module, bundle: Bundle) -> tuple[object, BundleBackend]:
+    backend = autokernel.backend(bundle)
+    return torch.compile(model, backend=backend, fullgraph=True), backend
+
+
+@pytest.mark.parametrize(
+    ("entries", "hits"),
+    [
+        ([entry(GATE, "aten", prepack=True), entry(DOWN, "aten", prepack=True)], [2, 1]),
+        ([entry(GATE, "inductor", template="cpp_gemm"), entry(DOWN, "inductor", template="cpp_gemm")], [2, 1]),
+        ([entry(BOTH, "aten", prepack=True, merge="concat")], [1]),
+        ([entry(BOTH, "aten", prepack=False, merge="concat")], [1]),
+        ([entry(BOTH, "inductor", template="cpp_gemm", merge="concat")], [1]),
+    ],
+    ids=["packed", "template", "concat", "concat unpacked", "concat template"],
+)
+def test_entries_are_hit_right_and_nothing_is_benchmarked(entries: list[Entry], hits: list[int]) -> None:
+    model, x = Gated(), torch.randn(M, K)
+    compiled, backend = compiled_with(model, bundle_of(*entries))
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert [usage.hits for usage in backend.usage().values()] == hits
+    assert counters["inductor"]["select_algorithm_autotune"] == 0
+
+
+def test_biased_layers_merge_too() -> None:
+    model, x = Gated(bias=True), torch.randn(M, K)
+    compiled, backend = compiled_with(model, bundle_of(entry(BOTH_BIASED, "aten", prepack=True, merge="concat")))
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert [usage.hits for usage in backend.usage().values()] == [1]
+
+
+def test_bf16_layers_group_in_one_template() -> None:
+    both = replace(BOTH, inputs=tuple(replace(s, dtype="bfloat16") for s in BOTH.inputs))
+    model, x = Gated().bfloat16(), torch.randn(M, K).bfloat16()
+    compiled, backend = compiled_with(model, bundle_of(entry(both, "inductor", template="cpp_gemm", merge="grouped")))
+    torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
+    assert [usage.hits for usage in backend.usage().values()] == [1]
+
+
+def test_thread_factors_and_blocks_reach_the_generated_code() -> None:
+    threads = torch.get_num_threads()
+    config = {"template": "cpp_gemm", "threads_m": 1, "threads_n": threads, "threads_k": 1}
+    config |= {"block_m": 1, "block_n": 2, "block_k": 8}
+    model, x = Gated(), torch.randn(M, K)
+    sources = []
+    for chosen in (config, {"template": "cpp_gemm"}):
+        torch.compiler.reset()
+        compiled, _ = compiled_with(model, bundle_of(entry(GATE, "inductor", **chosen)))
+        _, (code, *_) = torch._inductor.utils.run_and_get_code(compiled, x)
+        sources.append(code)
+    assert "Kc_blocks = 8;" in sources[0]
+    assert "Kc_blocks = 8;" not in sources[1]
+
+
+def test_factors_for_other_threads_fall_back_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    wrong = entry(GATE, "inductor", template="cpp_gemm", threads_m=1, threads_n=torch.get_num_threads() + 1, threads_k=1)
+    model, x = Gated(), torch.randn(M, K)
+    compiled, backend = compiled_with(model, bundle_of(wrong))
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert next(iter(backend.usage().values())).hits == 0
+    assert "do not multiply to this process's" in caplog.text
+
+
+def test_other_shapes_get_stock_code() -> None:
+    model, x = Gated(), torch.randn(M + 1, K)
+    compiled, backend = compiled_with(model, bundle_of(entry(GATE, "aten", prepack=True)))
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert next(iter(backend.usage().values())).hits == 0
+
+
+def test_weights_changed_in_place_are_seen() -> None:
+    model, x = Gated(), torch.randn(M, K)
+    compiled, _ = compiled_with(model, bundle_of(entry(GATE, "aten", prepack=True)))
+    compiled(x)
+    model.gate.weight.mul_(-2)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    model.load_state_dict({name: torch.randn_like(value) for name, value in model.state_dict().items()})
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_share_code_keep_their_own_weights() -> None:
+    layers = [Gated() for _ in range(3)]
+    backend = autokernel.backend(bundle_of(entry(GATE, "aten", prepack=True)))
+    x = torch.randn(M, K)
+    for _ in range(2):
+        for layer in layers:
+            compiled = torch.compile(layer, backend=backend)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_change_all_the_time_end_in_stock_code(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Gated(), torch.randn(M, K)
+    compiled, _ = compiled_with(model, bundle_of(entry(GATE, "aten", prepack=True)))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(12):
+            model.gate.weight.add_(0.1)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert "runs without packed weights" in caplog.text
+
+
+def test_gradients_are_never_frozen_away(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Gated(), torch.randn(M, K)
+    compiled, backend = compiled_with(model, bundle_of(entry(GATE, "aten", prepack=True)))
+    with torch.enable_grad(), caplog.at_level(logging.WARNING):
+        compiled(x).sum().backward()
+    assert model.gate.weight.grad is not None
+    assert next(iter(backend.usage().values())).hits == 0
+    assert "gradients are enabled" in caplog.text
+
+
+def test_another_machine_gets_stock_code_and_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    bundle = bundle_of(entry(GATE, "aten", prepack=True))
+    foreign = replace(bundle, environment=replace(bundle.environment, device_name="Another CPU"))
+    model, x = Gated(), torch.randn(M, K)
+    with caplog.at_level(logging.WARNING):
+        compiled, backend = compiled_with(model, foreign)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert len([r for r in caplog.records if "stock code instead" in r.message]) == 1
+    assert next(iter(backend.usage().values())).hits == 0
+    with pytest.raises(BundleError, match="tune again on this machine"):
+        autokernel.backend(foreign, on_mismatch="error")
+    applied = autokernel.backend(foreign, on_mismatch="apply")
+    torch.compiler.reset()
+    torch.compile(model, backend=applied)(x)
+    assert next(iter(applied.usage().values())).hits == 2
+
+
+def test_it_works_from_another_thread() -> None:
+    model, x = Gated(), torch.randn(M, K)
+    expected, seen = model(x), []
+    backend = autokernel.backend(bundle_of(entry(GATE, "inductor", template="cpp_gemm")))
+
+    def work() -> None:
+        with torch.no_grad():
+            seen.append(torch.compile(model, backend=backend)(x))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
+    assert next(iter(backend.usage().values())).hits == 2
+
+
+def test_stock_compilations_beside_it_are_left_alone() -> None:
+    model, x = Gated(), torch.randn(M, K)
+    compiled, _ = compiled_with(model, bundle_of(entry(GATE, "aten", prepack=True)))
+    compiled(x)
+    torch.compiler.reset()
+    counters.clear()
+    torch.compile(model)(x)
+    assert counters["inductor"]["mkldnn_linear_weight_pack_matcher_count"] == 0
+
+
+def test_two_bundles_do_not_share_a_cached_graph() -> None:
+    """Without packed weights the FX graph cache is on: the digest has to keep two plans apart."""
+    model, x = Gated(), torch.randn(M, K)
+    first = bundle_of(entry(BOTH, "aten", prepack=False, merge="concat"))
+    compiled, backend = compiled_with(model, first)
+    compiled(x)
+    torch.compiler.reset()
+    other = bundle_of(entry(DOWN, "aten", prepack=False))
+    _, (code, *_) = torch._inductor.utils.run_and_get_code(compiled_with(model, other)[0], x)
+    assert f"{2 * HIDDEN}" not in code.split("def call", 1)[1].split("return", 1)[0].replace("reinterpret", "")
+    assert next(iter(backend.usage().values())).hits == 1
+
+
+def test_the_options_form_keeps_the_inductor_backend() -> None:
+    model, x = Gated(), torch.randn(M, K)
+    bundle = bundle_of(entry(BOTH, "aten", prepack=False, merge="concat"))
+    compiled = torch.compile(model, options=dict(autokernel.options(bundle)))
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert counters["inductor"]["select_algorithm_autotune"] == 0
+    with torch._dynamo.config.patch(prepare_freezing=True):
+        torch.compiler.reset()
+        counters.clear()
+        packed = bundle_of(entry(GATE, "inductor", template="cpp_gemm"))
+        compiled = torch.compile(model, options=dict(autokernel.options(packed)))
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert counters["inductor"]["select_algorithm_autotune"] == 0
+    assert counters["inductor"]["mkldnn_linear_weight_pack_matcher_count"] > 0
+
+
+def test_a_stock_bundle_is_stock_inductor() -> None:
+    model, x = Gated(), torch.randn(M, K)
+    compiled, _ = compiled_with(model, bundle_of())
+    torch.testing.assert_close(compiled(x), torch.compile(model)(x), rtol=0, atol=0)
+    assert dict(autokernel.options(bundle_of())) == {}
+
+
+def test_the_backend_by_name_says_what_to_write() -> None:
+    with pytest.raises(BundleError, match=r"backend=autokernel\.backend"):
+        stock_backend(torch.fx.symbolic_trace(nn.Identity()), [])
+
+
+def test_production_imports_no_search_stack(tmp_path: Path) -> None:
+    write_bundle(bundle_of(entry(GATE, "aten", prepack=True)), tmp_path / "bundle")
+    program = f"""
+import sys, torch, autokernel
+model = torch.nn.Linear({K}, {HIDDEN}, bias=False)
+with torch.no_grad():
+    compiled = torch.compile(model, backend=autokernel.backend({str(tmp_path / "bundle")!r}))
+    compiled(torch.randn({M}, {K}))
+heavy = [m for m in ("ray", "optuna", "mlflow", "pydantic", "typer", "transformers", "nvMatmulHeuristics") if m in sys.modules]
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
