@@ -65,7 +65,8 @@ def test_a_job_that_ends_its_process_costs_one_job(worker: Worker, job: Callable
     assert worker.run(jobs.Add(1, 1), GENEROUS_S) == 2
 
 
-def test_a_crash_carries_the_end_of_the_log_and_the_stack(worker: Worker) -> None:
+def test_a_crash_carries_the_end_of_the_log_and_the_stack(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with pytest.raises(JobCrashed) as caught:
         worker.run(jobs.Segfault(), GENEROUS_S)
     assert "about to die" in str(caught.value)
