@@ -1,0 +1,1 @@
+"""The experiment's model and scenarios, and where their time goes: Workload -> Hotspots."""

@@ -53,3 +53,8 @@ def read_split(held_out: bool, stdlib: Path | None = None, max_bytes: int | None
         raise FileNotFoundError(f"no Python sources under {stdlib or sysconfig.get_path('stdlib')}")
     text = b"\0".join(pieces)
     return text if max_bytes is None else text[:max_bytes]
+
+
+def held_out() -> bytes:
+    """The text that an experiment's `validation.eval.data` names: what the model was not trained on."""
+    return read_split(held_out=True)

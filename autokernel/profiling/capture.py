@@ -1,0 +1,287 @@
+"""Run one scenario under Inductor's default, as production would: its post-grad graph, its GEMMs, and their times."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autokernel.errors import WorkloadError
+from autokernel.ops import OPS, Op, Site, get_op
+from autokernel.records import Problem
+
+if TYPE_CHECKING:
+    import torch
+    from torch.fx import Graph, GraphModule
+
+    from autokernel.profiling.workload import ScenarioProgram
+
+log = logging.getLogger(__name__)
+
+_STEP = "autokernel::step"
+_WARMUP = 3
+_NUM_PROFILED = 8
+_MIN_STEPS, _MAX_STEPS = 9, 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedScenario:
+    """What one scenario spends its time on. Plain data: it can be pickled.
+
+    `call_us` is the time that stock code takes for one call of a problem, by problem key, scaled so that it can be set
+    against `step_us`; an opportunity that stands for several kernels takes as long as all of them. `kernel_us` is the
+    device time of all kernels of a step on a GPU; on a CPU, that of the library kernels alone.
+    """
+
+    scenario: str
+    step_us: float  # median
+    step_spread_us: float  # interquartile range
+    kernel_us: float
+    sites: tuple[Site, ...]
+    call_us: Mapping[str, float]
+    graph: str
+    compile_s: float
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Call:
+    """A library call that the profiler sees: `aten::mm` and the shapes and strides of its matrices."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(slots=True)
+class _Captured:
+    graph: Graph | None = None
+    constants: frozenset[str] = frozenset()
+    num_graphs: int = 0
+
+
+def capture(program: ScenarioProgram, device: str, ops: Sequence[Op] = OPS, budget_s: float = 2.0) -> CapturedScenario:
+    """Compile a scenario with Inductor's defaults and measure it.
+
+    Args:
+        program: is compiled in full, as one graph.
+        device: "cpu" or "cuda".
+        ops: what to look for in the graph.
+        budget_s: about how long the timing of steps may take.
+
+    Raises:
+        WorkloadError: the scenario does not compile as one graph.
+    """
+    import torch
+
+    captured = _Captured()
+    compiled = _compile(program, captured)
+
+    def step() -> None:
+        with torch.no_grad():
+            compiled(*program.inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    program.reset()
+    start = time.perf_counter()
+    try:
+        step()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise WorkloadError(f"scenario {program.name}: torch.compile cannot make one graph of it: {first}") from error
+    compile_s = time.perf_counter() - start
+    if captured.graph is None or captured.num_graphs != 1:
+        raise WorkloadError(f"scenario {program.name}: compiled to {captured.num_graphs} graphs; it must be exactly one")
+    sites = tuple(
+        dataclasses.replace(site, name=_without_wrapper(site.name))
+        for op in ops
+        for site in op.find(captured.graph, captured.constants, device)
+    )
+    step_us, spread_us = _time_steps(step, budget_s)
+    shares, kernel_share = _profile(step, device)
+    call_us = _attribute({site.problem.key: site.problem for site in sites}, shares, step_us, program.name)
+    return CapturedScenario(
+        scenario=program.name,
+        step_us=step_us,
+        step_spread_us=spread_us,
+        kernel_us=kernel_share * step_us,
+        sites=sites,
+        call_us=call_us,
+        graph=str(captured.graph),
+        compile_s=compile_s,
+    )
+
+
+def _compile(program: ScenarioProgram, captured: _Captured) -> Callable[..., Any]:
+    """Inductor's default, with a pass that keeps the post-grad graph."""
+    import torch
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    constant_ids = {id(tensor) for tensor in (*program.module.parameters(), *program.module.buffers())}
+    fixed: list[bool] = []
+
+    class Keep(CustomGraphPass):  # type: ignore[misc]
+        def __call__(self, graph: Graph) -> None:
+            captured.num_graphs += 1
+            captured.graph = _copy(graph)
+            captured.constants = _constants(graph, fixed, program.name)
+
+        def uuid(self) -> None:
+            """None: never take the graph from the cache, or the pass would not run."""
+
+    def backend(module: GraphModule, inputs: list[torch.Tensor]) -> Any:
+        fixed.extend(id(tensor) in constant_ids for tensor in inputs)
+        return compile_fx(module, inputs, config_patches={"post_grad_custom_post_pass": Keep()})
+
+    from autokernel.evaluate.end_to_end import own_code
+
+    return torch.compile(own_code(program.module), backend=backend, fullgraph=True, dynamic=False)  # type: ignore[no-any-return]
+
+
+def _copy(graph: Graph) -> Graph:
+    import torch.fx
+
+    copy = torch.fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
+
+
+def _constants(graph: Graph, fixed: Sequence[bool], scenario: str) -> frozenset[str]:
+    """Names of the placeholders that are parameters or buffers, and that the graph does not write to."""
+    from autokernel.ops.matching import op_name
+
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(placeholders) != len(fixed):
+        raise WorkloadError(f"scenario {scenario}: the graph has {len(placeholders)} inputs, the compiled code {len(fixed)}")
+    written = {node.args[0] for node in graph.nodes if op_name(node).endswith("_") and node.args}
+    pairs = zip(placeholders, fixed, strict=True)
+    return frozenset(node.name for node, is_fixed in pairs if is_fixed and node not in written)
+
+
+def _without_wrapper(name: str) -> str:
+    """Module paths as the model has them: the scenario's module holds it as `model`."""
+    return " + ".join(part.removeprefix("model.") for part in name.split(" + "))
+
+
+def _time_steps(step: Callable[[], None], budget_s: float) -> tuple[float, float]:
+    """Median and interquartile range of one step, in microseconds."""
+    for _ in range(_WARMUP):
+        step()
+    samples: list[float] = []
+    deadline = time.perf_counter() + budget_s
+    while len(samples) < _MIN_STEPS or (time.perf_counter() < deadline and len(samples) < _MAX_STEPS):
+        start = time.perf_counter_ns()
+        step()
+        samples.append((time.perf_counter_ns() - start) / 1e3)
+    low, median, high = statistics.quantiles(samples, n=4)
+    return median, high - low
+
+
+def _profile(step: Callable[[], None], device: str) -> tuple[dict[Call, float], float]:
+    """Each library call's share of a step (one call of it), and that of all kernels.
+
+    Shares are taken within the profiled steps themselves, so neither the profiler's cost nor a machine that is busier now
+    than when the step was timed makes the parts larger than the whole.
+    """
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities, record_shapes=True) as profiler:
+        for _ in range(_NUM_PROFILED):
+            with record_function(_STEP):
+                step()
+    # On a GPU, spans of the same names show up again as the device's own events.
+    events = [event for event in profiler.events() if not str(event.device_type).endswith("CUDA")]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.name == _STEP)
+    per_call: dict[Call, list[float]] = {}
+    totals: list[float] = []
+    for start, end in spans:
+        inside = [e for e in events if start <= e.time_range.start and e.time_range.end <= end and e.name in _MATRICES]
+        found = [(_call_of(event), _event_us(event, device)) for event in inside]
+        whole = max(end - start, sum(us for _, us in found))
+        for call, us in found:
+            per_call.setdefault(call, []).append(us / whole)
+        totals.append(_device_us(events, start, end) / whole if device == "cuda" else sum(us for _, us in found) / whole)
+    return {call: statistics.median(shares) for call, shares in per_call.items()}, statistics.median(totals)
+
+
+# Where the two matrices are among the inputs of a call.
+_MATRICES: Mapping[str, tuple[int, int]] = {
+    "aten::mm": (0, 1),
+    "aten::addmm": (1, 2),
+    "aten::bmm": (0, 1),
+    "aten::baddbmm": (1, 2),
+}
+
+
+def _call_of(event: Any) -> Call:
+    first, second = _MATRICES[event.name]
+    shapes = event.input_shapes
+    strides = getattr(event, "structured_input_strides", None) or ()  # torch 2.13 has them
+    return Call(
+        event.name,
+        (tuple(shapes[first]), tuple(shapes[second])),
+        (tuple(strides[first]), tuple(strides[second])) if len(strides) > second else (),
+    )
+
+
+def _event_us(event: Any, device: str) -> float:
+    return float(event.device_time_total if device == "cuda" else event.cpu_time_total)
+
+
+def _device_us(events: Sequence[Any], start: float, end: float) -> float:
+    return sum(
+        float(kernel.duration)
+        for e in events
+        if start <= e.time_range.start and e.time_range.end <= end
+        for kernel in e.kernels
+    )
+
+
+def _attribute(
+    problems: Mapping[str, Problem], shares: Mapping[Call, float], step_us: float, scenario: str
+) -> dict[str, float]:
+    """Time of one call per problem key: the sum over the library calls that its reference makes."""
+    by_shape: dict[tuple[str, tuple[tuple[int, ...], ...]], list[float]] = {}
+    for call, share in shares.items():
+        by_shape.setdefault((call.name, call.shapes), []).append(share)
+    result: dict[str, float] = {}
+    for key, problem in problems.items():
+        total = 0.0
+        for call in calls_of(problem):
+            share = shares.get(call)
+            if share is None:  # Inductor may hand over equal memory with other strides, or the profiler knows none
+                share = statistics.mean(by_shape.get((call.name, call.shapes), [0.0]))
+            if share == 0.0:
+                log.warning("%s: no kernel of %s was seen in the profile of %s", scenario, call, key)
+            total += share
+        result[key] = total * step_us
+    return result
+
+
+def calls_of(problem: Problem) -> list[Call]:
+    """The GEMM calls that a problem's reference makes, without running them."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls: list[Call] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = str(func.overloadpacket).replace("aten.", "aten::")
+            if name in _MATRICES:
+                matrices = [args[i] for i in _MATRICES[name]]
+                calls.append(Call(name, tuple(tuple(x.shape) for x in matrices), tuple(tuple(x.stride()) for x in matrices)))
+            return func(*args, **(kwargs or {}))
+
+    inputs = [
+        torch.empty_strided(spec.shape, spec.stride, dtype=getattr(torch, spec.dtype), device="meta") for spec in problem.inputs
+    ]
+    with torch.no_grad(), Record():
+        get_op(problem.op).reference(problem, *inputs)
+    return calls

@@ -1,0 +1,60 @@
+"""Functions that an experiment names: `package.module:function` or `file.py:function`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from autokernel.config import LoadedExperiment
+from autokernel.errors import ConfigError
+
+
+def load_function(loaded: LoadedExperiment, reference: str, key: str) -> Callable[..., Any]:
+    """The function that an experiment refers to.
+
+    Args:
+        loaded: says where relative files are.
+        reference: `package.module:function` or `file.py:function`.
+        key: the key of the experiment that holds the reference, for messages.
+
+    Raises:
+        ConfigError: the module cannot be imported, or has no such function.
+    """
+    target, _, name = reference.rpartition(":")
+    module = _import_file(loaded, target, key) if target.endswith(".py") else _import_module(target, reference, key)
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+        raise ConfigError(f"{key}: {target} has no function {name!r}; it has {', '.join(names) or 'none'}")
+    return function  # type: ignore[no-any-return]
+
+
+def _import_module(target: str, reference: str, key: str) -> ModuleType:
+    try:
+        return importlib.import_module(target)
+    except ImportError as error:
+        raise ConfigError(f"{key}: {reference}: {error}; install the package, or name a file as file.py:function") from None
+
+
+def _import_file(loaded: LoadedExperiment, target: str, key: str) -> ModuleType:
+    path = loaded.resolve(target)
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ConfigError(f"{key}: {path} does not exist or is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses, pickle and torch.compile look a module up by its name
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        del sys.modules[name]
+        raise ConfigError(f"{key}: {path} cannot be imported: {error}") from None
+    return module

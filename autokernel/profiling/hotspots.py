@@ -1,0 +1,83 @@
+"""Captured scenarios to ranked hotspots. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from autokernel.evaluate.roofline import Ceilings
+from autokernel.ops import OPS, Op, Site
+from autokernel.profiling.capture import CapturedScenario
+from autokernel.records import Hotspot
+
+
+def rank(captured: Sequence[CapturedScenario], ceilings: Ceilings, ops: Sequence[Op] = OPS) -> tuple[Hotspot, ...]:
+    """The problems of all scenarios, by what could be gained: the largest first.
+
+    Sites of one scenario with the same problem are one hotspot; the same problem in two scenarios is two. Every scenario
+    weighs the same, whatever its step takes. A group of products that could be merged costs what its parts cost together,
+    and the parts are hotspots as well: their weights overlap, so weights only add up within one op precedence level. Whoever
+    spends a budget by weight has to count a part and its group once.
+
+    Args:
+        captured: one per scenario.
+        ceilings: what this machine can do.
+        ops: those that were looked for.
+    """
+    by_name = {op.name: op for op in ops}
+    hotspots = [
+        _hotspot(scenario, key, sites, _Limits(scenario, ceilings, by_name), by_name, len(captured))
+        for scenario in captured
+        for key, sites in _by_problem(scenario).items()
+    ]
+    return tuple(sorted(hotspots, key=lambda h: (-h.attainable_gain, -h.weight, h.scenario, h.problem.key)))
+
+
+class _Limits:
+    """The least time of a call inside one scenario's step.
+
+    A step reads all its weights before it comes back to the same one. A model that is small enough finds them in a cache
+    again, and is held against that cache's speed instead of the memory's.
+    """
+
+    def __init__(self, scenario: CapturedScenario, ceilings: Ceilings, ops: dict[str, Op]) -> None:
+        whole = [site for site in scenario.sites if site.problem.op != "merged_mm"]
+        working_set = sum(ops[site.problem.op].num_bytes(site.problem) for site in whole)
+        self._bytes_per_us = ceilings.read_ceiling(working_set) * 1e3
+        self._ceilings = ceilings
+
+    def least_us(self, op: Op, site: Site) -> float:
+        problem = site.problem
+        flops_per_us = self._ceilings.peak_tflops(problem.inputs[0].dtype) * 1e6
+        return max(op.num_bytes(problem) / self._bytes_per_us, op.flops(problem) / flops_per_us)
+
+
+def _by_problem(scenario: CapturedScenario) -> dict[str, list[Site]]:
+    groups: dict[str, list[Site]] = {}
+    for site in scenario.sites:
+        groups.setdefault(site.problem.key, []).append(site)
+    return groups
+
+
+def _hotspot(
+    scenario: CapturedScenario, key: str, sites: list[Site], limits: _Limits, ops: dict[str, Op], num_scenarios: int
+) -> Hotspot:
+    problem = sites[0].problem
+    time_us = scenario.call_us[key] * len(sites)
+    share = time_us / scenario.step_us
+    least_us = limits.least_us(ops[problem.op], sites[0])
+    return Hotspot(
+        problem=problem,
+        scenario=scenario.scenario,
+        num_calls=len(sites),
+        time_us=time_us,
+        share=share,
+        weight=share / num_scenarios,
+        roofline_us=least_us * len(sites),
+        sites=tuple(site.name for site in sites),
+        producers=_distinct(site.producers for site in sites),
+        consumers=_distinct(site.consumers for site in sites),
+    )
+
+
+def _distinct(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for names in groups for name in names))

@@ -1,0 +1,256 @@
+"""Build the experiment's model, and a program for each of its scenarios. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autokernel.config import CallScenario, DecodeScenario, LoadedExperiment, PrefillScenario, Scenario
+from autokernel.errors import ConfigError, WorkloadError
+from autokernel.profiling.corpus import Corpus, load_corpus
+from autokernel.profiling.functions import load_function
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    Inputs = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScenarioProgram:
+    """One scenario, ready to run: `module(*inputs)` is one step and returns a tensor or a tuple of tensors.
+
+    The module is what is to be compiled, with `fullgraph=True, dynamic=False`. A step depends on its inputs alone: repeated
+    calls with the same ones return the same.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Inputs
+    make_inputs: Callable[[int], Inputs]
+    restore: Callable[[], None]
+
+    def fresh_inputs(self, seed: int) -> Inputs:
+        """Other inputs of the same shapes."""
+        return self.make_inputs(seed)
+
+    def reset(self) -> None:
+        """Put back what steps have written (the KV cache behind the context)."""
+        self.restore()
+
+
+def load_model(loaded: LoadedExperiment, device: str) -> nn.Module:
+    """The experiment's model in its dtype on the device, in eval mode and without gradients.
+
+    Raises:
+        ConfigError: the factory cannot be imported, or the config is not one of transformers.
+        WorkloadError: the model cannot be built.
+    """
+    import torch
+
+    section = loaded.experiment.model
+    dtype = getattr(torch, section.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(section.seed)
+        if section.factory is not None:
+            model = _from_factory(loaded, section.factory, section.arguments)
+        elif section.checkpoint is not None:
+            model = _from_checkpoint(loaded, dtype)
+        else:
+            model = _from_config(loaded, dtype)
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def build_scenario(
+    model: nn.Module,
+    scenario: Scenario,
+    name: str,
+    seed: int,
+    device: str,
+    dtype: str,
+    loaded: LoadedExperiment | None = None,
+) -> ScenarioProgram:
+    """A program of its own for one scenario; several may share a model.
+
+    Args:
+        model: from `load_model`, or a copy of it in another dtype.
+        scenario: what it does.
+        name: of the scenario.
+        seed: of the inputs, and of the prompt in the KV cache.
+        device: "cpu" or "cuda".
+        dtype: of the floating-point inputs, e.g. "bfloat16".
+        loaded: its eval data, if any, is what a language model reads; without it, token ids are random. Needed for
+            scenarios of kind `call`.
+
+    Raises:
+        ConfigError: the inputs' function cannot be imported.
+        WorkloadError: the model cannot do that.
+    """
+    if isinstance(scenario, CallScenario):
+        return _call_program(model, scenario, name, seed, device, dtype, loaded)
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise WorkloadError(
+            f"scenario {name}: kind {scenario.kind} is for language models of transformers, not {type(model).__name__}; "
+            "use kind call"
+        )
+    num_tokens = scenario.length if isinstance(scenario, PrefillScenario) else scenario.context + 1
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and num_tokens > longest:
+        raise WorkloadError(f"scenario {name}: {num_tokens} tokens are more than the model's {longest}; use fewer")
+    has_text = loaded is not None and loaded.experiment.validation.eval is not None
+    has_text = has_text and loaded is not None and loaded.experiment.validation.eval.data is not None  # type: ignore[union-attr]
+    corpus = load_corpus(loaded, config) if has_text and loaded is not None else None
+    if isinstance(scenario, DecodeScenario):
+        return _decode_program(model, scenario, name, seed, device, corpus)
+    return _prefill_program(model, scenario, name, seed, device, corpus)
+
+
+def _prefill_program(
+    model: nn.Module, scenario: PrefillScenario, name: str, seed: int, device: str, corpus: Corpus | None
+) -> ScenarioProgram:
+    from autokernel.profiling.language import Prefill
+
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr]
+
+    def make_inputs(seed: int) -> Inputs:
+        return (draw_tokens(corpus, vocabulary, scenario.batch, scenario.length, seed).to(device),)
+
+    module = Prefill(model).eval()
+    return ScenarioProgram(name=name, module=module, inputs=make_inputs(seed), make_inputs=make_inputs, restore=lambda: None)
+
+
+def _decode_program(
+    model: nn.Module, scenario: DecodeScenario, name: str, seed: int, device: str, corpus: Corpus | None
+) -> ScenarioProgram:
+    import torch
+
+    from autokernel.profiling.language import Decode
+
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr]
+    text = draw_tokens(corpus, vocabulary, scenario.batch, scenario.context + 1, seed).to(device)
+    module = Decode(model, text[:, :-1]).eval()
+    positions = torch.full((scenario.batch, 1), scenario.context, dtype=torch.long, device=device)
+
+    def make_inputs(seed: int) -> Inputs:
+        return draw_tokens(corpus, vocabulary, scenario.batch, 1, seed).to(device), positions
+
+    return ScenarioProgram(
+        name=name, module=module, inputs=(text[:, -1:].contiguous(), positions), make_inputs=make_inputs, restore=module.reset
+    )
+
+
+def _call_program(
+    model: nn.Module,
+    scenario: CallScenario,
+    name: str,
+    seed: int,
+    device: str,
+    dtype: str,
+    loaded: LoadedExperiment | None,
+) -> ScenarioProgram:
+    import torch
+
+    if loaded is None:
+        raise WorkloadError(f"scenario {name}: the inputs' function {scenario.inputs} needs the experiment it belongs to")
+    function = load_function(loaded, scenario.inputs, f"scenarios.{name}.inputs")
+
+    def make_inputs(seed: int) -> Inputs:
+        inputs = function(batch=scenario.batch, seed=seed, device=device, dtype=getattr(torch, dtype))
+        if not isinstance(inputs, tuple) or not all(isinstance(x, torch.Tensor) for x in inputs):
+            raise WorkloadError(f"scenario {name}: {scenario.inputs} must return a tuple of tensors, not {_kind(inputs)}")
+        return inputs
+
+    return ScenarioProgram(name=name, module=model, inputs=make_inputs(seed), make_inputs=make_inputs, restore=lambda: None)
+
+
+def draw_tokens(corpus: Corpus | None, vocabulary: int, batch: int, length: int, seed: int) -> torch.Tensor:
+    """Token ids of `[batch, length]` on the CPU: passages of a text that is long enough, else uniformly random."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    if corpus is None or len(corpus.tokens) < length:
+        return torch.randint(0, vocabulary, (batch, length), generator=generator)
+    starts = torch.randint(0, len(corpus.tokens) - length + 1, (batch,), generator=generator)
+    return torch.stack([corpus.tokens[start : start + length] for start in starts.tolist()])
+
+
+def _from_checkpoint(loaded: LoadedExperiment, dtype: torch.dtype) -> nn.Module:
+    section = loaded.experiment.model
+    assert section.checkpoint is not None
+    folder = loaded.resolve(section.checkpoint)
+    auto = _auto_classes()
+    try:
+        config = auto.AutoConfig.from_pretrained(folder, local_files_only=True)
+        return _auto_class(auto, config).from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise WorkloadError(f"model.checkpoint: {folder} cannot be loaded: {_first_line(error)}") from None
+
+
+def _from_config(loaded: LoadedExperiment, dtype: torch.dtype) -> nn.Module:
+    source = loaded.experiment.model.config
+    auto = _auto_classes()
+    where = "model.config"
+    if isinstance(source, dict):
+        keys = dict(source)
+    else:
+        assert source is not None
+        where = f"model.config: {loaded.resolve(source)}"
+        try:
+            keys = json.loads(loaded.resolve(source).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{where} is no JSON: {error}") from None
+    if "model_type" not in keys:
+        raise ConfigError(f"{where}: the key model_type is missing; it says which of transformers' models this is (e.g. llama)")
+    kind = keys.pop("model_type")
+    try:
+        config = auto.AutoConfig.for_model(kind, **keys)
+        return _auto_class(auto, config).from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"{where}: transformers builds no {kind!r} model of these keys: {_first_line(error)}") from None
+
+
+def _auto_classes() -> Any:
+    # Read when transformers is first imported: a typo in a path must not become a download.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _auto_class(auto: Any, config: Any) -> Any:
+    """The language model with its head where transformers has one for the config, else the bare model."""
+    architectures = getattr(config, "architectures", None)
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        return auto.AutoModel
+    return auto.AutoModelForCausalLM if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING else auto.AutoModel
+
+
+def _from_factory(loaded: LoadedExperiment, factory: str, arguments: dict[str, Any]) -> nn.Module:
+    from torch import nn
+
+    function = load_function(loaded, factory, "model.factory")
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"model.arguments: {factory} does not take {sorted(arguments)}: {error}") from None
+    model = function(**arguments)
+    if not isinstance(model, nn.Module):
+        raise WorkloadError(f"model.factory: {factory} must return a torch.nn.Module, not {_kind(model)}")
+    return model
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of {', '.join(type(item).__name__ for item in value)}"
+    return type(value).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
