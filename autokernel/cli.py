@@ -313,7 +313,8 @@ def _run(request: _Request) -> None:
 
 def _stage_view(summary: RunSummary, folder: Path, request: _Request) -> RenderableType:
     """What a command ends with: its own stage's table; the whole picture from `validate` on."""
-    from autokernel.display.tables import heading, profile_table, result_view, search_table, spaced
+    from autokernel.display.layout import spaced
+    from autokernel.display.tables import heading, profile_table, result_view, search_table
 
     if request.until == "profile":
         return spaced([heading(summary), profile_table(summary)])

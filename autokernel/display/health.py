@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
-from autokernel.display.tables import spaced, table
+from autokernel.display.layout import spaced, table
 
 if TYPE_CHECKING:
     from autokernel.doctor import DoctorReport

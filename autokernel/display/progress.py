@@ -16,8 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from autokernel.display.layout import Row, detailed_table
 from autokernel.display.state import STAGES, HotspotProgress, ProgressState
-from autokernel.display.tables import table
 from autokernel.display.words import duration, failures, microseconds, one_line, short_config
 from autokernel.events import Evaluated, Event, RunFinished, RunStarted, StageFinished, StageStarted
 
@@ -218,25 +218,21 @@ def _bar(state: ProgressState) -> Table:
     return grid
 
 
-def _bests(state: ProgressState) -> Table:
-    shown = table(
-        ("hotspot", "fold"), ("trials", "right"), ("stock us", "right"), ("best us", "right"), ("gain", "right"), "best"
-    )
-    shown.columns[-1].overflow = "ellipsis"
-    rows = list(state.searched)
-    key = state.hotspots.get(state.current)
-    for hotspot in rows[:_MAX_ROWS]:
-        mark = "▶ " if hotspot is key else "  "
-        planned = f"/{hotspot.planned}" if hotspot.planned else ""
+def _bests(state: ProgressState) -> RenderableType:
+    found, current = state.searched, state.hotspots.get(state.current)
+    rows: list[Row] = []
+    for hotspot in found[:_MAX_ROWS]:
         ratio = hotspot.ratio
-        shown.add_row(
-            f"{mark}{hotspot.scenario} {hotspot.title}",
-            f"{hotspot.num_trials}{planned}",
+        cells: list[str | Text] = [
+            Text(f"{'▶' if hotspot is current else ' '} {hotspot.title}"),
+            hotspot.scenario,
+            f"{hotspot.num_trials}/{hotspot.planned}" if hotspot.planned else str(hotspot.num_trials),
             microseconds(hotspot.stock_us) if hotspot.stock_us is not None else "",
             microseconds(hotspot.best_us) if hotspot.best_us is not None else "",
             Text(f"{ratio:.2f}×", "green" if ratio > 1.02 else "dim") if ratio is not None else "",
-            Text(short_config(hotspot.best), "dim") if hotspot.best is not None else "",
-        )
-    if len(rows) > _MAX_ROWS:
-        shown.add_row(Text(f"  and {len(rows) - _MAX_ROWS} more", "dim"))
-    return shown
+        ]
+        rows.append((cells, Text(short_config(hotspot.best), "dim") if hotspot.best is not None else ""))
+    columns = ("  hotspot", "scenario", ("trials", "right"), ("stock us", "right"), ("best us", "right"), ("gain", "right"))
+    shown = detailed_table(*columns, rows=rows, one_line=True)
+    rest = len(found) - _MAX_ROWS
+    return Group(shown, Text(f"  and {rest} more", "dim")) if rest > 0 else shown

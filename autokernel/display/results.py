@@ -79,9 +79,9 @@ def _verdict(problem: ProblemSummary, judged: bool) -> tuple[str, str]:
         return "not searched", "its share is too small for this budget, or no backend can serve it"
     if not judged:
         return "searched", ""
-    if not problem.timed:
-        return "stock", "no candidate passed its checks"
-    return "stock", "nothing was faster than stock in screening, or the confirmation failed"
+    if all(trial.origin == "stock" for trial in problem.timed):
+        return "stock", "no other candidate passed its checks"
+    return "stock", "nothing was faster in screening, or the confirmation failed"
 
 
 def _screened_us(problem: ProblemSummary, candidate: Candidate) -> float | None:

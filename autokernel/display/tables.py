@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from rich.box import Box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from autokernel.display.layout import Row, detailed_table, spaced, table
 from autokernel.display.results import HotspotRow, graph_options, hotspot_rows
 from autokernel.display.words import duration, failures, microseconds, percent, ratio, short_config, short_problem
 from autokernel.events import ModelValidated, ScenarioResult
@@ -21,24 +21,7 @@ MAX_UNSEARCHED = 4  # rows of hotspots that nobody searched
 REPORT_NAME = "report.html"
 MODES = ("eager", "default", "max-autotune", "bundle")
 
-_RULE = Box("    \n    \n ── \n    \n    \n ── \n    \n    \n")
 _STYLES = {"won": "bold green", "dropped": "yellow", "stock": "", "searched": "cyan", "not searched": "dim"}
-
-
-def table(*columns: tuple[str, str] | str, title: str = "") -> Table:
-    """A table with a line under its head. A column is a name, or (name, "right" | "left" | "fold")."""
-    made = Table(box=_RULE, title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    made.collapse_padding = True
-    for column in columns:
-        name, how = column if isinstance(column, tuple) else (column, "left")
-        made.add_column(
-            name,
-            justify="right" if how == "right" else "left",
-            no_wrap=how != "fold",
-            overflow="fold",
-            header_style="dim",
-        )
-    return made
 
 
 def heading(summary: RunSummary) -> Text:
@@ -81,7 +64,7 @@ def profile_table(summary: RunSummary, limit: int = 20) -> RenderableType:
     notes.append("us and share are of one step of the scenario; could gain is of all scenarios together, at the roofline.")
     if len(ranked) > limit:
         notes.insert(0, f"{len(ranked) - limit} smaller ones are not shown (--json has them).")
-    return Group(shown, Text("\n".join(notes), style="dim"))
+    return Group(shown, Text("\n".join(["", *notes]), style="dim"))
 
 
 def _neighbours(hotspot: Hotspot) -> str:
@@ -99,22 +82,18 @@ def _op_name(target: str) -> str:
 
 def search_table(summary: RunSummary) -> RenderableType:
     """The best candidate of each searched hotspot as screened: before it was confirmed."""
-    shown = table(
-        ("scenario", "fold"), ("problem (M×N×K)", "fold"), ("trials", "right"), ("stock us", "right"), ("best us", "right"),
-        ("screened", "right"), ("best candidate", "fold"), title="Search",
-    )  # fmt: skip
-    rows = [row for row in hotspot_rows(summary) if row.num_trials]
-    for row in rows:
-        shown.add_row(
-            ", ".join(row.scenarios),
-            row.problem,
-            str(row.num_trials),
-            _us(row.baseline_us),
-            _us(row.candidate_us if row.candidate is not None else row.baseline_us),
-            f"{row.screened:.2f}×" if row.screened else "",
-            short_config(row.candidate) if row.candidate is not None else Text("stock", style="dim"),
-        )
-    return Group(shown, Text(_search_note(summary), style="dim")) if rows else Text("Nothing was searched yet.")
+    rows: list[Row] = []
+    for row in hotspot_rows(summary):
+        if row.num_trials:
+            best = row.candidate_us if row.candidate is not None else row.baseline_us
+            gain = Text(f"{row.screened:.2f}×", "green" if row.screened > 1 else "") if row.screened else ""
+            label = short_config(row.candidate) if row.candidate is not None else "stock is the fastest"
+            cells = [row.problem, str(row.num_trials), _us(row.baseline_us), _us(best), gain]
+            rows.append((cells, Text(f"{', '.join(row.scenarios)}: {label}", "dim")))
+    if not rows:
+        return Text("Nothing was searched yet.")
+    columns = ("problem (M×N×K)", ("trials", "right"), ("stock us", "right"), ("best us", "right"), ("screened", "right"))
+    return Group(detailed_table(*columns, rows=rows, title="Search"), Text(f"\n{_search_note(summary)}", style="dim"))
 
 
 def _search_note(summary: RunSummary) -> str:
@@ -126,25 +105,18 @@ def _search_note(summary: RunSummary) -> str:
 
 def hotspot_table(summary: RunSummary) -> RenderableType:
     """Per hotspot: the baseline, the winner, the speed-up with its interval, the verdict."""
-    shown = table(
-        ("scenario", "fold"), ("problem (M×N×K)", "fold"), ("share", "right"), ("stock us", "right"), ("us", "right"),
-        "speed-up [95 %]", ("winner", "fold"), ("verdict", "fold"), title="Hotspots",
+    found = hotspot_rows(summary)
+    others = [row for row in found if not row.num_trials]
+    rows: list[Row] = []
+    for row in (*(r for r in found if r.num_trials), *others[:MAX_UNSEARCHED]):
+        share = percent(row.share) if row.share else ""
+        verdict = Text(row.verdict, _STYLES[row.verdict])
+        cells = [row.problem, share, _us(row.baseline_us), _us(row.candidate_us), _speedup(row), verdict]
+        rows.append((cells, _detail(row)))
+    columns = (
+        "problem (M×N×K)", ("share", "right"), ("stock us", "right"), ("us", "right"), "speed-up [95 %]", "verdict",
     )  # fmt: skip
-    rows = hotspot_rows(summary)
-    searched = [row for row in rows if row.num_trials]
-    others = [row for row in rows if not row.num_trials]
-    for row in (*searched, *others[:MAX_UNSEARCHED]):
-        won = row.verdict in ("won", "searched")
-        shown.add_row(
-            ", ".join(row.scenarios),
-            row.problem,
-            percent(row.share) if row.share else "",
-            _us(row.baseline_us),
-            _us(row.candidate_us),
-            _speedup(row),
-            Text(short_config(row.candidate), style="" if won else "dim") if row.candidate is not None else "",
-            Text(_verdict(row), style=_STYLES[row.verdict]),
-        )
+    shown = detailed_table(*columns, rows=rows, title="Hotspots")
     notes = [_search_note(summary)] if summary.trials else []
     if len(others) > MAX_UNSEARCHED:
         rest = sum(row.share for row in others[MAX_UNSEARCHED:])
@@ -154,14 +126,17 @@ def hotspot_table(summary: RunSummary) -> RenderableType:
         notes.append("Graph options on top: " + " ".join(f"{k}={v}" for k, v in options.items()) + ".")
     elif "graph" in summary.stage_seconds and summary.graph_trials:
         notes.append(f"Graph options: none of {len(summary.graph_trials)} sets helped.")
-    return Group(shown, Text("\n".join(notes), style="dim"))
+    return Group(shown, Text("\n".join(["", *notes]), style="dim"))
 
 
-def _verdict(row: HotspotRow) -> str:
-    """In the table a word or two: the speed-up's interval says the rest, and the bundle and the JSON hold the sentence."""
-    if row.verdict == "stock":
-        return "stock: gain not clear" if row.speedup is not None else "stock: none faster"
-    return row.verdict
+def _detail(row: HotspotRow) -> Text:
+    """Where the problem occurs and which kernel is meant; why it is not used, if it is not."""
+    text = Text(", ".join(row.scenarios), "dim")
+    if row.candidate is not None:
+        text.append(f": {short_config(row.candidate)}", "default" if row.verdict in ("won", "searched") else "dim")
+    if row.why and row.verdict != "won":
+        text.append(f"; {row.why}", "yellow" if row.verdict == "dropped" else "dim")
+    return text
 
 
 def _speedup(row: HotspotRow) -> str | Text:
@@ -217,7 +192,7 @@ def _checks(validated: ModelValidated) -> Text:
     if not validated.verdict.checks:
         return Text()
     if not failed:
-        return Text(f"The whole model passed {len(validated.verdict.checks)} checks of equivalence.", style="dim")
+        return Text(f"The whole model is equivalent to stock; checks passed: {len(validated.verdict.checks)}.", "dim")
     lines = [f"{check.name}: {check.value:.4g}, limit {check.limit:.4g} {check.note}".rstrip() for check in failed]
     return Text("The model did not pass: " + "; ".join(lines), style="red")
 
@@ -263,7 +238,8 @@ def places(summary: RunSummary, folder: Path, runs_folder: Path) -> RenderableTy
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     if summary.exported is not None:
-        kind = "changes nothing" if summary.exported.stock else f"{summary.exported.num_entries} entries"
+        num = summary.exported.num_entries
+        kind = "changes nothing" if summary.exported.stock else f"{num} {'entry' if num == 1 else 'entries'}"
         grid.add_row("bundle", f"{summary.exported.folder} ({kind})")
         grid.add_row("use it", f'torch.compile(model, backend=autokernel.backend("{summary.exported.folder}"))')
     proved = summary.proved
@@ -277,9 +253,3 @@ def places(summary: RunSummary, folder: Path, runs_folder: Path) -> RenderableTy
     grid.add_row("run folder", str(folder))
     grid.add_row("MLflow", Text(f"autokernel ui --runs {shlex.quote(str(runs_folder))}", style="bold"))
     return Group(outcome_line(summary), grid)
-
-
-def spaced(parts: Iterable[RenderableType]) -> RenderableType:
-    """One empty line between parts, and one at the end."""
-    kept = [part for part in parts if not (isinstance(part, Text) and not part.plain)]
-    return Group(*(item for part in kept for item in (part, "")))

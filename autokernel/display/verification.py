@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
-from autokernel.display.tables import scenario_table, spaced, table
+from autokernel.display.layout import spaced, table
+from autokernel.display.tables import scenario_table
 from autokernel.display.words import ratio
 
 if TYPE_CHECKING:

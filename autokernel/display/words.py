@@ -9,6 +9,7 @@ from autokernel.records import Candidate, Problem, Speedup, Status
 from autokernel.tracking.summary import problem_title
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+_FIRST_KEYS = ("template", "merge")  # of a config: what kind of kernel it is
 _FIRST_MATRIX = {"mm": 0, "bmm": 0, "linear": 0, "merged_mm": 0, "addmm": 1, "baddbmm": 1}
 
 
@@ -31,7 +32,8 @@ def short_problem(problem: Problem) -> str:
 
 def short_config(candidate: Candidate) -> str:
     """The backend and its config, without what says nothing (`prepack=False`, `merge=none`, empty)."""
-    said = {k: v for k, v in sorted(candidate.config.items()) if v not in (False, "", "none")}
+    ordered = sorted(candidate.config.items(), key=lambda item: (item[0] not in _FIRST_KEYS, item[0]))
+    said = {k: v for k, v in ordered if v not in (False, "", "none")}
     words = [key if value is True else f"{key}={value}" for key, value in said.items()]
     return " ".join([candidate.backend, *words])
 
