@@ -1,7 +1,7 @@
 """Is the whole model still the same model? Its outputs by the error budget, and its own metric.
 
 The budget is the kernels': the contender's error against the model in higher precision may be twice that of stock PyTorch
-in the model's own dtype. Tokens and divergence, for language models, follow the same rule (a divergence grows with the
+in the model's own dtype, over all draws of a scenario's inputs together. Tokens and divergence, for language models, follow the same rule (a divergence grows with the
 square of the error).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import CallScenario, LoadedExperiment
@@ -56,12 +56,17 @@ class _Tokens:
 
 
 @dataclass(slots=True)
-class _Worst:
-    """The largest error of any output and draw, as a multiple of what the budget allows."""
+class _Errors:
+    """Of one output, over all draws together: of the contender, of stock, and the reference's own size."""
 
     max: float = 0.0
-    norm: float = 0.0
-    notes: dict[str, str] = field(default_factory=dict)
+    stock_max: float = 0.0
+    square: float = 0.0
+    stock_square: float = 0.0
+    largest: float = 0.0
+    reference_square: float = 0.0
+    unit: float = 0.0  # half of the dtype's epsilon
+    misplaced: int = 0  # NaN and infinities that are not where stock has them; integers that differ
 
 
 def compare_outputs(trios: Sequence[Trio], min_top1_agreement: float) -> Verdict:
@@ -184,7 +189,8 @@ def _eval(loaded: LoadedExperiment, bundle: Bundle, model: torch.nn.Module, devi
 
 
 def _check_scenario(trio: Trio, tokens: _Tokens) -> Iterator[Check]:
-    worst, kl, kl_stock, num = _Worst(), 0.0, 0.0, 0
+    errors: list[_Errors] = []
+    kl, kl_stock, num = 0.0, 0.0, 0
     for inputs in trio.draws:
         # Before the contender runs: it must not be able to reach what it is judged by.
         exact = _tensors(trio.reference(*(_raise(x, trio.raised) for x in inputs)))
@@ -195,52 +201,63 @@ def _check_scenario(trio: Trio, tokens: _Tokens) -> Iterator[Check]:
         if problem:
             yield Check(name=f"{trio.name}: outputs", value=1, limit=0, passed=False, note=problem)
             return
-        for out, stock, reference in zip(outputs, own, exact, strict=True):
-            _measure(worst, out, stock, reference)
+        errors = errors or [_Errors() for _ in own]
+        for total, out, stock, reference in zip(errors, outputs, own, exact, strict=True):
+            _measure(total, out, stock, reference)
         if trio.is_language:
             _count_tokens(tokens, outputs[0], own[0], exact[0])
             kl += _divergence(exact[0], outputs[0])
             kl_stock += _divergence(exact[0], own[0])
             num += 1
-    yield _ratio_check(f"{trio.name}: max error", worst.max, worst.notes.get("max", ""))
-    yield _ratio_check(f"{trio.name}: norm of error", worst.norm, worst.notes.get("norm", ""))
+    for number, total in enumerate(errors):
+        yield from _budget(trio.name if len(errors) == 1 else f"{trio.name}[{number}]", total)
     if num:
         limit = EAGER_FACTOR**2 * kl_stock / num + _KL_FLOOR
         note = f"mean over positions, in nats; stock's own is {kl_stock / num:.3g}"
         yield Check(name=f"{trio.name}: KL divergence", value=kl / num, limit=limit, passed=kl / num <= limit, note=note)
 
 
-def _ratio_check(name: str, value: float, note: str) -> Check:
-    """Errors are given as multiples of stock's own, of the worst draw."""
-    return Check(name=name, value=value, limit=EAGER_FACTOR, passed=value <= EAGER_FACTOR, note=note)
+def _budget(name: str, errors: _Errors) -> Iterator[Check]:
+    """The checks of one output, with the limits of `evaluate.budget`."""
+    yield Check(
+        name=f"{name}: misplaced",
+        value=errors.misplaced,
+        limit=0,
+        passed=errors.misplaced == 0,
+        note="integers that differ, NaN and infinities that are not where stock has them",
+    )
+    limit = EAGER_FACTOR * errors.stock_max + errors.unit * errors.largest
+    note = f"stock's own {errors.stock_max:.3g}"
+    yield Check(name=f"{name}: max error", value=errors.max, limit=limit, passed=errors.max <= limit, note=note)
+    scale = math.sqrt(errors.reference_square) or 1.0
+    norm, stock = math.sqrt(errors.square) / scale, math.sqrt(errors.stock_square) / scale
+    limit = EAGER_FACTOR * stock + errors.unit / 4
+    note = f"relative to the norm of the outputs; stock's own {stock:.3g}"
+    yield Check(name=f"{name}: norm of error", value=norm, limit=limit, passed=norm <= limit, note=note)
 
 
-def _measure(worst: _Worst, out: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor) -> None:
-    """Errors of one output, as multiples of stock's own plus a rounding's worth."""
+def _measure(total: _Errors, out: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor) -> None:
+    """Add one draw's errors of one output."""
     import torch
 
     if not stock.dtype.is_floating_point:
-        if not torch.equal(out, stock):
-            worst.max = worst.norm = math.inf
+        total.misplaced += int((out != stock).sum())
         return
-    finite = torch.isfinite(reference) & torch.isfinite(stock)
-    if not torch.equal(torch.isfinite(out) & torch.isfinite(reference), finite):
-        worst.max = worst.norm = math.inf
-        worst.notes["max"] = "NaN or infinity where stock has none, or the reverse"
-        return
-    exact = torch.where(finite, reference, 0).double()
-    error = torch.where(finite, out, 0).double() - exact
-    stock_error = torch.where(finite, stock, 0).double() - exact
-    rounding = torch.finfo(stock.dtype).eps / 2 * exact.abs().max().item()
-    floors = {"max": rounding / EAGER_FACTOR, "norm": rounding / 2 / EAGER_FACTOR * math.sqrt(exact.numel())}
-    errors = {"max": error.abs().max().item(), "norm": error.norm().item()}
-    own = {"max": stock_error.abs().max().item(), "norm": stock_error.norm().item()}
-    for name, value in errors.items():
-        allowed = own[name] + floors[name]
-        ratio = value / allowed if allowed > 0 else (math.inf if value > 0 else 0.0)
-        if ratio > getattr(worst, name):
-            setattr(worst, name, ratio)
-            worst.notes[name] = f"{value:.3g}, stock's own {own[name]:.3g}"
+    finite = torch.isfinite(stock)
+    total.misplaced += int((torch.isfinite(out) != finite).sum()) + int(
+        (~finite & ~torch.isclose(out, stock, equal_nan=True)).sum()
+    )
+    counted = finite & torch.isfinite(reference) & torch.isfinite(out)
+    exact = torch.where(counted, reference, 0).double()
+    error = torch.where(counted, out, 0).double() - exact
+    stock_error = torch.where(counted, stock, 0).double() - exact
+    total.max = max(total.max, error.abs().max().item())
+    total.stock_max = max(total.stock_max, stock_error.abs().max().item())
+    total.square += error.square().sum().item()
+    total.stock_square += stock_error.square().sum().item()
+    total.largest = max(total.largest, exact.abs().max().item())
+    total.reference_square += exact.square().sum().item()
+    total.unit = torch.finfo(stock.dtype).eps / 2
 
 
 def _count_tokens(tokens: _Tokens, out: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor) -> None:

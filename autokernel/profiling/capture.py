@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -183,10 +184,11 @@ def _time_steps(step: Callable[[], None], budget_s: float) -> tuple[float, float
 
 
 def _profile(step: Callable[[], None], device: str) -> tuple[dict[Call, float], float]:
-    """Each library call's share of a step (one call of it), and that of all kernels.
+    """Each library call's share of a step (one call of it), and that of all kernels
+    (on a CPU, of all library calls).
 
-    Shares are taken within the profiled steps themselves, so neither the profiler's cost nor a machine that is busier now
-    than when the step was timed makes the parts larger than the whole.
+    Both parts and whole are the lower quartile of the profiled steps: a step that was preempted is long as a whole, and in
+    few of its parts. Taken together, the parts are never more than the whole.
     """
     from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -199,15 +201,26 @@ def _profile(step: Callable[[], None], device: str) -> tuple[dict[Call, float], 
     events = [event for event in profiler.events() if not str(event.device_type).endswith("CUDA")]
     spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.name == _STEP)
     per_call: dict[Call, list[float]] = {}
-    totals: list[float] = []
+    wholes: list[float] = []
+    kernels: list[float] = []
+    num_calls: Counter[Call] = Counter()
     for start, end in spans:
         inside = [e for e in events if start <= e.time_range.start and e.time_range.end <= end and e.name in _MATRICES]
         found = [(_call_of(event), _event_us(event, device)) for event in inside]
-        whole = max(end - start, sum(us for _, us in found))
         for call, us in found:
-            per_call.setdefault(call, []).append(us / whole)
-        totals.append(_device_us(events, start, end) / whole if device == "cuda" else sum(us for _, us in found) / whole)
-    return {call: statistics.median(shares) for call, shares in per_call.items()}, statistics.median(totals)
+            per_call.setdefault(call, []).append(us)
+        num_calls = Counter(call for call, _ in found)
+        wholes.append(end - start)
+        kernels.append(_device_us(events, start, end))
+    times = {call: _lower_quartile(samples) for call, samples in per_call.items()}
+    in_library = sum(times[call] * count for call, count in num_calls.items())
+    whole = max(_lower_quartile(wholes), in_library)
+    kernel_us = _lower_quartile(kernels) if device == "cuda" else in_library
+    return {call: us / whole for call, us in times.items()}, min(1.0, kernel_us / whole)
+
+
+def _lower_quartile(samples: Sequence[float]) -> float:
+    return statistics.quantiles(samples, n=4, method="inclusive")[0] if len(samples) > 1 else samples[0]
 
 
 # Where the two matrices are among the inputs of a call.
@@ -235,12 +248,8 @@ def _event_us(event: Any, device: str) -> float:
 
 
 def _device_us(events: Sequence[Any], start: float, end: float) -> float:
-    return sum(
-        float(kernel.duration)
-        for e in events
-        if start <= e.time_range.start and e.time_range.end <= end
-        for kernel in e.kernels
-    )
+    inside = (e for e in events if start <= e.time_range.start and e.time_range.end <= end)
+    return sum(float(kernel.duration) for event in inside for kernel in event.kernels)
 
 
 def _attribute(
@@ -254,8 +263,8 @@ def _attribute(
     for key, problem in problems.items():
         total = 0.0
         for call in calls_of(problem):
-            share = shares.get(call)
-            if share is None:  # Inductor may hand over equal memory with other strides, or the profiler knows none
+            share = shares.get(call, -1.0)
+            if share < 0:  # Inductor may hand over equal memory with other strides, or the profiler knows none
                 share = statistics.mean(by_shape.get((call.name, call.shapes), [0.0]))
             if share == 0.0:
                 log.warning("%s: no kernel of %s was seen in the profile of %s", scenario, call, key)
@@ -271,7 +280,7 @@ def calls_of(problem: Problem) -> list[Call]:
 
     calls: list[Call] = []
 
-    class Record(TorchDispatchMode):
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = str(func.overloadpacket).replace("aten.", "aten::")
             if name in _MATRICES:
@@ -282,6 +291,6 @@ def calls_of(problem: Problem) -> list[Call]:
     inputs = [
         torch.empty_strided(spec.shape, spec.stride, dtype=getattr(torch, spec.dtype), device="meta") for spec in problem.inputs
     ]
-    with torch.no_grad(), Record():
+    with torch.no_grad(), Watch():  # type: ignore[no-untyped-call]
         get_op(problem.op).reference(problem, *inputs)
     return calls

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 _NUM_BYTE_VALUES = 256
+_PASSAGE_BYTES = 4096
+_READ_FACTOR = 64  # of a folder of files: how much more than needed is read to choose from
 _KEY = "validation.eval.data"
 
 
@@ -26,7 +28,7 @@ class Corpus:
 
 
 def read_text(loaded: LoadedExperiment) -> bytes:
-    """The first `max_bytes` of the experiment's eval data.
+    """`max_bytes` of the experiment's eval data, taken evenly from all over it.
 
     Raises:
         ConfigError: there is no such data, or it is empty.
@@ -41,10 +43,19 @@ def read_text(loaded: LoadedExperiment) -> bytes:
     else:
         place = loaded.resolve(section.data)
         files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
-        text = _read_files(files, section.max_bytes)
+        text = _read_files(files, _READ_FACTOR * section.max_bytes)
     if not text:
         raise ConfigError(f"{_KEY}: {section.data} holds no text")
-    return text[: section.max_bytes]
+    return _sample(text, section.max_bytes)
+
+
+def _sample(text: bytes, max_bytes: int) -> bytes:
+    """Passages from all over a text that is longer than needed."""
+    if len(text) <= max_bytes:
+        return text
+    num_passages = max(1, max_bytes // _PASSAGE_BYTES)
+    size, stride = max_bytes // num_passages, len(text) // num_passages
+    return b"".join(text[i * stride : i * stride + size] for i in range(num_passages))
 
 
 def load_corpus(loaded: LoadedExperiment, config: Any) -> Corpus:

@@ -103,9 +103,8 @@ def build_scenario(
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and num_tokens > longest:
         raise WorkloadError(f"scenario {name}: {num_tokens} tokens are more than the model's {longest}; use fewer")
-    has_text = loaded is not None and loaded.experiment.validation.eval is not None
-    has_text = has_text and loaded is not None and loaded.experiment.validation.eval.data is not None  # type: ignore[union-attr]
-    corpus = load_corpus(loaded, config) if has_text and loaded is not None else None
+    section = loaded.experiment.validation.eval if loaded is not None else None
+    corpus = load_corpus(loaded, config) if loaded is not None and section is not None and section.data is not None else None
     if isinstance(scenario, DecodeScenario):
         return _decode_program(model, scenario, name, seed, device, corpus)
     return _prefill_program(model, scenario, name, seed, device, corpus)
@@ -116,7 +115,7 @@ def _prefill_program(
 ) -> ScenarioProgram:
     from autokernel.profiling.language import Prefill
 
-    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr]
+    vocabulary = _vocabulary(model)
 
     def make_inputs(seed: int) -> Inputs:
         return (draw_tokens(corpus, vocabulary, scenario.batch, scenario.length, seed).to(device),)
@@ -132,7 +131,7 @@ def _decode_program(
 
     from autokernel.profiling.language import Decode
 
-    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr]
+    vocabulary = _vocabulary(model)
     text = draw_tokens(corpus, vocabulary, scenario.batch, scenario.context + 1, seed).to(device)
     module = Decode(model, text[:, :-1]).eval()
     positions = torch.full((scenario.batch, 1), scenario.context, dtype=torch.long, device=device)
@@ -169,6 +168,11 @@ def _call_program(
     return ScenarioProgram(name=name, module=model, inputs=make_inputs(seed), make_inputs=make_inputs, restore=lambda: None)
 
 
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.get_text_config().vocab_size)
+
+
 def draw_tokens(corpus: Corpus | None, vocabulary: int, batch: int, length: int, seed: int) -> torch.Tensor:
     """Token ids of `[batch, length]` on the CPU: passages of a text that is long enough, else uniformly random."""
     import torch
@@ -187,7 +191,8 @@ def _from_checkpoint(loaded: LoadedExperiment, dtype: torch.dtype) -> nn.Module:
     auto = _auto_classes()
     try:
         config = auto.AutoConfig.from_pretrained(folder, local_files_only=True)
-        return _auto_class(auto, config).from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+        model: nn.Module = _auto_class(auto, config).from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+        return model
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise WorkloadError(f"model.checkpoint: {folder} cannot be loaded: {_first_line(error)}") from None
 
@@ -210,7 +215,8 @@ def _from_config(loaded: LoadedExperiment, dtype: torch.dtype) -> nn.Module:
     kind = keys.pop("model_type")
     try:
         config = auto.AutoConfig.for_model(kind, **keys)
-        return _auto_class(auto, config).from_config(config, dtype=dtype)
+        model: nn.Module = _auto_class(auto, config).from_config(config, dtype=dtype)
+        return model
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigError(f"{where}: transformers builds no {kind!r} model of these keys: {_first_line(error)}") from None
 
