@@ -1,8 +1,8 @@
 """Is the whole model still the same model? Its outputs by the error budget, and its own metric.
 
 The budget is the kernels': the contender's error against the model in higher precision may be twice that of stock PyTorch
-in the model's own dtype, over all draws of a scenario's inputs together. Tokens and divergence, for language models, follow the same rule (a divergence grows with the
-square of the error).
+in the model's own dtype, over all draws of a scenario's inputs together. Tokens and divergence, for language models, follow
+the same rule (a divergence grows with the square of the error).
 """
 
 from __future__ import annotations
@@ -244,9 +244,7 @@ def _measure(total: _Errors, out: torch.Tensor, stock: torch.Tensor, reference: 
         total.misplaced += int((out != stock).sum())
         return
     finite = torch.isfinite(stock)
-    total.misplaced += int((torch.isfinite(out) != finite).sum()) + int(
-        (~finite & ~torch.isclose(out, stock, equal_nan=True)).sum()
-    )
+    total.misplaced += int(((torch.isfinite(out) != finite) | (~finite & ~torch.isclose(out, stock, equal_nan=True))).sum())
     counted = finite & torch.isfinite(reference) & torch.isfinite(out)
     exact = torch.where(counted, reference, 0).double()
     error = torch.where(counted, out, 0).double() - exact

@@ -1,7 +1,4 @@
-"""Linear layers that read the same input (q/k/v, gate/up) as one wider product: an opportunity, not a node of the graph.
-
-Layers with a bias (`addmm`) are not merged.
-"""
+"""Linear layers that read the same input (q/k/v, gate/up) as one wider product: an opportunity, not a node of the graph."""
 
 from __future__ import annotations
 
@@ -9,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from autokernel.ops.base import Site
+from autokernel.ops.gemm import scalars_of
 from autokernel.ops.matching import consumers_of, identity, is_constant, op_name, producers_of, site_name, tensor_spec
-from autokernel.records import DTYPE_BYTES, Problem
+from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +16,10 @@ if TYPE_CHECKING:
 
 
 class MergedMm:
-    """Two or more `mm` of one input with constant weights.
+    """Two or more `mm`, or `addmm` with a bias each, of one input with constant weights.
 
-    Inputs: `x` of `[M, K]`, then the weights of `[K, N_i]`, which are constants. One output of `[M, N_i]` per weight.
+    Inputs: `x` of `[M, K]`, the weights of `[K, N_i]`, then one bias of `[N_i]` per weight, or none at all. All but `x` are
+    constants. There is one output of `[M, N_i]` per weight.
     """
 
     name = "merged_mm"
@@ -29,11 +28,15 @@ class MergedMm:
         """See `Op.reference`."""
         import torch
 
-        return tuple([torch.mm(inputs[0], weight) for weight in inputs[1:]])
+        num_parts = len(weights_of(problem))
+        x, weights, biases = inputs[0], inputs[1 : 1 + num_parts], inputs[1 + num_parts :]
+        if biases:
+            return tuple([torch.addmm(biases[i], x, weights[i]) for i in range(num_parts)])
+        return tuple([torch.mm(x, weight) for weight in weights])
 
     def dims(self, problem: Problem) -> Mapping[str, int]:
         """As of one product with `n` columns in all; `num_parts` weights, the narrowest with `min_n` columns."""
-        x, columns = problem.inputs[0], [weight.shape[1] for weight in problem.inputs[1:]]
+        x, columns = problem.inputs[0], [weight.shape[1] for weight in weights_of(problem)]
         return {
             "batch": 1,
             "m": x.shape[0],
@@ -59,21 +62,39 @@ class MergedMm:
         """Groups of at least two, each with all products of its input (see `Op.find`)."""
         groups: dict[tuple[object, ...], list[Node]] = {}
         for node in graph.nodes:
-            if op_name(node) == "aten.mm" and _can_merge(node, constants):
-                groups.setdefault(identity(node.args[0]), []).append(node)
+            if _can_merge(node, constants):
+                groups.setdefault((op_name(node), *identity(_split(node)[0])), []).append(node)
         return [_site(nodes, constants, device) for nodes in groups.values() if len(nodes) > 1]
 
 
+def weights_of(problem: Problem) -> tuple[TensorSpec, ...]:
+    """The weights among the inputs: biases have one dimension."""
+    return tuple(spec for spec in problem.inputs[1:] if len(spec.shape) == 2)
+
+
+def _split(node: Node) -> tuple[Node, Node, list[Node]]:
+    """(x, weight, [bias] or []) of an mm or addmm."""
+    *bias, x, weight = node.args
+    return x, weight, bias  # type: ignore[return-value]
+
+
 def _can_merge(node: Node, constants: frozenset[str]) -> bool:
-    x, weight = node.args[:2]
-    specs = [tensor_spec(operand) for operand in (x, weight, node)]  # type: ignore[arg-type]
-    same_dtype = None not in specs and len({spec.dtype for spec in specs if spec is not None}) == 1
-    return same_dtype and is_constant(weight, constants) and not is_constant(x, constants)  # type: ignore[arg-type]
+    if op_name(node) not in ("aten.mm", "aten.addmm") or scalars_of(node):
+        return False
+    x, weight, bias = _split(node)
+    specs = [tensor_spec(operand) for operand in (node, x, weight, *bias)]
+    if None in specs or len({spec.dtype for spec in specs if spec is not None}) != 1:
+        return False
+    if any(len(operand.meta["val"].shape) != 1 for operand in bias):
+        return False
+    return not is_constant(x, constants) and all(is_constant(operand, constants) for operand in (weight, *bias))
 
 
 def _site(nodes: list[Node], constants: frozenset[str], device: str) -> Site:
-    operands = [nodes[0].args[0], *(node.args[1] for node in nodes)]
-    specs = [tensor_spec(operand) for operand in operands]  # type: ignore[arg-type]
+    parts = [_split(node) for node in nodes]
+    x = parts[0][0]
+    operands = [x, *(weight for _, weight, _ in parts), *(operand for _, _, bias in parts for operand in bias)]
+    specs = [tensor_spec(operand) for operand in operands]
     problem = Problem(
         op="merged_mm",
         inputs=tuple(spec for spec in specs if spec is not None),
@@ -83,6 +104,6 @@ def _site(nodes: list[Node], constants: frozenset[str], device: str) -> Site:
     return Site(
         problem=problem,
         name=" + ".join(site_name(node) for node in nodes),
-        producers=producers_of(operands[:1], constants),  # type: ignore[arg-type]
+        producers=producers_of([x], constants),
         consumers=tuple(dict.fromkeys(name for node in nodes for name in consumers_of(node))),
     )
