@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from autokernel.display.logs import LogFile
+    from autokernel.display.progress import LiveProgress, PlainProgress
     from autokernel.display.session import Session
-    from autokernel.events import Recorder
     from autokernel.tracking.summary import RunSummary
 
 _PIPED_WIDTH = 120  # columns where there is no terminal to ask
@@ -285,14 +285,17 @@ def _run(request: _Request) -> None:
         session.on_failure = _failure_json(session.log_file, request) if request.as_json else None
         from autokernel.pipeline import run as run_pipeline
 
-        recorders = _recorders(terminal, session.log_file, request)
-        outcome = run_pipeline(
-            loaded,
-            runs_folder=request.runs,
-            fresh=request.fresh,
-            until=request.until,
-            recorders=recorders,
-        )
+        display = _display(terminal, request)
+        try:
+            outcome = run_pipeline(
+                loaded,
+                runs_folder=request.runs,
+                fresh=request.fresh,
+                until=request.until,
+                recorders=[session.log_file, display],
+            )
+        finally:
+            display.release()
         session.on_failure = None
         summary = summary_of(outcome.folder)
         if request.until in ("prove", "export"):
@@ -323,14 +326,14 @@ def _stage_view(summary: RunSummary, folder: Path, request: _Request) -> Rendera
     return result_view(summary, folder, request.runs)
 
 
-def _recorders(terminal: _Terminal, log_file: LogFile, request: _Request) -> list[Recorder]:
-    """The log file, and the display that fits where standard error goes."""
+def _display(terminal: _Terminal, request: _Request) -> LiveProgress | PlainProgress:
+    """The progress display that fits where standard error goes."""
     from autokernel.display.lookup import earlier_events
     from autokernel.display.progress import LiveProgress, PlainProgress
 
     console, earlier = terminal.console, functools.partial(earlier_events, request.runs)
     live = console.is_terminal and not console.is_dumb_terminal
-    return [log_file, LiveProgress(console, earlier) if live else PlainProgress(terminal.say, earlier)]
+    return LiveProgress(console, earlier) if live else PlainProgress(terminal.say, earlier)
 
 
 def _failure_json(log_file: LogFile, request: _Request) -> Callable[[str, str], None]:

@@ -6,6 +6,7 @@ Relative paths in an experiment are relative to the folder of its file.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -233,7 +234,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<` brings defaults, which may be given again
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
@@ -262,7 +267,8 @@ def explain(error: ValidationError, path: Path, model: type[BaseModel]) -> str:
     """A pydantic error as lines of `file: key.path: what is wrong (value); cure`."""
     lines = []
     for item in error.errors(include_url=False):
-        location = [str(part) for part in item["loc"] if part not in ("prefill", "decode", "call")]
+        tagged = item["loc"][:1] == ("scenarios",) and len(item["loc"]) > 2  # scenarios, name, kind, key
+        location = [str(part) for i, part in enumerate(item["loc"]) if not (tagged and i == 2)]
         key = ".".join(location) or "(top level)"
         if item["type"] == "extra_forbidden":
             known = sorted(_fields_at(model, item["loc"][:-1]))

@@ -23,6 +23,7 @@ from autokernel.events import Evaluated, Event, RunFinished, RunStarted, StageFi
 
 QUIET_S = 10.0  # a plain display says something at least this often
 _MAX_ROWS = 8
+_CLOSING = "done; waiting until MLflow has everything"
 _GONE = (OSError, ValueError)  # what writing to a closed or vanished terminal raises
 
 Earlier = Callable[[RunStarted], Iterable[Event]]
@@ -72,7 +73,12 @@ class LiveProgress:
                 self._live.start()
 
     def close(self) -> None:
-        """Take the panel down."""
+        """The run is over, but other recorders may still have to finish: the panel says so until `release`."""
+        with self._lock:
+            self.state.closing = True
+
+    def release(self) -> None:
+        """Take the panel down. Idempotent."""
         with contextlib.suppress(*_GONE):
             self._live.stop()
 
@@ -113,7 +119,14 @@ class PlainProgress:
             self._thread.start()
 
     def close(self) -> None:
-        """Say nothing any more."""
+        """See `LiveProgress.close`."""
+        with self._lock:
+            self.state.closing = True
+            if self.state.run_id:
+                self._say(_CLOSING)
+
+    def release(self) -> None:
+        """Say nothing any more. Idempotent."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(1.0)
@@ -182,11 +195,13 @@ def panel(state: ProgressState) -> RenderableType:
     head.append(f"  {state.machine}", "dim")
     head.no_wrap, head.overflow = True, "ellipsis"
     parts: list[RenderableType] = [head, _stages(state)]
-    if state.stage:
+    if state.closing:
+        parts.append(Text(_CLOSING, "dim"))
+    elif state.stage:
         parts.append(_bar(state))
         message = Text(one_line(state.message or state.note, 200), style="dim", no_wrap=True, overflow="ellipsis")
         parts.append(message)
-    if state.stage == "search" and state.searched:
+    if state.stage == "search" and state.searched and not state.closing:
         parts.append(_bests(state))
         if failures(state.statuses):
             parts.append(Text(f"failed: {failures(state.statuses)}", style="yellow"))

@@ -65,6 +65,7 @@ class ProgressState:
     current: str = ""  # key of the hotspot that was heard of last
     statuses: Counter[Status] = field(default_factory=Counter)
     outcome: str = ""
+    closing: bool = False  # the run is over, its recorders are not
 
     def take(self, event: Event) -> bool:
         """Fold one event in.
@@ -76,7 +77,8 @@ class ProgressState:
             case RunStarted():
                 environment = event.environment
                 self.name, self.run_id, self.resumed = event.name, event.run_id, event.resumed
-                self.machine = f"{environment.device_name}, {environment.num_units} units, torch {environment.torch}"
+                units = "threads" if environment.device == "cpu" else "multiprocessors"
+                self.machine = f"{environment.device_name}, {environment.num_units} {units}, torch {environment.torch}"
                 self.started_at = self.stage_at = self.clock()
             case StageStarted():
                 self.stage, self.total, self.budget_s, self.note = event.stage, event.total, event.budget_s, event.note

@@ -1,0 +1,201 @@
+"""Experiments: every way to get one wrong is an error that names the file, the key, the value and the cure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from autokernel.config import Experiment, load_experiment, parse_yaml_mapping
+from autokernel.errors import ConfigError
+
+MODEL = {"factory": "model.py:make"}
+CALL = {"kind": "call", "inputs": "model.py:inputs"}
+GOOD: dict[str, Any] = {"name": "good", "model": MODEL, "scenarios": {"one": CALL}}
+LANGUAGE: dict[str, Any] = {
+    "name": "language",
+    "model": {"config": {"model_type": "llama"}},
+    "scenarios": {"prefill": {"kind": "prefill", "length": 16}},
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Writes an experiment, changed at dotted keys (None removes), and returns its file."""
+    (tmp_path / "model.py").write_text("")
+
+    def write(base: dict[str, Any], changes: dict[str, Any] | None = None) -> Path:
+        data = yaml.safe_load(yaml.safe_dump(base))
+        for dotted, value in (changes or {}).items():
+            *parents, last = dotted.split(".")
+            target = data
+            for parent in parents:
+                target = target.setdefault(parent, {})
+            if value is None:
+                target.pop(last, None)
+            else:
+                target[last] = value
+        path = tmp_path / "experiment.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return path
+
+    return write
+
+
+def message_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path, overrides)
+    return str(caught.value)
+
+
+def test_a_good_experiment_has_its_defaults(write: Any) -> None:
+    path = write(GOOD)
+    loaded = load_experiment(path)
+    assert loaded.experiment.backends == ("aten", "inductor")
+    assert loaded.experiment.search.trials == 200
+    assert loaded.path == path
+    assert loaded.text == path.read_text()
+    assert loaded.resolve("model.py") == path.parent / "model.py"
+    assert load_experiment(write(LANGUAGE)).experiment.model.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"serch": {}}, "serch: unknown key; did you mean `search`?"),
+        ({"search.trails": 5}, "search.trails: unknown key; did you mean `trials`?"),
+        ({"search.zzz": 5}, "search.zzz: unknown key; known keys: hotspots, max_copies, min_trials, "),
+        ({"scenarios.one.lenght": 5}, "scenarios.one.lenght: unknown key; known keys: batch, inputs, kind"),
+        ({"validation.eval": {"limt": 1}}, "validation.eval.limt: unknown key; did you mean `limit`?"),
+        ({"search.trials": "many"}, "search.trials: Input should be a valid integer"),
+        ({"search.trials": "many"}, "(got 'many')"),
+        ({"search.trials": 0}, "search.trials: Input should be greater than 0 (got 0)"),
+        ({"search.seeds": ["stock", "luck"]}, "search.seeds.1: Input should be 'stock', 'history' or 'nvmatmul' (got 'luck')"),
+        ({"search.sampler": "best"}, "search.sampler: Input should be 'tpe', 'random', 'cmaes' or 'gp' (got 'best')"),
+        ({"search.max_copies": 65}, "search.max_copies: Input should be less than or equal to 64 (got 65)"),
+        ({"validation.min_gain": -0.1}, "validation.min_gain: Input should be greater than or equal to 0 (got -0.1)"),
+        ({"name": "a/b"}, "name: String should match pattern"),
+        ({"name": None}, "name: Field required"),
+        ({"scenarios": {}}, "scenarios: Dictionary should have at least 1 item"),
+        ({"scenarios.one.kind": "chat"}, "scenarios.one: Input tag 'chat' found using 'kind' does not match"),
+        ({"scenarios.one.kind": None}, "scenarios.one: Unable to extract tag using discriminator 'kind'"),
+        ({"model": {}}, "model: give exactly one of checkpoint, config and factory, not none"),
+        (
+            {"model.checkpoint": "there"},
+            "model: give exactly one of checkpoint, config and factory, not ['checkpoint', 'factory']",
+        ),
+        ({"model.dtype": "int8"}, "model.dtype: Input should be 'float32', 'bfloat16' or 'float16' (got 'int8')"),
+        ({"backends": ["inductor"]}, "(top level): backends must include aten: the stock kernels are always"),
+        (
+            {"device": "cpu", "backends": ["aten", "triton", "cutedsl"]},
+            "backends ['cutedsl', 'triton'] need a GPU, but device is cpu: remove them or set `device: cuda`",
+        ),
+        ({"validation.eval": {"metric": "perplexity", "data": "x"}}, "metric perplexity is for language models"),
+        (
+            {"storage": "postgresql://h/db", "tracking": "postgresql://h/db"},
+            "storage and tracking must be different databases: Optuna and MLflow clash in one",
+        ),
+        ({"model.factory": "missing.py:make"}, "missing.py does not exist; it should be a Python file"),
+        ({"model.factory": "model"}, "model.factory: 'model' must look like package.module:function or file.py:function"),
+        ({"model.factory": "model.py:not-a-name"}, "must look like package.module:function or file.py:function"),
+        ({"scenarios.one.inputs": ":inputs"}, "scenarios.one.inputs: ':inputs' must look like"),
+        ({"search.spaces": "nowhere"}, "search.spaces: "),
+        ({"search.spaces": "nowhere"}, "nowhere does not exist; it should be a folder of <op>.yaml files"),
+        ({"validation.eval": {"metric": "accuracy"}}, "'accuracy' is neither bits_per_byte, perplexity nor module:function"),
+        ({"validation.eval": {"metric": "missing.py:f"}}, "validation.eval.metric: "),
+        ({"validation.eval": {"metric": "model.py:f", "data": "texts"}}, "texts does not exist; it should be a text file"),
+    ],
+)
+def test_mistakes(write: Any, changes: dict[str, Any], said: str) -> None:
+    path = write(GOOD, changes)
+    message = message_of(path)
+    assert said in message
+    assert message.startswith(f"{path}: ")
+    assert "pydantic" not in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scenarios.one": CALL}, "scenarios of kind `call` need `model.factory`; language models take `prefill` and `decode`"),
+        ({"model.arguments": {"a": 1}}, "model: `arguments` belong to `factory`, which is not given"),
+        ({"model": {"checkpoint": "weights"}}, "weights does not exist; it should be a folder with config.json and *.safetens"),
+        ({"model": {"checkpoint": "."}}, "holds no config.json"),
+        ({"model": {"config": "llama.json"}}, "llama.json does not exist; it should be a transformers config.json"),
+        ({"validation.eval": {}}, "validation.eval.data: metric bits_per_byte needs text to be measured on"),
+        ({"scenarios.prefill.length": None}, "scenarios.prefill.length: Field required"),
+        ({"scenarios.prefill.length": -3}, "scenarios.prefill.length: Input should be greater than 0 (got -3)"),
+    ],
+)
+def test_mistakes_with_language_models(write: Any, changes: dict[str, Any], said: str) -> None:
+    assert said in message_of(write(LANGUAGE, changes))
+
+
+def test_all_mistakes_are_told_at_once(write: Any) -> None:
+    message = message_of(write(GOOD, {"search.trials": 0, "serch": {}, "name": "?"}))
+    assert len(message.splitlines()) == 3
+
+
+def test_files(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("")
+    assert message_of(tmp_path / "missing.yaml") == f"{tmp_path / 'missing.yaml'}: no such file; in that folder: other.yaml"
+    assert message_of(tmp_path / "none" / "missing.yaml").endswith("missing.yaml: no such file")
+    assert "cannot be read" in message_of(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in message_of(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: [", "file.yaml:1:8: not valid YAML: "),
+        ("name: a\nname: b\n", "file.yaml:2:1: not valid YAML: key 'name' is given twice"),
+        ("a: {b: 1, b: 2}\n", "file.yaml:1:11: not valid YAML: key 'b' is given twice"),
+        ("- a\n- b\n", "file.yaml: must hold keys and values, not list"),
+        ("", "file.yaml: must hold keys and values, not NoneType"),
+        ("a: \x07\n", "file.yaml: not valid YAML: "),
+        ("? [a]\n: 1\n", "file.yaml:1:3: not valid YAML: a key must be a plain value"),
+        ("a: !!python/object:os.system {}\n", "file.yaml:1:4: not valid YAML: could not determine a constructor"),
+    ],
+)
+def test_yaml(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml_mapping(text, Path("file.yaml"))
+    assert said in str(caught.value)
+
+
+def test_merge_keys_still_work() -> None:
+    assert parse_yaml_mapping("a: &x {p: 1}\nb: {<<: *x, q: 2}\n", Path("f"))["b"] == {"p": 1, "q": 2}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("search.trials", "--set search.trials: must look like search.trials=50"),
+        ("=5", "--set =5: must look like search.trials=50"),
+        ("name.first=5", "--set name.first=5: `name` is not a section"),
+        ("name.first.second=5", "--set name.first.second=5: `first` lies below something that is not a section"),
+        ("search.trials=[", "--set search.trials=[: the value is not valid YAML"),
+        ("search.trials=some", "search.trials: Input should be a valid integer"),
+        ("search.trils=5", "search.trils: unknown key; did you mean `trials`?"),
+    ],
+)
+def test_wrong_overrides(write: Any, override: str, said: str) -> None:
+    assert said in message_of(write(GOOD), override)
+
+
+def test_overrides_are_yaml_and_later_ones_win(write: Any) -> None:
+    overrides = ("search.trials=7", "search.trials=8", "search.seeds=[stock]", "graph.enabled=false", "threads=2")
+    experiment = load_experiment(write(GOOD), overrides).experiment
+    assert (experiment.search.trials, experiment.search.seeds, experiment.threads) == (8, ("stock",), 2)
+    assert not experiment.graph.enabled
+
+
+def test_the_schema_documents_every_field_of_the_sections() -> None:
+    schema = Experiment.model_json_schema()
+    assert schema["additionalProperties"] is False
+    search = schema["$defs"]["SearchSection"]["properties"]
+    assert search["trials"]["description"]
+    assert {"name", "model", "scenarios"} == set(schema["required"])
