@@ -267,7 +267,7 @@ class Checker:
         expected = [e for copy in call.expected for e in copy]
         lazy = plain_problem(outputs)
         self._note("plain_tensors", float(bool(lazy)), 0, lazy)
-        wrong = "" if lazy else metadata_problem(outputs, expected)
+        wrong = "" if lazy else metadata_problem(outputs, expected, len(call.expected[0]))
         self._note("metadata", float(bool(wrong)), 0, wrong)
         self._usable = self._usable and not lazy and not wrong
         return not lazy and not wrong

@@ -8,10 +8,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from autokernel.backends import all_backends
+from autokernel.config import SearchSection
 from autokernel.errors import WorkerError
 from autokernel.evaluate.candidate import EvaluateCandidate, evaluation_of_failure
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.events import Evaluated, Profiled, SearchPlanned
+from autokernel.export.matching import gemm_of
 from autokernel.ops import get_op
 from autokernel.records import Evaluation, Hotspot, Status
 from autokernel.search.budget import Scheduler, allocate, merge
@@ -163,14 +165,27 @@ def spaces_for(context: RunContext, hotspot: Hotspot) -> dict[str, Space]:
     return usable
 
 
+def worth_searching(profiled: Profiled, settings: SearchSection) -> list[Hotspot]:
+    """Hotspots with enough to gain, one for each GEMM.
+
+    A compiled graph does not say which epilogue an entry was tuned with (`export.matching`), so GEMMs that differ in
+    that alone share one search: that of the one with most to gain, for the weight of all.
+    """
+    best: dict[object, Hotspot] = {}
+    weights: dict[object, float] = {}
+    for hotspot in profiled.hotspots:
+        key = gemm_of(hotspot.problem) or hotspot.problem.key
+        best.setdefault(key, hotspot)
+        weights[key] = weights.get(key, 0.0) + hotspot.weight
+    heavy = [hotspot for key, hotspot in best.items() if weights[key] >= settings.min_weight]
+    return heavy[: settings.hotspots]
+
+
 def open_hunts(context: RunContext, profiled: Profiled) -> dict[str, Hunt]:
     """A tuner for each hotspot worth searching, seeded, and taught what is known already."""
     settings = context.experiment.search
     facts = device_facts(context, profiled)
-    chosen: dict[str, Hotspot] = {}
-    for hotspot in profiled.hotspots:
-        if hotspot.weight >= settings.min_weight and len(chosen) < settings.hotspots:
-            chosen.setdefault(hotspot.problem.key, hotspot)
+    chosen = {hotspot.problem.key: hotspot for hotspot in worth_searching(profiled, settings)}
     spaces = {key: spaces_for(context, hotspot) for key, hotspot in chosen.items()}
     chosen = {key: hotspot for key, hotspot in chosen.items() if spaces[key]}
     names: dict[str, Names] = {
