@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 QUIET: Mapping[str, str] = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -39,9 +40,26 @@ def is_server(tracking_uri: str) -> bool:
     return urlsplit(tracking_uri).scheme in ("http", "https", "databricks")
 
 
+def with_driver(tracking_uri: str) -> str:
+    """The URI with the PostgreSQL driver that is installed, where it names none.
+
+    SQLAlchemy 2.1 takes a plain `postgresql://` for psycopg 3; the `postgresql` extra installs psycopg2.
+    """
+    scheme, separator, rest = tracking_uri.partition("://")
+    if scheme in ("postgresql", "postgres") and find_spec("psycopg") is None and find_spec("psycopg2") is not None:
+        return f"postgresql+psycopg2{separator}{rest}"
+    return tracking_uri
+
+
+def scrubbed(text: str, tracking_uri: str) -> str:
+    """A text, such as an error that quotes the URI, without the URI's password."""
+    password = urlsplit(tracking_uri).password
+    if password:
+        for spelling in {password, unquote(password)}:
+            text = text.replace(f":{spelling}@", ":***@")
+    return text
+
+
 def redacted(tracking_uri: str) -> str:
     """The URI without its password, for messages."""
-    parts = urlsplit(tracking_uri)
-    if parts.password is None:
-        return tracking_uri
-    return tracking_uri.replace(f":{parts.password}@", ":***@", 1)
+    return scrubbed(tracking_uri, tracking_uri)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from autokernel.tracking.journal import JOURNAL_NAME, Entry, parse_line
-from autokernel.tracking.mlflow_env import prepare_environment, redacted
+from autokernel.tracking.mlflow_env import prepare_environment, scrubbed
 
 logger = logging.getLogger("autokernel.tracking.mlflow_follower")
 
@@ -75,15 +75,26 @@ def follow(folder: Path, tracking_uri: str) -> int:
                     return 0
                 pause_s, ended = _POLL_S, _stdin_ended(_POLL_S)
         except Exception as error:
-            text = f"{type(error).__name__}: {error}".splitlines()[0][:500].replace(tracking_uri, redacted(tracking_uri))
+            text = f"{type(error).__name__}: {error}".splitlines()[0][:500]
             logger.log(logging.DEBUG if problem else logging.WARNING, "not mirrored: %s", text, exc_info=not problem)
             if not problem:
-                _say(problem=text)
+                _say(problem=scrubbed(text, tracking_uri))
             problem = text
             if ended:
                 return NOT_MIRRORED
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             ended = _stdin_ended(pause_s)
+
+
+class _Scrubbing(logging.Formatter):
+    """Tracebacks of failed requests quote the URI; the log must not keep its password."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        super().__init__("%(asctime)s %(name)s %(levelname)s %(message)s")
+        self._uri = tracking_uri
+
+    def format(self, record: logging.LogRecord) -> str:
+        return scrubbed(super().format(record), self._uri)
 
 
 def _connect(folder: Path, tracking_uri: str) -> tuple[Any, Tail]:
@@ -131,10 +142,12 @@ def _read_line() -> bytes:
 
 def main() -> int:
     """Entry point of the child."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    spec = json.loads(_read_line())
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Scrubbing(spec["tracking_uri"]))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     with suppress(OSError):
         os.nice(10)  # on a CPU, what is being timed comes first
-    spec = json.loads(_read_line())
     return follow(Path(spec["folder"]), spec["tracking_uri"])
 
 

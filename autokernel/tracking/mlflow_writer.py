@@ -22,6 +22,8 @@ from autokernel.tracking.mlflow_env import (
     is_server,
     prepare_environment,
     redacted,
+    scrubbed,
+    with_driver,
 )
 from autokernel.tracking.plots import write_plots
 from autokernel.tracking.report import write_report
@@ -68,7 +70,7 @@ class MlflowWriter:
         self.experiment_id = ""
         self._uri = tracking_uri
         self._folder = Path(run_folder)
-        self._client = MlflowClient(tracking_uri)
+        self._client = MlflowClient(with_driver(tracking_uri))
         self._events: list[Event] = []
         self._campaign = ""
         self._ak_run_id = ""
@@ -311,10 +313,10 @@ def sync_journal(journal_path: Path | str, tracking_uri: str | None = None) -> S
             writer.take(entry)
         writer.flush()
         writer.settle()
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, ImportError) as error:
         raise StorageError(
-            f"{redacted(uri)}: MLflow did not take the run {folder.name}: {error}. The journal has everything: "
-            f"repeat this when the server answers again"
+            f"{redacted(uri)}: MLflow did not take the run {folder.name}: {scrubbed(str(error), uri)}. "
+            f"The journal has everything: repeat this when the server answers again"
         ) from None
     return Synced(tracking_uri=uri, experiment_id=writer.experiment_id)
 

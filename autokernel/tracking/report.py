@@ -56,7 +56,7 @@ def render_report(run: RunSummary) -> str:
     return template.render(
         run=run,
         env=run.started.environment,
-        plots=svg_plots(run),
+        plots=dict.fromkeys(_PLOT_TITLES, "") | svg_plots(run),
         titles=_PLOT_TITLES,
         importance=parameter_importance(run),
         trials=[_trial_row(run, t.evaluation, t.origin, t.number) for t in run.trials],

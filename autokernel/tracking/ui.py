@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from autokernel.errors import StorageError
-from autokernel.tracking.mlflow_env import QUIET, is_server, prepare_environment, redacted
+from autokernel.tracking.mlflow_env import QUIET, is_server, prepare_environment, redacted, scrubbed, with_driver
 from autokernel.tracking.views import RESULTS, ui_url
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -56,7 +56,7 @@ def ui_environment(tracking_uri: str) -> dict[str, str]:
     return {
         **os.environ,
         **QUIET,
-        "MLFLOW_BACKEND_STORE_URI": tracking_uri,
+        "MLFLOW_BACKEND_STORE_URI": with_driver(tracking_uri),
         "MLFLOW_SERVE_ARTIFACTS": "false",  # artifacts have places of their own, recorded with each run
     }
 
@@ -122,11 +122,11 @@ def find_experiment(tracking_uri: str, name: str) -> str | None:
 
     try:
         pattern = name.replace("'", "").replace("%", "")
-        found = MlflowClient(tracking_uri).search_experiments(
+        found = MlflowClient(with_driver(tracking_uri)).search_experiments(
             filter_string=f"name LIKE '{pattern} - %'", order_by=["last_update_time DESC"], max_results=1
         )
     except (MlflowException, OSError) as error:
-        raise StorageError(f"{redacted(tracking_uri)}: MLflow does not answer: {error}") from None
+        raise StorageError(f"{redacted(tracking_uri)}: MLflow does not answer: {scrubbed(str(error), tracking_uri)}") from None
     return str(found[0].experiment_id) if found else None
 
 
