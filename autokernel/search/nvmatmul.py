@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SEEDS = 8
 _ROWS = 64  # asked of the library; most differ only in warp tiles
-_SMALL_M, _LARGE_M = 32, 64  # up to: TRITON target; from: GENERIC target
+_SMALL_M, _LARGE_M = 32, 64  # up to the first: TRITON target; from the second: GENERIC; between: both
 _MAX_STAGES = 5
 _OTHER_WARPS = 2
 
@@ -136,7 +136,7 @@ def ask_library(query: Query) -> list[Row]:
         RuntimeError: it refused the question.
     """
     rows: list[Row] = []
-    if query.m <= _LARGE_M:
+    if query.m < _LARGE_M:
         rows += _ask_target(query, "TRITON")
     if query.m > _SMALL_M:
         rows += _ask_target(query, "GENERIC")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,23 @@ def test_nearest_is_the_nearest(tmp_path: Path) -> None:
     assert space.nearest({"unknown": 1}, names) == {"template": "plain", "tm": 0, "tn": 0, "deep": False}
 
 
+def test_nearest_agrees_with_trying_everything(tmp_path: Path) -> None:
+    text = "op: toy\nbackends: {inductor: {cpu: {choices: {a: [1, 2, 4, 8, 16], b: [1, 2, 4, 8, 16], c: [1, 2, 4, 8, 16]},"
+    space = toy(tmp_path, text + "constraints: [a * b * c == 64, a != b, b != c + 1], default: {a: 1, b: 4, c: 16}}}}")
+    names = names_for({}, CPU)
+    legal = list(space.enumerate(names))
+    rng = random.Random(0)
+    for _ in range(100):
+        wanted: dict[str, Any] = {name: rng.randrange(1, 17) for name in "abc"}
+
+        def distance(config: dict[str, Any], wanted: dict[str, Any] = wanted) -> float:
+            return sum(abs(math.log2((config[name] + 1) / (wanted[name] + 1))) for name in wanted)
+
+        found = space.nearest(wanted, names)
+        assert found is not None
+        assert distance(found) == pytest.approx(min(map(distance, legal)))
+
+
 def test_violations_say_what_is_wrong(tmp_path: Path) -> None:
     space = toy(tmp_path)
     names = names_for(dims(m=64, k=32), CPU)
@@ -174,7 +192,7 @@ def test_missing_space_lists_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"bad.yaml:\d+:\d+: not valid YAML"):
         load_space("bad", tmp_path)
     (tmp_path / "empty.yaml").write_text("op: empty\nbackends: {aten: {}}")
-    with pytest.raises(ConfigError, match="backends.aten: has no section"):
+    with pytest.raises(ConfigError, match=r"backends.aten: has no section"):
         load_space("empty", tmp_path)
 
 
@@ -192,5 +210,5 @@ def test_the_packages_own_spaces() -> None:
                 factors = [config.get(f"threads_{axis}", 0) for axis in "mnk"]
                 assert factors == [0, 0, 0] or factors[0] * factors[1] * factors[2] == threads  # type: ignore[operator]
     names = names_for({"m": 8, "n": 8, "k": 8, "dtype_bytes": 2, "has_constant_weight": 0}, CPU)
-    assert [config for config in load_space("mm")["aten"].enumerate(names)] == [{"prepack": False}]
+    assert list(load_space("mm")["aten"].enumerate(names)) == [{"prepack": False}]
     assert load_space("mm")["inductor"].count(names) == 0  # the C++ template needs a constant weight

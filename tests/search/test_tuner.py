@@ -75,7 +75,7 @@ def drive(t: Tuner, evaluate: Evaluate, count: int = 4, rounds: int = 10_000) ->
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
 def test_seeds_first_then_distinct_legal_configs(sampler: str, evaluate: Evaluate) -> None:
-    trials = 100 if sampler != "gp" else 15
+    trials = 100 if sampler != "gp" else 12
     t = tuner(sampler=sampler, max_trials=trials)
     assert t.enqueue(stock()) == 2
     assert t.enqueue(stock()) == 0
@@ -182,12 +182,27 @@ def test_lost_is_tried_again_but_not_for_ever(evaluate: Evaluate) -> None:
 def test_failures_steer_the_sampler_away(evaluate: Evaluate) -> None:
     t = tuner(max_trials=120)
     failed = []
-    for i in range(120):
+    for _ in range(120):
         (proposal,) = t.ask(1)
         bad = proposal.candidate.config.get("block_m") in (16, 32)
         failed.append(bad)
         t.tell(proposal.number, evaluate(proposal.candidate, Status.WRONG if bad else landscape(proposal.candidate)))
     assert sum(failed[60:]) < 20  # two of seven choices: random meets them 17 times in 60, uniform over legal ones 27
+
+
+def test_the_sampler_is_told_of_violated_constraints(evaluate: Evaluate) -> None:
+    t = tuner()
+    for i in range(30):
+        (proposal,) = t.ask(1)
+        t.tell(proposal.number, evaluate(proposal.candidate, Status.CRASHED if i % 2 else 10.0 + i))
+    study: Any = t._study
+    trials = study._study.get_trials(deepcopy=False)
+    assert {trial.state for trial in trials} == {optuna.trial.TrialState.COMPLETE}
+    slowest = max(trial.value for trial in trials if max(trial.constraints.values()) <= 0)
+    violated = [trial for trial in trials if max(trial.constraints.values()) > 0]
+    assert len(violated) >= 13
+    assert all(trial.value > math.log(10) for trial in violated)
+    assert slowest <= math.log(40)
 
 
 def test_same_seed_same_proposals(evaluate: Evaluate) -> None:
@@ -305,6 +320,7 @@ def test_a_killed_process_loses_and_repeats_nothing(tmp_path: Path, evaluate: Ev
         capture_output=True,
         text=True,
         timeout=60,
+        check=False,
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
     finished = process.stdout.split()
@@ -368,10 +384,13 @@ def test_storage_trouble_is_a_storage_error(tmp_path: Path, evaluate: Evaluate) 
 
     event.listen(mirror._storage.engine, "connect", lambda c, _r: c.execute(f"PRAGMA max_page_count={pages}"))
     mirror._storage.engine.dispose()
+
+    def fill() -> None:
+        for each in [proposal, *t.ask(60)]:
+            t.tell(each.number, evaluate(each.candidate, 10.0))
+
     with pytest.raises(StorageError, match="full"):
-        for _ in range(200):
-            t.tell(proposal.number, evaluate(proposal.candidate, 10.0))
-            (proposal,) = t.ask(1)
+        fill()
 
 
 def test_cmaes_without_its_package() -> None:
