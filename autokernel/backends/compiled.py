@@ -5,6 +5,7 @@ What is timed is what is exported. Several copies of the problem, each with weig
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ class Copies(torch.nn.Module):
         super().__init__()
         self.num_copies = len(constants)
         self.num_inputs = len(problem.inputs) - len(problem.constants)
-        self._op: Op = get_op(problem.op)
         self._problem = problem
+        # a model adds its residual behind the GEMM: only Inductor, and not always, makes one addmm of them
+        self._residual = problem.op == "addmm" and len(problem.inputs[0].shape) == 2 and not problem.scalars
+        self._compiled_as = with_residual(problem) if self._residual else problem
+        self._op: Op = get_op(self._compiled_as.op)
         self._num_constants = len(problem.constants)
         # a transposed weight is a view of the row-major parameter that nn.Linear keeps
         self._transposed = [_is_transposed(problem, i) for i in problem.constants]
@@ -50,8 +54,19 @@ class Copies(torch.nn.Module):
                     constant += 1
                 else:
                     arguments.append(variable.pop(0))
-            outputs += self._op.reference(self._problem, *arguments)
+            if self._residual:
+                arguments = [arguments[1], arguments[2], arguments[0], *arguments[3:]]
+            outputs += self._op.reference(self._compiled_as, *arguments)
         return outputs
+
+
+def with_residual(problem: Problem) -> Problem:
+    """addmm(residual, x, w) as mm(x, w) + residual."""
+    residual, x, weight, *rest = problem.inputs
+    constants = tuple(sorted({0: 2, 1: 0, 2: 1}.get(i, i) for i in problem.constants))
+    return replace(
+        problem, op="mm", inputs=(x, weight, residual, *rest), constants=constants, epilogue=("add", *problem.epilogue)
+    )
 
 
 def _is_transposed(problem: Problem, index: int) -> bool:

@@ -27,7 +27,7 @@ class InductorBackend:
     def unavailable(self, device: str) -> str | None:
         if device == "cuda" and not torch.cuda.is_available():
             return "torch sees no CUDA device: install the NVIDIA driver, or a CUDA build of torch"
-        if device == "cpu" and not torch.backends.mkldnn.is_available():
+        if device == "cpu" and not bool(torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
             return "this build of torch has no oneDNN, which packs the weights: install an x86-64 or aarch64 wheel of torch"
         return None
 

@@ -37,7 +37,8 @@ def gemm_of(problem: Problem) -> Gemm | None:
         return Gemm(specs[0].dtype, 1, m, (n,), k, False)
     if problem.op == "addmm":
         (m, k), (_, n) = specs[1].shape, specs[2].shape
-        return Gemm(specs[1].dtype, 1, m, (n,), k, True)
+        # Inductor also spells mm + residual as addmm; while it packs weights, that is still an mm
+        return Gemm(specs[1].dtype, 1, m, (n,), k, len(specs[0].shape) == 1)
     if problem.op in ("bmm", "baddbmm"):
         first = specs[0] if problem.op == "bmm" else specs[1]
         second = specs[1] if problem.op == "bmm" else specs[2]
