@@ -272,7 +272,7 @@ def check_compiler() -> Finding:
             f"{found} finds no Python.h in {include}",
             _install(f"python{sys.version_info[0]}.{sys.version_info[1]}-dev"),
         )
-    elif "omp" in built.stderr:
+    elif re.search(r"openmp|omp\.h|-l[gi]?omp", built.stderr):
         value, fix = f"{found} has no OpenMP", _install("libomp-dev")
     else:
         lines = built.stderr.strip().splitlines()
