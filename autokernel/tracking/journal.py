@@ -289,3 +289,18 @@ def find_runs(runs_folder: Path | str, name: str | None = None) -> list[Path]:
     """Folders of the runs that have a journal, newest first; `name` keeps one experiment's."""
     pattern = f"{name or '*'}/*/{JOURNAL_NAME}"
     return sorted((p.parent for p in Path(runs_folder).glob(pattern)), key=lambda p: p.name, reverse=True)
+
+
+def is_being_written(folder: Path | str) -> bool:
+    """Whether a process holds the journal of a run open for writing right now."""
+    try:
+        fd = os.open(Path(folder) / _LOCK_NAME, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from autokernel.errors import StorageError
-from autokernel.events import Confirmed, Evaluated, Event, Profiled, RunFinished, RunStarted, StageFinished
+from autokernel.events import Confirmed, Evaluated, Event, Profiled, RunStarted, StageFinished
 from autokernel.records import Problem, Status
 from autokernel.tracking import mlflow_layout as layout
-from autokernel.tracking.journal import JOURNAL_NAME, Entry, find_runs, read_entries
+from autokernel.tracking.journal import JOURNAL_NAME, Entry, find_runs, is_being_written, read_entries
 from autokernel.tracking.mlflow_env import (
     default_artifact_folder,
     default_tracking_uri,
@@ -25,7 +25,7 @@ from autokernel.tracking.mlflow_env import (
     scrubbed,
     with_driver,
 )
-from autokernel.tracking.plots import write_plots
+from autokernel.tracking.plots import parameter_importance, write_plots
 from autokernel.tracking.report import write_report
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us, rounded, summarize
 from autokernel.tracking.views import publish_views, view_states
@@ -48,7 +48,6 @@ class _Hotspot:
     baseline_us: float | None = None
     best_us: float | None = None
     seen: set[str] = field(default_factory=set)  # candidate ids
-    params: dict[str, set[str]] = field(default_factory=dict)  # values seen, by parameter
     pending: list[Metric] = field(default_factory=list)
 
 
@@ -204,8 +203,6 @@ class MlflowWriter:
             if event.origin == "stock":
                 hotspot.baseline_us = min(us, hotspot.baseline_us or us)
             hotspot.best_us = min(us, hotspot.best_us or us)
-            for name, value in candidate.config.items():
-                hotspot.params.setdefault(layout.safe_key(name), set()).add(str(value))
         if hotspot.best_us is not None:
             best = {"best_latency_us": rounded(hotspot.best_us)}
             hotspot.pending += _metrics(best, time_ms, len(hotspot.seen))
@@ -241,17 +238,14 @@ class MlflowWriter:
         run = summarize(self._events)
         scenarios = [layout.safe_key(name) for name in (run.profiled.scenario_us if run.profiled is not None else {})]
         top = max(run.problems, key=lambda p: (len(p.timed), -p.rank), default=None)
-        varied: dict[str, int] = {}
-        for hotspot in self._hotspots.values():
-            for name, values in hotspot.params.items():
-                varied[name] = max(varied.get(name, 0), len(values))
-        params = sorted(varied, key=lambda name: (varied[name] < 2, name))
+        important = [layout.safe_key(name) for name in parameter_importance(run)]
+        seen = {layout.safe_key(name) for p in run.problems for t in p.timed for name in t.evaluation.candidate.config}
+        params = [*important, *sorted(seen - set(important))]
         states = view_states(scenarios, params, top.title if top is not None and top.timed else "")
         publish_views(self._client, self.experiment_id, states, self._last_ms)
 
     def _store_artifacts(self, run: RunSummary) -> None:
-        for name, text in (("experiment.yaml", run.started.experiment),):
-            self._client.log_text(self._campaign, text, name)
+        self._client.log_text(self._campaign, run.started.experiment, "experiment.yaml")
         journal = self._folder / JOURNAL_NAME
         if journal.is_file():
             self._client.log_artifact(self._campaign, str(journal))
@@ -322,17 +316,21 @@ def sync_journal(journal_path: Path | str, tracking_uri: str | None = None) -> S
 
 
 def sync_runs(runs_folder: Path | str, tracking_uri: str | None = None) -> int:
-    """`sync_journal` for every finished run below a folder; runs that cannot be read are logged and passed over.
+    """`sync_journal` for every run below a folder, oldest first.
+
+    Runs that are still being written have a mirror of their own and are left to it; runs that cannot be read or stored
+    are logged and passed over.
 
     Returns:
         How many were synchronised.
     """
     count = 0
     for folder in reversed(find_runs(runs_folder)):
+        if is_being_written(folder):
+            continue
         try:
-            if any(isinstance(entry.event, RunFinished) for entry in read_entries(folder)):
-                sync_journal(folder, tracking_uri)
-                count += 1
+            sync_journal(folder, tracking_uri)
+            count += 1
         except StorageError as error:
             logger.warning("%s is left out: %s", folder, error)
     return count

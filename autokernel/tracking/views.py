@@ -73,7 +73,7 @@ def view_states(scenarios: Sequence[str], params: Sequence[str], hotspot: str = 
         "uuid": "ak-section",
         "name": "Kernel search",
         "columns": 1,
-        "cardHeight": 460,
+        "cardHeight": 330,
         "display": True,
         "isReordered": False,
         "deleted": False,

@@ -15,7 +15,7 @@ import pytest
 
 from autokernel.errors import StorageError
 from autokernel.events import Event, StageProgress
-from autokernel.tracking.journal import Journal, find_runs, new_run_id, read_entries, read_journal, run_folder
+from autokernel.tracking.journal import Journal, find_runs, is_being_written, new_run_id, read_entries, read_journal, run_folder
 
 _SYNTHETIC = Path(__file__).with_name("conftest.py")
 _WRITER = f"""
@@ -152,8 +152,11 @@ def test_lock_holds_within_one_process_too(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     with pytest.raises(StorageError, match=f"pid {os.getpid()} "):
         Journal(tmp_path)
+    assert is_being_written(tmp_path)
     journal.close()
     journal.close()
+    assert not is_being_written(tmp_path)
+    assert not is_being_written(tmp_path / "nowhere")
     Journal(tmp_path).close()
 
 

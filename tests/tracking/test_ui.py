@@ -77,6 +77,7 @@ def test_server_of_ones_own_is_used_as_it_is() -> None:
         assert ui.url("3").startswith("https://mlflow.example.org/#/experiments/3/")
 
 
+@pytest.mark.slow
 def test_ui_serves_the_run_and_is_gone_afterwards(tmp_path: Path, synthetic_events: list[Event]) -> None:
     folder = run_folder(tmp_path, "synthetic-llama", "20261121-014900-3f2a")
     journal = Journal(folder)
