@@ -236,11 +236,16 @@ def _call_of(event: Any) -> Call:
     first, second = _MATRICES[event.name]
     shapes = event.input_shapes
     strides = getattr(event, "structured_input_strides", None) or ()  # torch 2.13 has them
-    return Call(
-        event.name,
-        (tuple(shapes[first]), tuple(shapes[second])),
-        (tuple(strides[first]), tuple(strides[second])) if len(strides) > second else (),
-    )
+    known = len(strides) > second
+    return _call(event.name, [(shapes[i], strides[i] if known else ()) for i in (first, second)])
+
+
+def _call(name: str, matrices: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Call:
+    """Strides of dimensions of size one say nothing, and are told differently: they count as 0."""
+    strides = [
+        tuple(s if n != 1 else 0 for n, s in zip(shape, stride, strict=True)) for shape, stride in matrices if len(stride)
+    ]
+    return Call(name, tuple(tuple(shape) for shape, _ in matrices), tuple(strides))
 
 
 def _event_us(event: Any, device: str) -> float:
@@ -285,7 +290,7 @@ def calls_of(problem: Problem) -> list[Call]:
             name = str(func.overloadpacket).replace("aten.", "aten::")
             if name in _MATRICES:
                 matrices = [args[i] for i in _MATRICES[name]]
-                calls.append(Call(name, tuple(tuple(x.shape) for x in matrices), tuple(tuple(x.stride()) for x in matrices)))
+                calls.append(_call(name, [(x.shape, x.stride()) for x in matrices]))
             return func(*args, **(kwargs or {}))
 
     inputs = [

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
 
 _NUM_BYTE_VALUES = 256
-_PASSAGE_BYTES = 4096
 _READ_FACTOR = 64  # of a folder of files: how much more than needed is read to choose from
 _KEY = "validation.eval.data"
 
@@ -46,14 +45,14 @@ def read_text(loaded: LoadedExperiment) -> bytes:
         text = _read_files(files, _READ_FACTOR * section.max_bytes)
     if not text:
         raise ConfigError(f"{_KEY}: {section.data} holds no text")
-    return _sample(text, section.max_bytes)
+    return _sample(text, section.max_bytes, section.length)
 
 
-def _sample(text: bytes, max_bytes: int) -> bytes:
-    """Passages from all over a text that is longer than needed."""
+def _sample(text: bytes, max_bytes: int, length: int) -> bytes:
+    """Passages of a window's length from all over a text that is longer than needed."""
     if len(text) <= max_bytes:
         return text
-    num_passages = max(1, max_bytes // _PASSAGE_BYTES)
+    num_passages = max(1, max_bytes // length)
     size, stride = max_bytes // num_passages, len(text) // num_passages
     return b"".join(text[i * stride : i * stride + size] for i in range(num_passages))
 

@@ -134,14 +134,14 @@ def _decode_program(
     vocabulary = _vocabulary(model)
     text = draw_tokens(corpus, vocabulary, scenario.batch, scenario.context + 1, seed).to(device)
     module = Decode(model, text[:, :-1]).eval()
+    # A copy: a column of one row counts as contiguous whatever its strides, and other strides would mean to compile again.
+    last = text[:, -1:].clone(memory_format=torch.contiguous_format)
     positions = torch.full((scenario.batch, 1), scenario.context, dtype=torch.long, device=device)
 
     def make_inputs(seed: int) -> Inputs:
         return draw_tokens(corpus, vocabulary, scenario.batch, 1, seed).to(device), positions
 
-    return ScenarioProgram(
-        name=name, module=module, inputs=(text[:, -1:].contiguous(), positions), make_inputs=make_inputs, restore=module.reset
-    )
+    return ScenarioProgram(name=name, module=module, inputs=(last, positions), make_inputs=make_inputs, restore=module.reset)
 
 
 def _call_program(

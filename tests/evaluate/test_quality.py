@@ -1,0 +1,212 @@
+"""Whole-model checks: the same model passes, a slightly broken one does not."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autokernel.config import LoadedExperiment, PrefillScenario, load_experiment
+from autokernel.evaluate.quality import Trio, check_model, compare_metric, compare_outputs
+from autokernel.profiling.language import Prefill
+from autokernel.profiling.metric import Metric
+from autokernel.profiling.workload import build_scenario, load_model
+
+QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedExperiment:
+    return load_experiment(QUICKSTART)
+
+
+@pytest.fixture(scope="module")
+def model(loaded: LoadedExperiment) -> nn.Module:
+    return load_model(loaded, "cpu")
+
+
+@pytest.fixture(scope="module")
+def trio(loaded: LoadedExperiment, model: nn.Module) -> Callable[[Run], Trio]:
+    """trio(contender) -> the quickstart model reading a few passages."""
+    reference = Prefill(copy.deepcopy(model).float())
+    program = build_scenario(model, PrefillScenario(kind="prefill", length=128), "p", 0, "cpu", "bfloat16", loaded=loaded)
+
+    def make(contender: Run) -> Trio:
+        return Trio(
+            name="p",
+            contender=contender,
+            stock=Prefill(model),
+            reference=reference,
+            draws=[program.fresh_inputs(seed) for seed in range(3)],
+            is_language=True,
+        )
+
+    return make
+
+
+def failed(trio: Trio) -> set[str]:
+    return {check.name for check in compare_outputs([trio], 0.99).failures}
+
+
+def test_the_same_model_passes(trio: Callable[[Run], Trio], model: nn.Module) -> None:
+    verdict = compare_outputs([trio(Prefill(copy.deepcopy(model)))], 0.99)
+    assert verdict.passed
+    names = [check.name for check in verdict.checks]
+    assert names == ["p: misplaced", "p: max error", "p: norm of error", "p: KL divergence", "top-1 disagreement"]
+
+
+def test_a_more_accurate_model_passes(trio: Callable[[Run], Trio], model: nn.Module) -> None:
+    accurate = Prefill(copy.deepcopy(model).float())
+    assert not failed(trio(lambda ids: accurate(ids).bfloat16()))
+
+
+def perturbed(model: nn.Module, change: Callable[[nn.Module], None]) -> Prefill:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        change(other)
+    return Prefill(other)
+
+
+def _one_weight(other: Any) -> None:
+    other.model.layers[1].mlp.down_proj.weight[7, 11] += 4
+
+
+def _two_swapped_rows(other: Any) -> None:
+    weight = other.model.layers[0].self_attn.v_proj.weight
+    weight[[3, 4]] = weight[[4, 3]].clone()
+
+
+def _eight_bits(other: Any) -> None:
+    for layer in other.model.layers:
+        weight = layer.mlp.gate_proj.weight
+        weight.copy_((weight.float() * 64).round() / 64)
+
+
+@pytest.mark.parametrize("change", [_one_weight, _two_swapped_rows, _eight_bits])
+def test_a_slightly_broken_model_fails(trio: Callable[[Run], Trio], model: nn.Module, change: Any) -> None:
+    assert "p: norm of error" in failed(trio(perturbed(model, change)))
+
+
+def test_accumulating_in_bf16_fails(trio: Callable[[Run], Trio], model: nn.Module) -> None:
+    class Lossy(nn.Module):
+        """A linear layer that rounds its running sum every few columns."""
+
+        def __init__(self, weight: torch.Tensor) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            total = torch.zeros(*x.shape[:-1], self.weight.shape[0], dtype=x.dtype)
+            for start in range(0, x.shape[-1], 8):
+                total = total + x[..., start : start + 8] @ self.weight[:, start : start + 8].t()
+            return total
+
+    def change(other: Any) -> None:
+        for layer in other.model.layers:
+            layer.mlp.down_proj = Lossy(layer.mlp.down_proj.weight)
+            layer.self_attn.o_proj = Lossy(layer.self_attn.o_proj.weight)
+        other.lm_head = Lossy(other.lm_head.weight)
+
+    assert "p: norm of error" in failed(trio(perturbed(model, change)))
+
+
+def test_dishonest_outputs_fail(trio: Callable[[Run], Trio], model: nn.Module) -> None:
+    honest = Prefill(model)
+
+    def nan(ids: torch.Tensor) -> torch.Tensor:
+        out = honest(ids).clone()
+        out[0, 5, 9] = math.nan
+        return out
+
+    def writes_its_input(ids: torch.Tensor) -> torch.Tensor:
+        out = honest(ids)
+        ids.zero_()
+        return out
+
+    assert failed(trio(nan)) >= {"p: misplaced"}
+    assert failed(trio(writes_its_input)) == {"p: outputs"}
+    assert failed(trio(lambda ids: honest(ids).float())) == {"p: outputs"}
+    assert failed(trio(lambda ids: honest(ids)[:, :-1])) == {"p: outputs"}
+    assert failed(trio(lambda ids: (honest(ids), ids))) == {"p: outputs"}
+    assert "top-1 disagreement" in failed(trio(lambda ids: -honest(ids)))
+
+
+def test_models_with_several_outputs_are_checked_one_by_one() -> None:
+    layer = nn.Linear(16, 16).bfloat16().requires_grad_(False)
+    exact = copy.deepcopy(layer).double()
+    inputs = [(torch.randn(8, 16).bfloat16(),)]
+
+    def make(contender: Run) -> Trio:
+        return Trio(
+            name="m",
+            contender=contender,
+            stock=lambda x: (layer(x), x.argmax(-1)),
+            reference=lambda x: (exact(x), x.argmax(-1)),
+            draws=inputs,
+            raised=torch.float64,
+        )
+
+    assert not failed(make(lambda x: (layer(x), x.argmax(-1))))
+    assert failed(make(lambda x: (layer(x), x.argmax(-1) + 1))) == {"m[1]: misplaced"}
+    assert failed(make(lambda x: (layer(x) * 1.1, x.argmax(-1)))) == {"m[0]: max error", "m[0]: norm of error"}
+
+
+def metric_of(samples: dict[str, list[float]], **options: Any) -> Metric:
+    return Metric(name="m", samples=lambda forward: samples[forward()], limit=0.01, **options)
+
+
+def test_the_metric_is_compared_in_pairs() -> None:
+    stock = [1.0 + i / 10 for i in range(40)]
+    samples = {"stock": stock, "same": stock, "better": [0.9 * x for x in stock], "worse": [1.05 * x for x in stock]}
+    metric = metric_of(samples)
+    same = compare_metric(metric, lambda: "stock", lambda: "same")
+    assert (same.worse_by, same.worse_by_high, same.passed, same.num_samples) == (0, 0, True, 40)
+    assert compare_metric(metric, lambda: "stock", lambda: "better").passed
+    worse = compare_metric(metric, lambda: "stock", lambda: "worse")
+    assert not worse.passed
+    assert worse.worse_by == pytest.approx(0.05)
+    assert compare_metric(metric, lambda: "stock", lambda: "worse", limit=0.1).passed
+
+
+def test_a_metric_whose_interval_reaches_beyond_the_limit_fails() -> None:
+    stock = [1.0] * 8
+    noisy = [1.2, 0.8, 1.15, 0.85, 1.1, 0.9, 1.05, 0.95]
+    result = compare_metric(metric_of({"stock": stock, "noisy": noisy}), lambda: "stock", lambda: "noisy")
+    assert abs(result.worse_by) < 1e-9
+    assert not result.passed
+
+
+def test_higher_may_be_better_and_losses_may_be_logarithms() -> None:
+    samples = {"stock": [2.0] * 8, "more": [2.1] * 8, "lost": [math.nan] * 8}
+    higher = metric_of(samples, higher_is_better=True)
+    assert compare_metric(higher, lambda: "stock", lambda: "more").worse_by == pytest.approx(-0.05)
+    assert not compare_metric(higher, lambda: "more", lambda: "stock").passed
+    logarithmic = compare_metric(metric_of(samples, logarithmic=True), lambda: "stock", lambda: "more")
+    assert logarithmic.stock == pytest.approx(math.exp(2.0))
+    assert logarithmic.worse_by == pytest.approx(math.expm1(0.1))
+    assert not compare_metric(higher, lambda: "stock", lambda: "lost").passed
+
+
+@pytest.mark.slow
+def test_a_bundle_that_changes_nothing_passes(tmp_path: Path) -> None:
+    from autokernel.environment import current_environment
+    from autokernel.export.bundle import Bundle
+
+    overrides = ("scenarios.prefill.length=64", "scenarios.decode-b1.context=16", "validation.eval.length=64",
+                 "validation.eval.max_bytes=8192")  # fmt: skip
+    loaded = load_experiment(QUICKSTART, overrides)
+    scenarios = {name: loaded.experiment.scenarios[name] for name in ("prefill", "decode-b1")}
+    loaded = loaded.model_copy(update={"experiment": loaded.experiment.model_copy(update={"scenarios": scenarios})})
+    bundle = Bundle(name="x", created="", version="", environment=current_environment("cpu"), entries=())
+    verdict, (result,) = check_model(loaded, bundle, "cpu", seed=0)
+    assert verdict.passed, verdict.failures
+    assert {check.name.split(":")[0] for check in verdict.checks} == {"prefill", "decode-b1", "top-1 disagreement"}
+    assert result.num_samples == 128
+    assert abs(result.worse_by) < 0.01

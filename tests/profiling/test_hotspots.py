@@ -1,0 +1,75 @@
+"""Ranking by hand-made numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from autokernel.evaluate.roofline import Ceilings
+from autokernel.ops import Site
+from autokernel.profiling.capture import CapturedScenario
+from autokernel.profiling.hotspots import rank
+from autokernel.records import Problem, TensorSpec
+
+CEILINGS = Ceilings(read_gb_per_s=1.0, tflops={"float32": 1.0})  # 1000 bytes, or 1e6 operations, a microsecond
+
+
+def mm(m: int, k: int, n: int) -> Problem:
+    specs = (TensorSpec.contiguous((m, k), "float32"), TensorSpec.contiguous((k, n), "float32"))
+    return Problem(op="mm", inputs=specs, device="cpu", constants=(1,))
+
+
+def scenario(name: str, step_us: float, *calls: tuple[Problem, int, float]) -> CapturedScenario:
+    """calls: (problem, how often, microseconds each)."""
+    sites = [
+        Site(problem=p, name=f"{p.op}{i}", producers=("a", "b"), consumers=(f"c{i}",))
+        for p, count, _ in calls
+        for i in range(count)
+    ]
+    return CapturedScenario(
+        scenario=name,
+        step_us=step_us,
+        step_spread_us=0,
+        kernel_us=0,
+        sites=tuple(sites),
+        call_us={p.key: us for p, _, us in calls},
+        graph="",
+        compile_s=0,
+    )
+
+
+def test_equal_problems_of_a_scenario_are_one_hotspot() -> None:
+    problem = mm(1, 100, 100)  # 40,000 bytes of weight, 400 in, 400 out
+    (hotspot,) = rank([scenario("s", 1000, (problem, 3, 100))], CEILINGS)
+    assert (hotspot.num_calls, hotspot.time_us) == (3, 300)
+    assert hotspot.share == pytest.approx(0.3)
+    assert hotspot.weight == pytest.approx(0.3)
+    assert hotspot.roofline_us == pytest.approx(3 * 40.8)
+    assert hotspot.sites == ("mm0", "mm1", "mm2")
+    assert (hotspot.producers, hotspot.consumers) == (("a", "b"), ("c0", "c1", "c2"))
+
+
+def test_every_scenario_weighs_the_same() -> None:
+    problem = mm(1, 100, 100)
+    hotspots = rank([scenario("slow", 10_000, (problem, 1, 5000)), scenario("fast", 100, (problem, 1, 50))], CEILINGS)
+    assert {h.scenario: h.weight for h in hotspots} == {"slow": 0.25, "fast": 0.25}
+
+
+def test_the_order_is_what_could_be_gained_not_what_takes_long() -> None:
+    large, small = mm(1, 500, 100), mm(1, 10, 10)  # 202 us and 0.5 us at least
+    hotspots = rank([scenario("s", 1000, (large, 1, 220), (small, 1, 100))], CEILINGS)
+    assert [h.problem for h in hotspots] == [small, large]
+    assert hotspots[0].attainable_gain > hotspots[1].attainable_gain
+
+
+def test_operations_bound_what_bytes_do_not() -> None:
+    problem = mm(1000, 1000, 1000)
+    (hotspot,) = rank([scenario("s", 1e6, (problem, 1, 1e5))], Ceilings(read_gb_per_s=1e6, tflops={"float32": 1.0}))
+    assert hotspot.roofline_us == pytest.approx(2000)
+
+
+def test_a_model_that_fits_a_cache_is_held_against_the_cache() -> None:
+    ceilings = Ceilings(read_gb_per_s=1.0, tflops={"float32": 1.0}, cache_gb_per_s=10.0, cache_bytes=1 << 20)
+    small = rank([scenario("s", 1000, (mm(1, 100, 100), 2, 100))], ceilings)
+    large = rank([scenario("s", 1000, (mm(1, 2000, 1000), 2, 100))], ceilings)
+    assert small[0].roofline_us == pytest.approx(2 * 4.08)
+    assert large[0].roofline_us == pytest.approx(2 * 8012)
