@@ -127,15 +127,16 @@ def _disjoint_columns(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dim() != 2 or b.dim() != 2 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return False
     if a.shape[0] == 1 and b.shape[0] == 1:
-        width = max(a.storage_offset() + a.shape[1], b.storage_offset() + b.shape[1])
+        width = int(max(a.storage_offset() + a.shape[1], b.storage_offset() + b.shape[1]))
     elif a.stride(0) != b.stride(0) or a.shape[0] != b.shape[0]:
         return False
     else:
         width = a.stride(0)
     if a.stride(1) != 1 or b.stride(1) != 1:
         return False
-    left, right = sorted((x.storage_offset() % width, x.shape[1]) for x in (a, b))
-    same_rows = a.storage_offset() // width == b.storage_offset() // width
+    offsets = [int(x.storage_offset()) for x in (a, b)]
+    left, right = sorted((offset % width, x.shape[1]) for offset, x in zip(offsets, (a, b), strict=True))
+    same_rows = offsets[0] // width == offsets[1] // width
     return same_rows and left[0] + left[1] <= right[0] and right[0] + right[1] <= width
 
 

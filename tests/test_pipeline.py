@@ -1,0 +1,209 @@
+"""The whole flow for real: Ray or child processes, Optuna and MLflow on SQLite, real compilers, a real (small) model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autokernel.config import load_experiment
+from autokernel.errors import ConfigError
+from autokernel.events import Confirmed, Evaluated, Event, Exported, Proved, RunFinished, RunStarted, StageFinished
+from autokernel.export.bundle import read_bundle
+from autokernel.pipeline import STAGES, RunOutcome, new_run_id, resolve_device, run
+from autokernel.records import Status
+from autokernel.tracking.journal import find_runs, read_journal
+
+DATA = Path(__file__).parent / "data"
+EXPERIMENT = DATA / "gated.yaml"
+
+
+class Listener:
+    """Keeps every event."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def record(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        """Nothing to flush."""
+
+    def of(self, kind: type) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def check_consistent(outcome: RunOutcome, listener: Listener) -> None:
+    """What must hold of any run, whatever it found."""
+    written = read_journal(outcome.folder)
+    kept = [event for event in listener.events if type(event).__name__ != "StageProgress"]
+    assert written == kept
+    assert [event.stage for event in listener.of(StageFinished)][:3] == ["profile", "search", "confirm"]
+    assert listener.of(RunFinished)[0].outcome == outcome.outcome
+    assert outcome.bundle is not None
+    bundle = read_bundle(outcome.bundle)
+    (exported,) = listener.of(Exported)
+    assert exported.digest == bundle.digest
+    assert exported.stock == bundle.stock == (outcome.outcome == "stock")
+    accepted = {event.problem_key for event in listener.of(Confirmed) if event.accepted}
+    assert {entry.key for entry in bundle.entries} <= accepted
+    assert bundle.results["scenarios"]
+    assert all(scenario["passed"] for scenario in bundle.results["scenarios"])
+    for entry in bundle.entries:
+        assert entry.speedup is not None
+        assert entry.speedup.low > 1
+    if not bundle.stock:
+        (proved,) = listener.of(Proved)
+        assert proved.passed
+        assert proved.num_benchmarks == 0
+        assert proved.num_hits == proved.num_entries
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_run_from_end_to_end_with_ray_optuna_and_mlflow(tmp_path: Path) -> None:
+    import mlflow
+    import optuna
+
+    listener = Listener()
+    outcome = run(EXPERIMENT, overrides=("cluster.address=local",), runs_folder=tmp_path / "runs", recorders=[listener])
+    assert outcome.outcome in ("won", "stock")
+    check_consistent(outcome, listener)
+
+    evaluated = listener.of(Evaluated)
+    assert len({event.evaluation.candidate.id for event in evaluated}) == len(evaluated)
+    assert any(event.evaluation.status is Status.OK for event in evaluated)
+    studies = optuna.get_all_study_names(f"sqlite:///{outcome.folder / 'optuna.db'}")
+    assert {name.split(" ", 1)[0] for name in studies} == {outcome.folder.name}
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name.startswith("gated")]
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    kinds = Counter(item.data.tags["ak.kind"] for item in runs)
+    assert kinds["campaign"] == 1
+    assert kinds["hotspot"] > 1
+    assert kinds["trial"] >= len([e for e in evaluated if e.evaluation.status is Status.OK])
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "autokernel", "run", str(EXPERIMENT), "--runs", str(tmp_path)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = _wait_for_evaluations(tmp_path, 3, driver)
+    driver.kill()
+    driver.wait()
+    before = _ids(folder)
+
+    listener = Listener()
+    outcome = run(EXPERIMENT, runs_folder=tmp_path, recorders=[listener])
+    assert outcome.folder == folder.resolve()
+    assert listener.of(RunStarted)[0].resumed
+    assert not before & {event.evaluation.candidate.id for event in listener.of(Evaluated)}
+    assert max(Counter(_all_ids(folder)).values()) == 1
+    assert "profile" not in [event.stage for event in listener.of(StageFinished)]
+    # a finished run is not resumed: the next one is new
+    assert run(EXPERIMENT, runs_folder=tmp_path, until="profile").folder != outcome.folder
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_cleanly_and_says_how_to_resume(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "autokernel", "run", str(EXPERIMENT), "--runs", str(tmp_path)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = _wait_for_evaluations(tmp_path, 1, driver)
+    os.kill(driver.pid, signal.SIGINT)
+    start = time.monotonic()
+    _, stderr = driver.communicate(timeout=60)
+    assert driver.returncode == 130, stderr
+    assert time.monotonic() - start < 30
+    assert "autokernel run" in stderr
+    assert "Traceback" not in stderr
+    finished = [event for event in read_journal(folder) if isinstance(event, RunFinished)]
+    assert finished[-1].outcome == "interrupted"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_node_that_dies_in_mid_search_changes_nothing(tmp_path: Path) -> None:
+    """Two emulated nodes, two candidates per problem; one node is killed while it works."""
+    from ray.cluster_utils import Cluster
+
+    overrides = (f"search.spaces={DATA / 'spaces'}", "validation.min_gain=0", "search.min_weight=0.02", "search.trials=40")
+    quiet = Listener()
+    alone = run(EXPERIMENT, overrides=overrides, runs_folder=tmp_path / "alone", recorders=[quiet], until="search")
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+
+    class Killer(Listener):
+        def record(self, event: Event) -> None:
+            super().record(event)
+            if isinstance(event, Evaluated) and len(self.of(Evaluated)) == 2:
+                cluster.remove_node(nodes[1], allow_graceful=False)
+
+    killer = Killer()
+    try:
+        on_cluster = (*overrides, f"cluster.address={cluster.address}")
+        outcome = run(EXPERIMENT, overrides=on_cluster, runs_folder=tmp_path / "cluster", recorders=[killer])
+    finally:
+        import ray
+
+        ray.shutdown()
+        cluster.shutdown()
+    check_consistent(outcome, killer)
+    done = {e.evaluation.candidate.id for e in killer.of(Evaluated) if e.evaluation.status is Status.OK}
+    assert done == {e.evaluation.candidate.id for e in quiet.of(Evaluated) if e.evaluation.status is Status.OK}
+    assert alone.outcome == "stopped"
+
+
+def test_every_stage_can_be_the_last(tmp_path: Path) -> None:
+    assert STAGES[0] == "profile"
+    outcome = run(EXPERIMENT, runs_folder=tmp_path, until="profile")
+    assert outcome.outcome == "stopped"
+    assert outcome.bundle is None
+    listener = Listener()
+    run(EXPERIMENT, runs_folder=tmp_path, until="profile", recorders=[listener])
+    assert listener.of(RunStarted)[0].resumed, "the same experiment goes on in the same folder"
+    assert not listener.of(StageFinished), "and does not profile again"
+    other = run(EXPERIMENT, runs_folder=tmp_path, until="profile", fresh=True)
+    assert other.folder != outcome.folder
+
+
+def test_a_gpu_that_is_not_there_is_wrong_input() -> None:
+    loaded = load_experiment(EXPERIMENT, ("device=cuda",))
+    with pytest.raises(ConfigError, match=r"device: cuda, but torch .* sees no GPU here; install"):
+        resolve_device(loaded)
+
+
+def test_run_ids_sort_by_time_and_differ() -> None:
+    ids = [new_run_id() for _ in range(50)]
+    assert len(set(ids)) == 50
+    assert sorted(i[:15] for i in ids) == [i[:15] for i in ids]
+
+
+def _wait_for_evaluations(runs_folder: Path, count: int, driver: subprocess.Popen[Any]) -> Path:
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        assert driver.poll() is None, "the driver ended before it could be stopped"
+        folders = list(find_runs(runs_folder, "gated")) if (runs_folder / "gated").is_dir() else []
+        if folders and len(_all_ids(folders[0])) >= count:
+            return Path(folders[0])
+        time.sleep(0.1)
+    raise AssertionError("no evaluation within four minutes")
+
+
+def _all_ids(folder: Path) -> list[str]:
+    if not (folder / "journal.jsonl").exists():
+        return []
+    return [event.evaluation.candidate.id for event in read_journal(folder) if isinstance(event, Evaluated)]
+
+
+def _ids(folder: Path) -> set[str]:
+    return set(_all_ids(folder))
