@@ -180,7 +180,6 @@ class Checker:
             self._judge_change(previous_call, previous, probe, outputs)
             previous_call, previous = probe, outputs
         elsewhere = call.contents(self._problem)  # while the old buffers are still there, so at other addresses
-        _wipe(buffers)
         outputs = self._run(call, elsewhere, poison.NAN_BYTE, earlier=previous)
         if outputs is not None:
             self._judge_all("fresh_buffers", call, outputs)
@@ -331,9 +330,3 @@ def _refill(buffers: Contents, contents: Contents) -> None:
     for old, new in zip(buffers, contents, strict=True):
         for x, y in zip(old, new, strict=True):
             bytes_of(x).copy_(bytes_of(y))
-
-
-def _wipe(buffers: Contents) -> None:
-    for copy in buffers:
-        for x in copy:
-            bytes_of(x).fill_(poison.NAN_BYTE)

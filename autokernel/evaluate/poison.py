@@ -20,6 +20,8 @@ _M_PERTURB = -6
 # float format 0x7F repeated is huge or NaN. 0xFF repeated is NaN in every float format.
 PERTURB_BYTES = (0x7F, 0x5A)
 NAN_BYTE = 0xFF
+# An allocator has several free blocks that fit; filling a few more than needed makes it likely that all of them are.
+_SPARE_BLOCKS, _SPARE_LIMIT_BYTES = 4, 64 << 20
 _WORKSPACE_BYTES = (4 << 10, 64 << 10, 1 << 20, 16 << 20)
 
 
@@ -64,7 +66,8 @@ def fill_and_free(device: str, byte: int, sizes: Sequence[int]) -> None:
     """Leave blocks of these sizes (and of usual workspaces' sizes on a GPU) filled with `byte` in the allocator's hands."""
     import torch
 
-    wanted = [*sizes, *(_WORKSPACE_BYTES if device == "cuda" else ())]
+    spare = _SPARE_BLOCKS if sum(sizes) < _SPARE_LIMIT_BYTES else 1
+    wanted = [*sizes] * spare + [*(_WORKSPACE_BYTES if device == "cuda" else ())]
     blocks = [torch.full((size,), byte, dtype=torch.uint8, device=device) for size in wanted if size]
     if device == "cuda":
         torch.cuda.synchronize()

@@ -35,7 +35,7 @@ def raising(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no such instruction")
 
 
-KERNELS = {"slow": delayed(1200), "strong": delayed(600), "fast": delayed(300), "broken": broken, "raising": raising}
+KERNELS = {"slow": delayed(1200), "strong": delayed(600), "fast": delayed(150), "broken": broken, "raising": raising}
 
 
 @pytest.fixture
@@ -58,11 +58,11 @@ def test_speedup_is_over_the_strongest_baseline(candidate: Any) -> None:
     assert result.baseline == candidate("strong")
     assert [c.candidate.config["kernel"] for c in result.baselines] == ["slow", "strong"]
     fast, slow, equal = result.finalists
-    assert fast.speedup.ratio == pytest.approx(2, rel=0.15)
-    assert fast.speedup.low > 1.5
-    assert slow.speedup.ratio == pytest.approx(0.5, rel=0.15)
-    assert equal.speedup.low < 1.1
-    assert fast.measurement.median_us == pytest.approx(300, rel=0.3)
+    # 4, 0.5 and 1 on a quiet machine; intervals are wide on a busy one
+    assert fast.speedup.ratio > 2
+    assert slow.speedup.ratio < 0.8
+    assert equal.speedup.low < 1.2
+    assert 150 <= fast.measurement.median_us < 600
     assert fast.measurement.regime.endswith("interleaved")
     assert fast.verdict.passed
     assert "repeat_fresh" in {check.name for check in fast.verdict.checks}

@@ -164,12 +164,21 @@ def test_audit_puts_the_contents_back(linear: Any, ops: Any, wrap: Any) -> None:
     assert 0 < audited.value < 1
 
 
+def test_nan_swallowed_after_timing_is_caught(linear: Any, ops: Any, wrap: Any) -> None:
+    problem = linear()
+    constants = make_constants(problem, 1, 7)
+    kernel = lambda x, w: torch.nan_to_num(linear_of(x, w), nan=0.0)  # noqa: E731
+    checker = Checker(problem, wrap(problem, constants, kernel), constants, expect(ops["linear"], problem, constants, seed=1))
+    checker.after_timing()
+    assert [c.name for c in checker.verdict().failures] == ["repeat_fresh"]
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc's mallopt")
 def test_allocator_poison_covers_fresh_and_freed_memory_and_ends() -> None:
     assert poison.can_perturb()
     for byte in poison.PERTURB_BYTES:
         with poison.poisoned("cpu", byte, []):
-            for size in (5, 300, 70_000, 3_000_000):
+            for size in (2_000, 70_000, 3_000_000):  # smaller ones hold the allocator's own links
                 assert int((torch.empty(size, dtype=torch.uint8) != byte).sum()) == 0
                 assert int(poison.looks_poisoned(torch.empty(size), byte).sum()) == size
     # Scalars only: pytest would print every element of a tensor in a failed assertion.

@@ -13,6 +13,7 @@ from autokernel.evaluate.statistics import (
     paired_speedup,
     running_median,
 )
+from autokernel.records import Speedup
 
 
 def test_median_and_interquartile_range() -> None:
@@ -44,8 +45,16 @@ def test_equal_contenders_are_not_faster() -> None:
     times = rng.lognormal(0, 0.1, (2, 41))
     speedup = paired_speedup(times[0], times[1], seed=0)
     assert not is_faster(speedup, 0.02)
+    assert not is_faster(Speedup(ratio=1.1, low=1.01, high=1.2, num_rounds=9), 0.02)  # the lower bound counts
     assert is_faster(paired_speedup(times[0], times[0] / 1.5, seed=0), 0.02)
     assert not is_faster(paired_speedup(times[0], times[0] / 1.5, seed=0), 0.5)
+
+
+def test_a_disturbed_round_does_not_move_the_interval() -> None:
+    baseline, contender = np.full(21, 2.0), np.full(21, 1.0)
+    baseline[3] = 200.0
+    speedup = paired_speedup(baseline, contender, seed=0)
+    assert (speedup.low, speedup.ratio, speedup.high) == (2.0, 2.0, 2.0)
 
 
 def test_same_seed_same_interval() -> None:
