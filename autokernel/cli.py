@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows "?" for "×" instead of failing
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends stops as cleanly as Ctrl-C
     try:
         app()
     except KeyboardInterrupt:

@@ -200,7 +200,7 @@ def test_a_run_shows_progress_on_stderr_and_results_on_stdout(
     monkeypatch.setattr(pipeline, "run", replaying())
     done = call("run", experiment, "--runs", runs)
     assert done.exit_code == 0, done.output
-    assert "new best" in done.stderr or "1.52× stock" in done.stderr
+    assert "561.5 us, 1.52× stock" in done.stderr
     assert "1.50× [1.47, 1.53]  won" in done.stdout
     assert "End to end" in done.stdout
     assert f"autokernel ui --runs {runs}" in done.stdout
@@ -320,6 +320,30 @@ def test_ctrl_c_stops_a_real_run_and_the_next_one_resumes_it(experiment: Path, r
     assert shown["outcome"] == "interrupted"
     plan = json.loads(call("run", experiment, "--runs", runs, "--dry-run", "--json").stdout)
     assert plan["resumes"]["folder"] == shown["folder"]
+
+
+SLEEPING = """
+import time
+from autokernel import pipeline
+from autokernel.cli import main
+def run(*words, **named):
+    print("READY", flush=True)
+    time.sleep(60)
+pipeline.run = run
+main()
+"""
+
+
+def test_a_schedulers_signal_stops_as_cleanly_as_ctrl_c(experiment: Path) -> None:
+    command = [sys.executable, "-c", SLEEPING, "run", str(experiment)]
+    env = {**os.environ, "PYTHONPATH": str(Path(autokernel.__file__).parent.parent)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "READY\n"
+        running.terminate()
+        _, err = running.communicate(timeout=20)
+    assert running.returncode == 130
+    assert err == f"Interrupted; this goes on from here: autokernel run {experiment}\n"
 
 
 def test_a_runs_folder_that_cannot_be_written_exits_with_1(experiment: Path, tmp_path: Path) -> None:

@@ -38,11 +38,11 @@ def verify_view(report: VerifyReport) -> RenderableType:
         parts.append(shown)
     if report.scenarios:
         parts.append(scenario_table(report.scenarios))
-    holding = sum(entry.holds for entry in report.entries)
-    count = f"{holding} of {len(report.entries)} entries hold"
+    count = f": {sum(entry.holds for entry in report.entries)} of {len(report.entries)} entries hold" if report.entries else ""
+    slower = [result.scenario for result in report.scenarios if not result.passed]
+    also = f"; slower than stock: {', '.join(slower)}" if slower else ""
     if report.passed:
-        sentence = "The bundle holds" if report.entries else "The bundle holds: it has no entries and no scenario is slower"
-        parts.append(Text(f"{sentence}{f': {count}' if report.entries else ''}.", "bold green"))
+        parts.append(Text(f"The bundle holds{count or ': it has no entries, and no scenario is slower'}.", "bold green"))
     else:
-        parts.append(Text(f"The bundle does not hold here: {count}; tune again on this machine.", "bold red"))
+        parts.append(Text(f"The bundle does not hold here{count}{also}; tune again on this machine.", "bold red"))
     return spaced(parts)
