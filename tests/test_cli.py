@@ -309,7 +309,7 @@ def test_ctrl_c_stops_a_real_run_and_the_next_one_resumes_it(experiment: Path, r
         while not (experiment.parent / "started").exists() and time.monotonic() < deadline and running.poll() is None:
             time.sleep(0.05)
         running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=30)
+        out, err = running.communicate(timeout=120)
     finally:
         running.kill()
     assert running.returncode == 130, err
