@@ -192,11 +192,14 @@ def ui(
     """Open MLflow's user interface on the recorded runs. Ctrl-C ends it."""
     with _command(verbose) as (terminal, _):
         from autokernel.display.lookup import tracking_of_newest
+        from autokernel.tracking.mlflow_writer import sync_runs
         from autokernel.tracking.ui import find_experiment, open_ui
 
         uri, name = tracking_of_newest(runs)
         with terminal.console.status("Starting MLflow ..."):
             stack = contextlib.ExitStack()
+            if not (tracking or uri).startswith("http"):
+                sync_runs(runs, tracking or uri)  # what a killed run, or a server that was away, did not get
             opened = stack.enter_context(open_ui(tracking or uri, host, port))
         with stack:
             experiment_id = find_experiment(tracking or uri, name) if name else None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import os
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from autokernel.tracking.state import RunState, find_resumable
 
 log = logging.getLogger(__name__)
 
+_PATIENCE_WHEN_INTERRUPTED_S = 3.0  # for MLflow; the journal has everything
 STAGES = ("profile", "search", "confirm", "graph", "validate", "export", "prove")
 
 
@@ -126,7 +125,8 @@ def open_run(
 ) -> Iterator[RunContext]:
     """A run's folder, journal, mirror and pool; and an end to all of them, whatever happens."""
     from autokernel.tracking.history import earlier_runs
-    from autokernel.tracking.journal import Journal
+    from autokernel.tracking.journal import Journal, new_run_id, run_folder
+    from autokernel.tracking.mlflow_mirror import MlflowMirror
     from autokernel.workers.pool import open_pool
 
     experiment = loaded.experiment
@@ -138,14 +138,15 @@ def open_run(
     if found is not None:
         folder, state = found
     else:
-        folder = runs_folder / experiment.name / new_run_id()
+        folder = run_folder(runs_folder, experiment.name, new_run_id())
     folder = folder.resolve()
     environment = current_environment(device, threads)
     if state is not None and state.started.environment.digest != environment.digest:
         log.warning("the unfinished run %s was made on another machine or with other versions: starting anew", folder.name)
-        folder, state = (runs_folder / experiment.name / new_run_id()).resolve(), None
+        folder, state = run_folder(runs_folder, experiment.name, new_run_id()).resolve(), None
     journal = Journal(folder)
-    all_recorders: list[Recorder] = [journal, *_mirrors(loaded, folder), *recorders]
+    mirror = MlflowMirror(folder, experiment.tracking)
+    all_recorders: list[Recorder] = [journal, mirror, *recorders]
     started = time.monotonic()
     emit = [r.record for r in all_recorders]
     event = RunStarted(
@@ -187,6 +188,7 @@ def open_run(
         finally:
             pool.close()
     except KeyboardInterrupt:
+        mirror.patience_s = _PATIENCE_WHEN_INTERRUPTED_S
         _end(all_recorders, "interrupted", "interrupted; the same command resumes it", started)
         raise
     except AutokernelError as error:
@@ -206,21 +208,10 @@ def _end(recorders: Sequence[Recorder], outcome: str, message: str, started: flo
             log.warning("%s", error)
 
 
-def _mirrors(loaded: LoadedExperiment, folder: Path) -> list[Recorder]:
-    from autokernel.tracking.mlflow_mirror import MlflowMirror
-
-    return [MlflowMirror(folder, loaded.experiment.tracking)]
-
-
 def _git_commit(loaded: LoadedExperiment) -> str:
     from autokernel.stages.production import git_commit
 
     return git_commit(loaded.path.parent)
-
-
-def new_run_id() -> str:
-    """Sorts by time, and differs between two runs of one second."""
-    return datetime.datetime.now().strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
 
 
 def resolve_device(loaded: LoadedExperiment) -> str:

@@ -112,8 +112,8 @@ def _typed(hint: Any, value: Any) -> Any:
         return hint(value)
     if hint is float and value is not None:
         return float(value)
-    if origin is not None and issubclass(origin, Mapping):
-        return dict(value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {key: _typed(args[1], item) for key, item in value.items()} if len(args) == 2 else dict(value)
     return value
 
 

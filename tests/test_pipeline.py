@@ -17,9 +17,9 @@ from autokernel.config import load_experiment
 from autokernel.errors import ConfigError
 from autokernel.events import Confirmed, Evaluated, Event, Exported, Proved, RunFinished, RunStarted, StageFinished
 from autokernel.export.bundle import read_bundle
-from autokernel.pipeline import STAGES, RunOutcome, new_run_id, resolve_device, run
+from autokernel.pipeline import STAGES, RunOutcome, resolve_device, run
 from autokernel.records import Status
-from autokernel.tracking.journal import find_runs, read_journal
+from autokernel.tracking.journal import find_runs, new_run_id, read_journal
 
 DATA = Path(__file__).parent / "data"
 EXPERIMENT = DATA / "gated.yaml"

@@ -88,6 +88,7 @@ class RunContext:
 
 
 def close_all(recorders: Iterable[Recorder]) -> None:
-    """Close in reverse order, so that mirrors are flushed while the journal is still open."""
-    for recorder in reversed(list(recorders)):
+    """Displays first (they may say what is still waited for), then the journal, then its mirror, which reads it to the end."""
+    journal, mirror, *others = recorders
+    for recorder in (*others, journal, mirror):
         recorder.close()

@@ -176,4 +176,4 @@ def _time(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -> dict
     for timing in timings:
         if BUNDLE in timing.failures:
             raise WorkerError(f"scenario {timing.scenario} does not run with the bundle: {timing.failures[BUNDLE]}")
-    return {timing.scenario: scenario_result(timing) for timing in timings}
+    return {timing.scenario: scenario_result(timing, bundle.stock) for timing in timings}

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
-from autokernel.evaluate.roofline import Ceilings, measure_ceilings
+from autokernel.evaluate.roofline import MeasureCeilings
 from autokernel.evaluate.timing import pin_threads
 from autokernel.events import Profiled
 from autokernel.stages.context import RunContext
-from autokernel.workers.device_lock import device_lock
 
 if TYPE_CHECKING:
     from autokernel.profiling.capture import CapturedScenario
@@ -20,20 +19,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 900
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasureCeilings:
-    """Job: the machine's read bandwidth and peak arithmetic."""
-
-    device: str
-    threads: int
-    dtype: str
-
-    def __call__(self) -> Ceilings:
-        with device_lock(self.device, exclusive=True):
-            dtypes = dict.fromkeys(("float32", self.dtype))
-            return measure_ceilings(self.device, self.threads, tuple(dtypes), budget_s=2.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +53,7 @@ def profile(context: RunContext) -> Profiled:
 
     experiment = context.experiment
     with context.stage("profile", total=len(experiment.scenarios) + 1):
-        dtype = experiment.model.dtype
+        dtypes = tuple(dict.fromkeys(("float32", experiment.model.dtype)))
         jobs: list[tuple[str, Callable[[], Any]]] = [
             (
                 f"scenario {name}",
@@ -78,7 +63,7 @@ def profile(context: RunContext) -> Profiled:
             )
             for name in experiment.scenarios
         ]
-        jobs.append(("ceilings", MeasureCeilings(device=context.device, threads=context.threads, dtype=dtype)))
+        jobs.append(("ceilings", MeasureCeilings(device=context.device, threads=context.threads, dtypes=dtypes)))
         *captured, ceilings = context.run_all("profile", jobs, _TIMEOUT_S)
         profiled = Profiled(
             hotspots=rank(captured, ceilings),

@@ -23,6 +23,7 @@ from autokernel.search.space_file import load_space
 from autokernel.search.tuner import Proposal, Tuner
 from autokernel.stages.context import RunContext
 from autokernel.tracking.history import ok_evaluations
+from autokernel.tracking.mlflow_env import with_driver
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def open_hunts(context: RunContext, profiled: Profiled) -> dict[str, Hunt]:
             problem=hotspot.problem,
             spaces=spaces[key],
             names=names[key],
-            storage=context.experiment.storage or f"sqlite:///{context.folder / 'optuna.db'}",
+            storage=with_driver(context.experiment.storage or f"sqlite:///{context.folder / 'optuna.db'}"),
             study_name=f"{context.run_id} {key}",
             sampler=settings.sampler,
             seed=context.seed,

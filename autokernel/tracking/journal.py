@@ -7,7 +7,6 @@ runs/<experiment>/<run_id>/journal.jsonl   the events
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import errno
 import fcntl
@@ -16,10 +15,9 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from autokernel.errors import StorageError
 from autokernel.events import (
@@ -27,14 +25,12 @@ from autokernel.events import (
     Evaluated,
     Event,
     Exported,
-    GraphTrial,
     RunFinished,
     RunStarted,
     StageProgress,
     event_from_json,
     event_to_json,
 )
-from autokernel.records import Speedup
 
 logger = logging.getLogger(__name__)
 
@@ -251,22 +247,13 @@ def parse_line(line: bytes, path: Path, number: int) -> Entry:
         if not isinstance(data, dict) or "time" not in data:
             raise ValueError("not an event with a time")
         time = datetime.datetime.fromisoformat(data.pop("time"))
-        return Entry(time=time, event=_typed(event_from_json(data)))
+        return Entry(time=time, event=event_from_json(data))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StorageError(
             f"{path}:{number}: a journal holds one event per line, and this line is none ({error}). It was edited or "
             f"damaged, or written by another version of autokernel: restore the file, or cut it off before line {number} "
             f"(`head -n {number - 1}`) to resume from there, or start over with --fresh"
         ) from None
-
-
-def _typed(event: Event) -> Event:
-    """Values of a mapping of records come back from JSON as plain dictionaries: make them records again."""
-    if isinstance(event, GraphTrial):
-        speedups: Mapping[str, Any] = event.speedups
-        revived = {k: v if isinstance(v, Speedup) else Speedup.from_json(v) for k, v in speedups.items()}
-        return dataclasses.replace(event, speedups=revived)
-    return event
 
 
 def read_journal(path: Path | str) -> list[Event]:

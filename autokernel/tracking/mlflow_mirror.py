@@ -38,7 +38,7 @@ class MlflowMirror:
         self.tracking_uri = tracking_uri or default_tracking_uri(self.run_folder.parent.parent)
         self.experiment_id: str | None = None  # MLflow's, once it is known
         self.complete: bool | None = None  # after `close`: whether MLflow has everything
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._child: subprocess.Popen[bytes] | None = None
         self._unread = b""
         self._warned = False
@@ -60,10 +60,10 @@ class MlflowMirror:
             child.stdin.close()
         except OSError as error:
             logger.debug("the MLflow mirror is gone already: %s", error)
-        deadline = time.monotonic() + self._patience_s
+        deadline = time.monotonic() + self.patience_s
         while child.poll() is None and time.monotonic() < deadline:
             if self._listen():
-                deadline = time.monotonic() + self._patience_s
+                deadline = time.monotonic() + self.patience_s
             time.sleep(0.02)
         if child.poll() is None:
             child.kill()

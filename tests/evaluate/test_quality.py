@@ -104,8 +104,8 @@ def test_accumulating_in_bf16_fails(trio: Callable[[Run], Trio], model: nn.Modul
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             total = torch.zeros(*x.shape[:-1], self.weight.shape[0], dtype=x.dtype)
-            for start in range(0, x.shape[-1], 8):
-                total = total + x[..., start : start + 8] @ self.weight[:, start : start + 8].t()
+            for start in range(0, x.shape[-1], 2):
+                total = total + x[..., start : start + 2] @ self.weight[:, start : start + 2].t()
             return total
 
     def change(other: Any) -> None:
