@@ -19,7 +19,7 @@ from torch._inductor.compile_fx import compile_fx
 from autokernel.environment import current_environment
 from autokernel.errors import BundleError
 from autokernel.export.bundle import Bundle, read_bundle
-from autokernel.export.freezing import FrozenGraph, freeze_inputs, weights_to_freeze
+from autokernel.export.freezing import FrozenGraph, freeze_inputs, needs_constant, weights_to_freeze
 from autokernel.export.passes import MergePass, SitePass
 from autokernel.export.pins import install
 from autokernel.export.plan import Plan, Usage, mismatch
@@ -97,6 +97,10 @@ def inductor_options(plan: Plan, *, frozen: bool) -> dict[str, Any]:
         "post_grad_custom_pre_pass": SitePass(plan),
         "lookup_table.table": {"autokernel": [{"digest": plan.digest}]},
     }
+    if any(entry.config.get("template") and not needs_constant(entry) for entry in plan.bundle.entries):
+        # what comes from the cache is the right code, but nobody could count that the entry is in it (graphs with packed
+        # weights are never cached)
+        options["fx_graph_cache"] = False
     if frozen:
         options["freezing"] = True
         options["cpp.weight_prepack"] = True

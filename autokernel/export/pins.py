@@ -16,6 +16,8 @@ from autokernel.export.bundle import Entry
 from autokernel.export.matching import Gemm
 from autokernel.export.plan import Plan
 
+CPP_TEMPLATES = ("cpp_gemm", "cpp_bmm")  # of one product, and of a batch of them
+
 
 def current_plan() -> Plan | None:
     """The plan of the compilation that runs in this thread, None for everybody else's compilations."""
@@ -48,7 +50,7 @@ def pin(choices: list[Any]) -> list[Any]:
     if entry is None and gemm is not None and not gemm.bias:
         # MKL's packed GEMM adds the bias behind the template
         entry = plan.find_or_merged(replace(gemm, bias=True))
-    if entry is None or entry.config.get("template") != "cpp_gemm":
+    if entry is None or entry.config.get("template") not in CPP_TEMPLATES:
         return stock
     try:
         set_blocking(templates[0].template, entry)
@@ -60,7 +62,8 @@ def pin(choices: list[Any]) -> list[Any]:
 
 
 def _is_cpp_gemm(choice: Any) -> bool:
-    """Whether a choice is an instance of Inductor's C++ GEMM template (callers come wrapped: look at what they build)."""
+    """Whether a choice is an instance of Inductor's C++ GEMM template (callers come wrapped: look at what they build); that of
+    batches is a kind of it."""
     from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate
 
     return isinstance(getattr(choice, "template", None), CppGemmTemplate)

@@ -109,6 +109,17 @@ def test_bf16_layers_group_in_one_template() -> None:
     assert [usage.hits for usage in backend.usage().values()] == [1]
 
 
+def test_batches_use_their_template_however_often_they_are_compiled() -> None:
+    problem = Problem(op="bmm", inputs=(spec(4, 32, K), spec(4, K, 48)), device="cpu")
+    left, right = torch.randn(4, 32, K), torch.randn(4, K, 48)
+    for _ in range(2):
+        torch.compiler.reset()
+        backend = autokernel.backend(bundle_of(entry(problem, "inductor", template="cpp_bmm")))
+        product = torch.compile(torch.bmm, backend=backend)(left, right)
+        torch.testing.assert_close(product, torch.bmm(left, right), rtol=1e-4, atol=1e-5)
+        assert next(iter(backend.usage().values())).hits == 1
+
+
 def test_thread_factors_and_blocks_reach_the_generated_code() -> None:
     threads = torch.get_num_threads()
     config = {"template": "cpp_gemm", "threads_m": 1, "threads_n": threads, "threads_k": 1}
