@@ -1,0 +1,321 @@
+"""Does the production path hold on another version of torch? Every way an entry can be used, checked in fresh processes.
+
+    python benchmarks/torch_versions.py                          # with the torch that is installed here
+    python benchmarks/torch_versions.py --install 2.11.0 2.15.0  # in a virtual environment for each version
+
+Needs torch and numpy alone: the bundles are made by hand, for a model of three layers. Prints one line per check and, at the
+end, one line of JSON per version. `--find-links` names a folder with wheels, `--keep` a folder for the environments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import venv
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+import autokernel
+from autokernel.environment import current_environment
+from autokernel.export.bundle import Bundle, Entry, read_bundle, write_bundle
+from autokernel.records import Problem, TensorSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+M, K, HIDDEN = 16, 64, 96
+
+
+class Gated(torch.nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(K, HIDDEN, bias=bias)
+        self.up = torch.nn.Linear(K, HIDDEN, bias=bias)
+        self.down = torch.nn.Linear(HIDDEN, K)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def spec(*shape: int) -> TensorSpec:
+    return TensorSpec.contiguous(shape, "float32")
+
+
+def weight(k: int, n: int) -> TensorSpec:
+    return TensorSpec(shape=(k, n), dtype="float32", stride=(1, k))
+
+
+GATE = Problem(op="mm", inputs=(spec(M, K), weight(K, HIDDEN)), device="cpu", constants=(1,))
+DOWN = Problem(op="addmm", inputs=(spec(K), spec(M, HIDDEN), weight(HIDDEN, K)), device="cpu", constants=(0, 2))
+BOTH = Problem(op="merged_mm", inputs=(spec(M, K), weight(K, HIDDEN), weight(K, HIDDEN)), device="cpu", constants=(1, 2))
+BIASED = replace(BOTH, inputs=(*BOTH.inputs, spec(HIDDEN), spec(HIDDEN)), constants=(1, 2, 3, 4))
+
+
+def entry(problem: Problem, backend: str, **config: int | str | bool) -> Entry:
+    return Entry(problem=problem, backend=backend, config=config)
+
+
+def bundle_of(*entries: Entry, **options: int | str | bool) -> Bundle:
+    made = Bundle(name="t", created="", version="", environment=current_environment("cpu"), entries=entries)
+    return replace(made, graph_options=options)
+
+
+def bf16(problem: Problem) -> Problem:
+    return replace(problem, inputs=tuple(replace(s, dtype="bfloat16") for s in problem.inputs))
+
+
+def differs(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> str | None:
+    worst = (actual.double() - expected.double()).abs().max().item()
+    return None if worst <= tolerance else f"the output differs by {worst:.3g}"
+
+
+def serves(model: torch.nn.Module, *entries: Entry, hits: list[int], tolerance: float = 1e-4, **options: Any) -> str | None:
+    """Compile with these entries: right, hit as often as expected, nothing benchmarked."""
+    x = torch.randn(M, K, dtype=next(model.parameters()).dtype)
+    benchmarks = counters["inductor"]["select_algorithm_autotune"]
+    backend = autokernel.backend(bundle_of(*entries, **options))
+    wrong = differs(torch.compile(model, backend=backend, fullgraph=True)(x), model(x), tolerance)
+    counted = [usage.hits for usage in backend.usage().values()]
+    benchmarks = counters["inductor"]["select_algorithm_autotune"] - benchmarks
+    if wrong is None and counted != hits:
+        wrong = f"hits {counted}, not {hits}: {[usage.reasons for usage in backend.usage().values()]}"
+    return wrong or (f"{benchmarks} benchmarks" if benchmarks else None)
+
+
+def generated(model: torch.nn.Module, bundle: Bundle, x: torch.Tensor) -> str:
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=autokernel.backend(bundle))
+    return str(torch._inductor.utils.run_and_get_code(compiled, x)[1][0])
+
+
+def factors() -> str | None:
+    threads = torch.get_num_threads()
+    config = {"threads_m": 1, "threads_n": threads, "threads_k": 1, "block_m": 1, "block_n": 2, "block_k": 8}
+    tuned = bundle_of(entry(GATE, "inductor", template="cpp_gemm", **config))
+    plain = bundle_of(entry(GATE, "inductor", template="cpp_gemm"))
+    model, x = Gated(), torch.randn(M, K)
+    sources = [generated(model, bundle, x) for bundle in (tuned, plain)]
+    found = ["Kc_blocks = 8;" in source for source in sources]
+    return None if found == [True, False] else f"the entry's blocks in the generated code: {found}, not [True, False]"
+
+
+def changed_weights() -> str | None:
+    model, x = Gated(), torch.randn(M, K)
+    compiled = torch.compile(model, backend=autokernel.backend(bundle_of(entry(GATE, "aten", prepack=True))))
+    compiled(x)
+    model.gate.weight.mul_(-2)
+    wrong = differs(compiled(x), model(x))
+    model.up.weight = torch.nn.Parameter(torch.randn(HIDDEN, K))
+    return wrong or differs(compiled(x), model(x), 1e-3)
+
+
+def gradients() -> str | None:
+    model, x = Gated(), torch.randn(M, K)
+    backend = autokernel.backend(bundle_of(entry(GATE, "aten", prepack=True)))
+    with torch.enable_grad():
+        torch.compile(model, backend=backend)(x).sum().backward()
+    return None if model.gate.weight.grad is not None else "no gradient"
+
+
+def threads() -> str | None:
+    model, x = Gated(), torch.randn(M, K)
+    backend = autokernel.backend(bundle_of(entry(GATE, "inductor", template="cpp_gemm")))
+    seen: list[torch.Tensor] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            seen.append(torch.compile(model, backend=backend)(x))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    hits = next(iter(backend.usage().values())).hits
+    return differs(seen[0], model(x)) or (None if hits == 2 else f"{hits} hits, not 2")
+
+
+def options() -> str | None:
+    model, x = Gated(), torch.randn(M, K)
+    packed = counters["inductor"]["mkldnn_linear_weight_pack_matcher_count"]
+    with torch._dynamo.config.patch(prepare_freezing=True):
+        chosen = dict(autokernel.options(bundle_of(entry(GATE, "inductor", template="cpp_gemm"))))
+        wrong = differs(torch.compile(model, options=chosen)(x), model(x))
+    packed = counters["inductor"]["mkldnn_linear_weight_pack_matcher_count"] - packed
+    return wrong or (None if packed else "nothing was packed")
+
+
+def foreign() -> str | None:
+    made = bundle_of(entry(GATE, "aten", prepack=True))
+    backend = autokernel.backend(replace(made, environment=replace(made.environment, torch="1.0")))
+    model, x = Gated(), torch.randn(M, K)
+    wrong = differs(torch.compile(model, backend=backend)(x), model(x))
+    usage = next(iter(backend.usage().values()))
+    return wrong or (None if usage.hits == 0 and "torch 1.0" in usage.reasons[0] else f"{usage}")
+
+
+def cache() -> str | None:
+    """A compiled graph is found again for the same bundle, and not for another. (Packed weights are never cached.)"""
+    model, x = Gated(), torch.randn(M, K)
+    first, second = (bundle_of(epilogue_fusion=fused) for fused in (False, True))
+    seen = []
+    for bundle in (first, first, second):
+        torch.compiler.reset()
+        before = counters["inductor"]["fxgraph_cache_hit"]
+        wrong = differs(torch.compile(model, backend=autokernel.backend(bundle))(x), model(x))
+        if wrong:
+            return wrong
+        seen.append(counters["inductor"]["fxgraph_cache_hit"] - before)
+    return None if seen == [0, 1, 0] else f"cache hits {seen}, not [0, 1, 0]"
+
+
+def batches() -> str | None:
+    problem = Problem(op="bmm", inputs=(spec(4, 32, K), spec(4, K, 48)), device="cpu")
+    left, right = torch.randn(4, 32, K), torch.randn(4, K, 48)
+    hits = []
+    for _ in range(2):
+        torch.compiler.reset()
+        backend = autokernel.backend(bundle_of(entry(problem, "inductor", template="cpp_bmm")))
+        wrong = differs(torch.compile(torch.bmm, backend=backend)(left, right), torch.bmm(left, right))
+        if wrong:
+            return wrong
+        hits.append(next(iter(backend.usage().values())).hits)
+    return None if hits == [1, 1] else f"hits {hits}, not [1, 1]"
+
+
+def alone() -> str | None:
+    loaded = {"ray", "optuna", "mlflow", "pydantic", "typer", "rich", "transformers", "yaml"} & set(sys.modules)
+    return f"{', '.join(sorted(loaded))} were imported" if loaded else None
+
+
+def written() -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        archive = write_bundle(bundle_of(entry(GATE, "aten", prepack=True)), Path(folder) / "bundle")[1]
+        return None if read_bundle(archive).entries else "no entries"
+
+
+CHECKS: dict[str, Callable[[], str | None]] = {
+    "bundle written and read": written,
+    "packed weights": lambda: serves(
+        Gated(), entry(GATE, "aten", prepack=True), entry(DOWN, "aten", prepack=True), hits=[2, 1]
+    ),
+    "packed weights, bf16": lambda: serves(
+        Gated().bfloat16(), entry(bf16(GATE), "aten", prepack=True), hits=[2], tolerance=2e-2
+    ),
+    "C++ template": lambda: serves(
+        Gated(), entry(GATE, "inductor", template="cpp_gemm"), entry(DOWN, "inductor", template="cpp_gemm"), hits=[2, 1]
+    ),
+    "C++ template, bf16": lambda: serves(
+        Gated().bfloat16(), entry(bf16(GATE), "inductor", template="cpp_gemm"), hits=[2], tolerance=2e-2
+    ),
+    "thread factors and blocks": factors,
+    "concat": lambda: serves(Gated(), entry(BOTH, "aten", prepack=False, merge="concat"), hits=[1]),
+    "concat, packed": lambda: serves(Gated(), entry(BOTH, "aten", prepack=True, merge="concat"), hits=[1]),
+    "concat, packed, with biases": lambda: serves(
+        Gated(bias=True), entry(BIASED, "aten", prepack=True, merge="concat"), hits=[1]
+    ),
+    "concat, C++ template": lambda: serves(
+        Gated(), entry(BOTH, "inductor", template="cpp_gemm", merge="concat"), hits=[1]
+    ),
+    "grouped C++ template, bf16": lambda: serves(
+        Gated().bfloat16(),
+        entry(bf16(BOTH), "inductor", template="cpp_gemm", merge="grouped"),
+        hits=[1],
+        tolerance=2e-2,
+    ),
+    "C++ template of batches": batches,
+    "graph options": lambda: serves(Gated(), entry(GATE, "aten", prepack=True), hits=[2], epilogue_fusion=False),
+    "everything packed": lambda: serves(Gated(), hits=[], freezing="all"),
+    "weights changed and exchanged": changed_weights,
+    "gradients": gradients,
+    "another thread": threads,
+    "options form": options,
+    "another version's bundle": foreign,
+    "cache of compiled graphs": cache,
+    "no other library imported": alone,
+}  # fmt: skip
+
+
+def here() -> dict[str, Any]:
+    """All checks in this interpreter: {"torch": ..., "passed": ..., "checks": {name: "ok" or what went wrong}}."""
+    logging.getLogger("autokernel").setLevel(logging.ERROR)
+    outcomes = {}
+    for name, check in CHECKS.items():
+        torch.compiler.reset()
+        try:
+            with torch.no_grad():
+                outcomes[name] = check() or "ok"
+        except Exception as error:  # noqa: BLE001  whatever an unknown version of torch raises is the finding
+            outcomes[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        print(f"{torch.__version__:14} {name:44} {outcomes[name]}", flush=True)
+    passed = all(outcome == "ok" for outcome in outcomes.values())
+    return {"torch": torch.__version__, "python": platform.python_version(), "passed": passed, "checks": outcomes}
+
+
+@contextlib.contextmanager
+def folder_for(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep
+        return
+    with tempfile.TemporaryDirectory(prefix="autokernel-torch-") as temporary:
+        yield Path(temporary)
+
+
+def in_environment(version: str, folder: Path, find_links: str | None) -> dict[str, Any]:
+    """Install one version of torch into an environment of its own, and run the checks there."""
+    home = folder / f"torch-{version}"
+    python = home / "bin" / "python"
+    if not python.exists():
+        venv.create(home, with_pip=True)
+        install = [str(python), "-m", "pip", "install", "-q", f"torch=={version}", "numpy"]
+        done = subprocess.run([*install, *(["--find-links", find_links] if find_links else [])], check=False)
+        if done.returncode != 0:
+            return {"torch": version, "passed": False, "checks": {"install": f"pip ended with {done.returncode}"}}
+    answer = folder / f"{version}.json"
+    env = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache-{version}"),
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run([str(python), __file__, "--json", str(answer)], env=env, check=False)
+    if not answer.exists():
+        return {"torch": version, "passed": False, "checks": {"run": f"the checks ended with {done.returncode}"}}
+    result: dict[str, Any] = json.loads(answer.read_text())
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--install", nargs="+", metavar="VERSION", help="versions of torch, each in an environment of its own")
+    parser.add_argument("--keep", type=Path, help="folder that keeps the environments")
+    parser.add_argument("--find-links", help="folder or page with wheels, handed to pip")
+    parser.add_argument("--json", type=Path, help="write the summary there as well")
+    arguments = parser.parse_args()
+    if arguments.install:
+        with folder_for(arguments.keep) as folder:
+            results = [in_environment(version, folder, arguments.find_links) for version in arguments.install]
+    else:
+        # a cache of its own: the last check counts what is found there
+        with tempfile.TemporaryDirectory(prefix="autokernel-cache-") as cache:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+            results = [here()]
+    for result in results:
+        print(json.dumps(result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results[0] if len(results) == 1 else results, indent=2) + "\n")
+    return 0 if all(result["passed"] for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
