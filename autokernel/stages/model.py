@@ -61,16 +61,15 @@ def validate(context: RunContext, bundle: Bundle, dropped: Mapping[str, str]) ->
     """The verdict on the whole model, and the bundle that passes it: possibly smaller, at worst stock."""
     if context.state is not None and "validate" in context.state.stages_done and context.state.validated is not None:
         validated = context.state.validated
-        kept = tuple(entry for entry in bundle.entries if entry.key not in validated.dropped)
         options = {} if _OPTIONS in validated.dropped else bundle.graph_options
-        return validated, replace(bundle, entries=kept, graph_options=options)
+        return validated, replace(_without(bundle, validated.dropped), graph_options=options)
     gone = dict(dropped)
     with context.stage("validate", total=len(context.experiment.scenarios) + 1):
         quality = check(context, bundle)
         if not quality.passed:
             bundle, quality = _drop_harmful(context, bundle, quality, gone)
-        scenarios, bundle = _time_until_never_slower(context, bundle, gone)
-        if gone.keys() - dropped.keys() and not bundle.stock:
+        scenarios, bundle, changed = _time_until_never_slower(context, bundle, gone)
+        if changed and not bundle.stock:
             quality = check(context, bundle)  # what is exported is what was judged
         validated = ModelValidated(verdict=quality.verdict, evals=quality.evals, scenarios=scenarios, dropped=gone)
         context.emit(validated)
@@ -135,14 +134,17 @@ def _drop_harmful(context: RunContext, bundle: Bundle, quality: Quality, gone: d
 
 def _time_until_never_slower(
     context: RunContext, bundle: Bundle, gone: dict[str, str]
-) -> tuple[tuple[ScenarioResult, ...], Bundle]:
-    """Scenario times with a bundle that makes none of them slower."""
-    results = _time(context, bundle, tuple(context.experiment.scenarios))
+) -> tuple[tuple[ScenarioResult, ...], Bundle, bool]:
+    """Scenario times with a bundle that makes none of them slower; and whether that changed what is compiled."""
+    results, unused = _time(context, bundle, tuple(context.experiment.scenarios))
+    gone |= unused
+    bundle = _without(bundle, gone)
     slower = [result for result in results.values() if not result.passed]
+    changed = bool(slower)
     if slower and bundle.graph_options:
         gone[_OPTIONS] = f"{slower[0].scenario} took {1 / slower[0].speedup.ratio:.3f} times as long as stock"
         bundle = replace(bundle, graph_options={})
-        results = _time(context, bundle, tuple(context.experiment.scenarios))
+        results, _ = _time(context, bundle, tuple(context.experiment.scenarios))
         slower = [result for result in results.values() if not result.passed]
     for result in slower:
         # shapes differ between scenarios, so a scenario's own entries are what can slow it down
@@ -150,12 +152,17 @@ def _time_until_never_slower(
             if entry.scenario == result.scenario:
                 gone[entry.key] = f"{result.scenario} took {1 / result.speedup.ratio:.3f} times as long as stock"
     if slower:
-        bundle = replace(bundle, entries=tuple(entry for entry in bundle.entries if entry.key not in gone))
-        results |= _time(context, bundle, tuple(result.scenario for result in slower))
-    return tuple(results.values()), bundle
+        bundle = _without(bundle, gone)
+        results |= _time(context, bundle, tuple(result.scenario for result in slower))[0]
+    return tuple(results.values()), bundle, changed
 
 
-def _time(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -> dict[str, ScenarioResult]:
+def _without(bundle: Bundle, gone: Mapping[str, str]) -> Bundle:
+    return replace(bundle, entries=tuple(entry for entry in bundle.entries if entry.key not in gone))
+
+
+def _time(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -> tuple[dict[str, ScenarioResult], dict[str, str]]:
+    """Results by scenario; and entries that nothing in their scenario was built from, with the reason."""
     jobs = [
         (
             f"end to end: {name}",
@@ -176,4 +183,10 @@ def _time(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -> dict
     for timing in timings:
         if BUNDLE in timing.failures:
             raise WorkerError(f"scenario {timing.scenario} does not run with the bundle: {timing.failures[BUNDLE]}")
-    return {timing.scenario: scenario_result(timing, bundle.stock) for timing in timings}
+    hits = {timing.scenario: timing.hits.get(BUNDLE, {}) for timing in timings}
+    unused = {
+        entry.key: "nothing in the compiled model is built from it: its GEMMs are merged with others, or spelled differently"
+        for entry in bundle.entries
+        if entry.scenario in hits and not hits[entry.scenario].get(entry.key)
+    }
+    return {timing.scenario: scenario_result(timing, bundle.stock) for timing in timings}, unused
