@@ -21,14 +21,14 @@ HERE = Path(__file__).resolve().parent
 
 
 def config() -> LlamaConfig:
-    """5.8 million parameters: under 12 MB of bf16."""
+    """5.9 million parameters: under 12 MB of bf16."""
     return LlamaConfig(
         vocab_size=256,
         hidden_size=384,
-        intermediate_size=1280,
+        intermediate_size=1152,
         num_hidden_layers=3,
         num_attention_heads=6,
-        num_key_value_heads=2,
+        num_key_value_heads=6,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -58,7 +58,7 @@ def bits_per_byte(model: torch.nn.Module, text: torch.Tensor, length: int) -> fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--lr", type=float, default=2e-3)
