@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import autokernel
-from autokernel.config import LoadedExperiment, load_experiment
+from autokernel.config import LoadedExperiment, experiment_digest, load_experiment
 from autokernel.environment import current_environment, physical_cores
 from autokernel.errors import AutokernelError, ConfigError
 from autokernel.events import ModelValidated, Recorder, RunFinished, RunStarted
 from autokernel.export.bundle import Bundle
-from autokernel.records import digest_of
 from autokernel.stages.context import RunContext, close_all
 from autokernel.tracking.state import RunState, find_resumable
 
@@ -132,7 +131,7 @@ def open_run(
     experiment = loaded.experiment
     device = resolve_device(loaded)
     threads = experiment.threads or physical_cores()
-    digest = digest_of(experiment.model_dump(mode="json"))
+    digest = experiment_digest(loaded)
     found = None if fresh else find_resumable(runs_folder, experiment.name, digest)
     state: RunState | None = None
     if found is not None:

@@ -9,10 +9,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from autokernel.config import CallScenario, DecodeScenario, LoadedExperiment, PrefillScenario
+from autokernel.config import CallScenario, DecodeScenario, LoadedExperiment, PrefillScenario, experiment_digest
 from autokernel.display.words import duration
 from autokernel.environment import physical_cores
-from autokernel.records import digest_of
 from autokernel.tracking.mlflow_env import default_tracking_uri, redacted
 from autokernel.tracking.state import find_resumable
 
@@ -24,7 +23,7 @@ def plan_json(loaded: LoadedExperiment, runs_folder: Path, *, fresh: bool) -> di
     experiment = loaded.experiment
     found = None
     if not fresh:
-        found = find_resumable(runs_folder, experiment.name, digest_of(experiment.model_dump(mode="json")))
+        found = find_resumable(runs_folder, experiment.name, experiment_digest(loaded))
     resumes = None
     if found is not None:
         folder, state = found
