@@ -44,12 +44,11 @@ def products(scenario: CapturedScenario) -> Counter[tuple[tuple[int, ...], tuple
 def test_the_products_are_those_of_the_model(captured: dict[str, CapturedScenario], name: str) -> None:
     m = ROWS[name]
     assert products(captured[name]) == {
-        ((m, 384), (384, 384), ()): NUM_LAYERS,  # q
-        ((m, 384), (384, 128), ()): 2 * NUM_LAYERS,  # k, v
+        ((m, 384), (384, 384), ()): 3 * NUM_LAYERS,  # q, k, v
         ((m, 384), (384, 384), ("add",)): NUM_LAYERS,  # o and the residual
-        ((m, 384), (384, 1280), ("silu",)): NUM_LAYERS,  # gate
-        ((m, 384), (384, 1280), ("mul",)): NUM_LAYERS,  # up, times the gate
-        ((m, 1280), (1280, 384), ("add",)): NUM_LAYERS,  # down and the residual
+        ((m, 384), (384, 1152), ("silu",)): NUM_LAYERS,  # gate
+        ((m, 384), (384, 1152), ("mul",)): NUM_LAYERS,  # up, times the gate
+        ((m, 1152), (1152, 384), ("add",)): NUM_LAYERS,  # down and the residual
         ((m, 384), (384, 256), ()): 1,  # the head
     }
     assert {site.problem.op for site in captured[name].sites} == {"mm", "merged_mm"}
@@ -70,7 +69,7 @@ def test_weights_are_constant_and_transposed(captured: dict[str, CapturedScenari
 def test_products_of_one_input_are_groups(captured: dict[str, CapturedScenario], name: str) -> None:
     groups = [site for site in captured[name].sites if site.problem.op == "merged_mm"]
     columns = Counter(tuple(w.shape[1] for w in site.problem.inputs[1:]) for site in groups)
-    assert columns == {(384, 128, 128): NUM_LAYERS, (1280, 1280): NUM_LAYERS}
+    assert columns == {(384, 384, 384): NUM_LAYERS, (1152, 1152): NUM_LAYERS}
     paths = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
     assert [part.split(" ")[0] for part in groups[0].name.split(" + ")] == paths
 

@@ -54,7 +54,7 @@ def test_the_quickstart_model_has_learnt_the_standard_library(loaded: LoadedExpe
     assert (metric.batch, metric.length) == (1, 512)
     samples = metric(Prefill(model))
     assert len(samples) == 128
-    assert 1.05 < metric.summary(samples) < 1.25
+    assert 0.95 < metric.summary(samples) < 1.2
 
 
 def test_windows_of_a_call_fill_a_prefill_scenario(write: Any, model: nn.Module) -> None:
