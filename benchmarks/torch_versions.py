@@ -4,7 +4,7 @@
     python benchmarks/torch_versions.py --install 2.11.0 2.15.0  # in a virtual environment for each version
 
 Needs torch and numpy alone: the bundles are made by hand, for a model of three layers. Prints one line per check and, at the
-end, one line of JSON per version. `--find-links` names a folder with wheels, `--keep` a folder for the environments.
+end, one line of JSON per version (with `--json`, into that file instead). `--find-links` names a folder with wheels, `--keep` a folder for the environments.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ def main() -> int:
     parser.add_argument("--install", nargs="+", metavar="VERSION", help="versions of torch, each in an environment of its own")
     parser.add_argument("--keep", type=Path, help="folder that keeps the environments")
     parser.add_argument("--find-links", help="folder or page with wheels, handed to pip")
-    parser.add_argument("--json", type=Path, help="write the summary there as well")
+    parser.add_argument("--json", type=Path, help="write the summary there")
     arguments = parser.parse_args()
     if arguments.install:
         with folder_for(arguments.keep) as folder:
@@ -310,9 +310,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="autokernel-cache-") as cache:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
             results = [here()]
-    for result in results:
-        print(json.dumps(result))
-    if arguments.json:
+    if not arguments.json:
+        for result in results:
+            print(json.dumps(result))
+    else:
         arguments.json.write_text(json.dumps(results[0] if len(results) == 1 else results, indent=2) + "\n")
     return 0 if all(result["passed"] for result in results) else 1
 

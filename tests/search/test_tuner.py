@@ -81,7 +81,7 @@ def test_seeds_first_then_distinct_legal_configs(sampler: str, evaluate: Evaluat
     assert t.enqueue(stock()) == 0
     done = drive(t, evaluate)
     assert len(done) == trials
-    assert [p.origin for p in done[:2]] == ["stock", "stock"]
+    assert [p.origin for p in done[:2]] == ["stock", "default"]
     assert done[2].origin == "enumerated"  # the other config of aten
     assert {p.origin for p in done[3:]} == {sampler}
     assert len({p.candidate.id for p in done}) == trials
