@@ -4,7 +4,8 @@
     python benchmarks/torch_versions.py --install 2.11.0 2.15.0  # in a virtual environment for each version
 
 Needs torch and numpy alone: the bundles are made by hand, for a model of three layers. Prints one line per check and, at the
-end, one line of JSON per version (with `--json`, into that file instead). `--find-links` names a folder with wheels, `--keep` a folder for the environments.
+end, one line of JSON per version (with `--json`, into that file instead). `--find-links` names a folder with wheels, `--keep`
+a folder for the environments.
 """
 
 from __future__ import annotations
