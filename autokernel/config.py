@@ -6,7 +6,6 @@ Relative paths in an experiment are relative to the folder of its file.
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from autokernel.errors import ConfigError
-from autokernel.records import ConfigValue, digest_of
+from autokernel.records import ConfigValue
 
 
 class _Section(BaseModel):
@@ -347,45 +346,6 @@ def _check_files(loaded: LoadedExperiment) -> None:
         raise ConfigError(f"{loaded.path}: model.checkpoint: {loaded.resolve(model.checkpoint)} holds no config.json")
 
 
-_HASHED_BYTES = 64 << 20  # larger files are known by size and time
-
-
-def experiment_digest(loaded: LoadedExperiment) -> str:
-    """Changes with the experiment and with every file that it names: what decides whether a run can be resumed."""
-    experiment = loaded.experiment
-    named: list[Path] = []
-    if experiment.model.checkpoint is not None:
-        named.append(loaded.resolve(experiment.model.checkpoint))
-    if isinstance(experiment.model.config, Path):
-        named.append(loaded.resolve(experiment.model.config))
-    if experiment.search.spaces is not None:
-        named.append(loaded.resolve(experiment.search.spaces))
-    references = [experiment.model.factory]
-    references += [s.inputs for s in experiment.scenarios.values() if isinstance(s, CallScenario)]
-    if experiment.validation.eval is not None:
-        references += [experiment.validation.eval.metric, experiment.validation.eval.data]
-    for reference in references:
-        target = (reference or "").rpartition(":")[0] or (reference or "")
-        if target and loaded.resolve(target).exists():
-            named.append(loaded.resolve(target))
-    prints = {str(path): _fingerprint(path) for path in named}
-    return digest_of([experiment.model_dump(mode="json"), prints])
-
-
-def _fingerprint(path: Path) -> list[str]:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    prints = []
-    for file in files:
-        if "__pycache__" in file.parts:
-            continue
-        status = file.stat()
-        known = f"{status.st_size} {status.st_mtime_ns}"
-        if status.st_size <= _HASHED_BYTES:
-            known = hashlib.sha256(file.read_bytes()).hexdigest()
-        prints.append(f"{file.name} {known}")
-    return prints
-
-
 __all__ = [
     "CallScenario",
     "ClusterSection",
@@ -395,7 +355,6 @@ __all__ = [
     "Experiment",
     "LoadedExperiment",
     "PrefillScenario",
-    "experiment_digest",
     "load_experiment",
     "parse_yaml_mapping",
 ]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import autokernel
-from autokernel.config import LoadedExperiment, experiment_digest, load_experiment
+from autokernel.config import LoadedExperiment, load_experiment
 from autokernel.environment import current_environment, physical_cores
 from autokernel.errors import AutokernelError, ConfigError
 from autokernel.events import ModelValidated, Recorder, RunFinished, RunStarted
 from autokernel.export.bundle import Bundle
+from autokernel.fingerprint import experiment_digest
 from autokernel.stages.context import RunContext, close_all
 from autokernel.tracking.state import RunState, find_resumable
 
@@ -126,6 +126,7 @@ def open_run(
     from autokernel.tracking.history import earlier_runs
     from autokernel.tracking.journal import Journal, new_run_id, run_folder
     from autokernel.tracking.mlflow_mirror import MlflowMirror
+    from autokernel.workers.limits import memory_limit, worker_env
     from autokernel.workers.pool import open_pool
 
     experiment = loaded.experiment
@@ -230,28 +231,3 @@ def resolve_device(loaded: LoadedExperiment) -> str:
             "install a CUDA build of torch, set `device: cpu`, or name a cluster in `cluster.address`"
         )
     return wanted
-
-
-def worker_env(threads: int) -> dict[str, str]:
-    """Variables that decide how fast CPU kernels run and what phones home, for every process that measures."""
-    env = {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        # threads that spin between parallel regions turn a 0.4 ms kernel into 10 ms on a busy machine
-        "OMP_WAIT_POLICY": "passive",
-        "GOMP_SPINCOUNT": "0",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    }
-    return {name: os.environ.get(name, value) if name.startswith("TORCHINDUCTOR") else value for name, value in env.items()}
-
-
-def memory_limit(num_workers: int) -> int:
-    """Bytes that one worker may take: a candidate that allocates without end must not take the machine along."""
-    import psutil
-
-    return int(psutil.virtual_memory().total * 0.8 / num_workers)

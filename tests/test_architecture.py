@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("records",), ("errors",)),
     (("environment",),),
     (("events",), ("config",)),
+    (("fingerprint",),),
     (("ops",),),
     (("export",),),  # bundle, matching, plan, pins, passes, freezing, apply: production
     (("backends",),),
@@ -38,9 +39,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("display",),),
     (("cli", "__main__"),),
 )
-UPWARD = {
-    ("export.verify", "pipeline"): "the environment of processes that measure; only where verify opens a pool of its own",
-}
+UPWARD: dict[tuple[str, str], str] = {}  # (module, what it imports from a higher row): why
 # Packages that look their plug-ins up, which import the protocol from them: inside a function, so nothing loads twice.
 LOOKUPS = {
     ("backends", "backends.aten"),

@@ -9,9 +9,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from autokernel.config import CallScenario, DecodeScenario, LoadedExperiment, PrefillScenario, experiment_digest
+from autokernel.config import CallScenario, DecodeScenario, LoadedExperiment, PrefillScenario
 from autokernel.display.words import duration
 from autokernel.environment import physical_cores
+from autokernel.fingerprint import experiment_digest
 from autokernel.tracking.mlflow_env import default_tracking_uri, redacted
 from autokernel.tracking.state import find_resumable
 

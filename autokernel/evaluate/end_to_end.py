@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
 from autokernel.evaluate.timing import compare, pin_threads
-from autokernel.events import ModeTiming
+from autokernel.events import ModeTiming, ScenarioResult
 from autokernel.export.bundle import Bundle
 from autokernel.records import Record, Speedup
 from autokernel.workers.device_lock import device_lock
@@ -52,6 +52,24 @@ class ScenarioTiming(Record):
     hits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # contender -> problem key -> sites
     failures: Mapping[str, str] = field(default_factory=dict)  # contender -> why it could not run
     num_benchmarks: int = 0  # kernels that Inductor timed while it compiled the bundles: must be 0
+
+
+def scenario_result(timing: ScenarioTiming, stock: bool = False) -> ScenarioResult:
+    """The line of a results table: the bundle against the best stock mode.
+
+    It passes unless it is clearly slower. A stock bundle changes nothing, and passes. Where eager PyTorch beats all that
+    is compiled, a bundle passes if it is no slower than Inductor's default, which it replaces.
+    """
+    speedup = timing.speedups[BUNDLE]
+    medians = {mode.mode: mode.median_us for mode in timing.modes}
+    replaces_slower = timing.baseline == "eager" and medians[BUNDLE] <= medians.get("default", 0.0)
+    return ScenarioResult(
+        scenario=timing.scenario,
+        modes=timing.modes,
+        best_stock=timing.baseline,
+        speedup=speedup,
+        passed=stock or speedup.high >= 1 or replaces_slower,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

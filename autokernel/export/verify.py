@@ -13,7 +13,7 @@ from autokernel.config import ClusterSection, LoadedExperiment
 from autokernel.environment import current_environment, physical_cores
 from autokernel.errors import WorkerError
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
-from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, ScenarioTiming, TimeScenario, against_stock
+from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, TimeScenario, against_stock, scenario_result
 from autokernel.events import ScenarioResult
 from autokernel.export.bundle import Bundle, Entry, read_bundle
 from autokernel.export.plan import mismatch
@@ -73,7 +73,7 @@ def verify(bundle: Path, loaded: LoadedExperiment, *, rounds: int = 21, pool: Po
 
 
 def _local_pool(bundle: Bundle) -> Pool:
-    from autokernel.pipeline import worker_env
+    from autokernel.workers.limits import worker_env
     from autokernel.workers.pool import open_pool
 
     device = bundle.environment.device
@@ -162,22 +162,4 @@ def _check(entry: Entry, hits: int, reason: str | None, future: Future[Confirmat
         promised=entry.speedup.ratio if entry.speedup is not None else 1.0,
         holds=hits > 0 and speedup is not None and speedup.low > 1,
         message=message or why,
-    )
-
-
-def scenario_result(timing: ScenarioTiming, stock: bool = False) -> ScenarioResult:
-    """The line of a results table: the bundle against the best stock mode.
-
-    It passes unless it is clearly slower. A stock bundle changes nothing, and passes. Where eager PyTorch beats all that
-    is compiled, a bundle passes if it is no slower than Inductor's default, which it replaces.
-    """
-    speedup = timing.speedups[BUNDLE]
-    medians = {mode.mode: mode.median_us for mode in timing.modes}
-    replaces_slower = timing.baseline == "eager" and medians[BUNDLE] <= medians.get("default", 0.0)
-    return ScenarioResult(
-        scenario=timing.scenario,
-        modes=timing.modes,
-        best_stock=timing.baseline,
-        speedup=speedup,
-        passed=stock or speedup.high >= 1 or replaces_slower,
     )

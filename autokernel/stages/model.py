@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 
 from autokernel.config import LoadedExperiment
 from autokernel.errors import WorkerError
-from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, ScenarioTiming, TimeScenario, against_stock
+from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, ScenarioTiming, TimeScenario, against_stock, scenario_result
 from autokernel.evaluate.timing import pin_threads
 from autokernel.events import EvalResult, ModelValidated, ScenarioResult
 from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.verify import scenario_result
 from autokernel.records import Check, Record, Verdict
 from autokernel.stages.context import RunContext
 
