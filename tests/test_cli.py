@@ -154,9 +154,9 @@ def test_a_dry_run_says_what_would_be_done(experiment: Path, runs: Path) -> None
 
 def test_a_dry_run_names_the_run_it_would_resume(experiment: Path, runs: Path) -> None:
     from autokernel.config import load_experiment
-    from autokernel.records import digest_of
+    from autokernel.fingerprint import experiment_digest
 
-    digest = digest_of(load_experiment(experiment).experiment.model_dump(mode="json"))
+    digest = experiment_digest(load_experiment(experiment))
     started = synthetic.start().to_json() | {"experiment_digest": digest}
     events = [type(synthetic.start()).from_json(started), *synthetic.profile_events(), *synthetic.TRIALS]
     folder = synthetic.write_run(runs, events)

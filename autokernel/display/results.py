@@ -12,6 +12,7 @@ from autokernel.display.lookup import summary_of
 from autokernel.display.words import short_config, short_problem
 from autokernel.errors import StorageError
 from autokernel.events import Evaluated
+from autokernel.export.matching import gemm_of
 from autokernel.records import Candidate, Speedup
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us
 
@@ -35,9 +36,10 @@ class HotspotRow:
 
 
 def hotspot_rows(summary: RunSummary) -> list[HotspotRow]:
-    """One row per problem, in order of what could be gained."""
+    """One row per problem, in order of what could be gained; none for those that another one's search was for as well."""
     judged = "confirm" in summary.stage_seconds
-    return [_row(problem, judged) for problem in summary.problems]
+    searched = {gemm_of(problem.problem) for problem in summary.problems if problem.trials} - {None}
+    return [_row(problem, judged) for problem in summary.problems if problem.trials or gemm_of(problem.problem) not in searched]
 
 
 def _row(problem: ProblemSummary, judged: bool) -> HotspotRow:

@@ -1,0 +1,47 @@
+"""A run is resumed only if the experiment and everything that it names are what they were."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from autokernel.config import load_experiment
+from autokernel.fingerprint import experiment_digest
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    for name in ("gated.py", "gated.yaml"):
+        shutil.copy(DATA / name, tmp_path / name)
+    shutil.copytree(DATA / "spaces", tmp_path / "spaces")
+    return tmp_path / "gated.yaml"
+
+
+def test_reading_it_again_changes_nothing(experiment: Path) -> None:
+    assert experiment_digest(load_experiment(experiment)) == experiment_digest(load_experiment(experiment))
+
+
+def test_a_comment_is_no_change_but_a_setting_is(experiment: Path) -> None:
+    before = experiment_digest(load_experiment(experiment))
+    experiment.write_text("# a comment\n" + experiment.read_text())
+    assert experiment_digest(load_experiment(experiment)) == before
+    assert experiment_digest(load_experiment(experiment, ("search.trials=13",))) != before
+
+
+def test_the_model_s_code_counts(experiment: Path) -> None:
+    before = experiment_digest(load_experiment(experiment))
+    code = experiment.with_name("gated.py")
+    code.write_text(code.read_text().replace("hidden: int = 1024", "hidden: int = 512"))
+    assert experiment_digest(load_experiment(experiment)) != before
+
+
+def test_a_folder_that_is_named_counts_with_its_files(experiment: Path) -> None:
+    overrides = ("search.spaces=spaces",)
+    before = experiment_digest(load_experiment(experiment, overrides))
+    space = experiment.parent / "spaces" / "mm.yaml"
+    space.write_text(space.read_text() + "\n# touched\n")
+    assert experiment_digest(load_experiment(experiment, overrides)) != before
