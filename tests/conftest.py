@@ -1,10 +1,75 @@
-"""Makes helper modules of this folder importable in its tests."""
+"""Makes helper modules of this folder importable in its tests, and starts PostgreSQL for those that want one."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 FOLDER = str(Path(__file__).parent)
 if FOLDER not in sys.path:
     sys.path.insert(0, FOLDER)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _find_postgres() -> Path | None:
+    candidates = [Path("/usr/local/bin"), *sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
+    return next((p for p in candidates if (p / "postgres").exists() and (p / "initdb").exists()), None)
+
+
+@pytest.fixture
+def postgresql() -> Iterator[str]:
+    pytest.importorskip("psycopg2", reason="PostgreSQL needs the `postgresql` extra")
+    binaries = _find_postgres()
+    if binaries is None:
+        pytest.skip("no PostgreSQL server on this machine")
+    user = {"user": "nobody"} if os.geteuid() == 0 else {}  # postgres refuses to run as root
+    folder = Path(tempfile.mkdtemp(prefix="autokernel-pg-"))
+    if user:
+        shutil.chown(folder, "nobody")
+    common: dict[str, Any] = {**user, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        made = subprocess.run(
+            [binaries / "initdb", "-D", folder / "data", "-U", "ak", "-A", "trust", "-N"], check=False, **common
+        )
+        if made.returncode != 0:
+            pytest.skip("initdb does not run here")
+        port = _free_port()
+        options = ["-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
+        server = subprocess.Popen([binaries / "postgres", "-D", folder / "data", "-p", str(port), *options], **common)
+        try:
+            _await_port(port)
+            yield f"postgresql://ak:unused@127.0.0.1:{port}/postgres"
+        finally:
+            server.send_signal(signal.SIGINT)  # its fast shutdown: SIGTERM waits for clients
+            server.wait(20)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _await_port(port: int) -> None:
+    import psycopg2
+
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            psycopg2.connect(host="127.0.0.1", port=port, user="ak", dbname="postgres").close()
+            return
+        except psycopg2.OperationalError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)

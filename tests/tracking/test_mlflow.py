@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -254,54 +251,6 @@ def test_plain_postgresql_names_the_driver_that_is_installed() -> None:
     assert with_driver("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
     installed = importlib.util.find_spec("psycopg") is None and importlib.util.find_spec("psycopg2") is not None
     assert with_driver("postgresql://h/d") == ("postgresql+psycopg2://h/d" if installed else "postgresql://h/d")
-
-
-def _find_postgres() -> Path | None:
-    candidates = [Path("/usr/local/bin"), *sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
-    return next((p for p in candidates if (p / "postgres").exists() and (p / "initdb").exists()), None)
-
-
-@pytest.fixture
-def postgresql() -> Iterator[str]:
-    pytest.importorskip("psycopg2", reason="PostgreSQL needs the `postgresql` extra")
-    binaries = _find_postgres()
-    if binaries is None:
-        pytest.skip("no PostgreSQL server on this machine")
-    user = {"user": "nobody"} if os.geteuid() == 0 else {}  # postgres refuses to run as root
-    folder = Path(tempfile.mkdtemp(prefix="autokernel-pg-"))
-    if user:
-        shutil.chown(folder, "nobody")
-    common: dict[str, Any] = {**user, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    try:
-        made = subprocess.run(
-            [binaries / "initdb", "-D", folder / "data", "-U", "ak", "-A", "trust", "-N"], check=False, **common
-        )
-        if made.returncode != 0:
-            pytest.skip("initdb does not run here")
-        port = _closed_port()
-        options = ["-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
-        server = subprocess.Popen([binaries / "postgres", "-D", folder / "data", "-p", str(port), *options], **common)
-        try:
-            _await_port(port)
-            yield f"postgresql://ak:unused@127.0.0.1:{port}/postgres"
-        finally:
-            server.send_signal(signal.SIGINT)  # its fast shutdown: SIGTERM waits for clients
-            server.wait(20)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _await_port(port: int) -> None:
-    import psycopg2
-
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            psycopg2.connect(host="127.0.0.1", port=port, user="ak", dbname="postgres").close()
-            return
-        except psycopg2.OperationalError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
 
 
 def test_postgresql_holds_the_same(postgresql: str, tmp_path: Path, synthetic_events: list[Event]) -> None:
