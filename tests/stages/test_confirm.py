@@ -1,0 +1,127 @@
+"""Which candidates are confirmed, which win, and which winners go together."""
+
+from __future__ import annotations
+
+import pytest
+
+from autokernel.evaluate.confirm import Confirmation, Contender
+from autokernel.records import (
+    Candidate,
+    Check,
+    ConfigValue,
+    Evaluation,
+    Hotspot,
+    Measurement,
+    Problem,
+    Speedup,
+    Status,
+    TensorSpec,
+    Verdict,
+    Winner,
+)
+from autokernel.stages.confirm import _judge, compatible, entry_of, finalists_of
+
+X = TensorSpec.contiguous((1, 64), "float32")
+PASSED = Verdict(checks=(Check(name="all", value=0, limit=1, passed=True),))
+
+
+def weight(n: int) -> TensorSpec:
+    return TensorSpec(shape=(64, n), dtype="float32", stride=(1, 64))
+
+
+MM = Problem(op="mm", inputs=(X, weight(32)), device="cpu", constants=(1,))
+MERGED = Problem(op="merged_mm", inputs=(X, weight(32), weight(32)), device="cpu", constants=(1, 2))
+
+
+def evaluation(problem: Problem, us: float, backend: str = "aten", **config: ConfigValue) -> Evaluation:
+    candidate = Candidate(problem=problem, backend=backend, config=config)
+    measurement = Measurement(median_us=us, spread_us=1, num_samples=5, regime="r")
+    return Evaluation(candidate=candidate, status=Status.OK, verdict=PASSED, measurement=measurement)
+
+
+def failed(problem: Problem, **config: ConfigValue) -> Evaluation:
+    candidate = Candidate(problem=problem, backend="inductor", config=config)
+    return Evaluation(candidate=candidate, status=Status.WRONG, message="no")
+
+
+STOCK = evaluation(MM, 10, prepack=False)
+
+
+def hotspot(problem: Problem, weight: float = 0.1) -> Hotspot:
+    return Hotspot(problem=problem, scenario="s", num_calls=1, time_us=10, share=0.3, weight=weight, roofline_us=1)
+
+
+def winner(problem: Problem, us: float, **config: ConfigValue) -> Winner:
+    found = evaluation(problem, us, **config)
+    speedup = Speedup(ratio=1.2, low=1.1, high=1.3, num_rounds=11)
+    baseline = evaluation(problem, us * 1.2, prepack=False).candidate
+    return Winner(
+        hotspot=hotspot(problem), evaluation=found, baseline=baseline, baseline_us=us * 1.2, winner_us=us, speedup=speedup
+    )
+
+
+def test_the_fastest_are_finalists_and_only_what_works() -> None:
+    slow, fast, faster = (evaluation(MM, us, "inductor", k=us) for us in (11.0, 8.0, 7.0))
+    finalists, baselines = finalists_of([slow, fast, STOCK, faster, failed(MM, k=1)], top=2)
+    assert finalists == (faster.candidate, fast.candidate)
+    assert baselines == (STOCK.candidate,)
+    assert finalists_of([slow, STOCK], top=2)[0] == ()
+    assert finalists_of([fast], top=2) == ((), ()), "without a stock time nothing can be claimed"
+
+
+def test_merging_has_to_beat_the_best_separate_way() -> None:
+    stock = evaluation(MERGED, 20, prepack=False, merge="none")
+    packed = evaluation(MERGED, 12, prepack=True, merge="none")
+    concat = evaluation(MERGED, 10, prepack=True, merge="concat")
+    finalists, baselines = finalists_of([stock, packed, concat], top=2)
+    assert finalists == (concat.candidate,)
+    assert set(baselines) == {stock.candidate, packed.candidate}
+
+
+def contender(found: Evaluation, speedup: tuple[float, float, float] | None) -> Contender:
+    assert found.measurement is not None
+    interval = None if speedup is None else Speedup(ratio=speedup[0], low=speedup[1], high=speedup[2], num_rounds=11)
+    return Contender(
+        candidate=found.candidate, verdict=PASSED, measurement=found.measurement, deterministic=True, speedup=interval
+    )
+
+
+@pytest.mark.parametrize(
+    ("intervals", "accepted"),
+    [
+        ([(1.2, 1.1, 1.3)], [True]),
+        ([(1.2, 1.019, 1.3)], [False]),
+        ([(1.01, 1.005, 1.02)], [False]),
+        ([(1.2, 1.1, 1.3), (1.3, 1.2, 1.4)], [False, True]),
+        ([(1.5, 0.9, 1.9), (1.1, 1.05, 1.2)], [False, True]),
+    ],
+)
+def test_a_winner_needs_the_lower_bound(intervals: list[tuple[float, float, float]], accepted: list[bool]) -> None:
+    finalists = tuple(contender(evaluation(MM, 10 / i[0], "inductor", k=i[0]), i) for i in intervals)
+    confirmation = Confirmation(problem=MM, baseline=STOCK.candidate, baselines=(contender(STOCK, None),), finalists=finalists)
+    events = _judge(hotspot(MM), confirmation, 0.02)
+    assert [event.accepted for event in events] == accepted
+    assert [event.winner is not None for event in events] == accepted
+    assert all(event.reason for event in events)
+
+
+def test_without_a_sound_baseline_nothing_is_claimed() -> None:
+    assert _judge(hotspot(MM), Confirmation(problem=MM, baseline=None), 0.02) == []
+
+
+def test_merged_winners_stay_only_if_their_parts_are_slower() -> None:
+    merged = winner(MERGED, 9, prepack=True, merge="concat")
+    kept, dropped = compatible([merged], {MM.key: [STOCK, evaluation(MM, 4, prepack=True)]})
+    assert kept == []
+    assert dropped == {MERGED.key: "its GEMMs take 8.0 us apart, 9.0 us merged"}
+    kept, dropped = compatible([merged], {MM.key: [STOCK]})
+    assert kept == [merged]
+    assert dropped == {}
+
+
+def test_an_entry_says_what_the_winner_proved() -> None:
+    made = entry_of(winner(MM, 8, prepack=True))
+    assert (made.problem, made.backend, dict(made.config)) == (MM, "aten", {"prepack": True})
+    assert made.speedup is not None
+    assert made.speedup.low == 1.1
+    assert made.scenario == "s"

@@ -1,0 +1,77 @@
+"""Which sets of graph-level options are accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autokernel.errors import ConfigError
+from autokernel.evaluate.end_to_end import ScenarioTiming
+from autokernel.records import Speedup
+from autokernel.search.graph_options import load_graph_options, merged, spelled
+from autokernel.stages.graph import _judge
+
+OPTIONS = {"cpp.min_chunk_size": 2048}
+
+
+def timing(scenario: str, low: float, ratio: float, high: float, **failures: str) -> ScenarioTiming:
+    speedup = Speedup(ratio=ratio, low=low, high=high, num_rounds=11)
+    return ScenarioTiming(
+        scenario=scenario, baseline="no options", modes=(), speedups={spelled(OPTIONS): speedup}, failures=failures
+    )
+
+
+@pytest.mark.parametrize(
+    ("timings", "accepted", "reason"),
+    [
+        ([timing("a", 1.01, 1.05, 1.1), timing("b", 1.0, 1.01, 1.02)], True, ""),
+        ([timing("a", 1.2, 1.3, 1.4), timing("b", 0.95, 0.97, 0.99)], False, "slower on b"),
+        ([timing("a", 0.98, 1.01, 1.03), timing("b", 0.99, 1.0, 1.02)], False, "is not above 1"),
+    ],
+)
+def test_options_must_help_and_hurt_nowhere(timings: list[ScenarioTiming], accepted: bool, reason: str) -> None:
+    trial = _judge(OPTIONS, timings)
+    assert trial.accepted == accepted
+    assert reason in trial.reason
+    assert set(trial.speedups) == {"a", "b"}
+
+
+def test_options_that_do_not_compile_are_a_failed_trial() -> None:
+    broken = timing("a", 1.1, 1.2, 1.3)
+    broken = ScenarioTiming(
+        scenario="a", baseline="no options", modes=(), speedups=broken.speedups, failures={spelled(OPTIONS): "no such option"}
+    )
+    trial = _judge(OPTIONS, [broken])
+    assert not trial.accepted
+    assert "no such option" in trial.reason
+
+
+def test_the_package_s_own_sets_name_real_options() -> None:
+    import torch._inductor.config as config
+
+    for device in ("cpu", "cuda"):
+        for options in load_graph_options(device):
+            for name in options:
+                if name != "freezing":  # ours
+                    assert name in config._config, f"{name} is no option of this torch"
+
+
+def test_merging_sets_keeps_the_first_word() -> None:
+    assert merged([{"a": 1}, {"a": 2, "b": 3}]) == {"a": 1, "b": 3}
+    assert spelled({}) == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gpu: []", "gpu: unknown section; there are cpu and cuda"),
+        ("cpu: [1]", r"cpu\.0: must be a set of options"),
+        ("cpu: [{a: [1]}]", r"cpu\.0\.a: \[1\] must be a number"),
+    ],
+)
+def test_a_wrong_file_is_a_clear_error(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "graph.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_graph_options("cpu", tmp_path)
+    assert str(tmp_path / "graph.yaml") in str(caught.value)

@@ -1,0 +1,190 @@
+"""What the whole-model stage drops, and that it drops nothing else. Verdicts are given here; the stage decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from autokernel.config import load_experiment
+from autokernel.environment import Environment
+from autokernel.errors import JobCrashed, WorkerError
+from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, ScenarioTiming, TimeScenario
+from autokernel.events import Event, ModelValidated, ModeTiming, StageFinished
+from autokernel.export.bundle import Bundle, Entry
+from autokernel.records import Check, Problem, Speedup, TensorSpec, Verdict
+from autokernel.stages.context import RunContext
+from autokernel.stages.model import CheckModel, Quality, validate
+from autokernel.workers.pool import InlinePool
+
+EXPERIMENT = Path(__file__).parent.parent / "data" / "gated.yaml"
+ENVIRONMENT = Environment(device="cpu", device_name="A CPU", isa="AVX2", num_units=2, torch="2.13.0")
+
+
+def entry(m: int, n: int, scenario: str = "one") -> Entry:
+    x, w = TensorSpec.contiguous((m, 64), "float32"), TensorSpec(shape=(64, n), dtype="float32", stride=(1, 64))
+    problem = Problem(op="mm", inputs=(x, w), device="cpu", constants=(1,))
+    return Entry(problem=problem, backend="aten", config={"prepack": True}, scenario=scenario)
+
+
+ENTRIES = tuple(entry(1, n) for n in (16, 32, 48, 64, 80)) + tuple(entry(4, n, "four") for n in (16, 32))
+
+
+def bundle_of(*entries: Entry, **options: str) -> Bundle:
+    return Bundle(name="t", created="", version="", environment=ENVIRONMENT, entries=entries, graph_options=options)
+
+
+class Answers:
+    """A pool that answers jobs by rule: which entries break the model, and which scenarios a bundle slows down."""
+
+    num_workers = 1
+
+    def __init__(
+        self,
+        harmful: Callable[[Bundle], str] = lambda bundle: "",
+        slower: Callable[[Bundle, str], bool] = lambda bundle, scenario: False,
+        unused: Sequence[Entry] = (),
+    ) -> None:
+        self.harmful, self.slower, self.unused = harmful, slower, unused
+        self.checked: list[Bundle] = []
+        self._inline = InlinePool()
+
+    def submit(self, job: Any, timeout_s: float) -> Any:
+        return self._inline.submit(lambda: self.answer(job), timeout_s)
+
+    def close(self) -> None:
+        self._inline.close()
+
+    def answer(self, job: Any) -> Quality | ScenarioTiming:
+        if isinstance(job, CheckModel):
+            self.checked.append(job.bundle)
+            why = self.harmful(job.bundle)
+            if why == "crash":
+                raise JobCrashed("the process was killed by SIGSEGV")
+            return Quality(verdict=Verdict(checks=(Check(name=why or "fine", value=3 if why else 1, limit=2, passed=not why),)))
+        assert isinstance(job, TimeScenario)
+        bundle = next(c.bundle for c in job.contenders if c.bundle is not None)
+        ratio = 0.8 if self.slower(bundle, job.scenario) else 1.2
+        hits = {e.key: int(e not in self.unused) for e in bundle.entries}
+        modes = [ModeTiming(mode=mode, median_us=100, spread_us=1) for mode in STOCK_MODES]
+        return ScenarioTiming(
+            scenario=job.scenario,
+            baseline="default",
+            modes=(*modes, ModeTiming(mode=BUNDLE, median_us=100 / ratio, spread_us=1)),
+            speedups={BUNDLE: Speedup(ratio=ratio, low=ratio - 0.01, high=ratio + 0.01, num_rounds=11)},
+            hits={BUNDLE: hits},
+        )
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def record(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        """Nothing to flush."""
+
+
+def run(answers: Answers, bundle: Bundle, dropped: Mapping[str, str] | None = None) -> tuple[ModelValidated, Bundle]:
+    context = RunContext(
+        loaded=load_experiment(EXPERIMENT),
+        folder=Path("unused"),
+        run_id="r",
+        device="cpu",
+        threads=2,
+        environment=ENVIRONMENT,
+        pool=cast(Any, answers),
+        recorders=[Listener()],
+    )
+    return validate(context, bundle, dropped or {})
+
+
+def keys(entries: Sequence[Entry]) -> set[str]:
+    return {e.key for e in entries}
+
+
+def having(*entries: Entry) -> Callable[[Bundle], str]:
+    """Fails with any of these entries."""
+    return lambda bundle: "max error" if keys(entries) & keys(bundle.entries) else ""
+
+
+def test_what_passes_is_kept_whole() -> None:
+    validated, bundle = run(Answers(), bundle_of(*ENTRIES, freezing="all"))
+    assert bundle.entries == ENTRIES
+    assert bundle.graph_options == {"freezing": "all"}
+    assert validated.dropped == {}
+    assert [s.scenario for s in validated.scenarios] == ["one", "four"]
+    assert validated.verdict.passed
+
+
+@pytest.mark.parametrize("harmful", [ENTRIES[:1], ENTRIES[2:3], ENTRIES[1:2] + ENTRIES[5:6], ENTRIES])
+def test_bisection_drops_the_harmful_entries_and_no_others(harmful: tuple[Entry, ...]) -> None:
+    answers = Answers(having(*harmful))
+    validated, bundle = run(answers, bundle_of(*ENTRIES))
+    assert keys(bundle.entries) == keys(ENTRIES) - keys(harmful)
+    assert set(validated.dropped) == keys(harmful)
+    assert all("max error is 3, limit 2" in why for why in validated.dropped.values())
+    assert validated.verdict.passed, "what is exported is what was judged"
+    assert answers.checked[-1].entries == bundle.entries
+
+
+def test_entries_that_only_fail_together_lose_one() -> None:
+    pair = keys([ENTRIES[0], ENTRIES[6]])
+    validated, bundle = run(Answers(lambda b: "norm" if pair <= keys(b.entries) else ""), bundle_of(*ENTRIES))
+    assert len(bundle.entries) == len(ENTRIES) - 1
+    assert len(validated.dropped) == 1
+
+
+def test_graph_options_go_first() -> None:
+    answers = Answers(lambda b: "max error" if b.graph_options else "")
+    validated, bundle = run(answers, bundle_of(*ENTRIES, freezing="all"))
+    assert bundle.entries == ENTRIES
+    assert bundle.graph_options == {}
+    assert list(validated.dropped) == ["graph options"]
+
+
+def test_a_crash_of_the_model_is_a_failed_check() -> None:
+    _, bundle = run(Answers(lambda b: "crash" if ENTRIES[3] in b.entries else ""), bundle_of(*ENTRIES))
+    assert keys(bundle.entries) == keys(ENTRIES) - {ENTRIES[3].key}
+
+
+def test_a_stock_model_that_crashes_is_the_run_s_failure() -> None:
+    with pytest.raises(WorkerError):
+        run(Answers(lambda b: "crash"), bundle_of())
+
+
+def test_a_slower_scenario_loses_its_own_entries() -> None:
+    answers = Answers(slower=lambda b, s: s == "four" and any(e.scenario == "four" for e in b.entries))
+    validated, bundle = run(answers, bundle_of(*ENTRIES))
+    assert {e.scenario for e in bundle.entries} == {"one"}
+    assert set(validated.dropped) == {e.key for e in ENTRIES if e.scenario == "four"}
+    assert all(s.passed for s in validated.scenarios)
+    assert "1.250 times as long as stock" in next(iter(validated.dropped.values()))
+
+
+def test_options_that_slow_a_scenario_go_before_its_entries() -> None:
+    answers = Answers(slower=lambda b, s: s == "one" and bool(b.graph_options))
+    validated, bundle = run(answers, bundle_of(*ENTRIES, freezing="all"))
+    assert bundle.entries == ENTRIES
+    assert list(validated.dropped) == ["graph options"]
+
+
+def test_entries_that_nothing_is_built_from_are_dropped() -> None:
+    validated, bundle = run(Answers(unused=ENTRIES[1:2]), bundle_of(*ENTRIES))
+    assert ENTRIES[1] not in bundle.entries
+    assert "nothing in the compiled model is built from it" in validated.dropped[ENTRIES[1].key]
+
+
+def test_the_stage_is_announced_and_ended() -> None:
+    listener = Listener()
+    context = RunContext(
+        loaded=load_experiment(EXPERIMENT), folder=Path("unused"), run_id="r", device="cpu", threads=2,
+        environment=ENVIRONMENT, pool=cast(Any, Answers()), recorders=[listener],
+    )  # fmt: skip
+    validate(context, bundle_of(*ENTRIES), {"an older one": "why"})
+    assert [e.stage for e in listener.events if isinstance(e, StageFinished)] == ["validate"]
+    assert [e.dropped for e in listener.events if isinstance(e, ModelValidated)] == [{"an older one": "why"}]
