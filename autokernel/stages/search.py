@@ -62,13 +62,14 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
     total = min(settings.trials, sum(hunt.tuner.max_trials for hunt in hunts.values()))
     deadline = time.monotonic() + settings.seconds
     flights: dict[Future[Evaluation], _Flight] = {}
+    lost: list[str] = []  # problems with a candidate that went down with its worker
     with context.stage("search", total=total, budget_s=settings.seconds, note=f"{len(hunts)} hotspots"):
         context.emit(SearchPlanned(trials={key: hunt.tuner.max_trials for key, hunt in hunts.items()}))
         try:
             while True:
                 # one waits behind each that runs, so that no worker idles while the driver records
                 while len(flights) < 2 * context.pool.num_workers and time.monotonic() < deadline and done < total:
-                    flight = _next(hunts, scheduler)
+                    flight = _again(hunts, lost) or _next(hunts, scheduler)
                     if flight is None:
                         break
                     job = EvaluateCandidate(
@@ -98,6 +99,7 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
                     evaluations[evaluation.candidate.problem.key].append(evaluation)
                     if evaluation.status is Status.LOST:
                         done -= 1
+                        lost.append(evaluation.candidate.problem.key)
                     context.progress("search", done - len(flights), total, _message(flight, evaluation))
         finally:
             for future in flights:
@@ -105,6 +107,16 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
             for hunt in hunts.values():
                 hunt.tuner.close()
     return evaluations
+
+
+def _again(hunts: dict[str, Hunt], lost: list[str]) -> _Flight | None:
+    """A lost candidate once more: its trial was paid for already, whatever the scheduler has left."""
+    while lost:
+        key = lost.pop()
+        proposals = hunts[key].tuner.ask(1)
+        if proposals:
+            return _Flight(hunt=hunts[key], proposal=proposals[0])
+    return None
 
 
 def _next(hunts: dict[str, Hunt], scheduler: Scheduler) -> _Flight | None:
