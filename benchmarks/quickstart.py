@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from autokernel.tracking.journal import find_runs, read_journal
+from autokernel.tracking.journal import find_runs, read_entries
 from autokernel.tracking.summary import summarize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,14 +41,19 @@ def one_run(experiment: Path, folder: Path) -> dict[str, Any]:
     if done.returncode != 0:
         raise RuntimeError(f"the run failed with code {done.returncode}:\n{done.stderr[-2000:]}")
     (run_folder,) = find_runs(folder / "runs")
-    summary = summarize(read_journal(run_folder))
+    return {"wall_s": round(wall_s, 1), **results_of(run_folder)}
+
+
+def results_of(run_folder: Path) -> dict[str, Any]:
+    """What is kept of a finished run."""
+    entries = list(read_entries(run_folder / "journal.jsonl"))
+    summary = summarize([entry.event for entry in entries])
     started, validated, proved = summary.started, summary.validated, summary.proved
     assert started is not None
     assert validated is not None
     return {
-        "wall_s": round(wall_s, 1),
         "stage_s": {name: round(seconds, 1) for name, seconds in summary.stage_seconds.items()},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": entries[0].time.isoformat(timespec="seconds"),
         "git_commit": started.git_commit,
         "environment": started.environment.to_json(),
         "num_trials": len(summary.trials),
@@ -64,7 +69,8 @@ def one_run(experiment: Path, folder: Path) -> dict[str, Any]:
                 "winner_us": winner.winner_us,
                 "speedup": winner.speedup.to_json(),
             }
-            for winner in summary.winners
+            for winner in (problem.winner for problem in summary.winners)
+            if winner is not None
         ],
         "graph_options": next((dict(t.options) for t in reversed(summary.graph_trials) if t.accepted), {}),
         "fresh_process": proved.to_json() if proved is not None else None,
@@ -89,16 +95,24 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--experiment", type=Path, default=ROOT / "experiments" / "quickstart.yaml")
     parser.add_argument("--out", type=Path, default=None, help="folder for the raw results")
+    parser.add_argument(
+        "--finished",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="RUN",
+        help="folders of runs that were made by hand the same way",
+    )
     parser.add_argument("--print", type=Path, default=None, metavar="FILE", help="only print the table of earlier results")
     arguments = parser.parse_args()
     if arguments.print is not None:
         print(table(json.loads(arguments.print.read_text())))
         return
-    runs = []
+    runs = [results_of(folder) for folder in arguments.finished]
     for number in range(arguments.runs):
         with tempfile.TemporaryDirectory(prefix="autokernel-bench-") as name:
             runs.append(one_run(arguments.experiment, Path(name)))
-        print(f"run {number + 1}: {runs[-1]['wall_s']:.0f} s", file=sys.stderr)
+        print(f"run {len(runs)}: {runs[-1]['wall_s']:.0f} s", file=sys.stderr)
     print(table(runs))
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
