@@ -101,7 +101,7 @@ def main() -> None:
         nargs="*",
         default=[],
         metavar="RUN",
-        help="folders of runs that were made by hand the same way",
+        help="folders of runs made by hand, the same way",
     )
     parser.add_argument("--print", type=Path, default=None, metavar="FILE", help="only print the table of earlier results")
     arguments = parser.parse_args()
@@ -109,7 +109,7 @@ def main() -> None:
         print(table(json.loads(arguments.print.read_text())))
         return
     runs = [results_of(folder) for folder in arguments.finished]
-    for number in range(arguments.runs):
+    for _ in range(arguments.runs):
         with tempfile.TemporaryDirectory(prefix="autokernel-bench-") as name:
             runs.append(one_run(arguments.experiment, Path(name)))
         print(f"run {len(runs)}: {runs[-1]['wall_s']:.0f} s", file=sys.stderr)
