@@ -75,6 +75,7 @@ class Prove:
             }
             (folder / "request.json").write_text(json.dumps(request))
             env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+            env.pop("TORCHINDUCTOR_COMPILE_THREADS", None)  # ours: production compiles with as many as Inductor takes
             command = [sys.executable, "-m", "autokernel.export.prove", str(folder / "request.json")]
             try:
                 done = subprocess.run(
