@@ -182,6 +182,9 @@ def compatible(
                 gemm = gemm_of(evaluation.candidate.problem)
                 by_gemm[gemm] = min(by_gemm.get(gemm, float("inf")), evaluation.measurement.median_us)
     for winner in winners:
+        if winner.hotspot.problem.op != "merged_mm":  # confirmed times, where there are any, rather than screening's
+            by_gemm[gemm_of(winner.hotspot.problem)] = winner.winner_us
+    for winner in winners:
         problem = winner.hotspot.problem
         if problem.op == "merged_mm":
             apart = [by_gemm.get(gemm_of(part)) for part in parts_of_merged(problem)]

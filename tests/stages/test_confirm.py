@@ -119,6 +119,15 @@ def test_merged_winners_stay_only_if_their_parts_are_slower() -> None:
     assert dropped == {}
 
 
+def test_confirmed_times_of_the_parts_count_more_than_screening() -> None:
+    merged, part = winner(MERGED, 9, prepack=True, merge="concat"), winner(MM, 4, prepack=True)
+    kept, dropped = compatible([merged, part], {MM.key: [STOCK, evaluation(MM, 6, prepack=True)]})
+    assert kept == [part]
+    assert list(dropped) == [MERGED.key]
+    slow = winner(MM, 5, prepack=True)
+    assert compatible([merged, slow], {MM.key: [evaluation(MM, 3, prepack=True)]})[0] == [merged, slow]
+
+
 def test_an_entry_says_what_the_winner_proved() -> None:
     made = entry_of(winner(MM, 8, prepack=True))
     assert (made.problem, made.backend, dict(made.config)) == (MM, "aten", {"prepack": True})
