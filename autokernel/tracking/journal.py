@@ -262,9 +262,9 @@ def read_journal(path: Path | str) -> list[Event]:
 
 
 def new_run_id(now: datetime.datetime | None = None) -> str:
-    """Sorts by time and does not collide: `20261121-014900-3f2a` (UTC)."""
+    """Sorts by time and does not collide: `20261121-014900-3f2a91c0` (UTC)."""
     now = now or datetime.datetime.now(datetime.UTC)
-    return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
 def run_folder(runs_folder: Path | str, name: str, run_id: str) -> Path:
