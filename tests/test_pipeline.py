@@ -137,7 +137,7 @@ def test_a_node_that_dies_in_mid_search_changes_nothing(tmp_path: Path) -> None:
 
     overrides = (f"search.spaces={DATA / 'spaces'}", "validation.min_gain=0", "search.min_weight=0.02", "search.trials=40")
     quiet = Listener()
-    alone = run(EXPERIMENT, overrides=overrides, runs_folder=tmp_path / "alone", recorders=[quiet], until="search")
+    alone = run(EXPERIMENT, overrides=overrides, runs_folder=tmp_path / "alone", recorders=[quiet], until="confirm")
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -161,6 +161,9 @@ def test_a_node_that_dies_in_mid_search_changes_nothing(tmp_path: Path) -> None:
     done = {e.evaluation.candidate.id for e in killer.of(Evaluated) if e.evaluation.status is Status.OK}
     assert done == {e.evaluation.candidate.id for e in quiet.of(Evaluated) if e.evaluation.status is Status.OK}
     assert alone.outcome == "stopped"
+    # one candidate besides stock per problem: who won clearly alone wins here too, and with the same config
+    clear = {e.candidate.id for e in quiet.of(Confirmed) if e.accepted and e.speedup.low > 1.15}
+    assert clear <= {e.candidate.id for e in killer.of(Confirmed) if e.accepted}
 
 
 def test_every_stage_can_be_the_last(tmp_path: Path) -> None:
