@@ -92,6 +92,7 @@ class Confirmed(Record):
     accepted: bool
     reason: str
     winner: Winner | None = None
+    conditions: Mapping[str, float] = field(default_factory=dict)  # clock, power, temperature and load, before_ and after_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

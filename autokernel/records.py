@@ -299,6 +299,7 @@ class Evaluation(Record):
     environment: str = ""  # digest of the environment it ran in
     build_s: float = 0.0
     total_s: float = 0.0
+    device_s: float = 0.0  # how long it held the device: checks and timing
     deterministic: bool = True
 
     def __post_init__(self) -> None:

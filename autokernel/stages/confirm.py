@@ -139,6 +139,7 @@ def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> lis
                 accepted=winner is not None,
                 reason=reason,
                 winner=winner,
+                conditions=confirmation.comparison.conditions if confirmation.comparison is not None else {},
             )
         )
     return events
