@@ -19,7 +19,7 @@ from torch._inductor.compile_fx import compile_fx
 from autokernel.environment import current_environment
 from autokernel.errors import BundleError
 from autokernel.export.bundle import Bundle, read_bundle
-from autokernel.export.freezing import FrozenGraph, freeze_inputs, needs_constant, weights_to_freeze
+from autokernel.export.freezing import Frozen, FrozenGraph, freeze_inputs, needs_constant, weights_to_freeze
 from autokernel.export.passes import MergePass, SitePass
 from autokernel.export.pins import install
 from autokernel.export.plan import Plan, Usage, mismatch
@@ -57,7 +57,8 @@ class BundleBackend:
         if not plan.active:
             return _inductor(gm, inputs, {})
         install()
-        frozen = weights_to_freeze(gm, inputs, plan) if not torch.is_grad_enabled() else []
+        chosen = weights_to_freeze(gm, inputs, plan) if not torch.is_grad_enabled() else Frozen(positions=())
+        frozen = chosen.positions
         if torch.is_grad_enabled():
             for entry in plan.bundle.entries:
                 plan.skip(entry, "gradients are enabled; compile and call under torch.inference_mode() or torch.no_grad()")
@@ -65,6 +66,8 @@ class BundleBackend:
             return _inductor(gm, inputs, inductor_options(plan, frozen=False))
 
         def compile_frozen(weights: Sequence[Any]) -> Callable[..., Any]:
+            for entry, num_bytes in chosen.copied:
+                plan.copied(entry, num_bytes)
             module = freeze_inputs(gm, weights, frozen)
             rest = [value for i, value in enumerate(inputs) if i not in set(frozen)]
             return _inductor(module, rest, inductor_options(plan, frozen=True))

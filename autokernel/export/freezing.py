@@ -1,8 +1,12 @@
 """Weights as constants, per entry, from inside a `torch.compile` backend.
 
-Inductor packs a weight only if it is a constant of the graph. Its own switch must be thrown before Dynamo traces, freezes
-everything, and never looks at the weights again. Here the weights that entries need become constants of the graph that
-Dynamo hands to the backend, and each call checks that they are still the same, unchanged tensors.
+Inductor packs a weight, and folds weights that lie side by side into one, only if they are constants of the graph. Its own
+switch must be thrown before Dynamo traces, freezes everything, and never looks at the weights again. Here the weights that
+entries need become constants of the graph that Dynamo hands to the backend, and each call checks that they are still the
+same, unchanged tensors. Nothing of it depends on the device.
+
+The constants are copies: the model's own weights stay alive beside them, and each compiled graph (each shape) has copies of
+its own. `Usage.constant_bytes` says how much that is.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +38,21 @@ def needs_constant(entry: Entry) -> bool:
     )
 
 
-def weights_to_freeze(gm: torch.fx.GraphModule, inputs: Sequence[Any], plan: Plan) -> list[int]:
-    """Positions of the inputs that are parameters used by a GEMM with an entry that needs them constant."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen:
+    """Positions of the inputs to freeze, and for which entry how many bytes of them are copied."""
+
+    positions: tuple[int, ...]
+    copied: tuple[tuple[Entry, int], ...] = ()
+
+
+def weights_to_freeze(gm: torch.fx.GraphModule, inputs: Sequence[Any], plan: Plan) -> Frozen:
+    """The inputs that are parameters used by a GEMM with an entry that needs them constant."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     position = {node: i for i, node in enumerate(placeholders)}
     everything = plan.bundle.graph_options.get("freezing") == "all"
     chosen: set[int] = set()
+    copied: list[tuple[Entry, int]] = []
     by_input: dict[Any, list[_Product]] = {}  # by shared input
     for node in gm.graph.nodes:
         linear = _linear(node)
@@ -58,16 +72,25 @@ def weights_to_freeze(gm: torch.fx.GraphModule, inputs: Sequence[Any], plan: Pla
         entry = plan.find(Gemm(dtype_name(value.dtype), 1, m, (n,), k, bias is not None))
         if entry is not None and needs_constant(entry):
             chosen.update(product.constants)
+            copied.append((entry, _num_bytes(inputs, product.constants)))
         by_input.setdefault(x, []).append(product)
     for x, members in by_input.items():
         value = x.meta["example_value"]
         for entry, gemm in plan.groups(dtype_name(value.dtype), members[0].m, int(value.shape[-1])):
             fitting = [product for product in members if product.bias == gemm.bias and product.n in gemm.ns]
             if needs_constant(entry) and _covers(fitting, gemm.ns):
-                chosen.update(index for product in fitting for index in product.constants)
+                constants = [index for product in fitting for index in product.constants]
+                chosen.update(constants)
+                copied.append((entry, _num_bytes(inputs, constants)))
     if everything:
         chosen.update(i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter))
-    return sorted(i for i in chosen if not inputs[i].requires_grad or not torch.is_grad_enabled())
+    if torch.is_grad_enabled():
+        chosen = {i for i in chosen if not inputs[i].requires_grad}
+    return Frozen(positions=tuple(sorted(chosen)), copied=tuple(copied))
+
+
+def _num_bytes(inputs: Sequence[Any], positions: Sequence[int]) -> int:
+    return sum(inputs[i].numel() * inputs[i].element_size() for i in positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,11 +185,34 @@ def version_of(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+class _Variant:
+    """One compilation, and the weights it holds. `matches` runs at every call of the model: some 60 ns a weight."""
+
+    __slots__ = ("_counted", "_pick", "_versions", "_weights", "compiled")
+
+    def __init__(self, compiled: Callable[..., Any], inputs: Sequence[Any], frozen: tuple[int, ...]) -> None:
+        self.compiled = compiled
+        self._pick = _getter(frozen)
+        self._weights = self._pick(inputs)
+        self._counted = [weight for weight in self._weights if version_of(weight) >= 0]
+        self._versions = [weight._version for weight in self._counted]
+
+    def matches(self, args: Sequence[Any]) -> bool:
+        """Whether these are the same tensors, with nothing written into them since."""
+        return all(map(operator.is_, self._pick(args), self._weights)) and not self.stale()
+
+    def stale(self) -> bool:
+        """Whether a weight it holds was changed in place: versions only grow, so it never matches again."""
+        return [weight._version for weight in self._counted] != self._versions
+
+
 class FrozenGraph:
     """A compiled graph that holds its weights as constants, and looks at each call whether they still are.
 
     One graph may serve several modules (layers that share code, a weight that was replaced): every set of weights gets a
-    compilation of its own, up to `MAX_REFREEZES`; beyond that, the graph is compiled once more without constants.
+    compilation of its own, up to `MAX_REFREEZES`; beyond that, the graph is compiled once more without constants. A CUDA
+    graph that was captured around a call replays that call's constants, and nothing here runs: capture again after weights
+    were changed.
     """
 
     def __init__(
@@ -180,39 +226,42 @@ class FrozenGraph:
         self._compile_frozen = compile_frozen
         self._compile_stock = compile_stock
         self._frozen = tuple(frozen)
-        kept = tuple(i for i in range(num_inputs) if i not in set(frozen))
-        self._kept = _getter(kept)
-        self._variants: list[tuple[tuple[tuple[int, Any, int], ...], Callable[..., Any]]] = []
+        self._kept = _getter(tuple(i for i in range(num_inputs) if i not in set(frozen)))
+        self._lock = threading.RLock()
+        self._variants: tuple[_Variant, ...] = ()
+        self._num_compiled = 0
         self._stock: Callable[..., Any] | None = None
         self._add(inputs)
 
     def _add(self, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = self._compile_frozen(inputs)
-        held = tuple((i, inputs[i], version_of(inputs[i])) for i in self._frozen)
-        self._variants.append((held, compiled))
+        self._num_compiled += 1
+        fresh = tuple(variant for variant in self._variants if not variant.stale())
+        self._variants = (*fresh, _Variant(compiled, inputs, self._frozen))
         return compiled
 
     def __call__(self, *args: Any) -> Any:
-        for held, compiled in self._variants:
-            for i, weight, version in held:
-                if args[i] is not weight or (version >= 0 and weight._version != version):
-                    break
-            else:
-                return compiled(*self._kept(args))
+        for variant in self._variants:
+            if variant.matches(args):
+                return variant.compiled(*self._kept(args))
         return self._miss(args)
 
     def _miss(self, args: Sequence[Any]) -> Any:
-        if self._stock is None and len(self._variants) > MAX_REFREEZES:
-            log.warning(
-                "autokernel: the weights of one compiled graph changed or were exchanged %d times; "
-                "from now on it runs without packed weights",
-                MAX_REFREEZES,
-            )
-            self._stock = self._compile_stock()
         if self._stock is not None:
             return self._stock(*args)
-        log.info("autokernel: new or changed weights: packing them again")
-        return self._add(args)(*self._kept(args))
+        with self._lock:  # two threads with the same new weights compile them once
+            known = next((variant.compiled for variant in self._variants if variant.matches(args)), None)
+            if known is None and self._stock is None and self._num_compiled <= MAX_REFREEZES:
+                log.info("autokernel: new or changed weights: packing them again")
+                known = self._add(args)
+            if known is None and self._stock is None:
+                log.warning(
+                    "autokernel: the weights of one compiled graph changed or were exchanged %d times; "
+                    "from now on it runs without packed weights",
+                    MAX_REFREEZES,
+                )
+                self._stock = self._compile_stock()
+        return known(*self._kept(args)) if known is not None else self._stock(*args)  # type: ignore[misc]
 
 
 def _getter(positions: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -39,9 +39,14 @@ def minor(version: str) -> str:
 
 @dataclass(slots=True)
 class Usage:
-    """Counters of one entry: `hits` counts the sites in compiled graphs that were built from it."""
+    """Counters of one entry: `hits` counts the sites in compiled graphs that were built from it.
+
+    `constant_bytes` is the size of the weights that were copied for it into constants (packed, or side by side), over all
+    compilations. The weights themselves stay where they are, for the model owns them.
+    """
 
     hits: int = 0
+    constant_bytes: int = 0
     reasons: list[str] = field(default_factory=list)  # why it did not apply somewhere
 
 
@@ -101,6 +106,11 @@ class Plan:
     def hit(self, entry: Entry) -> None:
         with self._lock:
             self.usage[entry.key].hits += 1
+
+    def copied(self, entry: Entry, num_bytes: int) -> None:
+        """A compilation made constants of this entry's weights."""
+        with self._lock:
+            self.usage[entry.key].constant_bytes += num_bytes
 
     def skip(self, entry: Entry, reason: str) -> None:
         """Stock code serves this entry's problem here; said once per entry and reason."""
