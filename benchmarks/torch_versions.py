@@ -30,50 +30,11 @@ import torch
 from torch._dynamo.utils import counters
 
 import autokernel
-from autokernel.environment import current_environment
 from autokernel.export.bundle import Bundle, Entry, read_bundle, write_bundle
-from autokernel.records import Problem, TensorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
-M, K, HIDDEN = 16, 64, 96
-
-
-class Gated(torch.nn.Module):
-    def __init__(self, bias: bool = False) -> None:
-        super().__init__()
-        self.gate = torch.nn.Linear(K, HIDDEN, bias=bias)
-        self.up = torch.nn.Linear(K, HIDDEN, bias=bias)
-        self.down = torch.nn.Linear(HIDDEN, K)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
-
-
-def spec(*shape: int) -> TensorSpec:
-    return TensorSpec.contiguous(shape, "float32")
-
-
-def weight(k: int, n: int) -> TensorSpec:
-    return TensorSpec(shape=(k, n), dtype="float32", stride=(1, k))
-
-
-GATE = Problem(op="mm", inputs=(spec(M, K), weight(K, HIDDEN)), device="cpu", constants=(1,))
-DOWN = Problem(op="addmm", inputs=(spec(K), spec(M, HIDDEN), weight(HIDDEN, K)), device="cpu", constants=(0, 2))
-BOTH = Problem(op="merged_mm", inputs=(spec(M, K), weight(K, HIDDEN), weight(K, HIDDEN)), device="cpu", constants=(1, 2))
-BIASED = replace(BOTH, inputs=(*BOTH.inputs, spec(HIDDEN), spec(HIDDEN)), constants=(1, 2, 3, 4))
-
-
-def entry(problem: Problem, backend: str, **config: int | str | bool) -> Entry:
-    return Entry(problem=problem, backend=backend, config=config)
-
-
-def bundle_of(*entries: Entry, **options: int | str | bool) -> Bundle:
-    made = Bundle(name="t", created="", version="", environment=current_environment("cpu"), entries=entries)
-    return replace(made, graph_options=options)
-
-
-def bf16(problem: Problem) -> Problem:
-    return replace(problem, inputs=tuple(replace(s, dtype="bfloat16") for s in problem.inputs))
+sys.path.insert(0, str(ROOT / "tests"))
+from gated_layers import BATCHES, BOTH, BOTH_BIASED, DOWN, GATE, HIDDEN, Gated, K, M, bf16, bundle_of, entry  # noqa: E402
 
 
 def differs(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> str | None:
@@ -180,12 +141,11 @@ def cache() -> str | None:
 
 
 def batches() -> str | None:
-    problem = Problem(op="bmm", inputs=(spec(4, 32, K), spec(4, K, 48)), device="cpu")
     left, right = torch.randn(4, 32, K), torch.randn(4, K, 48)
     hits = []
     for _ in range(2):
         torch.compiler.reset()
-        backend = autokernel.backend(bundle_of(entry(problem, "inductor", template="cpp_bmm")))
+        backend = autokernel.backend(bundle_of(entry(BATCHES, "inductor", template="cpp_bmm")))
         wrong = differs(torch.compile(torch.bmm, backend=backend)(left, right), torch.bmm(left, right))
         if wrong:
             return wrong
@@ -222,7 +182,7 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "concat": lambda: serves(Gated(), entry(BOTH, "aten", prepack=False, merge="concat"), hits=[1]),
     "concat, packed": lambda: serves(Gated(), entry(BOTH, "aten", prepack=True, merge="concat"), hits=[1]),
     "concat, packed, with biases": lambda: serves(
-        Gated(bias=True), entry(BIASED, "aten", prepack=True, merge="concat"), hits=[1]
+        Gated(bias=True), entry(BOTH_BIASED, "aten", prepack=True, merge="concat"), hits=[1]
     ),
     "concat, C++ template": lambda: serves(
         Gated(), entry(BOTH, "inductor", template="cpp_gemm", merge="concat"), hits=[1]

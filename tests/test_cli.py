@@ -426,7 +426,7 @@ def test_verify_exits_by_its_verdict(experiment: Path, tmp_path: Path, monkeypat
         key="cpu: mm(...)", scenario="one", hits=6, reason="", speedup=Speedup(ratio=1.4, low=1.3, high=1.5, num_rounds=21),
         promised=1.5, holds=True, message="still faster than stock",
     )  # fmt: skip
-    scenario = synthetic.scenario("one", (4.0, 3.0, 3.0, 2.0), 1.3)
+    scenario = synthetic.scenario("one", (4.0, 3.0, 3.0, 2.0), synthetic.above(1.3))
     for passed, reason, code in ((True, None, 0), (False, "it was tuned with threads 4, this is 2", 1)):
         report = VerifyReport(environment_reason=reason, entries=(entry,), scenarios=(scenario,), passed=passed)
         monkeypatch.setattr(verification, "verify", lambda *words, report=report, **named: report)

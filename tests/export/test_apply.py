@@ -12,53 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from gated_layers import BATCHES, BOTH, BOTH_BIASED, DOWN, GATE, HIDDEN, Gated, K, M, bf16, bundle_of, entry
 from torch import nn
 from torch._dynamo.utils import counters
 
 import autokernel
-from autokernel.environment import current_environment
 from autokernel.errors import BundleError
 from autokernel.export.apply import BundleBackend, stock_backend
 from autokernel.export.bundle import Bundle, Entry, write_bundle
-from autokernel.records import Problem, TensorSpec
-
-M, K, HIDDEN = 16, 64, 96
-
-
-class Gated(nn.Module):
-    """down(silu(gate(x)) * up(x)): one merged group, one GEMM with a bias."""
-
-    def __init__(self, bias: bool = False) -> None:
-        super().__init__()
-        self.gate = nn.Linear(K, HIDDEN, bias=bias)
-        self.up = nn.Linear(K, HIDDEN, bias=bias)
-        self.down = nn.Linear(HIDDEN, K)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
-
-
-def spec(*shape: int) -> TensorSpec:
-    return TensorSpec.contiguous(shape, "float32")
-
-
-def weight(k: int, n: int) -> TensorSpec:
-    return TensorSpec(shape=(k, n), dtype="float32", stride=(1, k))
-
-
-GATE = Problem(op="mm", inputs=(spec(M, K), weight(K, HIDDEN)), device="cpu", constants=(1,))
-DOWN = Problem(op="addmm", inputs=(spec(K), spec(M, HIDDEN), weight(HIDDEN, K)), device="cpu", constants=(0, 2))
-BOTH = Problem(op="merged_mm", inputs=(spec(M, K), weight(K, HIDDEN), weight(K, HIDDEN)), device="cpu", constants=(1, 2))
-BOTH_BIASED = replace(BOTH, inputs=(*BOTH.inputs, spec(HIDDEN), spec(HIDDEN)), constants=(1, 2, 3, 4))
-
-
-def entry(problem: Problem, backend: str, **config: int | str | bool) -> Entry:
-    return Entry(problem=problem, backend=backend, config=config)
-
-
-def bundle_of(*entries: Entry, **options: int | str | bool) -> Bundle:
-    environment = current_environment("cpu")
-    return Bundle(name="t", created="", version="", environment=environment, entries=entries, graph_options=options)
 
 
 @pytest.fixture(autouse=True)
@@ -102,19 +63,17 @@ def test_biased_layers_merge_too() -> None:
 
 
 def test_bf16_layers_group_in_one_template() -> None:
-    both = replace(BOTH, inputs=tuple(replace(s, dtype="bfloat16") for s in BOTH.inputs))
     model, x = Gated().bfloat16(), torch.randn(M, K).bfloat16()
-    compiled, backend = compiled_with(model, bundle_of(entry(both, "inductor", template="cpp_gemm", merge="grouped")))
+    compiled, backend = compiled_with(model, bundle_of(entry(bf16(BOTH), "inductor", template="cpp_gemm", merge="grouped")))
     torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
     assert [usage.hits for usage in backend.usage().values()] == [1]
 
 
 def test_batches_use_their_template_however_often_they_are_compiled() -> None:
-    problem = Problem(op="bmm", inputs=(spec(4, 32, K), spec(4, K, 48)), device="cpu")
     left, right = torch.randn(4, 32, K), torch.randn(4, K, 48)
     for _ in range(2):
         torch.compiler.reset()
-        backend = autokernel.backend(bundle_of(entry(problem, "inductor", template="cpp_bmm")))
+        backend = autokernel.backend(bundle_of(entry(BATCHES, "inductor", template="cpp_bmm")))
         product = torch.compile(torch.bmm, backend=backend)(left, right)
         torch.testing.assert_close(product, torch.bmm(left, right), rtol=1e-4, atol=1e-5)
         assert next(iter(backend.usage().values())).hits == 1

@@ -17,15 +17,14 @@ from autokernel.errors import StorageError
 from autokernel.events import Event, StageProgress
 from autokernel.tracking.journal import Journal, find_runs, is_being_written, new_run_id, read_entries, read_journal, run_folder
 
-_SYNTHETIC = Path(__file__).with_name("conftest.py")
+_TESTS = str(Path(__file__).parent.parent)
 _WRITER = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("synthetic", {str(_SYNTHETIC)!r})
-synthetic = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(synthetic)
+import sys
+sys.path.insert(0, {_TESTS!r})
+import synthetic_runs
 from autokernel.tracking.journal import Journal
 journal = Journal(sys.argv[1])
-events = synthetic.make_events(600)
+events = synthetic_runs.make_events(600)
 print("ready", flush=True)
 for event in events:
     journal.record(event)

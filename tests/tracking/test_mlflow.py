@@ -184,14 +184,13 @@ def test_child_that_dies_costs_the_run_nothing(runs: Path, synthetic_events: lis
 def test_mirror_ends_when_its_driver_is_killed(runs: Path) -> None:
     folder = run_folder(runs, "synthetic-llama", _RUN_ID)
     code = f"""
-import importlib.util, os, signal
-spec = importlib.util.spec_from_file_location("synthetic", {str(Path(__file__).with_name("conftest.py"))!r})
-synthetic = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(synthetic)
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import synthetic_runs
 from autokernel.tracking.journal import Journal
 from autokernel.tracking.mlflow_mirror import MlflowMirror
 recorders = Journal({str(folder)!r}), MlflowMirror({str(folder)!r})
-for event in synthetic.make_events()[:12]:
+for event in synthetic_runs.make_events()[:12]:
     for recorder in recorders:
         recorder.record(event)
 print(recorders[1]._child.pid, flush=True)
