@@ -1,0 +1,325 @@
+"""Records landscapes: every legal config of a GEMM measured once on this GPU, statuses included.
+
+    python benchmarks/record_landscapes.py --out OUT --seconds 500 [--only NAME ...] [--again] [--dry]
+    python benchmarks/record_landscapes.py --unpack OUT/landscapes.zip
+
+Worker processes compile ahead; one process checks and times each kernel: cold L2, CUDA graphs of many calls, events.
+The best 20 and cuBLAS are measured again, interleaved. GEMMs that benchmarks/landscapes/ has already are skipped, and
+OUT/landscapes.zip is written anew after each GEMM, so that nothing finished is lost. A GEMM that gets too little time
+has a random part of its space, and says so (`complete`, `measured` of `legal`). Needs a GPU of sm_90, but not `--dry`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+
+from compile_farm import Farm, Task  # noqa: E402
+from gemm_kernels import MAX_SHARED, NUM_SMS, Gemm  # noqa: E402
+from landscape_file import FOLDER, Landscape, Row, load, pack, save, unpack  # noqa: E402
+
+_CAREFUL, _ROUNDS = 20, 15
+_PROTOCOL = (
+    "bf16, cold L2 by rotation over copies of inputs and outputs, CUDA graph of many calls, events; "
+    "us: median of 3 replays of one graph (2.5 ms), candidates in random order; "
+    f"careful_us: best {_CAREFUL} and cuBLAS, median of {_ROUNDS} replays each, interleaved in random order"
+)
+
+# a list is recorded from its first to its last, so that the first ones cover all kinds
+GEMMS = (
+    Gemm(name="llama8b-o-m16", op="mm", m=16, n=4096, k=4096),
+    Gemm(name="llama8b-qkv-m64", op="mm", m=64, n=6144, k=4096),
+    Gemm(name="llama8b-gateup-m1", op="mm", m=1, n=28672, k=4096),
+    Gemm(name="llama8b-down-m128", op="mm", m=128, n=4096, k=14336),
+    Gemm(name="llama8b-o-m2048", op="mm", m=2048, n=4096, k=4096),
+    Gemm(name="bmm-qk-b32", op="bmm", m=512, n=512, k=128, batch=32),
+    Gemm(name="kheavy-256", op="mm", m=256, n=256, k=65536),
+    Gemm(name="qwen7b-qkv-bias-m128", op="addmm", m=128, n=4608, k=3584),
+    Gemm(name="llama8b-down-m16", op="mm", m=16, n=4096, k=14336),
+    Gemm(name="llama8b-gateup-m128", op="mm", m=128, n=28672, k=4096),
+    Gemm(name="llama8b-down-m2048", op="mm", m=2048, n=4096, k=14336),
+    Gemm(name="qwen7b-down-m32", op="mm", m=32, n=3584, k=18944),
+    Gemm(name="square-1024", op="mm", m=1024, n=1024, k=1024),
+    Gemm(name="llama8b-lmhead-m16", op="mm", m=16, n=128256, k=4096),
+    Gemm(name="llama8b-gateup-m2048", op="mm", m=2048, n=28672, k=4096),
+    Gemm(name="bmm-pv-b256", op="bmm", m=64, n=128, k=2048, batch=256, k_major=False),
+    Gemm(name="llama8b-qkv-m1", op="mm", m=1, n=6144, k=4096),
+    Gemm(name="llama8b-o-m128", op="mm", m=128, n=4096, k=4096),
+    Gemm(name="qwen7b-gateup-m2048", op="mm", m=2048, n=37888, k=3584),
+    Gemm(name="llama8b-gateup-m8192", op="mm", m=8192, n=28672, k=4096),
+)
+
+
+def legal_configs(gemm: Gemm) -> list[dict[str, Any]]:
+    """Inductor's part of the package's own search space, in a random order that is always the same."""
+    from autokernel.search.space import DeviceFacts, names_for
+    from autokernel.search.space_file import load_space
+
+    facts = DeviceFacts(device="cuda", isa="sm_90", num_units=NUM_SMS, smem_bytes=MAX_SHARED, l2_bytes=60 << 20)
+    space = load_space(gemm.op, ROOT / "search_spaces")["inductor"]
+    configs = list(space.enumerate(names_for(gemm.dims, facts)))
+    if gemm.m == 1:  # torch 2.11 takes a single row for a transposed matrix, and describes it to TMA as such
+        configs = [config for config in configs if config["template"] != "mm_persistent_tma"]
+    random.Random(gemm.name).shuffle(configs)
+    # the few that no worker compiles come first, so that a part of a space has them
+    return sorted(configs, key=lambda config: config["template"] != "decompose_k")
+
+
+class Recorder:
+    """Takes one GEMM after the other within a time box."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.deadline = time.monotonic() + options.seconds
+        self.work = Path(options.scratch)
+        self.done_folder = self.work / "landscapes"
+        self.sources = self.work / "sources"
+        for folder in (self.done_folder, self.sources, Path(options.out)):
+            folder.mkdir(parents=True, exist_ok=True)
+        os.environ["TRITON_CACHE_DIR"] = str(self.work / "triton")
+        self.partial = self.work / "partial.json"
+        self.busy_us = 0.0
+        self.farm: Farm | None = None
+        self.device: dict[str, Any] = {"hardware": "dry run", "versions": {}}
+        self.scratch: Any = None
+        self._names: dict[str, dict[str, str]] = {}  # GEMM -> config -> name of its module
+
+    def run(self) -> None:
+        """Record all GEMMs that are wanted and not there yet."""
+        begun = time.monotonic()
+        gemms = self._wanted()
+        configs = {gemm.name: legal_configs(gemm) for gemm in gemms}
+        legal = {name: len(found) for name, found in configs.items()}
+        configs = {name: found[: self.options.limit] for name, found in configs.items()}
+        print(f"{len(gemms)} GEMMs: {', '.join(f'{name} {count}' for name, count in legal.items())}", flush=True)
+        self.farm = Farm(self.options.workers, self.sources)
+        if not self.options.dry:
+            import gemm_device
+
+            self.scratch = gemm_device.open_device()
+            self.device = gemm_device.describe_device()
+        for gemm in gemms:
+            compiled = [config for config in configs[gemm.name] if config["template"] != "decompose_k"]
+            tasks = [Task(gemm=gemm, config=c, name=f"{gemm.name.replace('-', '_')}_{i}") for i, c in enumerate(compiled)]
+            self._names[gemm.name] = {json.dumps(task.config, sort_keys=True): task.name for task in tasks}
+            self.farm.submit(tasks)
+        try:
+            for i, gemm in enumerate(gemms):
+                left = self.deadline - time.monotonic()
+                if left < 8:
+                    print(f"no time left for {', '.join(g.name for g in gemms[i:])}", flush=True)
+                    break
+                self._record(gemm, configs[gemm.name], legal[gemm.name], left / (len(gemms) - i))
+        finally:
+            self.farm.close()
+        wall = time.monotonic() - begun
+        print(f"{wall:.0f} s, device busy {self.busy_us / 1e6:.0f} s ({self.busy_us / 1e6 / max(wall, 1e-9):.0%})", flush=True)
+
+    def _wanted(self) -> list[Gemm]:
+        have = {
+            path.name.removesuffix(".json.gz") for folder in (FOLDER, self.done_folder) for path in folder.rglob("*.json.gz")
+        }
+        only = self.options.only
+        return [g for g in GEMMS if (g.name in only if only else True) and (self.options.again or g.name not in have)]
+
+    def _record(self, gemm: Gemm, configs: list[dict[str, Any]], legal: int, seconds: float) -> None:
+        begun = time.monotonic()
+        careful_s = 4.0 if seconds > 12 else 0.3 * seconds
+        rows = self._partial_rows(gemm)
+        bench = self._open(gemm)
+        self._screen(gemm, configs, rows, bench, begun + seconds - careful_s)
+        assert self.farm is not None
+        self.farm.drop(gemm.name)
+        rows = list(self._careful(gemm, rows, bench, time.monotonic() + careful_s))
+        measured = sum(row.backend == "inductor" for row in rows)
+        landscape = Landscape(
+            name=gemm.name,
+            header={
+                **self.device, "date": datetime.date.today().isoformat(), "protocol": _PROTOCOL, "legal": legal,
+                "measured": measured, "complete": measured == legal, "copies": bench.copies if bench else 0,
+                "notes": "inductor rows: torch's templates rendered and compiled as Inductor does, without its wrapper; "
+                "decompose_k: torch.bmm with fp32 output and a Triton sum",
+                "sensors": self._sensors(),
+            },
+            problem={"op": gemm.op, "batch": gemm.batch, "m": gemm.m, "n": gemm.n, "k": gemm.k, "dtype": "bfloat16",
+                     "bias": gemm.op == "addmm", "b": "k-major" if gemm.k_major else "n-major"},
+            rows=rows,
+        )  # fmt: skip
+        save(landscape, self.done_folder)
+        pack(self.done_folder, Path(self.options.out) / "landscapes.zip")
+        self.partial.unlink(missing_ok=True)
+        self._say(landscape, time.monotonic() - begun)
+        if bench is not None:
+            self.busy_us += bench.busy_us
+            self._close(bench)
+
+    def _screen(self, gemm: Gemm, configs: list[dict[str, Any]], rows: list[Row], bench: Any, until: float) -> None:
+        """One row for every config whose turn comes before the time is up."""
+        assert self.farm is not None
+        known = {json.dumps(row.config, sort_keys=True) for row in rows}
+        if not any(row.backend == "aten" for row in rows):
+            rows.append(self._measured(Row(backend="aten", config={"prepack": False}, status="OK"), "", rows, bench))
+        for config in configs:
+            if config["template"] == "decompose_k" and json.dumps(config, sort_keys=True) not in known:
+                rows.append(self._measured(Row(backend="inductor", config=config, status="OK"), "", rows, bench))
+        left = sum(config["template"] != "decompose_k" for config in configs)
+        while left and time.monotonic() < until:
+            built = self.farm.take(gemm.name, min(5.0, max(0.0, until - time.monotonic())))
+            if built is None:
+                continue
+            left -= 1
+            if json.dumps(built.task.config, sort_keys=True) in known:
+                continue
+            row = Row(backend="inductor", config=built.task.config, status=built.status)
+            rows.append(row if built.status != "OK" else self._measured(row, built.task.name, rows, bench))
+
+    def _launch(self, row: Row, name: str, bench: Any) -> Any:
+        if row.backend == "aten":
+            return bench.stock_launch()
+        if row.config["template"] == "decompose_k":
+            return bench.decompose_launch(row.config["k_split"])
+        return bench.kernel_launch(row.config, name)
+
+    def _measured(self, row: Row, name: str, rows: list[Row], bench: Any) -> Row:
+        if bench is None:
+            return replace(row, us=round(5 + 20 * random.Random(str(row.config)).random(), 3))
+        try:
+            row = replace(row, us=bench.quick(self._launch(row, name, bench)))
+            bench.unload()
+        except Exception as error:  # noqa: BLE001 -- the boundary of candidates' code: whatever it raises is its status
+            kind = type(error).__name__
+            status = {"WrongResultError": "WRONG", "OutOfResources": "BUILD_ERROR"}.get(kind, "RUN_ERROR")
+            row = replace(row, status=status, us=None)
+            if status == "RUN_ERROR":
+                print(f"{row.backend} {row.config}: {kind}: {str(error)[:300]}", flush=True)
+                self._restart_if_dead(bench, [*rows, row])
+        return row
+
+    def _restart_if_dead(self, bench: Any, rows: list[Row]) -> None:
+        """A kernel that went wrong may have ended the CUDA context: go on in a new process, without that config."""
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+            bench.stock_launch()(0)
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"the device must be opened anew: {str(error)[:100]}", flush=True)
+            kept = [[row.backend, row.config, row.status, row.us] for row in rows]
+            self.partial.write_text(json.dumps({"name": bench.gemm.name, "rows": kept}))
+            seconds = max(1, int(self.deadline - time.monotonic()))
+            arguments = [a for a in self.options.argv if not a.startswith("--seconds")]
+            if "--seconds" in self.options.argv:
+                del arguments[self.options.argv.index("--seconds")]
+            os.execv(sys.executable, [sys.executable, __file__, *arguments, f"--seconds={seconds}"])
+
+    def _partial_rows(self, gemm: Gemm) -> list[Row]:
+        if not self.partial.exists():
+            return []
+        said = json.loads(self.partial.read_text())
+        if said["name"] != gemm.name:
+            return []
+        return [Row(backend=b, config=config, status=status, us=us) for b, config, status, us in said["rows"]]
+
+    def _careful(self, gemm: Gemm, rows: list[Row], bench: Any, until: float) -> list[Row]:
+        """The best rows once more, replays of all taking turns."""
+        done = [row for row in rows if row.us is not None and row.backend != "aten"]
+        chosen = sorted(done, key=lambda row: row.us or math.inf)[:_CAREFUL] + [row for row in rows if row.backend == "aten"]
+        if bench is None:
+            return [replace(row, careful_us=row.us) if row in chosen else row for row in rows]
+        graphs = {}
+        for i, row in enumerate(chosen):
+            try:
+                task_name = self._task_name(gemm, row)
+                graphs[i] = bench.capture(self._launch(row, task_name, bench), row.us or 1.0)
+            except Exception as error:  # noqa: BLE001 -- as above; the row keeps its quick time
+                print(f"careful: {row.config}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        samples: dict[int, list[float]] = {i: [] for i in graphs}
+        order, rng = list(graphs), random.Random(0)
+        for _ in range(_ROUNDS):
+            rng.shuffle(order)
+            for i in order:
+                samples[i].append(bench.replay(graphs[i]))
+            if time.monotonic() > until:
+                break
+        times = {id(chosen[i]): statistics.median(found) for i, found in samples.items() if found}
+        graphs.clear()
+        bench.unload()
+        return [replace(row, careful_us=times[id(row)]) if id(row) in times else row for row in rows]
+
+    def _task_name(self, gemm: Gemm, row: Row) -> str:
+        if row.backend == "aten" or row.config["template"] == "decompose_k":
+            return ""
+        return self._names[gemm.name][json.dumps(row.config, sort_keys=True)]
+
+    def _open(self, gemm: Gemm) -> Any:
+        if self.options.dry:
+            return None
+        import gemm_device
+
+        return gemm_device.Bench(gemm, self.sources, self.scratch)
+
+    def _close(self, bench: Any) -> None:
+        import gc
+
+        import torch
+
+        vars(bench).clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _sensors(self) -> str:
+        if self.options.dry:
+            return ""
+        import gemm_device
+
+        return gemm_device.sensors()
+
+    def _say(self, landscape: Landscape, seconds: float) -> None:
+        best = min((row for row in landscape.rows if row.best_us is not None and row.backend != "aten"),
+                   key=lambda row: row.best_us or math.inf, default=None)  # fmt: skip
+        stock = next((row.best_us for row in landscape.rows if row.backend == "aten"), None)
+        statuses = {s: sum(row.status == s for row in landscape.rows) for s in sorted({row.status for row in landscape.rows})}
+        found = f"best {best.best_us:.2f} us {json.dumps(best.config)}" if best is not None else "nothing worked"
+        print(f"{landscape.name}: {landscape.header['measured']}/{landscape.header['legal']} in {seconds:.0f} s {statuses}; "
+              f"cuBLAS {stock or math.nan:.2f} us, {found}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=".", help="folder for landscapes.zip")
+    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--only", nargs="*", help="names of GEMMs")
+    parser.add_argument("--again", action="store_true", help="also those that are recorded already")
+    parser.add_argument("--limit", type=int, default=100_000, help="configs of a GEMM at most, a random part")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--scratch", default=str(Path(tempfile.gettempdir()) / "autokernel-landscapes"))
+    parser.add_argument("--dry", action="store_true", help="compile, but make up the times: needs no GPU")
+    parser.add_argument("--unpack", type=Path, help="put the landscapes of an archive into benchmarks/landscapes/")
+    options = parser.parse_args()
+    options.argv = sys.argv[1:]
+    if options.unpack is not None:
+        for path in unpack(options.unpack, FOLDER):
+            landscape = load(path)
+            print(f"{path.relative_to(ROOT)}: {len(landscape.rows)} rows")
+        return
+    Recorder(options).run()
+
+
+if __name__ == "__main__":
+    main()
