@@ -18,17 +18,20 @@ from torch._inductor.compile_fx import compile_fx
 
 from autokernel.environment import current_environment
 from autokernel.errors import BundleError
+from autokernel.export.blas import with_blas_library
 from autokernel.export.bundle import Bundle, read_bundle
+from autokernel.export.chain import PassChain
 from autokernel.export.freezing import Frozen, FrozenGraph, freeze_inputs, needs_constant, weights_to_freeze
 from autokernel.export.passes import MergePass, SitePass
 from autokernel.export.pins import install
 from autokernel.export.plan import Plan, Usage, mismatch
+from autokernel.export.templates import TemplatePass, has_template
 
 log = logging.getLogger(__name__)
 
 OnMismatch = Literal["stock", "apply", "error"]
 
-_OWN_OPTIONS = ("freezing",)  # graph options that are ours, not Inductor's
+_OWN_OPTIONS = ("freezing", "blas_library")  # graph options that are ours, not Inductor's
 
 
 class BundleBackend:
@@ -53,6 +56,11 @@ class BundleBackend:
         return self.plan.report()
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        compiled = self._compile(gm, inputs)
+        library = self.plan.bundle.graph_options.get("blas_library") if self.plan.active else None
+        return compiled if library is None else with_blas_library(compiled, str(library))
+
+    def _compile(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         plan = self.plan
         if not plan.active:
             return _inductor(gm, inputs, {})
@@ -94,12 +102,19 @@ def inductor_options(plan: Plan, *, frozen: bool) -> dict[str, Any]:
     version of torch, which our hooks are not.
     """
     options: dict[str, Any] = {
-        "max_autotune_gemm": True,  # offers templates; the pins leave one choice, so nothing is timed
-        "max_autotune_gemm_backends": "ATEN,CPP" if plan.bundle.environment.device == "cpu" else "ATEN,TRITON",
         "joint_custom_post_pass": MergePass(plan),
         "post_grad_custom_pre_pass": SitePass(plan),
         "lookup_table.table": {"autokernel": [{"digest": plan.digest}]},
     }
+    if plan.bundle.environment.device == "cpu":
+        options["max_autotune_gemm"] = True  # offers templates; the pins leave one choice, so nothing is timed
+        options["max_autotune_gemm_backends"] = "ATEN,CPP"
+    else:
+        # Inductor's default for every GEMM but those with an entry
+        options["post_grad_custom_post_pass"] = PassChain(plan, [TemplatePass(plan)])
+    if any(has_template(entry) for entry in plan.bundle.entries):
+        # what runs in front of a product was not part of any measurement, and inside a template it runs once per column of tiles
+        options["prologue_fusion"] = False
     if any(entry.config.get("template") and not needs_constant(entry) for entry in plan.bundle.entries):
         # what comes from the cache is the right code, but nobody could count that the entry is in it (graphs with packed
         # weights are never cached)
@@ -137,10 +152,14 @@ def options(bundle: Bundle | Path | str, *, on_mismatch: OnMismatch = "stock") -
 
     Packed weights need one more line there, before the model is compiled, since Dynamo decides while it traces:
     `torch._dynamo.config.prepare_freezing = True`. It makes every parameter a constant that is never looked at again.
+    `blas_library` among a bundle's graph options is for calls, not for compilation: here it must be set by hand.
     """
     plan = BundleBackend(load_bundle(bundle), on_mismatch).plan
     if not plan.active:
         return {}
+    if "blas_library" in plan.bundle.graph_options:
+        library = plan.bundle.graph_options["blas_library"]
+        log.warning("autokernel: options() cannot choose %s: torch.backends.cuda.preferred_blas_library(%r)", library, library)
     install()
     return inductor_options(plan, frozen=torch._dynamo.config.prepare_freezing)
 

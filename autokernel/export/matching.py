@@ -67,6 +67,13 @@ def parts_of_merged(problem: Problem) -> tuple[Problem, ...]:
     return tuple(replace(problem, op="mm", inputs=(x, weight), constants=(1,)) for weight in weights)
 
 
+def is_transposed(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether the last two dimensions are column-major: the first of them is the one that is contiguous."""
+    if len(shape) < 2 or stride[-1] == 1:
+        return False
+    return stride[-2] == 1
+
+
 def index_entries(entries: Iterable[Entry]) -> dict[Gemm, Entry]:
     """Entries by GEMM, first come first."""
     index: dict[Gemm, Entry] = {}
