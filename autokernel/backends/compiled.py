@@ -1,14 +1,22 @@
 """Candidates built the way production builds them: through `torch.compile` with a bundle of one entry.
 
 What is timed is what is exported. Several copies of the problem, each with weights of its own, make one compiled graph.
+
+Compiling for a GPU launches nothing there, so that it can go on beside another process's timing: example inputs are not
+even filled, and the graph's first run is put off (`_Gate`). What Inductor folds at compile time (weights laid side by side)
+is the exception: a copy of the weights, which one of many samples of that timing may see.
 """
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.compile_fx import compile_fx
 
 from autokernel.backends import BuildError, Built, Refused
 from autokernel.environment import current_environment
@@ -74,8 +82,38 @@ def _is_transposed(problem: Problem, index: int) -> bool:
     return len(spec.shape) == 2 and spec.stride[0] == 1 and spec.shape[1] > 1 and spec.stride[1] == spec.shape[0]
 
 
+class _CompiledOnly(Exception):
+    """In place of a graph's first run: it is compiled, and that is all that was wanted."""
+
+
+class _Gate:
+    """A `torch.compile` backend whose graphs are compiled at once (kernels included) but do not run while it is shut.
+
+    Inductor loads its generated module, and Triton compiles the module's kernels, before the backend returns: with one
+    compile thread (`TORCHINDUCTOR_COMPILE_THREADS=1`) in this process, with more when the module is loaded.
+    """
+
+    def __init__(self, backend: Callable[..., Callable[..., Any]]) -> None:
+        self._backend = backend
+        self.shut = True
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+        compiled = self._backend(gm, inputs, **options)
+
+        def run(*args: Any) -> Any:
+            if self.shut:
+                raise _CompiledOnly
+            return compiled(*args)
+
+        return run
+
+
+def _stock(gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
+    return compile_fx(gm, list(inputs))
+
+
 def build(candidate: Candidate, constants: list[list[torch.Tensor]], *, stock: bool) -> Built:
-    """Compile copies of a candidate's problem.
+    """Compile copies of a candidate's problem. On a GPU nothing runs yet: the first call does (it tunes pointwise kernels).
 
     Args:
         candidate: its config becomes the one entry of a bundle.
@@ -90,13 +128,15 @@ def build(candidate: Candidate, constants: list[list[torch.Tensor]], *, stock: b
     problem = candidate.problem
     module = Copies(problem, constants).eval()
     entry = Entry(problem=problem, backend=candidate.backend, config=dict(candidate.config))
-    backend: Any = "inductor"
+    backend: Any = _stock
     if not stock:
         environment = current_environment(problem.device)
         entries = expanded(entry)
         bundle = Bundle(name=candidate.id, created="", version="", environment=environment, entries=entries)
         backend = BundleBackend(bundle)
-    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
+    gate = _Gate(backend)
+    gate.shut = problem.device == "cuda"
+    compiled = torch.compile(module, backend=gate, fullgraph=True, dynamic=False)
 
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
@@ -106,10 +146,13 @@ def build(candidate: Candidate, constants: list[list[torch.Tensor]], *, stock: b
     examples = [_example(problem, i) for _ in constants for i in range(len(problem.inputs)) if i not in problem.constants]
     try:
         run(*examples)
+    except _CompiledOnly:
+        pass
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise BuildError(_first_line(error)) from error
     except torch._inductor.exc.InductorError as error:
         raise BuildError(_first_line(error)) from error
+    gate.shut = False
     usage = [] if stock else list(backend.usage().values())
     hits = len(constants) if stock else min(item.hits for item in usage)
     reasons = [reason for item in usage for reason in item.reasons]
@@ -126,10 +169,22 @@ def expanded(entry: Entry) -> tuple[Entry, ...]:
     return tuple(parts.values())
 
 
+def release() -> None:
+    """Let go of everything that was compiled in this process, of its folded weights, and of the device memory for them."""
+    torch.compiler.reset()
+    PyCodeCache.cache_clear()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+
+
 def _example(problem: Problem, index: int) -> torch.Tensor:
     spec = problem.inputs[index]
     dtype = getattr(torch, spec.dtype)
     out = torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=problem.device)
+    if problem.device == "cuda":  # filling it would launch a kernel, and nothing is going to read it
+        return out
     return out.normal_() if dtype.is_floating_point else out.zero_()
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 EAGER_FACTOR = 2.0
+_BLOCK_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +92,7 @@ def errors_of(out: torch.Tensor, expected: Expected) -> Errors:
         different = out != expected.reference
         worst = (out.double() - expected.reference.double()).abs().max().item() if out.numel() else 0.0
         return Errors(max=max(worst, 1.0) if bool(different.any()) else 0.0, norm=0.0, misplaced=0)
-    out = _wide(out)
-    if expected.classes is None:
-        misplaced = int((~torch.isfinite(out)).sum())
-    else:
-        misplaced = int((_classes(out) != expected.classes).sum())
-    worst, norm = _distance(out, expected.reference, expected.classes)
-    return Errors(max=worst, norm=norm, misplaced=misplaced)
+    return _distance(_wide(out), expected.reference, expected.classes)[0]
 
 
 def all_finite(outputs: Sequence[torch.Tensor]) -> bool:
@@ -119,11 +114,9 @@ def _expected(eager: torch.Tensor, reference: torch.Tensor, shared: tuple[int, .
             classes = _classes(eager)
         info = torch.finfo(eager.dtype)
         unit = info.eps / 2
-        kept = reference if classes is None else torch.where(classes == 0, reference, 0)
-        largest = kept.abs().nan_to_num(0, 0, 0).max().item() if kept.numel() else 0.0
-        error_max, error_norm = _distance(eager, reference, classes)
-        limit_max = EAGER_FACTOR * error_max + unit * largest + info.smallest_normal * unit
-        limit_norm = EAGER_FACTOR * error_norm + unit / 4
+        errors, largest = _distance(_wide(eager), reference, classes)
+        limit_max = EAGER_FACTOR * errors.max + unit * largest + info.smallest_normal * unit
+        limit_norm = EAGER_FACTOR * errors.norm + unit / 4
         # float32 holds the reference of a 16-bit problem to a ten-thousandth of its budget, in half the memory.
         reference = reference.to(torch.float64 if eager.dtype.itemsize > 2 else torch.float32)
     return Expected(
@@ -154,19 +147,42 @@ def _classes(tensor: torch.Tensor) -> torch.Tensor:
     return torch.isnan(tensor).byte() + infinite.byte() * 2 + (infinite & (tensor < 0)).byte()
 
 
-def _distance(out: torch.Tensor, reference: torch.Tensor, classes: torch.Tensor | None) -> tuple[float, float]:
-    """(largest absolute difference, norm of the difference over the reference's) where both should be finite."""
+def _distance(out: torch.Tensor, reference: torch.Tensor, classes: torch.Tensor | None) -> tuple[Errors, float]:
+    """Errors where both should be finite (the largest, and their norm over the reference's), and the largest reference.
+
+    In float64, a few rows at a time: an output of a large prefill has a quarter of a billion elements.
+    """
     import torch
 
     if out.numel() == 0:
-        return 0.0, 0.0
-    exact = reference.double()
-    counted = torch.isfinite(exact) if classes is None else torch.isfinite(exact) & (classes == 0)
-    difference = torch.where(counted, out.double() - exact, 0.0)
-    scale = torch.where(counted, exact, 0.0).norm().item()
-    worst, norm = difference.abs().max().item(), difference.norm().item()
-    if norm == 0:
-        return 0.0, 0.0
+        return Errors(max=0.0, norm=0.0, misplaced=0), 0.0
+    worst = largest = torch.zeros((), dtype=torch.float64, device=out.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=out.device)  # squared errors, squared references, misplaced
+    for rows in _blocks(out):
+        ours, exact = out[rows], reference[rows].double()
+        finite = torch.isfinite(exact)
+        if classes is None:
+            misplaced = (~torch.isfinite(ours)).sum()
+        else:
+            misplaced = (_classes(ours) != classes[rows]).sum()
+            finite &= classes[rows] == 0
+        difference = torch.where(finite, ours.double() - exact, 0.0)
+        exact = torch.where(finite, exact, 0.0)
+        worst = torch.maximum(worst, difference.abs().max())  # a NaN stays one
+        largest = torch.maximum(largest, exact.abs().max())
+        sums += torch.stack([difference.square().sum(), exact.square().sum(), misplaced.double()])
+    error_max, largest_exact, error, scale, num_misplaced = torch.cat([torch.stack([worst, largest]), sums]).tolist()
+    norm = 0.0
+    if error != 0:
+        norm = math.sqrt(error / scale) if scale > 0 else math.inf
     # A NaN or Inf where a number belongs compares false with any limit, and must not pass for that.
-    worst, norm = (float("inf") if math.isnan(x) else x for x in (worst, norm))
-    return worst, norm / scale if scale > 0 else float("inf")
+    error_max, norm = (math.inf if math.isnan(x) else x for x in (error_max, norm))
+    return Errors(max=error_max, norm=norm, misplaced=int(num_misplaced)), largest_exact
+
+
+def _blocks(tensor: torch.Tensor) -> list[slice]:
+    """Ranges of the first dimension with about `_BLOCK_ELEMENTS` elements each."""
+    if tensor.dim() == 0:
+        return [...]  # type: ignore[list-item]  # indexes a scalar
+    rows = max(1, _BLOCK_ELEMENTS * tensor.shape[0] // tensor.numel())
+    return [slice(i, i + rows) for i in range(0, tensor.shape[0], rows)]

@@ -80,8 +80,11 @@ def looks_poisoned(tensor: torch.Tensor, byte: int) -> torch.Tensor:
 
     if tensor.numel() == 0:
         return torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
-    raw = tensor.contiguous().reshape(-1, 1).view(torch.uint8)
-    return ((raw == byte).all(dim=1) | (raw == (byte ^ 0xFF)).all(dim=1)).reshape(tensor.shape)
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    size = tensor.element_size()
+    words = tensor.contiguous().view(kinds[size])
+    patterns = [int.from_bytes(bytes([b]) * size, "little", signed=size > 1) for b in (byte, byte ^ 0xFF)]
+    return (words == patterns[0]) | (words == patterns[1])
 
 
 def _mallopt() -> Callable[[int, int], int] | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DRAWS = ("model", "large", "tiny", "zero_rows", "cancellation", "nonfinite")
 MIN_COPIES, MAX_COPIES = 2, 32
+_ALONE_COLD = 4  # times L2
 _CANCELLING_SCALE = 16.0  # the halves that cancel, over what remains
 # Powers of two, so that scaling itself rounds nothing; small enough that squares and cubes stay finite and normal.
 _SCALES = {
@@ -40,25 +41,34 @@ def num_copies_for(
 ) -> int:
     """Copies of all inputs that together exceed twice the L2 cache, between 2 and `limit`, as far as memory allows.
 
+    On a GPU one copy is enough where it alone exceeds four times L2: its end drives its beginning out.
+
     Args:
         problem: what is run on each copy.
         cache_size: bytes of L2; default: of the problem's device.
         limit: most copies, 2 or more.
-        memory_bytes: what all copies together may take; default: a quarter of what is free.
+        memory_bytes: what all copies together may take; default: a quarter of what is free. On a GPU, which many workers
+            share, only the least number of copies may take that much; more than that get a 32nd (the last of 16 workers
+            that all take as much finds three fifths of the memory left).
 
     Raises:
-        ValueError: not even two copies fit.
+        ValueError: not even the least number of copies fits.
     """
     cache_size = cache_bytes(problem.device) if cache_size is None else cache_size
-    memory_bytes = _free_bytes(problem.device) // 4 if memory_bytes is None else memory_bytes
     each = max(1, sum(spec.num_bytes for spec in problem.inputs))
-    affordable = memory_bytes // each
-    if affordable < MIN_COPIES:
+    on_gpu = problem.device == "cuda"
+    least = 1 if on_gpu and each > _ALONE_COLD * cache_size else MIN_COPIES
+    shared_bytes = memory_bytes
+    if memory_bytes is None:
+        free = free_bytes(problem.device)
+        memory_bytes, shared_bytes = free // 4, free // 32 if on_gpu else free // 4
+    if memory_bytes // each < least:
         raise ValueError(
-            f"{problem.key}: {MIN_COPIES} copies of its inputs ({each} bytes each) must fit in {memory_bytes} bytes, a quarter "
+            f"{problem.key}: {least} copies of its inputs ({each} bytes each) must fit in {memory_bytes} bytes, a quarter "
             f"of the free memory; tune a smaller problem or free some"
         )
-    return max(MIN_COPIES, min(2 * cache_size // each + 1, limit, affordable))
+    affordable = (memory_bytes if shared_bytes is None else shared_bytes) // each
+    return max(least, min(2 * cache_size // each + 1, limit, affordable))
 
 
 def is_cold(problem: Problem, num_copies: int, cache_size: int) -> bool:
@@ -247,8 +257,11 @@ class _Generator:
         if spec.num_elements == 0:
             return torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=self._device)
         length = 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True))
-        storage = torch.zeros(length, dtype=torch.float32 if _is_float(spec) else torch.int64, device=self._device)
-        storage = (storage + math.nan if _is_float(spec) else storage).to(dtype)
+        if length == math.prod(self._distinct):
+            storage = torch.empty(length, dtype=dtype, device=self._device)  # no gaps: every element is written below
+        else:
+            storage = torch.zeros(length, dtype=torch.float32 if _is_float(spec) else torch.int64, device=self._device)
+            storage = (storage + math.nan if _is_float(spec) else storage).to(dtype)
         target = storage.as_strided(self._distinct, spec.stride)
         if length < math.prod(self._distinct):  # windows that overlap: no order of writing is right, so write the storage
             storage.copy_(values.reshape(-1)[:length])
@@ -257,7 +270,8 @@ class _Generator:
         return storage.as_strided(spec.shape, spec.stride)
 
 
-def _free_bytes(device: str) -> int:
+def free_bytes(device: str) -> int:
+    """Memory that is free on a device, for all processes together."""
     if device == "cuda":
         import torch
 

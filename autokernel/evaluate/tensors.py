@@ -27,6 +27,14 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
 
 
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole storage as int64 where its size allows, which compares and copies much faster on a GPU; a view."""
+    import torch
+
+    raw = bytes_of(tensor)
+    return raw.view(torch.int64) if raw.numel() % 8 == 0 else raw
+
+
 def num_different(first: torch.Tensor, second: torch.Tensor) -> int:
     """Elements that are not bitwise equal; any NaN equals any other."""
     import torch

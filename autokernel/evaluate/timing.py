@@ -2,10 +2,13 @@
 
 On a CPU a sample is one `Built.run` over all copies, by the wall clock. On a GPU it is the replay of a CUDA graph that holds
 several of them, by events. The copies of the inputs are what keeps L2 cold.
+
+A screen has two fidelities: who is clearly slower than the best known is told so by a few samples.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from autokernel.backends import Built
+from autokernel.evaluate.nvml import gpu_state
 from autokernel.evaluate.statistics import drifted, median_and_spread, paired_speedup, running_median
 from autokernel.evaluate.tensors import synchronize
 from autokernel.records import Measurement, Record, Speedup
@@ -27,23 +31,47 @@ if TYPE_CHECKING:
 _GRAPH_REPLAY_US = 1000.0  # a replay lasts at least this long, so that its own launch does not count
 _MAX_GRAPH_CALLS = 64
 _WARMUP_ROUNDS = 3
+_HOPELESS = 1.15  # times the best known: slower than this, a first look is all that a candidate gets
+# A sample's start is recorded behind this much idling on the device, so that its work is queued by then: the launch of a
+# graph (about 10 us) would count otherwise. 60,000 cycles are some 30 us.
+_HEAD_START_CYCLES = 60_000
 Regime = Literal["graph", "eager"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much time a measurement may take."""
+    """How much time a measurement may take; `look_samples` are for those that a first look finds hopeless."""
 
     warmup_s: float
     budget_s: float
     min_samples: int
     max_samples: int
+    look_samples: int
 
 
-EFFORTS: Mapping[str, Effort] = {
-    "quick": Effort(warmup_s=0.03, budget_s=0.2, min_samples=7, max_samples=500),
-    "thorough": Effort(warmup_s=0.2, budget_s=1.5, min_samples=25, max_samples=4000),
+EFFORTS: Mapping[str, Mapping[str, Effort]] = {
+    "cpu": {
+        "quick": Effort(warmup_s=0.03, budget_s=0.2, min_samples=7, max_samples=500, look_samples=7),
+        "thorough": Effort(warmup_s=0.2, budget_s=1.5, min_samples=25, max_samples=4000, look_samples=25),
+    },
+    # a replay takes a millisecond or more, and all workers wait for one device
+    "cuda": {
+        "quick": Effort(warmup_s=0.006, budget_s=0.03, min_samples=7, max_samples=31, look_samples=3),
+        "thorough": Effort(warmup_s=0.05, budget_s=0.3, min_samples=25, max_samples=1001, look_samples=25),
+    },
 }
+
+
+def effort_for(device: str, name: str) -> Effort:
+    """What an effort means on a device.
+
+    Raises:
+        ValueError: there is no effort of this name.
+    """
+    efforts = EFFORTS[device]
+    if name not in efforts:
+        raise ValueError(f"effort {name!r} is not one of {sorted(efforts)}")
+    return efforts[name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +110,7 @@ def measure(
     regime: Regime = "graph",
     audit: Callable[[Callable[[], tuple[Any, ...]]], None] | None = None,
     seed: int = 0,
+    best_us: float | None = None,
 ) -> Measurement:
     """Time of one call on one copy.
 
@@ -91,29 +120,30 @@ def measure(
         device: "cpu" or "cuda".
         threads: CPU threads; default: what torch is set to.
         cold: whether the copies exceed twice L2 (see `probes.is_cold`), for the record.
-        effort: a key of `EFFORTS`.
+        effort: "quick" or "thorough" (see `EFFORTS`).
         regime: "graph" or "eager"; on a CPU there is only eager.
         audit: called once, at a random point, with the call as it is timed; its time does not count.
         seed: of that point.
+        best_us: the best time known for the problem; what is clearly slower gets the effort's `look_samples` only.
 
     Raises:
         ValueError: the effort is unknown.
     """
-    if effort not in EFFORTS:
-        raise ValueError(f"effort {effort!r} is not one of {sorted(EFFORTS)}")
-    limits = EFFORTS[effort]
+    limits = effort_for(device, effort)
     if device == "cpu":
         pin_threads(threads)
-    with quiet():
+    with quiet(collect=device == "cpu"):
         step = make_step(built, inputs, device=device, regime=regime)
         timed = timer(device, step.run)
         one_us = _warm_up(timed, limits)
         # The audit comes at a random point of the first half, wherever the time runs out.
-        planned = min(limits.max_samples, max(limits.min_samples, int(limits.budget_s * 1e6 / one_us)))
-        audit_at = random.Random(seed).randrange(max(1, min(planned, limits.max_samples) // 2))
+        hopeless = best_us is not None and one_us > _HOPELESS * best_us * step.num_calls
+        least, most = (limits.look_samples,) * 2 if hopeless else (limits.min_samples, limits.max_samples)
+        planned = min(most, max(least, int(limits.budget_s * 1e6 / one_us)))
+        audit_at = random.Random(seed).randrange(max(1, planned // 2))
         samples: list[float] = []
         spent_us = 0.0
-        while len(samples) < limits.min_samples or (spent_us < limits.budget_s * 1e6 and len(samples) < limits.max_samples):
+        while len(samples) < least or (spent_us < limits.budget_s * 1e6 and len(samples) < most):
             if audit is not None and len(samples) == audit_at:
                 audit(step.verified)
                 audit = None
@@ -163,7 +193,7 @@ def compare(
     names = list(contenders)
     order = random.Random(seed)
     before = conditions(device)
-    with quiet():
+    with quiet(collect=device == "cpu"):
         repeats = {}
         timers = {}
         for name, function in contenders.items():
@@ -206,9 +236,10 @@ def make_step(built: Built, inputs: Sequence[torch.Tensor], *, device: str, regi
     if device != "cuda" or regime == "eager":
         return Step(run=call, verified=call, num_calls=built.num_copies)
     single, _ = graph_of(call, 1)
-    replay_us = min(timer("cuda", single.replay)() for _ in range(5))
+    replay_us = min(timer("cuda", single.replay)() for _ in range(3))
     repeats = max(1, min(_MAX_GRAPH_CALLS, math.ceil(_GRAPH_REPLAY_US / max(replay_us, 1.0))))
-    graph, outputs = graph_of(call, repeats)
+    del single
+    graph, outputs = graph_of(call, repeats, warm_ups=0)
 
     def verified() -> tuple[Any, ...]:
         for out in outputs:
@@ -246,6 +277,7 @@ def timer(device: str, function: Callable[[], object], repeats: int = 1) -> Call
 
     def by_events() -> float:
         torch.cuda.synchronize()
+        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(repeats):
             function()
@@ -256,21 +288,36 @@ def timer(device: str, function: Callable[[], object], repeats: int = 1) -> Call
     return by_events
 
 
-def graph_of(function: Callable[[], Any], num_calls: int) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph that holds `num_calls` calls, and what the last of them returned (its static outputs)."""
+def graph_of(function: Callable[[], Any], num_calls: int, warm_ups: int = 2) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph that holds `num_calls` calls, and what the last of them returned (its static outputs).
+
+    Not by `torch.cuda.graph`, which gives all cached memory back first: that takes longer than a whole screen.
+
+    Args:
+        function: what is captured; work that it leaves on a stream of its own makes the capture fail.
+        num_calls: how often.
+        warm_ups: calls before, which compile, allocate workspaces and tune what is tuned at a first launch.
+    """
     import torch
 
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    graph = torch.cuda.CUDAGraph()
+    # the one stream of this process that captures: cuBLAS keeps a workspace for every stream that it ever saw
+    side = torch.cuda.graph(graph).capture_stream
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2):
+        for _ in range(warm_ups):
             function()
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            for _ in range(num_calls):
+                outputs = function()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the capture is spoilt; its own failure is what counts
+                graph.capture_end()
+            raise
+        graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(num_calls):
-            outputs = function()
     return graph, outputs
 
 
@@ -283,12 +330,13 @@ def pin_threads(threads: int | None) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No gradients, and no garbage collection in the middle of a sample."""
+def quiet(*, collect: bool = True) -> Iterator[None]:
+    """No gradients, and no garbage collection in the middle of a sample; one before it, unless that takes too long."""
     import torch
 
     was_enabled = gc.isenabled()
-    gc.collect()
+    if collect:
+        gc.collect()
     gc.disable()
     try:
         with torch.no_grad():
@@ -299,23 +347,14 @@ def quiet() -> Iterator[None]:
 
 
 def conditions(device: str) -> dict[str, float]:
-    """What the machine says about its state now: load, and a GPU's clock (MHz), power (W) and temperature (C)."""
+    """What the machine says about its state now: load, and a GPU's clocks (MHz), power (W), temperature (C), throttling."""
     state: dict[str, float] = {}
     if hasattr(os, "getloadavg"):
         state["load"] = os.getloadavg()[0]
     if device == "cuda":
         import torch
 
-        for name, read in (
-            ("clock_mhz", torch.cuda.clock_rate),
-            ("power_w", lambda: torch.cuda.power_draw() / 1000),
-            ("temperature_c", torch.cuda.temperature),
-        ):
-            try:
-                state[name] = float(read())
-            except (RuntimeError, ImportError, ModuleNotFoundError):  # no NVML here
-                continue
-        return state
+        return {**state, **gpu_state(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))}
     try:
         with open(f"/sys/devices/system/cpu/cpu{min(os.sched_getaffinity(0))}/cpufreq/scaling_cur_freq", encoding="ascii") as f:
             state["clock_mhz"] = int(f.read()) / 1000

@@ -196,6 +196,8 @@ class Worker:
             raise JobCrashed("the job wrote into the worker's own pipe") from error
         finally:
             self._log_tail = child.log_tail()
+        if kind == EXIT:  # what made it ask for the end of its process (a dead CUDA context) must not meet the next job
+            self._discard()
         return Reply(kind=kind, payload=payload, message=message, trace=trace, log_tail=self._log_tail if message else "")
 
     def _discard(self) -> None:
