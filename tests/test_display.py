@@ -25,6 +25,7 @@ from autokernel.display.tables import profile_table, result_view, search_table
 from autokernel.events import RunFinished, StageProgress, StageStarted
 from autokernel.records import Candidate, Problem, Speedup, Status, TensorSpec
 from autokernel.tracking.summary import RunSummary, summarize
+from autokernel.tracking.titles import config_title, problem_title
 
 FOLDER = Path("/somewhere/runs/invented/20990101-000000-abcd")
 
@@ -81,13 +82,13 @@ class Clock:
     ],
 )
 def test_problems_are_spelled_shortly(problem: Problem, short: str) -> None:
-    assert words.short_problem(problem) == short
+    assert problem_title(problem) == short
 
 
 def test_configs_name_their_kind_first_and_leave_out_what_says_nothing() -> None:
     config = {"cache_blocking": "4,2", "template": "cpp_gemm", "prepack": True, "merge": "none", "epilogue": False, "zero": 0.5}
     candidate = Candidate(problem=synthetic.UP, backend="inductor", config=config)
-    assert words.short_config(candidate) == "inductor template=cpp_gemm cache_blocking=4,2 prepack zero=0.5"
+    assert config_title(candidate) == "inductor template=cpp_gemm cache_blocking=4,2 prepack zero=0.5"
 
 
 def test_numbers() -> None:

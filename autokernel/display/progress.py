@@ -18,8 +18,9 @@ from rich.text import Text
 
 from autokernel.display.layout import Row, detailed_table
 from autokernel.display.state import STAGES, HotspotProgress, ProgressState
-from autokernel.display.words import duration, failures, microseconds, one_line, short_config
+from autokernel.display.words import duration, failures, microseconds, one_line
 from autokernel.events import Evaluated, Event, RunFinished, RunStarted, StageFinished, StageStarted
+from autokernel.tracking.titles import config_title
 
 QUIET_S = 10.0  # a plain display says something at least this often
 _MAX_ROWS = 8
@@ -176,7 +177,7 @@ def best_line(hotspot: HotspotProgress) -> str:
     assert hotspot.best is not None
     against = f", {hotspot.ratio:.2f}× stock" if hotspot.ratio is not None else ""
     where = f"{hotspot.scenario} {hotspot.title}".strip()
-    return f"  {where}: {microseconds(hotspot.best_us)} us{against} ({short_config(hotspot.best)})"
+    return f"  {where}: {microseconds(hotspot.best_us)} us{against} ({config_title(hotspot.best)})"
 
 
 def status_line(state: ProgressState) -> str:
@@ -246,7 +247,7 @@ def _bests(state: ProgressState) -> RenderableType:
             microseconds(hotspot.best_us) if hotspot.best_us is not None else "",
             Text(f"{ratio:.2f}×", "green" if ratio > 1.02 else "dim") if ratio is not None else "",
         ]
-        rows.append((cells, Text(short_config(hotspot.best), "dim") if hotspot.best is not None else ""))
+        rows.append((cells, Text(config_title(hotspot.best), "dim") if hotspot.best is not None else ""))
     columns = ("  hotspot", "scenario", ("trials", "right"), ("stock us", "right"), ("best us", "right"), ("gain", "right"))
     shown = detailed_table(*columns, rows=rows, one_line=True)
     rest = len(found) - _MAX_ROWS

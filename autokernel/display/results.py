@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from autokernel.display.lookup import summary_of
-from autokernel.display.words import short_config, short_problem
 from autokernel.errors import StorageError
 from autokernel.events import Evaluated
 from autokernel.export.matching import gemm_of
 from autokernel.records import Candidate, Speedup
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us
+from autokernel.tracking.titles import config_title, problem_title
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ def _row(problem: ProblemSummary, judged: bool) -> HotspotRow:
     verdict, why = _verdict(problem, judged)
     return HotspotRow(
         key=problem.problem.key,
-        problem=short_problem(problem.problem),
+        problem=problem_title(problem.problem),
         scenarios=problem.scenarios,
         share=problem.weight,
         num_trials=len(problem.trials),
@@ -111,7 +111,7 @@ def hotspot_json(row: HotspotRow) -> dict[str, Any]:
         "baseline_us": row.baseline_us,
         "backend": row.candidate.backend if row.candidate is not None else None,
         "config": dict(row.candidate.config) if row.candidate is not None else None,
-        "label": short_config(row.candidate) if row.candidate is not None else None,
+        "label": config_title(row.candidate) if row.candidate is not None else None,
         "candidate_us": row.candidate_us,
         "speedup": row.speedup.to_json() if row.speedup is not None else None,
         "screened_ratio": row.screened,

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from autokernel.display.words import short_problem
 from autokernel.events import (
     Evaluated,
     Event,
@@ -20,6 +19,7 @@ from autokernel.events import (
     StageStarted,
 )
 from autokernel.records import Candidate, Status
+from autokernel.tracking.titles import problem_title
 
 STAGES = ("profile", "search", "confirm", "graph", "validate", "export", "prove")
 
@@ -105,13 +105,13 @@ class ProgressState:
         for hotspot in sorted(event.hotspots, key=lambda h: -h.attainable_gain):
             key = hotspot.problem.key
             if key not in self.hotspots:
-                title = short_problem(hotspot.problem)
+                title = problem_title(hotspot.problem)
                 self.hotspots[key] = HotspotProgress(title=title, scenario=hotspot.scenario)
 
     def _take_trial(self, event: Evaluated) -> bool:
         evaluation = event.evaluation
         problem = evaluation.candidate.problem
-        hotspot = self._hotspot(problem.key, short_problem(problem))
+        hotspot = self._hotspot(problem.key, problem_title(problem))
         self.current = problem.key
         self.statuses[evaluation.status] += 1
         if evaluation.status is not Status.LOST:

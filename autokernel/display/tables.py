@@ -12,10 +12,11 @@ from rich.text import Text
 
 from autokernel.display.layout import Row, detailed_table, spaced, table
 from autokernel.display.results import HotspotRow, graph_options, hotspot_rows
-from autokernel.display.words import duration, failures, microseconds, percent, ratio, short_config, short_problem
+from autokernel.display.words import duration, failures, microseconds, percent, ratio
 from autokernel.events import ModelValidated, ScenarioResult
 from autokernel.records import Hotspot
 from autokernel.tracking.summary import RunSummary
+from autokernel.tracking.titles import config_title, problem_title
 
 MAX_UNSEARCHED = 4  # rows of hotspots that nobody searched
 REPORT_NAME = "report.html"
@@ -50,7 +51,7 @@ def profile_table(summary: RunSummary, limit: int = 20) -> RenderableType:
         shown.add_row(
             str(rank),
             hotspot.scenario,
-            short_problem(hotspot.problem),
+            problem_title(hotspot.problem),
             str(hotspot.num_calls),
             microseconds(hotspot.time_us),
             percent(hotspot.share),
@@ -87,7 +88,7 @@ def search_table(summary: RunSummary) -> RenderableType:
         if row.num_trials:
             best = row.candidate_us if row.candidate is not None else row.baseline_us
             gain = Text(f"{row.screened:.2f}×", "green" if row.screened > 1 else "") if row.screened else ""
-            label = short_config(row.candidate) if row.candidate is not None else "stock is the fastest"
+            label = config_title(row.candidate) if row.candidate is not None else "stock is the fastest"
             cells = [row.problem, str(row.num_trials), _us(row.baseline_us), _us(best), gain]
             rows.append((cells, Text(f"{', '.join(row.scenarios)}: {label}", "dim")))
     if not rows:
@@ -133,7 +134,7 @@ def _detail(row: HotspotRow) -> Text:
     """Where the problem occurs and which kernel is meant; why it is not used, if it is not."""
     text = Text(", ".join(row.scenarios), "dim")
     if row.candidate is not None:
-        text.append(f": {short_config(row.candidate)}", "default" if row.verdict in ("won", "searched") else "dim")
+        text.append(f": {config_title(row.candidate)}", "default" if row.verdict in ("won", "searched") else "dim")
     if row.why and row.verdict != "won":
         text.append(f"; {row.why}", "yellow" if row.verdict == "dropped" else "dim")
     return text
@@ -215,7 +216,7 @@ def result_view(summary: RunSummary, folder: Path, runs_folder: Path) -> Rendera
 
 def _dropped(summary: RunSummary) -> RenderableType:
     assert summary.validated is not None
-    titles = {p.problem.key: short_problem(p.problem) for p in summary.problems}
+    titles = {p.problem.key: problem_title(p.problem) for p in summary.problems}
     shown = table(("dropped", "fold"), ("why", "fold"), title="Winners that the whole model refused")
     for key, why in summary.validated.dropped.items():
         shown.add_row(titles.get(key, key), Text(why, style="yellow"))

@@ -1,41 +1,11 @@
-"""Short spellings of problems, configs, times and speed-ups."""
+"""Short spellings of times, speed-ups and counts; problems and configs have theirs in `tracking.titles`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 
-from autokernel.records import Candidate, Problem, Speedup, Status
-from autokernel.tracking.summary import problem_title
-
-_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
-_FIRST_KEYS = ("template", "merge")  # of a config: what kind of kernel it is
-_FIRST_MATRIX = {"mm": 0, "bmm": 0, "linear": 0, "merged_mm": 0, "addmm": 1, "baddbmm": 1}
-
-
-def short_problem(problem: Problem) -> str:
-    """`mm 1×1280×384 bf16 +silu` with M×N×K; `bmm 8·1×64×512` with a batch in front; merged GEMMs as `1×(384+128)×384`."""
-    at = _FIRST_MATRIX.get(problem.op)
-    if at is None or len(problem.inputs) < at + 2:
-        return problem_title(problem)
-    left, *rights = problem.inputs[at:]
-    rights = rights if problem.op == "merged_mm" else rights[:1]
-    if len(left.shape) < 2 or any(len(r.shape) < 2 or r.shape[-2] != left.shape[-1] for r in rights):
-        return problem_title(problem)
-    batch = "".join(f"{size}·" for size in left.shape[:-2])
-    columns = "+".join(str(r.shape[-1]) for r in rights)
-    columns = f"({columns})" if len(rights) > 1 else columns
-    dtypes = "/".join(dict.fromkeys(_DTYPES.get(spec.dtype, spec.dtype) for spec in (left, *rights)))
-    epilogue = "".join(f" +{name}" for name in problem.epilogue)
-    return f"{problem.op} {batch}{left.shape[-2]}×{columns}×{left.shape[-1]} {dtypes}{epilogue}"
-
-
-def short_config(candidate: Candidate) -> str:
-    """The backend and its config, without what says nothing (`prepack=False`, `merge=none`, empty)."""
-    ordered = sorted(candidate.config.items(), key=lambda item: (item[0] not in _FIRST_KEYS, item[0]))
-    said = {k: v for k, v in ordered if v not in (False, "", "none")}
-    words = [key if value is True else f"{key}={value}" for key, value in said.items()]
-    return " ".join([candidate.backend, *words])
+from autokernel.records import Speedup, Status
 
 
 def microseconds(value: float) -> str:

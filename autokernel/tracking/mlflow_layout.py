@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 from autokernel.events import EvalResult, Evaluated, Event, GraphTrial, ModelValidated, Profiled, Proved, RunStarted
 from autokernel.records import Problem, Speedup, Status, digest_of
-from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us, problem_title, rounded
+from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us, rounded
+from autokernel.tracking.titles import problem_title
 
 MAX_NAME, MAX_TAG = 120, 5000
 _STATUSES = {Status.OK: "FINISHED", Status.TIMEOUT: "KILLED", Status.CRASHED: "KILLED", Status.INVALID: "KILLED"}

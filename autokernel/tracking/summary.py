@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from autokernel.events import (
@@ -20,23 +21,16 @@ from autokernel.events import (
     RunStarted,
     StageFinished,
 )
+from autokernel.export.matching import gemm_of
 from autokernel.records import Hotspot, Problem, Speedup, Status, Winner
+from autokernel.tracking.titles import problem_title
 
 T = TypeVar("T")
-_SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
 
 def rounded(value: float, digits: int = 4) -> float:
     """To significant digits, since MLflow shows every digit it is given."""
     return float(f"{value:.{digits}g}")
-
-
-def problem_title(problem: Problem) -> str:
-    """Short and readable: `mm 512x256 . 256x768 bf16 +add`; `problem.key` says everything."""
-    shapes = " · ".join("×".join(map(str, spec.shape)) for spec in problem.inputs)
-    dtypes = list(dict.fromkeys(_SHORT_DTYPES.get(spec.dtype, spec.dtype) for spec in problem.inputs))
-    epilogue = "".join(f" +{name}" for name in problem.epilogue)
-    return f"{problem.op} {shapes} {'/'.join(dtypes)}{epilogue}"
 
 
 def latency_us(event: Evaluated) -> float:
@@ -103,6 +97,39 @@ class ProblemSummary:
         return latency_us(self.baseline) if self.baseline is not None else None
 
     @property
+    def by_backend(self) -> dict[str, Evaluated]:
+        """The fastest trial of each backend, as screened; fastest first."""
+        found: dict[str, Evaluated] = {}
+        for trial in sorted(self.timed, key=latency_us):
+            found.setdefault(trial.evaluation.candidate.backend, trial)
+        return found
+
+    @property
+    def backend(self) -> str:
+        """Whose kernel is used in the end; "" as long as nothing was timed."""
+        if self.verdict == "won" and self.winner is not None:
+            return self.winner.evaluation.candidate.backend
+        return self.baseline.evaluation.candidate.backend if self.baseline is not None else ""
+
+    @property
+    def runner_up(self) -> tuple[Evaluated, float] | None:
+        """The fastest trial of any other backend, and its time over that of the backend that is used, both as screened."""
+        found = self.by_backend
+        used = found.get(self.backend)
+        others = [trial for name, trial in found.items() if name != self.backend]
+        return (others[0], latency_us(others[0]) / latency_us(used)) if used is not None and others else None
+
+    @property
+    def roofline_us(self) -> float | None:
+        """Least time of one call that the measured ceilings allow."""
+        heaviest = max(self.hotspots, key=lambda h: h.weight, default=None)
+        return heaviest.roofline_us / heaviest.num_calls if heaviest is not None and heaviest.num_calls else None
+
+    def roofline_part(self, us: float | None) -> float | None:
+        """How much of the roofline a kernel that takes so long reaches: 1 is all of it."""
+        return self.roofline_us / us if self.roofline_us is not None and us else None
+
+    @property
     def verdict(self) -> str:
         """One of "won", "dropped", "kept stock", "not confirmed", "not searched"."""
         if self.dropped:
@@ -135,6 +162,16 @@ class ProblemSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScenarioKernels:
+    """How the problems of one scenario fared."""
+
+    scenario: str
+    num_searched: int
+    num_won: int
+    geometric_mean: float  # of the speed-ups over stock of what was searched; what kept stock counts as 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
     """A whole run, finished or not."""
 
@@ -163,6 +200,40 @@ class RunSummary:
     @property
     def winners(self) -> tuple[ProblemSummary, ...]:
         return tuple(p for p in self.problems if p.verdict == "won")
+
+    @property
+    def by_scenario(self) -> tuple[ScenarioKernels, ...]:
+        """Scenarios with a searched problem, in the order in which they were profiled."""
+        out = []
+        for name in self.profiled.scenario_us if self.profiled is not None else ():
+            mine = [p for p in self.problems if p.trials and name in p.scenarios]
+            won = [p.winner.speedup.ratio for p in mine if p.verdict == "won" and p.winner is not None]
+            if mine:
+                mean = math.exp(math.fsum(map(math.log, won)) / len(mine))
+                out.append(ScenarioKernels(scenario=name, num_searched=len(mine), num_won=len(won), geometric_mean=mean))
+        return tuple(out)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Backends with a timed trial, in order of appearance."""
+        return tuple(dict.fromkeys(t.evaluation.candidate.backend for p in self.problems for t in p.timed))
+
+    @property
+    def device_busy(self) -> float | None:
+        """Part of the search in which a candidate held the device; None where nobody kept count."""
+        held = math.fsum(t.evaluation.device_s for t in self.trials)
+        seconds = self.stage_seconds.get("search", 0.0)
+        return held / seconds if held and seconds else None
+
+    @property
+    def conditions(self) -> dict[str, tuple[float, float]]:
+        """Least and most of clock (`clock_mhz`), power (`power_w`) and temperature (`temperature_c`) while confirming."""
+        found: dict[str, list[float]] = {}
+        for problem in self.problems:
+            for event in problem.confirmed:
+                for name, value in event.conditions.items():
+                    found.setdefault(name.removeprefix("before_").removeprefix("after_"), []).append(value)
+        return {name: (min(values), max(values)) for name, values in found.items()}
 
     @property
     def outcome(self) -> str:
@@ -240,32 +311,46 @@ def _get(last: Mapping[str, Event], kind: type[T]) -> T | None:
 
 
 def _problems(summary: RunSummary, trials: Iterable[Evaluated], confirmed: Iterable[Confirmed]) -> tuple[ProblemSummary, ...]:
-    """Profiled problems by attainable gain, then those that only trials know of."""
-    hotspots: dict[str, list[Hotspot]] = {}
-    problems: dict[str, Problem] = {}
+    """Profiled problems by attainable gain, then those that only trials know of.
+
+    GEMMs that differ in their epilogue alone share one search and one entry (`export.matching`): they are one problem here,
+    under the name of that which was searched.
+    """
+    groups: dict[object, _Group] = {}
     ranked = sorted(summary.profiled.hotspots, key=lambda h: -h.attainable_gain) if summary.profiled is not None else []
     for hotspot in ranked:
-        problems.setdefault(hotspot.problem.key, hotspot.problem)
-        hotspots.setdefault(hotspot.problem.key, []).append(hotspot)
-    by_problem: dict[str, list[Evaluated]] = {}
+        _group(groups, hotspot.problem).hotspots.append(hotspot)
     for trial in sorted(trials, key=lambda t: t.number):
-        problem = trial.evaluation.candidate.problem
-        problems.setdefault(problem.key, problem)
-        by_problem.setdefault(problem.key, []).append(trial)
-    finals: dict[str, list[Confirmed]] = {}
+        group = _group(groups, trial.evaluation.candidate.problem)
+        if not group.trials:
+            group.problem = trial.evaluation.candidate.problem
+        group.trials.append(trial)
     for event in confirmed:
-        finals.setdefault(event.problem_key, []).append(event)
-    gain = {key: sum(h.attainable_gain for h in found) for key, found in hotspots.items()}
-    order = sorted(problems, key=lambda key: -gain.get(key, 0.0))
+        _group(groups, event.candidate.problem).confirmed.append(event)
+    order = sorted(groups.values(), key=lambda group: -sum(h.attainable_gain for h in group.hotspots))
     dropped = summary.validated.dropped if summary.validated is not None else {}
     return tuple(
         ProblemSummary(
-            problem=problems[key],
+            problem=group.problem,
             rank=rank,
-            hotspots=tuple(hotspots.get(key, ())),
-            trials=tuple(by_problem.get(key, ())),
-            confirmed=tuple(finals.get(key, ())),
-            dropped=dropped.get(key, ""),
+            hotspots=tuple(group.hotspots),
+            trials=tuple(group.trials),
+            confirmed=tuple(group.confirmed),
+            dropped=dropped.get(group.problem.key, ""),
         )
-        for rank, key in enumerate(order, start=1)
+        for rank, group in enumerate(order, start=1)
     )
+
+
+@dataclass(slots=True)
+class _Group:
+    """A problem while its events are gathered."""
+
+    problem: Problem
+    hotspots: list[Hotspot] = field(default_factory=list)
+    trials: list[Evaluated] = field(default_factory=list)
+    confirmed: list[Confirmed] = field(default_factory=list)
+
+
+def _group(groups: dict[object, _Group], problem: Problem) -> _Group:
+    return groups.setdefault(gemm_of(problem) or problem.key, _Group(problem))

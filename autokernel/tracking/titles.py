@@ -1,0 +1,53 @@
+"""Short spellings of problems and configs, the same in tables, report and MLflow. Pure."""
+
+from __future__ import annotations
+
+from autokernel.records import Candidate, Problem
+
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+_FIRST_KEYS = ("template", "kernel", "merge")  # of a config: what kind of kernel it is
+_TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+_FIRST_MATRIX = {"mm": 0, "bmm": 0, "linear": 0, "merged_mm": 0, "addmm": 1, "baddbmm": 1}
+
+
+def problem_title(problem: Problem) -> str:
+    """`mm 1×1280×384 bf16 +silu` with M×N×K; `bmm 8·1×64×512` with a batch in front; merged GEMMs as `1×(384+128)×384`.
+
+    Any other op has the shapes of its inputs; `problem.key` says everything.
+    """
+    epilogue = "".join(f" +{name}" for name in problem.epilogue)
+    shape, specs = _gemm_shape(problem), problem.inputs
+    if shape:
+        at = _FIRST_MATRIX[problem.op]
+        specs = tuple(s for s in specs[at:] if len(s.shape) > 1) if problem.op == "merged_mm" else specs[at : at + 2]
+    else:
+        shape = " · ".join("×".join(map(str, spec.shape)) for spec in specs)
+    dtypes = "/".join(dict.fromkeys(_DTYPES.get(spec.dtype, spec.dtype) for spec in specs))
+    return f"{problem.op} {shape} {dtypes}{epilogue}"
+
+
+def _gemm_shape(problem: Problem) -> str:
+    """M×N×K, or nothing if it is no GEMM."""
+    at = _FIRST_MATRIX.get(problem.op)
+    if at is None or len(problem.inputs) < at + 2:
+        return ""
+    left, *rights = problem.inputs[at:]
+    rights = [r for r in rights if len(r.shape) > 1] if problem.op == "merged_mm" else rights[:1]  # behind its weights: biases
+    if len(left.shape) < 2 or any(len(r.shape) < 2 or r.shape[-2] != left.shape[-1] for r in rights):
+        return ""
+    batch = "".join(f"{size}·" for size in left.shape[:-2])
+    columns = "+".join(str(r.shape[-1]) for r in rights)
+    columns = f"({columns})" if len(rights) > 1 else columns
+    return f"{batch}{left.shape[-2]}×{columns}×{left.shape[-1]}"
+
+
+def config_title(candidate: Candidate) -> str:
+    """The backend and its config, a tile as one word, without what says nothing (`prepack=False`, `merge=none`, empty)."""
+    config = dict(candidate.config)
+    if all(name in config for name in _TILE):
+        config["tile"] = "×".join(str(config.pop(name)) for name in _TILE)
+    order = (*_FIRST_KEYS, "tile")
+    said = {k: v for k, v in config.items() if v not in (False, "", "none")}
+    names = sorted(said, key=lambda name: (order.index(name) if name in order else len(order), name))
+    words = [name if said[name] is True else f"{name}={said[name]}" for name in names]
+    return " ".join([candidate.backend, *words])
