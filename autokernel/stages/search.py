@@ -63,6 +63,7 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
     deadline = time.monotonic() + settings.seconds
     flights: dict[Future[Evaluation], _Flight] = {}
     lost: list[str] = []  # problems with a candidate that went down with its worker
+    began, device_s = time.monotonic(), 0.0
     with context.stage("search", total=total, budget_s=settings.seconds, note=f"{len(hunts)} hotspots"):
         context.emit(SearchPlanned(trials={key: hunt.tuner.max_trials for key, hunt in hunts.items()}))
         try:
@@ -79,6 +80,7 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
                         deterministic_required=context.experiment.validation.deterministic,
                         threads=context.threads,
                         max_copies=settings.max_copies,
+                        best_us=_best_us(flight),
                     )
                     flights[context.pool.submit(job, settings.trial_timeout_s)] = flight
                     done += 1
@@ -93,6 +95,7 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
                         continue
                     flight = flights.pop(future)
                     evaluation = _evaluation(future, flight)
+                    device_s += evaluation.device_s
                     number += 1
                     context.emit(Evaluated(evaluation=evaluation, origin=flight.proposal.origin, number=number))
                     flight.hunt.tuner.tell(flight.proposal.number, evaluation)
@@ -106,6 +109,9 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
                 future.cancel()
             for hunt in hunts.values():
                 hunt.tuner.close()
+        busy = device_s / max(time.monotonic() - began, 1e-9)
+        log.info("the device was busy %.1f s, %.0f %% of the search", device_s, 100 * busy)
+        context.progress("search", done, total, f"device busy {busy:.0%} of the time")
     return evaluations
 
 
@@ -137,6 +143,12 @@ def _evaluation(future: Future[Evaluation], flight: _Flight) -> Evaluation:
         return future.result()
     except WorkerError as error:
         return evaluation_of_failure(flight.proposal.candidate, error)
+
+
+def _best_us(flight: _Flight) -> float | None:
+    """The best time known for a problem: who is clearly slower is not measured to the end."""
+    best = flight.hunt.tuner.best()
+    return None if best is None else best.median_us
 
 
 def _message(flight: _Flight, evaluation: Evaluation) -> str:
