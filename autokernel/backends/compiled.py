@@ -174,7 +174,7 @@ def release() -> None:
     torch.compiler.reset()
     PyCodeCache.cache_clear()
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 

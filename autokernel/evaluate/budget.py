@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autokernel.ops import Op
-from autokernel.records import Problem
+from autokernel.records import DTYPE_BYTES, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,13 @@ class Errors:
     misplaced: int
 
 
+def expectation_bytes(op: Op, problem: Problem, num_references: int) -> int:
+    """Least memory that this many references of a problem take."""
+    dtype = problem.inputs[0].dtype
+    outputs = max(0, op.num_bytes(problem) - sum(spec.num_bytes for spec in problem.inputs)) // DTYPE_BYTES[dtype]
+    return num_references * outputs * (8 if DTYPE_BYTES[dtype] > 2 else 4)
+
+
 def run_reference(op: Op, problem: Problem, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The op in float64, or in float32 where it does not run in float64. Integer inputs stay as they are."""
     import torch
@@ -86,7 +93,6 @@ def expected_outputs(op: Op, problem: Problem, inputs: Sequence[torch.Tensor]) -
 
 def errors_of(out: torch.Tensor, expected: Expected) -> Errors:
     """Errors of an output of the expected shape and dtype, over the elements where eager and reference are finite."""
-    import torch
 
     if expected.exact:
         different = out != expected.reference

@@ -10,20 +10,22 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from autokernel.backends import Backend, BuildError, Built, Refused
 from autokernel.environment import current_environment
 from autokernel.errors import JobCrashed, JobLost, JobTimeout
+from autokernel.evaluate.budget import expectation_bytes
 from autokernel.evaluate.caches import cache_bytes
-from autokernel.evaluate.numerics import Checker, Expectation, expect
-from autokernel.evaluate.probes import MAX_COPIES, derived_seed, is_cold, make_constants, num_copies_for
+from autokernel.evaluate.numerics import Checker, Expectation, expect, num_references
+from autokernel.evaluate.probes import MAX_COPIES, derived_seed, free_bytes, is_cold, make_constants, num_copies_for
 from autokernel.evaluate.roofline import Ceilings, sound_physics_check
 from autokernel.evaluate.timing import measure, pin_threads
+from autokernel.evaluate.turns import Turns, leave, return_spare_memory, wake
 from autokernel.ops import Op
-from autokernel.records import Candidate, Check, Evaluation, Measurement, Status
+from autokernel.records import Candidate, Check, Evaluation, Measurement, Problem, Status
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +44,10 @@ class EvaluateCandidate:
         seed: of the run; the check's own seed follows from it and the candidate's id.
         ceilings: of this machine with these threads; without them there is no physics check.
         deterministic_required: two runs that differ are a failure, not just a remark.
-        effort: a key of `timing.EFFORTS`.
+        effort: "quick" or "thorough" (see `timing.EFFORTS`).
         threads: CPU threads; default: what torch is set to.
         max_copies: most sets of inputs to rotate among; fewer make a build faster and, below twice L2, the caches warm.
+        best_us: the best time known for the problem: what a first look finds clearly slower is measured no further.
     """
 
     candidate: Candidate
@@ -54,61 +57,84 @@ class EvaluateCandidate:
     effort: str = "quick"
     threads: int | None = None
     max_copies: int = MAX_COPIES
+    best_us: float | None = None
 
     def __call__(self) -> Evaluation:
         """Evaluate.
 
         Raises:
             Exception: the op or the machine is at fault (an unknown op, a reference that fails), not the candidate.
+            SystemExit: the candidate broke this process's CUDA context; only a new process can use the device.
         """
-        from autokernel.backends import get_backend
-        from autokernel.ops import get_op
-        from autokernel.workers.device_lock import device_lock
+        return self.in_phases()[0]
+
+    def in_phases(self) -> tuple[Evaluation, Mapping[str, float]]:
+        """The same, and where the time went: seconds of `reference`, `build`, `wait` (for the device) and `device` (alone)."""
+        import torch
 
         start = time.monotonic()
+        problem = self.candidate.problem
+        turns = Turns(problem.device)
+        phases: dict[str, float] = {}
+        try:
+            evaluation = self._evaluate(turns, phases, start)
+        except torch.OutOfMemoryError as error:
+            message = f"{problem.key}: the device had no room for the reference beside the other workers: {one_line(error)}"
+            raise JobLost(message) from None
+        leave(problem.device, evaluation.message)
+        phases.update(wait=turns.waited_s, device=turns.alone_s)
+        return replace(evaluation, device_s=turns.alone_s, total_s=time.monotonic() - start), phases
+
+    def _evaluate(self, turns: Turns, phases: dict[str, float], start: float) -> Evaluation:
+        from autokernel.backends import get_backend
+        from autokernel.ops import get_op
+
         problem = self.candidate.problem
         backend, op = get_backend(self.candidate.backend), get_op(problem.op)
         why_not = backend.unavailable(problem.device) or backend.supports(problem)
         if why_not:
             return _failed(self.candidate, Status.INVALID, why_not, start)
         start_clean(self.threads)
+        wake(problem.device)
         seed = derived_seed(self.seed, self.candidate.id)
-        num_copies = num_copies_for(problem, cache_bytes(problem.device, self.threads), self.max_copies)
         # A compiler next to it disturbs a CPU's timing but no GPU's, where the reference itself does.
         on_cpu = problem.device == "cpu"
-        with device_lock(problem.device, exclusive=not on_cpu):
-            constants = make_constants(problem, seed, num_copies)
-            expectation = expect(op, problem, constants, seed)
-        building = time.monotonic()
-        with device_lock(problem.device, exclusive=False) if on_cpu else contextlib.nullcontext():
-            built = build_or_fail(self.candidate, backend, constants, start)
-        build_s = time.monotonic() - building
-        if isinstance(built, Evaluation):
-            return built
-        with device_lock(problem.device, exclusive=True):
-            return self._judge(op, built, constants, expectation, start, build_s)
+        with contextlib.ExitStack() as turn:
+            turn.enter_context(turns.take("the reference", exclusive=not on_cpu))
+            began = time.monotonic()
+            task = prepare(op, problem, seed, self.threads, self.max_copies)
+            phases["reference"] = time.monotonic() - began
+            if not task.alone:
+                turn.close()
+            began = time.monotonic()
+            with turns.take("the build", exclusive=False) if on_cpu else contextlib.nullcontext():
+                built = build_or_fail(self.candidate, backend, task.constants, start)
+            phases["build"] = time.monotonic() - began
+            if isinstance(built, Evaluation):
+                return built
+            if not task.alone:
+                turn.enter_context(turns.take("checks and timing", exclusive=True))
+            return self._judge(op, built, task, start, phases["build"])
 
     def _judge(
         self,
         op: Op,
         built: Built,
-        constants: list[list[torch.Tensor]],
-        expectation: Expectation,
+        task: Task,
         start: float,
         build_s: float,
     ) -> Evaluation:
         """Check, time, physics, check again."""
-        checker = Checker(self.candidate.problem, built, constants, expectation)
+        checker = Checker(self.candidate.problem, built, task.constants, task.expectation)
+        num_copies = len(task.constants)
         measurement = None
         try:
             checker.before_timing()
             if checker.verdict(self.deterministic_required).passed:
-                measurement = self._measure(built, checker, len(constants))
+                measurement = self._measure(built, checker, num_copies)
                 if self.ceilings is not None:
                     checker.add(
-                        sound_physics_check(
-                            measurement, self.candidate.problem, op, self.ceilings, len(constants), self.threads
-                        )
+                        sound_physics_check(measurement, self.candidate.problem, op, self.ceilings, num_copies, self.threads)
                     )
                 checker.after_timing()
         except Exception as error:  # noqa: BLE001  the candidate's own code, at the boundary of the child process
@@ -138,9 +164,34 @@ class EvaluateCandidate:
             threads=self.threads,
             cold=is_cold(problem, num_copies, cache_bytes(problem.device, self.threads)),
             effort=self.effort,
+            best_us=self.best_us,
             audit=lambda run: checker.audit(buffers, run),
             seed=derived_seed(self.seed, self.candidate.id, "audit"),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Task:
+    """What a problem's candidates are given and held to. `alone`: too large for others to have theirs at the same time."""
+
+    constants: list[list[torch.Tensor]]
+    expectation: Expectation
+    alone: bool
+
+
+def prepare(op: Op, problem: Problem, seed: int, threads: int | None, max_copies: int) -> Task:
+    """Weights, references and budgets, made on the problem's device.
+
+    Many workers share a GPU's memory. Each may keep a quarter of what it finds free while it builds; a problem whose
+    references take more keeps its turn through the build.
+    """
+    num_copies = num_copies_for(problem, cache_bytes(problem.device, threads), max_copies)
+    kept_bytes = expectation_bytes(op, problem, num_references(num_copies))
+    alone = problem.device != "cpu" and 4 * kept_bytes > free_bytes(problem.device)
+    constants = make_constants(problem, seed, num_copies)
+    expectation = expect(op, problem, constants, seed)
+    return_spare_memory(problem.device)
+    return Task(constants=constants, expectation=expectation, alone=alone)
 
 
 def evaluation_of_failure(candidate: Candidate, error: BaseException) -> Evaluation:

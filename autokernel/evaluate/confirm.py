@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autokernel.backends import Built
+from autokernel.errors import JobLost
 from autokernel.evaluate.caches import cache_bytes
-from autokernel.evaluate.candidate import build_or_fail, describe_failures, one_line, start_clean
-from autokernel.evaluate.numerics import Checker, expect
-from autokernel.evaluate.probes import MAX_COPIES, derived_seed, is_cold, make_constants, num_copies_for
+from autokernel.evaluate.candidate import build_or_fail, describe_failures, one_line, prepare, start_clean
+from autokernel.evaluate.numerics import Checker
+from autokernel.evaluate.probes import MAX_COPIES, derived_seed, is_cold
 from autokernel.evaluate.roofline import Ceilings, sound_physics_check
 from autokernel.evaluate.timing import Comparison, Step, compare, describe_regime, make_step
+from autokernel.evaluate.turns import Turns, leave, wake
 from autokernel.ops import Op
 from autokernel.records import Candidate, Evaluation, Measurement, Problem, Record, Speedup, Status, Verdict
 
@@ -98,27 +100,41 @@ class ConfirmCandidates:
         Raises:
             Exception: the op or the machine is at fault, not a candidate.
         """
-        from autokernel.ops import get_op
-        from autokernel.workers.device_lock import device_lock
+        import torch
 
+        from autokernel.ops import get_op
+
+        try:
+            confirmation = self._confirm(get_op(self.problem.op))
+        except torch.OutOfMemoryError as error:
+            message = f"{self.problem.key}: the device had no room for its confirmation beside the other workers"
+            raise JobLost(f"{message}: {one_line(error)}") from None
+        leave(self.problem.device, "; ".join(failure.message for failure in confirmation.failures))
+        return confirmation
+
+    def _confirm(self, op: Op) -> Confirmation:
         start_clean(self.threads)
         device = self.problem.device
-        op = get_op(self.problem.op)
+        wake(device)
+        turns = Turns(device)
         seed = derived_seed(self.seed, self.problem.key, "confirm")
-        num_copies = num_copies_for(self.problem, cache_bytes(device, self.threads), self.max_copies)
         failures: list[Evaluation] = []
         on_cpu = device == "cpu"
-        with device_lock(device, exclusive=not on_cpu):
-            constants = make_constants(self.problem, seed, num_copies)
-            expectation = expect(op, self.problem, constants, seed)
-        with device_lock(device, exclusive=False) if on_cpu else contextlib.nullcontext():
-            built = self._build_all(constants, failures)
-        with device_lock(device, exclusive=True):
+        with contextlib.ExitStack() as turn:
+            turn.enter_context(turns.take("the reference", exclusive=not on_cpu))
+            task = prepare(op, self.problem, seed, self.threads, self.max_copies)
+            if not task.alone:
+                turn.close()
+            with turns.take("the builds", exclusive=False) if on_cpu else contextlib.nullcontext():
+                built = self._build_all(task.constants, failures)
+            if not task.alone:
+                turn.enter_context(turns.take("the confirmation", exclusive=True))
             runners = [
-                _Runner(candidate=c, built=b, checker=Checker(self.problem, b, constants, expectation)) for c, b in built
+                _Runner(candidate=c, built=b, checker=Checker(self.problem, b, task.constants, task.expectation))
+                for c, b in built
             ]
             runners = self._keep(runners, lambda r: r.checker.before_timing(), failures)
-            return self._compare(op, runners, failures, num_copies)
+            return self._compare(op, runners, failures, len(task.constants))
 
     def _build_all(self, constants: list[list[torch.Tensor]], failures: list[Evaluation]) -> list[tuple[Candidate, Built]]:
         """Every distinct candidate that builds; all share the same weights."""

@@ -71,6 +71,11 @@ class Expectation:
     fresh: Call  # after timing
 
 
+def num_references(num_copies: int) -> int:
+    """How many references `expect` computes."""
+    return 2 * num_copies + math.ceil((len(DRAWS) - 1) / num_copies) * num_copies
+
+
 def expect(op: Op, problem: Problem, constants: list[list[torch.Tensor]], seed: int) -> Expectation:
     """Compute references and eager's errors.
 

@@ -15,7 +15,7 @@ _IDLE = 0x1  # of the throttle reasons: nothing to do is no reason to worry
 
 
 def gpu_state(uuid: str = "") -> dict[str, float]:
-    """`clock_mhz` (of the multiprocessors), `memory_mhz`, `power_w`, `temperature_c` and `throttle` (a mask of reasons, 0 for none) of a GPU, now.
+    """A GPU's `clock_mhz` (multiprocessors), `memory_mhz`, `power_w`, `temperature_c` and `throttle` (a mask of reasons) now.
 
     What the driver does not tell is left out; without NVML that is everything.
 

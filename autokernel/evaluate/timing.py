@@ -303,6 +303,7 @@ def graph_of(function: Callable[[], Any], num_calls: int, warm_ups: int = 2) -> 
     graph = torch.cuda.CUDAGraph()
     # the one stream of this process that captures: cuBLAS keeps a workspace for every stream that it ever saw
     side = torch.cuda.graph(graph).capture_stream
+    assert side is not None  # given or made by its constructor
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warm_ups):

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+OVERDUE_EXIT_CODE = 124  # of a process that kept the device too long
+_LEAST_WITH_GPU = 8 << 30  # CUDA, its libraries and Triton take two to three, and a large model's file is mapped besides
 
 
 def worker_env(threads: int) -> dict[str, str]:
@@ -27,4 +34,34 @@ def memory_limit(num_workers: int) -> int:
     """Bytes that one worker may take: a candidate that allocates without end must not take the machine along."""
     import psutil
 
-    return int(psutil.virtual_memory().total * 0.8 / num_workers)
+    share = int(psutil.virtual_memory().total * 0.8 / num_workers)
+    # hosts of GPUs have memory, but a virtual one may say so only once it is used
+    return max(share, _LEAST_WITH_GPU) if Path("/proc/driver/nvidia").exists() else share
+
+
+@contextlib.contextmanager
+def deadline(seconds: float | None, what: str) -> Iterator[None]:
+    """End this process, at once, if the block takes longer than `seconds`.
+
+    For the time in which a process keeps others from the device. A kernel that hangs is ended with its process alone; the
+    pool's own deadline comes later, and those who wait for the device would run into theirs first.
+
+    Args:
+        seconds: how long the block may take; None for no limit.
+        what: what is overdue, for the log.
+    """
+    if seconds is None:
+        yield
+        return
+
+    def end() -> None:
+        os.write(2, f"{what} took more than {seconds:g} s; this process ends here\n".encode())
+        os._exit(OVERDUE_EXIT_CODE)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
