@@ -60,7 +60,14 @@ HOMES = {
     "matplotlib": ("tracking.plots",),
     "jinja2": ("tracking.report",),
     "scipy": ("tracking", "search"),
-    "torch._inductor": ("export.apply", "export.passes", "export.pins", "backends.compiled", "profiling.capture"),
+    "torch._inductor": (
+        "export.apply",
+        "export.passes",
+        "export.pins",
+        "export.prove",
+        "backends.compiled",
+        "profiling.capture",
+    ),
 }
 
 # Where whatever is raised has to become a value: candidates' code, and the outermost boundary of a process.
