@@ -107,17 +107,22 @@ def write_bundle(bundle: Bundle, folder: Path) -> tuple[Path, Path]:
             members.writestr(zipfile.ZipInfo(DOCUMENT, (1980, 1, 1, 0, 0, 0)), text)
         _replace_file(archive, packed.getvalue())
     except OSError as error:
-        raise BundleError(f"{folder}: the bundle cannot be written: {error}; the journal still has every result") from error
+        cure = "free some space there, or make the folder writable, then run the same command again"
+        raise BundleError(f"{folder}: the bundle cannot be written: {error}; the journal has every result: {cure}") from error
     return folder, archive
 
 
 def _replace_file(path: Path, data: bytes) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
-        temporary.write(data)
-        temporary.flush()
-        os.fsync(temporary.fileno())
-    os.chmod(temporary.name, 0o644)
-    os.replace(temporary.name, path)
+        try:
+            temporary.write(data)
+            temporary.flush()
+            os.fsync(temporary.fileno())
+            os.chmod(temporary.name, 0o644)
+            os.replace(temporary.name, path)
+        except OSError:
+            os.unlink(temporary.name)  # half a document must not take up what is left of a full disk
+            raise
 
 
 def read_bundle(path: Path | str, *, check: bool = True) -> Bundle:

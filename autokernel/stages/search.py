@@ -60,11 +60,12 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
         scheduler.spend(key, hunt.tuner.num_finished)
     ceilings = Ceilings.from_json(profiled.ceilings)
     total = min(settings.trials, sum(hunt.tuner.max_trials for hunt in hunts.values()))
-    deadline = time.monotonic() + settings.seconds
+    seconds = seconds_left(context)
+    deadline = time.monotonic() + seconds
     flights: dict[Future[Evaluation], _Flight] = {}
     lost: list[str] = []  # problems with a candidate that went down with its worker
     began, device_s = time.monotonic(), 0.0
-    with context.stage("search", total=total, budget_s=settings.seconds, note=f"{len(hunts)} hotspots"):
+    with context.stage("search", total=total, budget_s=round(seconds, 1), note=f"{len(hunts)} hotspots"):
         context.emit(SearchPlanned(trials={key: hunt.tuner.max_trials for key, hunt in hunts.items()}))
         try:
             while True:
@@ -113,6 +114,16 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
         log.info("the device was busy %.1f s, %.0f %% of the search", device_s, 100 * busy)
         context.progress("search", done, total, f"device busy {busy:.0%} of the time")
     return evaluations
+
+
+def seconds_left(context: RunContext) -> float:
+    """What is left of `search.seconds`: a run that was interrupted and resumed gets no more time than one that was not.
+
+    Nothing is set aside for hotspots that were not tried yet, for seeds come first and an uninterrupted run would have
+    stopped here, too. Such a hotspot stays stock.
+    """
+    spent = context.state.stage_seconds.get("search", 0.0) if context.state is not None else 0.0
+    return max(0.0, context.experiment.search.seconds - spent)
 
 
 def _again(hunts: dict[str, Hunt], lost: list[str]) -> _Flight | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,9 +23,10 @@ from autokernel.events import (
     RunStarted,
     SearchPlanned,
     StageFinished,
+    StageStarted,
 )
 from autokernel.records import Evaluation, Status
-from autokernel.tracking.journal import find_runs, read_journal
+from autokernel.tracking.journal import Entry, find_runs, read_entries
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,6 +52,7 @@ class RunState:
     finished: RunFinished | None  # None again once the run was resumed
     stages_done: frozenset[str]
     num_trials: int  # the highest trial number so far, LOST ones included
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)  # spent in each stage, by all processes together
 
     @property
     def run_id(self) -> str:
@@ -70,11 +73,21 @@ class RunState:
         return self.finished is not None and self.finished.outcome in ("won", "stock")
 
     @classmethod
-    def from_events(cls, events: Iterable[Event]) -> RunState:
-        """Fold the events of one journal.
+    def from_entries(cls, entries: Iterable[Entry]) -> RunState:
+        """Fold one journal, and measure how long each stage has taken so far.
 
         Raises:
             StorageError: the journal does not begin with RunStarted.
+        """
+        clock = _StageClock()
+        return replace(cls.from_events(clock.watch(entries)), stage_seconds=clock.seconds)
+
+    @classmethod
+    def from_events(cls, events: Iterable[Event]) -> RunState:
+        """Fold events whose times are not known; `stage_seconds` stays empty.
+
+        Raises:
+            StorageError: they do not begin with RunStarted.
         """
         started: RunStarted | None = None
         last: dict[type, Event] = {}
@@ -121,6 +134,34 @@ class RunState:
         )
 
 
+class _StageClock:
+    """How long each stage took, from the times of its events.
+
+    A process that was killed counts up to its last event: what it did after that has to be done again anyhow.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stage = ""
+        self._last: datetime | None = None
+
+    def watch(self, entries: Iterable[Entry]) -> Iterator[Event]:
+        """Pass the events on."""
+        for entry in entries:
+            event = entry.event
+            if isinstance(event, RunStarted):
+                self._stage = ""  # the pause before a resume is nobody's
+            elif self._stage and self._last is not None:
+                spent = (entry.time - self._last).total_seconds()
+                self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + max(0.0, spent)  # clocks are set back, too
+            if isinstance(event, StageStarted):
+                self._stage = event.stage
+            elif isinstance(event, StageFinished):
+                self._stage = ""
+            self._last = entry.time
+            yield event
+
+
 def _last(events: Mapping[type, Event], kind: type[T]) -> T | None:
     event = events.get(kind)
     return event if isinstance(event, kind) else None
@@ -133,7 +174,7 @@ def find_resumable(runs_folder: Path | str, name: str, experiment_digest: str) -
     """
     for folder in find_runs(runs_folder, name):
         try:
-            state = RunState.from_events(read_journal(folder))
+            state = RunState.from_entries(read_entries(folder))
         except StorageError as error:
             logger.warning("%s cannot be resumed: %s", folder, error)
             continue

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from pathlib import Path
 
 import pytest
 
 from autokernel.errors import StorageError
-from autokernel.events import Evaluated, Event, GraphTrial, RunFinished, RunStarted
+from autokernel.events import Evaluated, Event, GraphTrial, RunFinished, RunStarted, StageFinished, StageStarted
 from autokernel.records import Speedup, Status
-from autokernel.tracking.journal import Journal, read_journal, run_folder
+from autokernel.tracking.journal import Entry, Journal, read_journal, run_folder
 from autokernel.tracking.state import RunState, find_resumable
 
 
@@ -79,3 +80,40 @@ def test_newest_unfinished_run_of_the_same_experiment_is_resumed(tmp_path: Path,
     assert find_resumable(tmp_path, "synthetic-llama", "0ther") is None
     _write(folder, synthetic_events[30:])
     assert find_resumable(tmp_path, "synthetic-llama", "d1gest") is None
+
+
+def test_time_spent_in_stages_adds_up_over_processes_and_pauses_do_not_count(synthetic_events: list[Event]) -> None:
+    start = synthetic_events[0]
+    assert isinstance(start, RunStarted)
+    trial = next(e for e in synthetic_events if isinstance(e, Evaluated))
+    search = StageStarted(stage="search", budget_s=60)
+    interrupted = RunFinished(outcome="interrupted", message="Ctrl-C", seconds=1)
+    timed: list[tuple[float, Event]] = [
+        (0, start),
+        (1, StageStarted(stage="profile")),
+        (11, StageFinished(stage="profile", seconds=10)),
+        (20, search),
+        (25, trial),  # then killed
+        (1000, dataclasses.replace(start, resumed=True)),
+        (1003, search),
+        (1010, trial),
+        (1008, trial),  # the clock was set back
+        (1012, interrupted),
+        (9000, dataclasses.replace(start, resumed=True)),
+        (9001, search),
+        (9002.5, StageFinished(stage="search", seconds=1.5)),
+        (9100, StageStarted(stage="confirm")),
+    ]
+    epoch = datetime.datetime(2026, 11, 21, tzinfo=datetime.UTC)
+    entries = [Entry(time=epoch + datetime.timedelta(seconds=second), event=event) for second, event in timed]
+    state = RunState.from_entries(entries)
+    assert state.stage_seconds == {"profile": 10, "search": 5 + 7 + 0 + 4 + 1.5}
+    assert state.evaluations.keys() == {trial.evaluation.candidate.id}
+
+
+def test_a_resumed_runs_state_knows_its_times(tmp_path: Path, synthetic_events: list[Event]) -> None:
+    folder = run_folder(tmp_path, "synthetic-llama", "20261121-014900-3f2a")
+    _write(folder, synthetic_events[:30])
+    found = find_resumable(tmp_path, "synthetic-llama", "d1gest")
+    assert found is not None
+    assert found[1].stage_seconds.keys() == {"profile", "search"}
