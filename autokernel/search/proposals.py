@@ -105,6 +105,7 @@ class Proposer(ABC):
         max_trials: int,
         use_model: bool,
         cheap: bool,
+        num_startup: int = _NUM_STARTUP,
     ) -> None:
         self.problem = problem
         self.max_trials = max_trials
@@ -112,6 +113,7 @@ class Proposer(ABC):
         self._sampler_name = sampler_name
         self._use_model = use_model
         self._cheap = cheap
+        self._num_startup = num_startup
         self._in_flight: dict[int, _InFlight] = {}
         self._study: Sampled | None = None
         self._mirror = mirror
@@ -251,7 +253,7 @@ class Proposer(ABC):
             return None, None
         study = self._current_study()
         backend, config = self._rng.choice(self._sampled), None
-        if self._use_model and study.num_feasible >= _NUM_STARTUP:
+        if self._use_model and study.num_feasible >= self._num_startup:
             patient = self._cheap and self._ledger.num_spent < _PATIENCE
             for _ in range(_MAX_REJECTIONS if patient else 1):
                 trial, backend, config = study.ask()

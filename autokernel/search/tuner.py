@@ -24,14 +24,16 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autokernel.errors import ConfigError, StorageError
 from autokernel.records import Candidate, Problem, Status, digest_of
+from autokernel.search.cost_model import CostModel, load_model
 from autokernel.search.ledger import Outcome
+from autokernel.search.model_study import ModelStudy
 from autokernel.search.observations import Observation, Observations
 from autokernel.search.proposals import Proposal, Proposer, Sampled
 from autokernel.search.space import BoundSpace, Config, Domain, Names, Space
 
 logger = logging.getLogger(__name__)
 
-SamplerName = Literal["tpe", "random", "cmaes", "gp"]
+SamplerName = Literal["model", "tpe", "random", "cmaes", "gp"]
 _T = TypeVar("_T")
 
 __all__ = ["Proposal", "SamplerName", "Tuner"]
@@ -46,9 +48,10 @@ class Tuner(Proposer):
         names: of the problem and device (`space.names_for`).
         storage: SQLAlchemy URL for the durable copy, or None to keep everything in memory.
         study_name: name of the study there; one per problem.
-        sampler: "tpe", "random", "cmaes" or "gp".
+        sampler: "model" (ranked by the shipped cost model, model_study.py), or Optuna's "tpe", "random", "cmaes" or "gp".
         seed: makes proposals reproducible, given the same tells in the same order.
         max_trials: distinct candidates to propose in all, those of a resumed run included. May be raised later.
+        cost_model: what the sampler "model" ranks by; default: the one that comes with the package.
 
     Raises:
         ConfigError: the sampler needs a package that is not installed.
@@ -66,12 +69,14 @@ class Tuner(Proposer):
         sampler: SamplerName = "tpe",
         seed: int = 0,
         max_trials: int = 1000,
+        cost_model: CostModel | None = None,
     ) -> None:
         bound = {backend: space.bind(names) for backend, space in spaces.items()}
         usable = {backend: space for backend, space in bound.items() if not space.empty}
         _check_sampler(sampler)
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise a line per trial
         self._sampler: SamplerName = sampler
+        self._cost_model = load_model() if cost_model is None and sampler == "model" else cost_model
         super().__init__(
             problem,
             usable,
@@ -81,9 +86,12 @@ class Tuner(Proposer):
             max_trials=max_trials,
             use_model=sampler != "random",
             cheap=sampler != "gp",  # whose draws take a second each
+            **({"num_startup": 0} if sampler == "model" else {}),
         )
 
     def _new_study(self, spaces: Mapping[str, BoundSpace], seed: int) -> Sampled:
+        if self._sampler == "model":
+            return ModelStudy(spaces, self._cost_model, seed)
         return _MemoryStudy(spaces, self._sampler, seed)
 
 
@@ -207,12 +215,14 @@ def _make_sampler(name: SamplerName, seed: int, conditional: bool) -> optuna.sam
             return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=0, warn_independent_sampling=False)
         case "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=0, deterministic_objective=False)
+        case "model":
+            raise AssertionError("not one of Optuna's")
 
 
 def _check_sampler(name: SamplerName) -> None:
     if name == "cmaes":
         try:
-            import cmaes  # type: ignore[import-not-found]  # noqa: F401
+            import cmaes  # type: ignore[import-not-found, import-untyped]  # noqa: F401
         except ImportError:
             raise ConfigError("search.sampler: cmaes needs a package that is not installed: pip install cmaes") from None
 
@@ -290,8 +300,8 @@ class _StorageMirror:
         except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError, OSError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise StorageError(
-                f"storage {self._url}: study {self._study_name!r} cannot be read or written: {reason}; its folder must exist "
-                "and be writable, the disk not full, and the database not shared with MLflow"
+                f"storage {self._url}: study {self._study_name!r} cannot be read or written: {reason}; free some "
+                "space there or make its folder writable (and share no database with MLflow), then run the same command again"
             ) from error
 
 

@@ -1,0 +1,183 @@
+"""What configs of a GEMM will cost, learned from recorded landscapes of other shapes. Needs numpy alone.
+
+A model is a list of small regression trees over features that mean the same for every shape: how full the last wave of
+blocks is, how many bytes a multiprocessor has in flight, how much of a tile is padding. It predicts the logarithm of
+time over the time of the shape's best config; what matters is the order, the level is for the search to find out.
+`benchmarks/train_cost_model.py` makes the file that the package ships.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autokernel.records import ConfigValue
+from autokernel.search.space import Config, Names
+
+Floats = npt.NDArray[np.float64]
+
+MODEL_FILE = Path(__file__).with_name("cost_model.json.gz")
+TEMPLATES = ("mm", "mm_persistent_tma", "bmm", "decompose_k")
+
+_FORMAT = 1
+_SMEM_PER_UNIT, _SMEM_PER_BLOCK, _SMEM_RESERVED = 233472, 232448, 1024  # bytes; sm_90
+_WARPS_PER_UNIT, _REGISTERS_PER_UNIT = 64, 65536
+_READ_BYTES_PER_US, _FLOP_PER_US = 4.26e6, 0.79e9  # measured on an H200; they only set the scale of two features
+
+FEATURES = (
+    "log_m", "log_n", "log_k", "log_batch", "log_intensity",
+    "template", "log_block_m", "log_block_n", "log_block_k", "stages", "log_warps", "log_group",
+    "log_tiles", "log_waves", "wave_fill", "wave_fill_resident", "log_resident", "resident_limit",
+    "smem_share", "log_accumulators", "log_bytes_in_flight", "log_bytes_in_flight_all",
+    "log_k_steps", "stages_over_steps", "fill_m", "fill_n", "fill_k",
+    "log_tile_intensity", "log_traffic", "log_group_rows", "wgmma", "log_rows_per_warp", "log_k_split",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Trees:
+    """A sum of regression trees as flat arrays; nodes of all trees lie one behind the other.
+
+    A leaf's children are itself, so that walking the deepest tree's depth is enough for all.
+    """
+
+    feature: npt.NDArray[np.int64]
+    threshold: Floats
+    left: npt.NDArray[np.int64]
+    right: npt.NDArray[np.int64]
+    value: Floats
+    roots: npt.NDArray[np.int64]
+    depth: int
+    base: float
+
+    def predict(self, rows: Floats) -> Floats:
+        """Predictions [n] for features [n, len(FEATURES)]."""
+        total = np.full(len(rows), self.base)
+        index = np.arange(len(rows))
+        for root in self.roots:
+            at = np.full(len(rows), root)
+            for _ in range(self.depth):
+                goes_left = rows[index, self.feature[at]] <= self.threshold[at]
+                at = np.where(goes_left, self.left[at], self.right[at])
+            total += self.value[at]
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists; thresholds and values with five digits."""
+        return {
+            "feature": self.feature.tolist(), "threshold": [float(f"{t:.6g}") for t in self.threshold],
+            "left": self.left.tolist(), "right": self.right.tolist(), "value": [float(f"{v:.4g}") for v in self.value],
+            "roots": self.roots.tolist(), "depth": self.depth, "base": self.base,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trees:
+        """Inverse of `to_json`."""
+        feature, left, right, roots = (np.asarray(data[name], dtype=np.int64) for name in ("feature", "left", "right", "roots"))
+        threshold, value = (np.asarray(data[name], dtype=np.float64) for name in ("threshold", "value"))
+        depth, base = int(data["depth"]), float(data["base"])
+        return cls(feature, threshold, left, right, value, roots, depth, base)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """Trees for each backend that was recorded: log(time / best time) of configs that run, and the odds that one fails."""
+
+    cost: Mapping[str, Trees]
+    failure: Mapping[str, Trees]
+    origin: Mapping[str, Any]
+
+    def predict(self, backend: str, names: Names, configs: Sequence[Config]) -> Floats | None:
+        """log(time / best time) of configs [n]; None for a backend that the model does not know."""
+        trees = self.cost.get(backend)
+        return trees.predict(features(names, configs)) if trees is not None else None
+
+    def fails(self, backend: str, names: Names, configs: Sequence[Config]) -> Floats:
+        """Probability that a config does not build or run [n]."""
+        trees = self.failure.get(backend)
+        if trees is None:
+            return np.zeros(len(configs))
+        return 1.0 / (1.0 + np.exp(-trees.predict(features(names, configs))))
+
+
+def load_model(path: Path = MODEL_FILE) -> CostModel | None:
+    """The shipped model; None if there is none."""
+    if not path.is_file():
+        return None
+    data = json.loads(gzip.decompress(path.read_bytes()))
+    if data["format"] != _FORMAT or tuple(data["features"]) != FEATURES:
+        raise ValueError(f"{path}: made for other features; run benchmarks/train_cost_model.py again")
+    trees = {part: {b: Trees.from_json(t) for b, t in data[part].items()} for part in ("cost", "failure")}
+    return CostModel(cost=trees["cost"], failure=trees["failure"], origin=data["origin"])
+
+
+def save_model(model: CostModel, path: Path = MODEL_FILE) -> None:
+    """Write a model as the package ships it."""
+    parts = {part: {b: t.to_json() for b, t in getattr(model, part).items()} for part in ("cost", "failure")}
+    data = {"format": _FORMAT, "origin": dict(model.origin), "features": list(FEATURES), **parts}
+    path.write_bytes(gzip.compress(json.dumps(data, separators=(",", ":")).encode(), mtime=0))
+
+
+def _column(configs: Sequence[Config], name: str, missing: float) -> Floats:
+    def number(value: ConfigValue | None) -> float:
+        return missing if value is None or isinstance(value, str) else float(value)
+
+    return np.array([number(config.get(name)) for config in configs])
+
+
+def features(names: Names, configs: Sequence[Config]) -> Floats:
+    """Features of configs of one problem [n, len(FEATURES)].
+
+    Args:
+        names: of the problem and device: m, n, k, dtype_bytes, num_units, and batch where there is one.
+        configs: with Triton tiles; parameters that one lacks count as 1.
+    """
+    m, n, k = float(names["m"]), float(names["n"]), float(names["k"])
+    batch, size = float(names.get("batch", 1)), float(names["dtype_bytes"])
+    units = max(float(names["num_units"]), 1.0)
+    block_m, block_n, block_k = (_column(configs, f"BLOCK_{axis}", 64.0) for axis in "MNK")
+    stages, warps, group = (_column(configs, name, 1.0) for name in ("num_stages", "num_warps", "GROUP_M"))
+    split = _column(configs, "k_split", 1.0)
+    template = np.array([float(TEMPLATES.index(t)) if (t := c.get("template")) in TEMPLATES else -1.0 for c in configs])
+    tiles_m, tiles_n = np.ceil(m / block_m), np.ceil(n / block_n)
+    tiles = tiles_m * tiles_n * batch
+    k_steps = np.ceil(k / block_k)
+    smem = stages * (block_m + block_n) * block_k * size
+    accumulators = block_m * block_n / (warps * 32)  # fp32 registers of a thread
+    registers = np.minimum(accumulators + 40, 255) * warps * 32
+    limits = np.stack([
+        np.floor(_SMEM_PER_UNIT / (smem + _SMEM_RESERVED)), np.floor(_REGISTERS_PER_UNIT / registers), _WARPS_PER_UNIT / warps,
+    ])  # fmt: skip
+    resident = np.clip(limits.min(axis=0), 1, 32)  # blocks on a multiprocessor
+    resident = np.where(template == 1.0, 1.0, resident)  # a persistent kernel has one
+    there = np.minimum(resident, np.ceil(tiles / units))
+    in_flight = there * np.maximum(stages - 1, 0.5) * (block_m + block_n) * block_k * size
+    least = size * batch * (m * k + k * n + m * n)
+    flop = 2 * batch * m * n * k
+    traffic = size * tiles * (block_m + block_n) * k
+    busy = np.minimum(tiles, units)
+    columns = [
+        *(np.full(len(configs), math.log2(x)) for x in (m, n, k, batch)),
+        np.full(len(configs), math.log2((flop / _FLOP_PER_US) / (least / _READ_BYTES_PER_US))),
+        template, np.log2(block_m), np.log2(block_n), np.log2(block_k), stages, np.log2(warps), np.log2(group),
+        np.log2(tiles), np.log2(tiles / units), _fill(tiles, units), _fill(tiles, units * resident), np.log2(resident),
+        limits.argmin(axis=0).astype(np.float64),
+        smem / _SMEM_PER_BLOCK, np.log2(accumulators), np.log2(in_flight), np.log2(in_flight * busy),
+        np.log2(k_steps), stages / k_steps, m / (tiles_m * block_m), n / (tiles_n * block_n), k / (k_steps * block_k),
+        np.log2(block_m * block_n / (block_m + block_n)), np.log2(traffic / least), np.log2(np.minimum(group, tiles_m)),
+        ((block_m >= 64) & (warps % 4 == 0)).astype(np.float64), np.log2(block_m / warps), np.log2(split),
+    ]  # fmt: skip
+    return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
+
+
+def _fill(tiles: Floats, slots: Floats | float) -> Floats:
+    """Share of the last wave's slots that have work, over all waves."""
+    return np.asarray(tiles / (np.ceil(tiles / slots) * slots), dtype=np.float64)
