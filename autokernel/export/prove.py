@@ -206,7 +206,7 @@ class _Process:
         """(compiled forward, seconds that its first step took)."""
         import torch
 
-        from autokernel.evaluate.end_to_end import own_code
+        from autokernel.evaluate.modes import own_code
         from autokernel.evaluate.tensors import synchronize
         from autokernel.workers.device_lock import device_lock
 
@@ -257,8 +257,14 @@ class _Process:
                 break
         calls: dict[str, Callable[[], Any]] = {DEFAULT: lambda: stock(*program.inputs), BUNDLE: tuned_step}
         with device_lock(self.device, exclusive=True):
-            steps = {mode: _as_served(call, self.device) for mode, call in calls.items()}
-            comparison = compare(steps, DEFAULT, _ROUNDS, device=self.device, seed=self.request["seed"], min_sample_us=2000)
+            comparison = compare(
+                _as_served(calls, self.device),
+                DEFAULT,
+                _ROUNDS,
+                device=self.device,
+                seed=self.request["seed"],
+                min_sample_us=2000,
+            )
         return proof, {mode: min(values) for mode, values in seconds.items()}, comparison
 
 
@@ -288,18 +294,18 @@ def _empty_cache(folder: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _as_served(call: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """The call as serving engines make it: on a GPU the replay of a CUDA graph, where the model can be captured."""
+def _as_served(calls: Mapping[str, Callable[[], Any]], device: str) -> Mapping[str, Callable[[], Any]]:
+    """The calls as serving engines make them: on a GPU replays of CUDA graphs, where the model can be captured."""
     if device != "cuda":
-        return call
-    from autokernel.evaluate.timing import graph_of
+        return calls
+    from autokernel.evaluate.cuda_graphs import Capturer
 
+    capturer = Capturer()
     try:
-        graph, _ = graph_of(call, 1)
-    except RuntimeError:  # something in the model synchronises
-        return call
-    replay: Callable[[], Any] = graph.replay
-    return replay
+        graphs = {mode: capturer.capture(call)[0] for mode, call in calls.items()}
+    except RuntimeError:  # something in the model waits for the device
+        return calls
+    return {mode: graph.replay for mode, graph in graphs.items()}
 
 
 def _difference(program: ScenarioProgram, forward: Callable[..., Any], seed: int) -> tuple[float, str]:
