@@ -22,7 +22,7 @@ from autokernel.display.progress import LiveProgress, PlainProgress, panel
 from autokernel.display.results import failure_json, hotspot_rows, result_json
 from autokernel.display.state import STAGES, ProgressState
 from autokernel.display.tables import profile_table, result_view, search_table
-from autokernel.events import RunFinished, StageProgress, StageStarted
+from autokernel.events import RunFinished, StageFinished, StageProgress, StageStarted
 from autokernel.records import Candidate, Problem, Speedup, Status, TensorSpec
 from autokernel.tracking.summary import RunSummary, summarize
 from autokernel.tracking.titles import config_title, problem_title
@@ -347,7 +347,8 @@ def test_a_terminal_that_goes_away_does_not_break_the_run(error: Exception) -> N
     plain = PlainProgress(write)
     stream = io.StringIO()
     live = LiveProgress(Console(file=stream, force_terminal=True, width=100))
-    for i, event in enumerate(synthetic.whole_run(FOLDER)):
+    whole = synthetic.whole_run(FOLDER)
+    for i, event in enumerate(whole):
         plain.record(event)
         live.record(event)
         if i == 3:
@@ -355,6 +356,8 @@ def test_a_terminal_that_goes_away_does_not_break_the_run(error: Exception) -> N
     for display in (plain, live):
         display.close()
         display.release()
+        assert display.state.outcome == whole[-1].outcome, "it went on to follow the run"
+        assert display.state.finished.keys() == {e.stage for e in whole if isinstance(e, StageFinished)}
 
 
 def test_the_live_panel_comes_and_goes() -> None:
@@ -427,3 +430,19 @@ def test_a_log_file_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: 
     log.release()
     assert log.path is None
     assert "cannot be written, the run goes on without it" in caplog.text
+
+
+def test_a_full_disk_silences_the_log_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    started = synthetic.start()
+    path = tmp_path / started.name / started.run_id / LOG_NAME
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/dev/full")
+    logger = logging.getLogger("autokernel.test_of_a_full_disk")
+    log_file = LogFile(tmp_path, logger)
+    logger.warning("early")
+    log_file.record(started)
+    assert log_file.path == path
+    logger.warning("late")
+    log_file.release()
+    assert logger.handlers == []
+    assert capfd.readouterr().err == ""

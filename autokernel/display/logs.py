@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import logging.handlers
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,20 @@ class LineHandler(logging.Handler):
             self._write(one_line(record.getMessage()), record.levelno)
 
 
+class _PatientFile(logging.FileHandler):
+    """A file whose disk may be full: a log is not worth a traceback on the terminal, nor a failed command."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's own name
+        """Called where `emit` failed."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """What could not be written is still buffered, and fails again."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class LogFile:
     """A Recorder that opens `<run folder>/autokernel.log` once the run's folder is known; earlier records are kept for it.
 
@@ -46,7 +61,7 @@ class LogFile:
         self._runs_folder = runs_folder
         self._logger = logger or logging.getLogger()
         self._early = logging.handlers.MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)
-        self._file: logging.FileHandler | None = None
+        self._file: _PatientFile | None = None
         self._logger.addHandler(self._early)
 
     def record(self, event: Event) -> None:
@@ -55,7 +70,7 @@ class LogFile:
             return
         path = self._runs_folder.resolve() / event.name / event.run_id / LOG_NAME
         try:
-            self._file = logging.FileHandler(path, encoding="utf-8")
+            self._file = _PatientFile(path, encoding="utf-8")
         except OSError as error:
             logging.getLogger(__name__).warning("%s cannot be written, the run goes on without it: %s", path, error)
             return
