@@ -151,7 +151,12 @@ def test_kill_minus_nine_frees_the_device(victim: str, hold: Callable[..., Holde
 
 def test_devices_are_independent(hold: Callable[..., Holder], eventually: Callable[..., None]) -> None:
     one, two = hold("one", exclusive=True, device="cpu"), hold("two", exclusive=True, device="cuda:0")
-    eventually(lambda: one.holds() and two.holds())
+    third = hold("third", exclusive=True, device="cuda:0")
+    eventually(lambda: one.holds() and (two.holds() or third.holds()))
+    assert not one.done.exists(), "it holds on while the other device is taken"
+    settle(two, eventually)
+    settle(third, eventually)
+    assert two.holds() != third.holds(), "the same device is not shared"
 
 
 def test_threads_exclude_each_other(eventually: Callable[..., None]) -> None:

@@ -87,6 +87,10 @@ def test_what_it_mounts_and_sets(config: dict[str, Any]) -> None:
 def test_the_experiment_of_the_documentation_is_valid() -> None:
     (shared,) = [snippet for snippet in snippets() if "storage" in snippet]
     model = {"factory": "package.module:make"}
-    Experiment.model_validate(
+    experiment = Experiment.model_validate(
         {"name": "x", "model": model, "scenarios": {"a": {"kind": "call", "inputs": "package.module:inputs"}}, **shared}
     )
+    assert str(experiment.storage).startswith("postgresql+psycopg2://")
+    assert str(experiment.tracking).startswith("http")
+    assert experiment.cluster.address not in ("local", "inline"), "it sends the run to the cluster"
+    assert experiment.cluster.gpus_per_worker == 1
