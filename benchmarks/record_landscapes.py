@@ -96,6 +96,7 @@ class Recorder:
         self.farm: Farm | None = None
         self.device: dict[str, Any] = {"hardware": "dry run", "versions": {}}
         self.scratch: Any = None
+        self._told: set[str] = set()
         self._names: dict[str, dict[str, str]] = {}  # GEMM -> config -> name of its module
 
     def run(self) -> None:
@@ -185,7 +186,15 @@ class Recorder:
             if json.dumps(built.task.config, sort_keys=True) in known:
                 continue
             row = Row(backend="inductor", config=built.task.config, status=built.status)
+            self._tell_once(built.status, built.message)
             rows.append(row if built.status != "OK" else self._measured(row, built.task.name, rows, bench))
+
+    def _tell_once(self, status: str, message: str) -> None:
+        """One line for each new kind of failure, so that a log says what went wrong."""
+        kind = f"{status}: " + "".join(" " if c.isdigit() else c for c in message[:60])
+        if message and kind not in self._told and len(self._told) < 20:
+            self._told.add(kind)
+            print(f"  {status}: {message[:200]}", flush=True)
 
     def _launch(self, row: Row, name: str, bench: Any) -> Any:
         if row.backend == "aten":
@@ -204,8 +213,9 @@ class Recorder:
             kind = type(error).__name__
             status = {"WrongResultError": "WRONG", "OutOfResources": "BUILD_ERROR"}.get(kind, "RUN_ERROR")
             row = replace(row, status=status, us=None)
+            self._tell_once(status, f"{kind}: {error}")
             if status == "RUN_ERROR":
-                print(f"{row.backend} {row.config}: {kind}: {str(error)[:300]}", flush=True)
+                print(f"{row.backend} {row.config}: {kind}: {str(error)[:200]}", flush=True)
                 self._restart_if_dead(bench, [*rows, row])
         return row
 
