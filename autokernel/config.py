@@ -33,6 +33,10 @@ class ModelSection(_Section):
         description="`package.module:function` or `file.py:function`; called with `arguments`, returns a torch.nn.Module",
     )
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of `factory`")
+    config_overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keys of the transformers config to replace, e.g. `num_hidden_layers: 8` for a quick try",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     seed: int = Field(0, description="of random weights")
 
@@ -43,6 +47,8 @@ class ModelSection(_Section):
             raise ValueError(f"give exactly one of checkpoint, config and factory, not {given or 'none'}")
         if self.arguments and self.factory is None:
             raise ValueError("`arguments` belong to `factory`, which is not given")
+        if self.config_overrides and self.factory is not None:
+            raise ValueError("`config_overrides` belong to `checkpoint` and `config`; a factory takes `arguments`")
         return self
 
 
@@ -52,6 +58,9 @@ class PrefillScenario(_Section):
     kind: Literal["prefill"]
     batch: PositiveInt = 1
     length: PositiveInt = Field(description="tokens per sequence")
+    logits: Literal["all", "last"] = Field(
+        "all", description="of which positions logits are computed; serving needs the last one of each sequence only"
+    )
 
 
 class DecodeScenario(_Section):
@@ -80,7 +89,7 @@ class SearchSection(_Section):
     """How much to try. The search stops at whichever of `trials` and `seconds` comes first."""
 
     trials: PositiveInt = Field(200, description="distinct candidates over all hotspots")
-    seconds: PositiveFloat = Field(600, description="wall time of the search stage")
+    seconds: PositiveFloat = Field(600, description="wall time of the search stage, that before an interruption included")
     min_trials: PositiveInt = Field(4, description="trials that every searched hotspot gets, whatever it could gain")
     workers: PositiveInt = Field(2, description="candidates in flight; timing itself is never concurrent on a device")
     sampler: Literal["tpe", "random", "cmaes", "gp"] = "tpe"
@@ -102,6 +111,11 @@ class GraphSection(_Section):
 
     enabled: bool = True
     trials: PositiveInt = Field(8, description="option sets tried end to end, stock included")
+    seconds: PositiveFloat = Field(600, description="wall time per scenario; sets that it does not suffice for are not tried")
+    scenarios: tuple[str, ...] = Field((), description="scenarios that the sets are tried on; default: all")
+    layers: PositiveInt | None = Field(
+        None, description="try the sets on a language model of so many layers; validation always takes the whole model"
+    )
 
 
 class EvalSection(_Section):
@@ -116,6 +130,9 @@ class EvalSection(_Section):
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a metric function")
 
 
+StockMode = Literal["eager", "default", "max-autotune", "reduce-overhead"]
+
+
 class ValidationSection(_Section):
     """What a winner has to prove. The numerical budget itself (2x eager's own error) is not negotiable."""
 
@@ -125,6 +142,18 @@ class ValidationSection(_Section):
     confirm_rounds: PositiveInt = Field(41, description="paired rounds per confirmation")
     confirm_top: PositiveInt = Field(2, description="candidates per hotspot that are confirmed against the baselines")
     end_to_end_rounds: PositiveInt = Field(41, description="paired rounds per scenario and mode")
+    baselines: tuple[StockMode, ...] = Field(
+        ("eager", "default", "max-autotune"),
+        min_length=1,
+        description="stock modes to be compared with; on a GPU all of them run from a CUDA graph that is captured by hand, but "
+        "for reduce-overhead, which captures its own",
+    )
+    ablation: bool = Field(
+        False, description="compile the model without each entry in turn, and drop entries that it is faster without"
+    )
+    ablation_layers: PositiveInt | None = Field(
+        4, description="do that with a language model of so many layers; null: all. The last word has the whole model"
+    )
     min_top1_agreement: float = Field(0.99, ge=0, le=1, description="language models: same most likely token as stock")
 
 
@@ -134,6 +163,9 @@ class ClusterSection(_Section):
     address: str = Field("local", description="`local`, `auto`, `HOST:PORT`, or `ray://HOST:PORT`; `inline` uses no Ray at all")
     gpus_per_worker: float = Field(1, gt=0, description="GPU runs only")
     cpus_per_worker: float = Field(1, gt=0)
+    model_memory: float = Field(
+        0.8, gt=0, le=1, description="part of a GPU's memory that jobs on the whole model may fill together; fewer run at once"
+    )
 
 
 class Experiment(_Section):
@@ -165,6 +197,9 @@ class Experiment(_Section):
         metric = self.validation.eval.metric if self.validation.eval is not None else ""
         if self.model.factory is not None and metric in ("bits_per_byte", "perplexity"):
             raise ValueError(f"metric {metric} is for language models; a factory model needs `module:function`")
+        unknown = sorted(set(self.graph.scenarios) - set(self.scenarios))
+        if unknown:
+            raise ValueError(f"graph.scenarios names {unknown}, but there are {sorted(self.scenarios)}")
         if self.storage is not None and self.storage == self.tracking:
             raise ValueError("storage and tracking must be different databases: Optuna and MLflow clash in one")
         return self
@@ -355,6 +390,7 @@ __all__ = [
     "Experiment",
     "LoadedExperiment",
     "PrefillScenario",
+    "StockMode",
     "load_experiment",
     "parse_yaml_mapping",
 ]

@@ -30,7 +30,8 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("backends",),),
     (("workers",),),
     (("evaluate",),),  # one candidate
-    (("profiling", "evaluate.end_to_end", "evaluate.quality"),),  # the whole model
+    # the whole model
+    (("profiling", "evaluate.modes", "evaluate.end_to_end", "evaluate.quality"),),
     (("search",), ("tracking",)),
     (("export.prove",), ("export.verify",)),  # a bundle, looked at from outside
     (("stages",),),
@@ -64,9 +65,10 @@ HOMES = {
         "export.apply",
         "export.passes",
         "export.pins",
-        "export.prove",
+        "export.aoti", "export.prove",
         "backends.compiled",
         "profiling.capture",
+        "evaluate.whole_model",
     ),
 }
 

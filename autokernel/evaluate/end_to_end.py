@@ -1,20 +1,37 @@
-"""Whole-model jobs: each scenario timed in every mode, interleaved in one process. Run in a worker's child."""
+"""Whole-model jobs: each scenario timed in every mode, interleaved in one process. Run in a worker's child.
+
+On a GPU every contender runs from a CUDA graph that is captured by hand, so that nothing of the host's part counts. They
+share the weights, one KV cache (each step writes the same slot of it) and the memory of their graphs; what fails to be
+captured is no contender, and the result says why.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
-from autokernel.evaluate.timing import compare, pin_threads
+from autokernel.evaluate.modes import (
+    BUNDLE,
+    STOCK_MODES,
+    Contender,
+    Prepared,
+    against_stock,
+    build_program,
+    compile_errors,
+    failure_of,
+    own_code,
+    prepare,
+)
+from autokernel.evaluate.outputs import ScenarioCheck
+from autokernel.evaluate.quality import check_program
+from autokernel.evaluate.timing import Comparison, compare
+from autokernel.evaluate.whole_model import Turns, free_memory, model_job
 from autokernel.events import ModeTiming, ScenarioResult
-from autokernel.export.bundle import Bundle
 from autokernel.records import Record, Speedup
-from autokernel.workers.device_lock import device_lock
 
 if TYPE_CHECKING:
     import torch
@@ -23,22 +40,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STOCK_MODES = ("eager", "default", "max-autotune")
-BUNDLE = "bundle"
 _SCREEN_ROUNDS = 7
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contender:
-    """One way to run the model: a stock mode by name, or a bundle under a name of its own."""
-
-    name: str
-    bundle: Bundle | None = None
-
-
-def against_stock(bundle: Bundle) -> tuple[Contender, ...]:
-    """Every stock mode, and the bundle under the name `BUNDLE`."""
-    return (*(Contender(name=mode) for mode in STOCK_MODES), Contender(name=BUNDLE, bundle=bundle))
+_MIN_SAMPLE_US = 2000
+_CAPTURES_ITSELF = ("reduce-overhead",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,7 @@ class ScenarioTiming(Record):
     hits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # contender -> problem key -> sites
     failures: Mapping[str, str] = field(default_factory=dict)  # contender -> why it could not run
     num_benchmarks: int = 0  # kernels that Inductor timed while it compiled the bundles: must be 0
+    check: ScenarioCheck | None = None  # of the bundle, if it was asked for
 
 
 def scenario_result(timing: ScenarioTiming, stock: bool = False) -> ScenarioResult:
@@ -72,11 +77,45 @@ def scenario_result(timing: ScenarioTiming, stock: bool = False) -> ScenarioResu
     )
 
 
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """What a job has learned so far, by contender."""
+
+    calls: dict[str, Callable[[], object]] = field(default_factory=dict)
+    compile_s: dict[str, float] = field(default_factory=dict)
+    hits: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    medians: dict[str, float] = field(default_factory=dict)
+    spreads: dict[str, float] = field(default_factory=dict)
+    speedups: dict[str, Speedup] = field(default_factory=dict)
+    num_benchmarks: int = 0
+    check: ScenarioCheck | None = None
+
+    def add(self, contender: Contender, prepared: Prepared) -> None:
+        self.compile_s[contender.name] = prepared.compile_s
+        if contender.bundle is not None:
+            self.hits[contender.name] = prepared.hits
+            self.num_benchmarks += prepared.num_benchmarks
+
+    def fail(self, scenario: str, contender: Contender, reason: str) -> None:
+        self.failures[contender.name] = reason
+        log.warning("%s: %s does not run: %s", scenario, contender.name, reason)
+
+    def judge(self, result: Comparison) -> None:
+        self.medians |= result.medians_us
+        self.spreads |= result.spreads_us
+        self.speedups |= result.speedups
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeScenario:
     """Job: time one scenario of an experiment in several modes.
 
     The baseline is the fastest of `baselines` in rounds of their own, so that picking it does not bias the result.
+
+    `in_turn`: contenders are compiled and compared with the first baseline one after the other, and let go of, so that many
+    bundles fit into a GPU; those that `budget_s` does not suffice for are recorded as failures. `check` (GPU only): the
+    bundle's outputs are checked as well, with the code that is timed.
     """
 
     loaded: LoadedExperiment
@@ -87,154 +126,168 @@ class TimeScenario:
     baselines: tuple[str, ...]
     rounds: int
     seed: int = 0
+    in_turn: bool = False
+    budget_s: float = float("inf")
+    check: bool = False
 
     def __call__(self) -> ScenarioTiming:
+        with model_job(self.device, self.threads) as turns:
+            return self._on_gpu(turns) if self.device == "cuda" else self._on_cpu(turns)
+
+    def _on_cpu(self, turns: Turns) -> ScenarioTiming:
         from autokernel.profiling.workload import load_model
 
-        pin_threads(self.threads)
         model = load_model(self.loaded, self.device)
-        calls: dict[str, Callable[[], object]] = {}
-        compile_s: dict[str, float] = {}
-        hits: dict[str, Mapping[str, int]] = {}
-        failures: dict[str, str] = {}
-        num_benchmarks = 0
+        found = _Found()
         for contender in self.contenders:
+            # a program of its own for each: a static cache is state
             program = build_program(self.loaded, model, self.scenario, self.device, self.seed)
             try:
-                with device_lock(self.device, exclusive=False):
-                    prepared = prepare(contender, program)
+                with turns.building():
+                    prepared = prepare(contender, program, turns)
             except compile_errors() as error:
-                failures[contender.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
-                log.warning("%s: mode %s does not run: %s", self.scenario, contender.name, failures[contender.name])
+                found.fail(self.scenario, contender, failure_of(error))
                 continue
-            calls[contender.name] = prepared.call
-            compile_s[contender.name] = prepared.compile_s
-            if contender.bundle is not None:
-                hits[contender.name] = prepared.hits
-                num_benchmarks += prepared.num_benchmarks
-        return self._time(calls, compile_s, hits, failures, num_benchmarks)
+            found.calls[contender.name] = prepared.call
+            found.add(contender, prepared)
+        baseline = self._compare_all(found, turns)
+        return self._result(found, baseline)
 
-    def _time(
+    def _on_gpu(self, turns: Turns) -> ScenarioTiming:
+        from autokernel.evaluate.cuda_graphs import Capturer
+        from autokernel.profiling.workload import load_model
+
+        with turns.alone():
+            model = load_model(self.loaded, self.device)
+            program = build_program(self.loaded, model, self.scenario, self.device, self.seed)
+            capturer = Capturer()
+        found = _Found()
+        start = time.monotonic()
+        baseline = ""
+        for contender in self.contenders:
+            if self.in_turn and found.calls and time.monotonic() - start > self.budget_s:
+                found.failures[contender.name] = f"not tried: the {self.budget_s:g} s were used up"
+                continue
+            try:
+                self._prepare_on_gpu(contender, program, model, capturer, turns, found)
+            except compile_errors() as error:
+                found.fail(self.scenario, contender, failure_of(error))
+                continue
+            if self.in_turn:
+                baseline = baseline or self._first_baseline(contender)
+                if contender.name != baseline:
+                    self._compare(found, turns, baseline, [baseline, contender.name])
+                    replay = found.calls.pop(contender.name)
+                    if isinstance(replay, _Replay):
+                        replay.prepared.compiled.clear()
+                    del replay
+                    with turns.alone():
+                        free_memory(everything=False)
+        if not self.in_turn:
+            baseline = self._compare_all(found, turns)
+        return self._result(found, baseline)
+
+    def _prepare_on_gpu(
         self,
-        calls: dict[str, Callable[[], object]],
-        compile_s: dict[str, float],
-        hits: dict[str, Mapping[str, int]],
-        failures: dict[str, str],
-        num_benchmarks: int,
-    ) -> ScenarioTiming:
-        stock = [name for name in self.baselines if name in calls]
+        contender: Contender,
+        program: ScenarioProgram,
+        model: torch.nn.Module,
+        capturer: Any,
+        turns: Turns,
+        found: _Found,
+    ) -> None:
+        """Compile, check if asked to, and capture one contender."""
+        if contender.name == "eager" or contender.name in _CAPTURES_ITSELF:
+            with turns.alone():  # no telling where their device work begins
+                prepared = prepare(contender, program, turns)
+        else:
+            with turns.building():
+                prepared = prepare(contender, program, turns)
+        with turns.alone():
+            if self.check and contender.bundle is not None:
+                found.check = check_program(self.loaded, self.scenario, program, model, prepared.forward, self.seed)
+                program.reset()
+            if contender.name in _CAPTURES_ITSELF:
+                found.calls[contender.name] = prepared.call
+            else:
+                found.calls[contender.name] = _Replay(capturer.capture(prepared.call), prepared)
+        found.add(contender, prepared)
+
+    def _first_baseline(self, contender: Contender) -> str:
+        if contender.name not in self.baselines:
+            raise ValueError(
+                f"in turn, the first contender must be one of the baselines {self.baselines}, not {contender.name}"
+            )
+        return contender.name
+
+    def _compare_all(self, found: _Found, turns: Turns) -> str:
+        """All contenders against the best of the baselines; returns which that was."""
+        stock = [name for name in self.baselines if name in found.calls]
         if not stock:
-            raise RuntimeError(f"scenario {self.scenario}: none of {self.baselines} runs: {failures}")
-        with device_lock(self.device, exclusive=True):
-            baseline = stock[0]
+            raise RuntimeError(f"scenario {self.scenario}: none of {self.baselines} runs: {found.failures}")
+        baseline = stock[0]
+        with turns.alone():
             if len(stock) > 1:
-                screen = compare({n: calls[n] for n in stock}, stock[0], _SCREEN_ROUNDS, device=self.device, seed=self.seed)
+                candidates = {name: found.calls[name] for name in stock}
+                screen = compare(candidates, baseline, _SCREEN_ROUNDS, device=self.device, seed=self.seed)
                 baseline = min(screen.medians_us, key=screen.medians_us.__getitem__)
-            result = compare(calls, baseline, self.rounds, device=self.device, seed=self.seed + 1, min_sample_us=2000)
+            self._compare(found, turns, baseline, list(found.calls))
+        return baseline
+
+    def _compare(self, found: _Found, turns: Turns, baseline: str, names: list[str]) -> None:
+        calls = {name: found.calls[name] for name in names}
+        with turns.alone():
+            found.judge(
+                compare(calls, baseline, self.rounds, device=self.device, seed=self.seed + 1, min_sample_us=_MIN_SAMPLE_US)
+            )
+
+    def _result(self, found: _Found, baseline: str) -> ScenarioTiming:
+        if not baseline:
+            raise RuntimeError(f"scenario {self.scenario}: none of {self.baselines} runs: {found.failures}")
         modes = tuple(
             ModeTiming(
                 mode=name,
-                median_us=result.medians_us[name],
-                spread_us=result.spreads_us[name],
-                compile_s=round(compile_s[name], 2),
+                median_us=found.medians[name],
+                spread_us=found.spreads[name],
+                compile_s=round(found.compile_s[name], 2),
             )
-            for name in calls
+            for name in found.medians
         )
         return ScenarioTiming(
             scenario=self.scenario,
             baseline=baseline,
             modes=modes,
-            speedups=result.speedups,
-            hits=hits,
-            failures=failures,
-            num_benchmarks=num_benchmarks,
+            speedups=found.speedups,
+            hits=found.hits,
+            failures=found.failures,
+            num_benchmarks=found.num_benchmarks,
+            check=found.check,
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A contender that has been compiled and run once."""
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """One step as a graph; holds on to everything that the graph reads."""
 
-    call: Callable[[], Any]
-    forward: Callable[..., Any]
-    compile_s: float
-    hits: Mapping[str, int]
-    reasons: Mapping[str, str]
-    num_benchmarks: int
+    captured: tuple[torch.cuda.CUDAGraph, Any]
+    prepared: Prepared
 
-
-def compile_errors() -> tuple[type[BaseException], ...]:
-    """What a mode that does not compile or run raises: the model's fault or the compiler's, never ours."""
-    import torch
-
-    return (RuntimeError, AssertionError, TypeError, NotImplementedError, torch._dynamo.exc.TorchDynamoException)
+    def __call__(self) -> None:
+        self.captured[0].replay()
 
 
-def build_program(loaded: LoadedExperiment, model: torch.nn.Module, scenario: str, device: str, seed: int) -> ScenarioProgram:
-    """A program of its own for each contender: a static cache is state, and must not be shared."""
-    from autokernel.profiling.workload import build_scenario
-
-    return build_scenario(
-        model, loaded.experiment.scenarios[scenario], scenario, seed, device, loaded.experiment.model.dtype, loaded=loaded
-    )
-
-
-def prepare(contender: Contender, program: ScenarioProgram) -> Prepared:
-    """Compile a contender for a program and run it twice.
-
-    Raises:
-        any of `compile_errors()`: it does not compile or run.
-    """
-    import torch
-    from torch._dynamo.utils import counters
-
-    from autokernel.export.apply import BundleBackend
-
-    forward: Callable[..., Any] = own_code(program.module)
-    backend: BundleBackend | None = None
-    if contender.bundle is not None:
-        backend = BundleBackend(contender.bundle)
-        forward = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
-    elif contender.name == "max-autotune":
-        forward = torch.compile(forward, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
-    elif contender.name == "default":
-        forward = torch.compile(forward, fullgraph=True, dynamic=False)
-    elif contender.name != "eager":
-        raise ValueError(f"unknown mode {contender.name!r}; stock modes: {', '.join(STOCK_MODES)}")
-    inputs = program.inputs
-    benchmarks_before = counters["inductor"]["select_algorithm_autotune"]
-
-    def call() -> Any:
-        with torch.no_grad():
-            return forward(*inputs)
-
-    program.reset()
-    start = time.perf_counter()
-    call()
-    compile_s = time.perf_counter() - start
-    program.reset()
-    call()
-    usage = backend.usage() if backend is not None else {}
-    return Prepared(
-        call=call,
-        forward=forward,
-        compile_s=compile_s,
-        hits={key: item.hits for key, item in usage.items()},
-        reasons={key: "; ".join(item.reasons) for key, item in usage.items() if item.reasons},
-        num_benchmarks=counters["inductor"]["select_algorithm_autotune"] - benchmarks_before,
-    )
-
-
-def own_code(module: torch.nn.Module) -> Callable[..., Any]:
-    """A function that calls the module and has a code object of its own.
-
-    Dynamo keeps compiled code per code object and walks through all of it at each call: contenders that shared one would
-    pay for those compiled before them.
-    """
-
-    def call(*inputs: Any) -> Any:
-        return module(*inputs)
-
-    # a new line table is enough to make the copy a different object, equal in everything else
-    code = call.__code__.replace(co_name=f"call_{id(module)}")
-    return types.FunctionType(code, call.__globals__, code.co_name, call.__defaults__, call.__closure__)
+__all__ = [
+    "BUNDLE",
+    "STOCK_MODES",
+    "Contender",
+    "Prepared",
+    "ScenarioCheck",
+    "ScenarioTiming",
+    "TimeScenario",
+    "against_stock",
+    "build_program",
+    "compile_errors",
+    "own_code",
+    "prepare",
+    "scenario_result",
+]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autokernel.errors import WorkloadError
+from autokernel.evaluate.whole_model import Turns
 from autokernel.ops import OPS, Op, Site, get_op
 from autokernel.records import Problem
 
@@ -64,14 +65,20 @@ class _Captured:
     num_graphs: int = 0
 
 
-def capture(program: ScenarioProgram, device: str, ops: Sequence[Op] = OPS, budget_s: float = 2.0) -> CapturedScenario:
+def capture(
+    program: ScenarioProgram, device: str, ops: Sequence[Op] = OPS, budget_s: float = 2.0, turns: Turns | None = None
+) -> CapturedScenario:
     """Compile a scenario with Inductor's defaults and measure it.
+
+    On a GPU a step is timed as the replay of a CUDA graph, and a library call by its kernels' own time, as the profiler
+    sees them in steps that are launched one by one.
 
     Args:
         program: is compiled in full, as one graph.
         device: "cpu" or "cuda".
         ops: what to look for in the graph.
         budget_s: about how long the timing of steps may take.
+        turns: the job's device lock, of which measuring takes turns; None: nobody else is on the device.
 
     Raises:
         WorkloadError: the scenario does not compile as one graph.
@@ -79,7 +86,8 @@ def capture(program: ScenarioProgram, device: str, ops: Sequence[Op] = OPS, budg
     import torch
 
     captured = _Captured()
-    compiled = _compile(program, captured)
+    turns = turns if turns is not None else Turns(device)
+    compiled = _compile(program, captured, turns)
 
     def step() -> None:
         with torch.no_grad():
@@ -90,7 +98,8 @@ def capture(program: ScenarioProgram, device: str, ops: Sequence[Op] = OPS, budg
     program.reset()
     start = time.perf_counter()
     try:
-        step()
+        with turns.building():
+            step()
     except torch._dynamo.exc.TorchDynamoException as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         raise WorkloadError(f"scenario {program.name}: torch.compile cannot make one graph of it: {first}") from error
@@ -102,8 +111,12 @@ def capture(program: ScenarioProgram, device: str, ops: Sequence[Op] = OPS, budg
         for op in ops
         for site in op.find(captured.graph, captured.constants, device)
     )
-    step_us, spread_us = _time_steps(step, budget_s)
-    shares, kernel_share = _profile(step, device)
+    with turns.alone():
+        if device == "cuda":
+            step_us, spread_us = _time_replays(lambda: compiled(*program.inputs), budget_s)
+        else:
+            step_us, spread_us = _time_steps(step, budget_s)
+        shares, kernel_share = _profile(step, device, step_us)
     call_us = _attribute({site.problem.key: site.problem for site in sites}, shares, step_us, program.name)
     return CapturedScenario(
         scenario=program.name,
@@ -117,7 +130,7 @@ def capture(program: ScenarioProgram, device: str, ops: Sequence[Op] = OPS, budg
     )
 
 
-def _compile(program: ScenarioProgram, captured: _Captured) -> Callable[..., Any]:
+def _compile(program: ScenarioProgram, captured: _Captured, turns: Turns) -> Callable[..., Any]:
     """Inductor's default, with a pass that keeps the post-grad graph."""
     import torch
     from torch._inductor.compile_fx import compile_fx
@@ -139,9 +152,10 @@ def _compile(program: ScenarioProgram, captured: _Captured) -> Callable[..., Any
         fixed.extend(id(tensor) in constant_ids for tensor in inputs)
         return compile_fx(module, inputs, config_patches={"post_grad_custom_post_pass": Keep()})
 
-    from autokernel.evaluate.end_to_end import own_code
+    from autokernel.evaluate.modes import own_code
 
-    return torch.compile(own_code(program.module), backend=backend, fullgraph=True, dynamic=False)  # type: ignore[no-any-return]
+    used = turns.first_run_alone(backend, []) if turns.device == "cuda" else backend
+    return torch.compile(own_code(program.module), backend=used, fullgraph=True, dynamic=False)  # type: ignore[no-any-return]
 
 
 def _copy(graph: Graph) -> Graph:
@@ -183,12 +197,32 @@ def _time_steps(step: Callable[[], None], budget_s: float) -> tuple[float, float
     return median, high - low
 
 
-def _profile(step: Callable[[], None], device: str) -> tuple[dict[Call, float], float]:
+def _time_replays(call: Callable[[], Any], budget_s: float) -> tuple[float, float]:
+    """The same on a GPU, of one step as a CUDA graph."""
+    import torch
+
+    from autokernel.evaluate.cuda_graphs import Capturer
+    from autokernel.evaluate.timing import timer
+
+    with torch.no_grad():
+        graph, outputs = Capturer().capture(call)
+    timed = timer("cuda", graph.replay)
+    samples: list[float] = []
+    deadline = time.perf_counter() + budget_s
+    while len(samples) < _MIN_STEPS or (time.perf_counter() < deadline and len(samples) < _MAX_STEPS):
+        samples.append(timed())
+    del graph, outputs
+    low, median, high = statistics.quantiles(samples, n=4)
+    return median, high - low
+
+
+def _profile(step: Callable[[], None], device: str, step_us: float) -> tuple[dict[Call, float], float]:
     """Each library call's share of a step (one call of it), and that of all kernels
     (on a CPU, of all library calls).
 
     Both parts and whole are the lower quartile of the profiled steps: a step that was preempted is long as a whole, and in
-    few of its parts. Taken together, the parts are never more than the whole.
+    few of its parts. Taken together, the parts are never more than the whole. On a GPU the parts are times of kernels, and
+    the whole is `step_us`: launched one by one, kernels wait for the host.
     """
     from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -198,7 +232,9 @@ def _profile(step: Callable[[], None], device: str) -> tuple[dict[Call, float], 
             with record_function(_STEP):
                 step()
     # On a GPU, spans of the same names show up again as the device's own events.
-    events = [event for event in profiler.events() if not str(event.device_type).endswith("CUDA")]
+    everything = profiler.events() or []
+    events = [event for event in everything if not str(event.device_type).endswith("CUDA")]
+    on_device = [event for event in everything if str(event.device_type).endswith("CUDA") and not _is_span(event)]
     spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.name == _STEP)
     per_call: dict[Call, list[float]] = {}
     wholes: list[float] = []
@@ -210,13 +246,18 @@ def _profile(step: Callable[[], None], device: str) -> tuple[dict[Call, float], 
         for call, us in found:
             per_call.setdefault(call, []).append(us)
         num_calls = Counter(call for call, _ in found)
-        wholes.append(end - start)
-        kernels.append(_device_us(events, start, end))
+        wholes.append(step_us if device == "cuda" else end - start)
+        kernels.append(sum(e.time_range.elapsed_us() for e in on_device if start <= e.time_range.start < end))
     times = {call: _lower_quartile(samples) for call, samples in per_call.items()}
     in_library = sum(times[call] * count for call, count in num_calls.items())
     whole = max(_lower_quartile(wholes), in_library)
     kernel_us = _lower_quartile(kernels) if device == "cuda" else in_library
     return {call: us / whole for call, us in times.items()}, min(1.0, kernel_us / whole)
+
+
+def _is_span(event: Any) -> bool:
+    """Whether a device's event is no kernel, but the shadow of a span on the host."""
+    return bool(getattr(event, "is_user_annotation", False)) or event.name == _STEP
 
 
 def _lower_quartile(samples: Sequence[float]) -> float:
@@ -250,11 +291,6 @@ def _call(name: str, matrices: Sequence[tuple[Sequence[int], Sequence[int]]]) ->
 
 def _event_us(event: Any, device: str) -> float:
     return float(event.device_time_total if device == "cuda" else event.cpu_time_total)
-
-
-def _device_us(events: Sequence[Any], start: float, end: float) -> float:
-    inside = (e for e in events if start <= e.time_range.start and e.time_range.end <= end)
-    return sum(float(kernel.duration) for event in inside for kernel in event.kernels)
 
 
 def _attribute(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import CallScenario, DecodeScenario, LoadedExperiment, PrefillScenario, Scenario
@@ -62,8 +64,11 @@ def load_model(loaded: LoadedExperiment, device: str) -> nn.Module:
         elif section.checkpoint is not None:
             model = _from_checkpoint(loaded, dtype)
         else:
-            model = _from_config(loaded, dtype)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+            model = _from_config(loaded, dtype, device)
+    # transformers has built it in its dtype already, with the buffers in theirs: a GPU's rotary frequencies stay float32
+    as_built = device != "cpu" and section.factory is None
+    model = model.to(device=device) if as_built else model.to(device=device, dtype=dtype)
+    return model.eval().requires_grad_(False)
 
 
 def build_scenario(
@@ -120,7 +125,7 @@ def _prefill_program(
     def make_inputs(seed: int) -> Inputs:
         return (draw_tokens(corpus, vocabulary, scenario.batch, scenario.length, seed).to(device),)
 
-    module = Prefill(model).eval()
+    module = Prefill(model, last_only=scenario.logits == "last").eval()
     return ScenarioProgram(name=name, module=module, inputs=make_inputs(seed), make_inputs=make_inputs, restore=lambda: None)
 
 
@@ -190,35 +195,84 @@ def _from_checkpoint(loaded: LoadedExperiment, dtype: torch.dtype) -> nn.Module:
     folder = loaded.resolve(section.checkpoint)
     auto = _auto_classes()
     try:
-        config = auto.AutoConfig.from_pretrained(folder, local_files_only=True)
+        if section.config_overrides:
+            keys = _overridden(_read_json(folder / "config.json", "model.checkpoint"), section.config_overrides)
+            config = auto.AutoConfig.for_model(keys.pop("model_type"), **keys)
+        else:
+            config = auto.AutoConfig.from_pretrained(folder, local_files_only=True)
         model: nn.Module = _auto_class(auto, config).from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
         return model
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise WorkloadError(f"model.checkpoint: {folder} cannot be loaded: {_first_line(error)}") from None
 
 
-def _from_config(loaded: LoadedExperiment, dtype: torch.dtype) -> nn.Module:
-    source = loaded.experiment.model.config
+def _from_config(loaded: LoadedExperiment, dtype: torch.dtype, device: str) -> nn.Module:
+    """Random weights, drawn on the device: eight billion take a second on a GPU, and minutes on a CPU."""
+    import torch
+
+    config = model_config(loaded)
     auto = _auto_classes()
-    where = "model.config"
-    if isinstance(source, dict):
-        keys = dict(source)
-    else:
-        assert source is not None
-        where = f"model.config: {loaded.resolve(source)}"
-        try:
-            keys = json.loads(loaded.resolve(source).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{where} is no JSON: {error}") from None
-    if "model_type" not in keys:
-        raise ConfigError(f"{where}: the key model_type is missing; it says which of transformers' models this is (e.g. llama)")
-    kind = keys.pop("model_type")
     try:
-        config = auto.AutoConfig.for_model(kind, **keys)
-        model: nn.Module = _auto_class(auto, config).from_config(config, dtype=dtype)
+        with torch.device(device) if device != "cpu" else contextlib.nullcontext():
+            model: nn.Module = _auto_class(auto, config).from_config(config, dtype=dtype)
         return model
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        where = "model.config"
+        raise ConfigError(f"{where}: transformers builds no {config.model_type!r} model of it: {_first_line(error)}") from None
+
+
+def empty_model(loaded: LoadedExperiment) -> nn.Module:
+    """A model of transformers with the shapes of its weights and without any: built in no time, in no memory."""
+    import torch
+
+    config = model_config(loaded)
+    with torch.device("meta"):
+        model: nn.Module = _auto_class(_auto_classes(), config).from_config(
+            config, dtype=getattr(torch, loaded.experiment.model.dtype)
+        )
+    return model
+
+
+def model_config(loaded: LoadedExperiment) -> Any:
+    """The transformers config of a model that is not made by a factory, overrides included.
+
+    Raises:
+        ConfigError: it cannot be read, or is none of transformers.
+    """
+    section = loaded.experiment.model
+    if isinstance(section.config, dict):
+        where, keys = "model.config", dict(section.config)
+    else:
+        place = section.config if section.config is not None else (section.checkpoint or Path()) / "config.json"
+        path = loaded.resolve(place)
+        where, keys = f"model.config: {path}", _read_json(path, "model.config")
+    if "model_type" not in keys:
+        raise ConfigError(f"{where}: the key model_type is missing; it says which of transformers' models this is (e.g. llama)")
+    keys = _overridden(keys, section.config_overrides)
+    kind = keys.pop("model_type")
+    try:
+        return _auto_classes().AutoConfig.for_model(kind, **keys)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigError(f"{where}: transformers builds no {kind!r} model of these keys: {_first_line(error)}") from None
+
+
+def _read_json(path: Path, key: str) -> dict[str, Any]:
+    try:
+        keys = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {path} is no JSON: {error}") from None
+    if not isinstance(keys, dict):
+        raise ConfigError(f"{key}: {path} must hold the keys of a transformers config, not {type(keys).__name__}")
+    return keys
+
+
+def _overridden(keys: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a config with others in their place; a list of the layers' types gets as many as there are layers."""
+    result = {**keys, **overrides}
+    types = result.get("layer_types")
+    if "num_hidden_layers" in overrides and isinstance(types, list):
+        result["layer_types"] = types[: overrides["num_hidden_layers"]]
+    return result
 
 
 def _auto_classes() -> Any:

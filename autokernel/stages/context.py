@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from autokernel.config import Experiment, LoadedExperiment
 from autokernel.environment import Environment
@@ -16,6 +16,9 @@ from autokernel.errors import JobLost
 from autokernel.events import Event, Recorder, StageFinished, StageProgress, StageStarted
 from autokernel.tracking.state import RunState
 from autokernel.workers.pool import Pool
+
+if TYPE_CHECKING:
+    from autokernel.profiling.footprint import Footprint
 
 T = TypeVar("T")
 
@@ -37,6 +40,7 @@ class RunContext:
     state: RunState | None = None
     history: Sequence[Path] = field(default_factory=tuple)  # journals of earlier runs, for seeds
     started: float = field(default_factory=time.monotonic)
+    footprints: dict[int | None, Footprint] = field(default_factory=dict)  # by the model's number of layers, if fewer
 
     @property
     def experiment(self) -> Experiment:
@@ -62,29 +66,48 @@ class RunContext:
     def progress(self, stage: str, done: int, total: int, message: str = "") -> None:
         self.emit(StageProgress(stage=stage, done=done, total=total, message=message))
 
-    def run_all(self, stage: str, jobs: Sequence[tuple[str, Callable[[], T]]], timeout_s: float) -> list[T]:
+    def run_all(
+        self,
+        stage: str,
+        jobs: Sequence[tuple[str, Callable[[], T]]],
+        timeout_s: float,
+        sizes: Sequence[int] = (),
+        room: int = 0,
+    ) -> list[T]:
         """Run labelled jobs on the pool and return their values in order.
+
+        With `sizes`, one per job, those that run at once are together no larger than `room`, the largest first; one job
+        always runs.
 
         Raises:
             WorkerError: a job crashed, hung, or was lost `MAX_LOST` times; the others are waited for first.
         """
-        futures = [self.pool.submit(job, timeout_s) for _, job in jobs]
-        values = []
-        for i, (label, job) in enumerate(jobs):
-            self.progress(stage, i, len(jobs), label)
-            values.append(self._value(futures[i], job, timeout_s))
+        weights = list(sizes) or [0] * len(jobs)
+        waiting = sorted(range(len(jobs)), key=lambda i: -weights[i])
+        running: dict[Future[T], int] = {}
+        values: dict[int, T] = {}
+        attempts = [0] * len(jobs)
+        error: BaseException | None = None
+        while waiting or running:
+            for i in list(waiting):
+                if not running or sum(weights[j] for j in running.values()) + weights[i] <= room or not sizes:
+                    running[self.pool.submit(jobs[i][1], timeout_s)] = i
+                    waiting.remove(i)
+            self.progress(stage, len(values), len(jobs), jobs[next(iter(running.values()))][0])
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                i = running.pop(future)
+                problem = future.exception()
+                if problem is None:
+                    values[i] = future.result()
+                elif isinstance(problem, JobLost) and attempts[i] < MAX_LOST - 1:
+                    attempts[i] += 1
+                    waiting.append(i)
+                elif error is None:
+                    error = problem
+        if error is not None:
+            raise error
         self.progress(stage, len(jobs), len(jobs))
-        return values
-
-    def _value(self, future: Future[T], job: Callable[[], T], timeout_s: float) -> T:
-        for attempt in range(MAX_LOST):
-            try:
-                return future.result()
-            except JobLost:
-                if attempt == MAX_LOST - 1:
-                    raise
-                future = self.pool.submit(job, timeout_s)
-        raise AssertionError("unreachable")
+        return [values[i] for i in range(len(jobs))]
 
 
 def close_all(recorders: Iterable[Recorder]) -> None:

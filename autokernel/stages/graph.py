@@ -12,6 +12,7 @@ from autokernel.export.bundle import Bundle
 from autokernel.records import Speedup
 from autokernel.search.graph_options import Options, load_graph_options, merged, spelled
 from autokernel.stages.context import RunContext
+from autokernel.stages.whole_model import run_on_model, with_layers
 
 _TIMEOUT_S = 1800
 _PLAIN = "no options"
@@ -51,14 +52,18 @@ def search_graph_options(context: RunContext, bundle: Bundle) -> Options:
 
 
 def _try(context: RunContext, bundle: Bundle, sets: Sequence[Options]) -> list[GraphTrial]:
-    """Time the option sets on every scenario, one job per scenario."""
+    """Time the option sets on every scenario that is asked for, one job per scenario."""
+    settings = context.experiment.graph
+    on_gpu = context.device == "cuda"
+    loaded = with_layers(context.loaded, settings.layers)
     contenders = [Contender(name=_PLAIN, bundle=bundle)]
     contenders += [Contender(name=spelled(options), bundle=replace(bundle, graph_options=options)) for options in sets]
     jobs = [
         (
             name,
+            name,
             TimeScenario(
-                loaded=context.loaded,
+                loaded=loaded,
                 scenario=name,
                 device=context.device,
                 threads=context.threads,
@@ -66,11 +71,13 @@ def _try(context: RunContext, bundle: Bundle, sets: Sequence[Options]) -> list[G
                 baselines=(_PLAIN,),
                 rounds=max(11, context.experiment.validation.end_to_end_rounds // 2),
                 seed=context.seed + 2,
+                in_turn=on_gpu,
+                budget_s=settings.seconds,
             ),
         )
-        for name in context.experiment.scenarios
+        for name in settings.scenarios or context.experiment.scenarios
     ]
-    timings = context.run_all("graph", jobs, _TIMEOUT_S)
+    timings = run_on_model(context, "graph", jobs, _TIMEOUT_S, settings.layers)
     return [_judge(options, timings) for options in sets]
 
 

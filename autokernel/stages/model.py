@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 
 from autokernel.config import LoadedExperiment
 from autokernel.errors import WorkerError
-from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, ScenarioTiming, TimeScenario, against_stock, scenario_result
-from autokernel.evaluate.timing import pin_threads
+from autokernel.evaluate.end_to_end import BUNDLE, ScenarioTiming, TimeScenario, against_stock, scenario_result
+from autokernel.evaluate.outputs import ScenarioCheck, verdict_of
+from autokernel.evaluate.whole_model import model_job
 from autokernel.events import EvalResult, ModelValidated, ScenarioResult
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.records import Check, Record, Verdict
+from autokernel.stages.ablation import without_useless
 from autokernel.stages.context import RunContext
+from autokernel.stages.whole_model import run_on_model
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +54,29 @@ class CheckModel:
     def __call__(self) -> Quality:
         from autokernel.evaluate.quality import check_model
 
-        pin_threads(self.threads)
-        verdict, evals = check_model(self.loaded, self.bundle, self.device, self.seed)
+        with model_job(self.device, self.threads):
+            verdict, evals = check_model(self.loaded, self.bundle, self.device, self.seed)
         return Quality(verdict=verdict, evals=evals)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckScenario:
+    """Job: the same on a GPU, for one scenario; scenario "" is the metric."""
+
+    loaded: LoadedExperiment
+    bundle: Bundle
+    scenario: str
+    device: str
+    threads: int
+    seed: int
+
+    def __call__(self) -> ScenarioCheck | EvalResult:
+        from autokernel.evaluate.quality import check_metric, check_scenario
+
+        with model_job(self.device, self.threads) as turns:
+            if not self.scenario:
+                return check_metric(self.loaded, self.bundle, turns, self.seed)
+            return check_scenario(self.loaded, self.bundle, self.scenario, turns, self.seed)
 
 
 def validate(context: RunContext, bundle: Bundle, dropped: Mapping[str, str]) -> tuple[ModelValidated, Bundle]:
@@ -64,10 +87,13 @@ def validate(context: RunContext, bundle: Bundle, dropped: Mapping[str, str]) ->
         return validated, replace(_without(bundle, validated.dropped), graph_options=options)
     gone = dict(dropped)
     with context.stage("validate", total=len(context.experiment.scenarios) + 1):
-        quality = check(context, bundle)
+        if context.experiment.validation.ablation:
+            bundle = without_useless(context, bundle, gone)
+        quality, timings = _examine(context, bundle)
         if not quality.passed:
             bundle, quality = _drop_harmful(context, bundle, quality, gone)
-        scenarios, bundle, changed = _time_until_never_slower(context, bundle, gone)
+            timings = []
+        scenarios, bundle, changed = _time_until_never_slower(context, bundle, gone, timings)
         if changed and not bundle.stock:
             quality = check(context, bundle)  # what is exported is what was judged
         validated = ModelValidated(verdict=quality.verdict, evals=quality.evals, scenarios=scenarios, dropped=gone)
@@ -78,18 +104,73 @@ def validate(context: RunContext, bundle: Bundle, dropped: Mapping[str, str]) ->
 _OPTIONS = "graph options"
 
 
+def _examine(context: RunContext, bundle: Bundle) -> tuple[Quality, list[ScenarioTiming]]:
+    """A bundle's quality; on a GPU also its times, by the jobs that compile it anyway. A crash leaves that to `check`."""
+    if context.device != "cuda":
+        return check(context, bundle), []
+    try:
+        timings = _time_jobs(context, bundle, tuple(context.experiment.scenarios), checked=True)
+    except WorkerError as error:
+        log.warning("the model did not run to its end with the bundle: %s", error)
+        return check(context, bundle), []
+    if any(timing.check is None for timing in timings):  # it did not compile somewhere
+        return check(context, bundle), []
+    checks = [timing.check for timing in timings if timing.check is not None]
+    return _quality(context, checks, _metric_on_gpu(context, bundle)), timings
+
+
+def _quality(context: RunContext, checks: Sequence[ScenarioCheck], evals: tuple[EvalResult, ...]) -> Quality:
+    return Quality(verdict=verdict_of(checks, context.experiment.validation.min_top1_agreement), evals=evals)
+
+
+def _check_jobs(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -> list[ScenarioCheck | EvalResult]:
+    jobs = [
+        (
+            f"equivalence: {name}" if name else "metric",
+            name or next(iter(context.experiment.scenarios)),
+            CheckScenario(
+                loaded=context.loaded,
+                bundle=bundle,
+                scenario=name,
+                device=context.device,
+                threads=context.threads,
+                seed=context.seed + 3,
+            ),
+        )
+        for name in scenarios
+    ]
+    return run_on_model(context, "validate", jobs, _TIMEOUT_S)
+
+
+def _metric_on_gpu(context: RunContext, bundle: Bundle) -> tuple[EvalResult, ...]:
+    if context.experiment.validation.eval is None:
+        return ()
+    return tuple(result for result in _check_jobs(context, bundle, [""]) if isinstance(result, EvalResult))
+
+
 def check(context: RunContext, bundle: Bundle) -> Quality:
     """One bundle's quality; a model that crashes with it is a failed check, not a failed run."""
+    if context.device == "cuda":
+        try:
+            found = _check_jobs(context, bundle, tuple(context.experiment.scenarios))
+            checks = [result for result in found if isinstance(result, ScenarioCheck)]
+            return _quality(context, checks, _metric_on_gpu(context, bundle))
+        except WorkerError as error:
+            return _crashed(bundle, error)
     job = CheckModel(
         loaded=context.loaded, bundle=bundle, device=context.device, threads=context.threads, seed=context.seed + 3
     )
     try:
         return context.run_all("validate", [("equivalence and metric", job)], _TIMEOUT_S)[0]
     except WorkerError as error:
-        if bundle.stock:
-            raise
-        failed = Check(name="runs", value=1, limit=0, passed=False, note=str(error))
-        return Quality(verdict=Verdict(checks=(failed,)))
+        return _crashed(bundle, error)
+
+
+def _crashed(bundle: Bundle, error: WorkerError) -> Quality:
+    if bundle.stock:
+        raise error
+    failed = Check(name="runs", value=1, limit=0, passed=False, note=str(error))
+    return Quality(verdict=Verdict(checks=(failed,)))
 
 
 def _drop_harmful(context: RunContext, bundle: Bundle, quality: Quality, gone: dict[str, str]) -> tuple[Bundle, Quality]:
@@ -132,10 +213,14 @@ def _drop_harmful(context: RunContext, bundle: Bundle, quality: Quality, gone: d
 
 
 def _time_until_never_slower(
-    context: RunContext, bundle: Bundle, gone: dict[str, str]
+    context: RunContext, bundle: Bundle, gone: dict[str, str], timings: Sequence[ScenarioTiming]
 ) -> tuple[tuple[ScenarioResult, ...], Bundle, bool]:
-    """Scenario times with a bundle that makes none of them slower; and whether that changed what is compiled."""
-    results, unused = _time(context, bundle, tuple(context.experiment.scenarios))
+    """Scenario times with a bundle that makes none of them slower; and whether that changed what is compiled.
+
+    `timings` are those of this very bundle, if they were taken already.
+    """
+    scenarios = tuple(context.experiment.scenarios)
+    results, unused = _results(bundle, timings) if timings else _time(context, bundle, scenarios)
     gone |= unused
     bundle = _without(bundle, gone)
     slower = [result for result in results.values() if not result.passed]
@@ -143,7 +228,7 @@ def _time_until_never_slower(
     if slower and bundle.graph_options:
         gone[_OPTIONS] = f"{slower[0].scenario} took {1 / slower[0].speedup.ratio:.3f} times as long as stock"
         bundle = replace(bundle, graph_options={})
-        results, _ = _time(context, bundle, tuple(context.experiment.scenarios))
+        results, _ = _time(context, bundle, scenarios)
         slower = [result for result in results.values() if not result.passed]
     for result in slower:
         # shapes differ between scenarios, so a scenario's own entries are what can slow it down
@@ -162,30 +247,44 @@ def _without(bundle: Bundle, gone: Mapping[str, str]) -> Bundle:
 
 def _time(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -> tuple[dict[str, ScenarioResult], dict[str, str]]:
     """Results by scenario; and entries that nothing in their scenario was built from, with the reason."""
+    return _results(bundle, _time_jobs(context, bundle, scenarios))
+
+
+def _time_jobs(context: RunContext, bundle: Bundle, scenarios: Sequence[str], *, checked: bool = False) -> list[ScenarioTiming]:
+    validation = context.experiment.validation
     jobs = [
         (
             f"end to end: {name}",
+            name,
             TimeScenario(
                 loaded=context.loaded,
                 scenario=name,
                 device=context.device,
                 threads=context.threads,
-                contenders=against_stock(bundle),
-                baselines=STOCK_MODES,
-                rounds=context.experiment.validation.end_to_end_rounds,
+                contenders=against_stock(bundle, validation.baselines),
+                baselines=validation.baselines,
+                rounds=validation.end_to_end_rounds,
                 seed=context.seed + 3,
+                check=checked,
             ),
         )
         for name in scenarios
     ]
-    timings: list[ScenarioTiming] = context.run_all("validate", jobs, _TIMEOUT_S)
+    return run_on_model(context, "validate", jobs, _TIMEOUT_S)
+
+
+def _results(bundle: Bundle, timings: Sequence[ScenarioTiming]) -> tuple[dict[str, ScenarioResult], dict[str, str]]:
     for timing in timings:
         if BUNDLE in timing.failures:
             raise WorkerError(f"scenario {timing.scenario} does not run with the bundle: {timing.failures[BUNDLE]}")
-    hits = {timing.scenario: timing.hits.get(BUNDLE, {}) for timing in timings}
+    hits: dict[str, int] = {}
+    timed = {timing.scenario for timing in timings}
+    for timing in timings:
+        for key, count in timing.hits.get(BUNDLE, {}).items():
+            hits[key] = hits.get(key, 0) + count
     unused = {
         entry.key: "nothing in the compiled model is built from it: its GEMMs are merged with others, or spelled differently"
         for entry in bundle.entries
-        if entry.scenario in hits and not hits[entry.scenario].get(entry.key)
+        if entry.scenario in timed and not hits.get(entry.key)
     }
     return {timing.scenario: scenario_result(timing, bundle.stock) for timing in timings}, unused

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
+from autokernel.evaluate.modes import build_program
 from autokernel.evaluate.roofline import MeasureCeilings
-from autokernel.evaluate.timing import pin_threads
+from autokernel.evaluate.whole_model import Turns, model_job
 from autokernel.events import Profiled
 from autokernel.stages.context import RunContext
+from autokernel.stages.whole_model import run_on_model
 
 if TYPE_CHECKING:
     from autokernel.profiling.capture import CapturedScenario
@@ -32,17 +35,17 @@ class ProfileScenario:
     seed: int
 
     def __call__(self) -> CapturedScenario:
-        import torch
+        with model_job(self.device, self.threads) as turns:
+            return self._capture(turns)
 
-        from autokernel.evaluate.end_to_end import build_program
+    def _capture(self, turns: Turns) -> CapturedScenario:
         from autokernel.profiling.capture import capture
         from autokernel.profiling.workload import load_model
 
-        torch.compiler.reset()
-        pin_threads(self.threads)
-        model = load_model(self.loaded, self.device)
-        program = build_program(self.loaded, model, self.scenario, self.device, self.seed)
-        return capture(program, self.device)
+        with turns.alone() if self.device == "cuda" else contextlib.nullcontext():
+            model = load_model(self.loaded, self.device)
+            program = build_program(self.loaded, model, self.scenario, self.device, self.seed)
+        return capture(program, self.device, turns=turns)
 
 
 def profile(context: RunContext) -> Profiled:
@@ -54,17 +57,18 @@ def profile(context: RunContext) -> Profiled:
     experiment = context.experiment
     with context.stage("profile", total=len(experiment.scenarios) + 1):
         dtypes = tuple(dict.fromkeys(("float32", experiment.model.dtype)))
-        jobs: list[tuple[str, Callable[[], Any]]] = [
+        jobs: list[tuple[str, str, Callable[[], Any]]] = [
             (
                 f"scenario {name}",
+                name,
                 ProfileScenario(
                     loaded=context.loaded, scenario=name, device=context.device, threads=context.threads, seed=context.seed
                 ),
             )
             for name in experiment.scenarios
         ]
-        jobs.append(("ceilings", MeasureCeilings(device=context.device, threads=context.threads, dtypes=dtypes)))
-        *captured, ceilings = context.run_all("profile", jobs, _TIMEOUT_S)
+        jobs.append(("ceilings", "", MeasureCeilings(device=context.device, threads=context.threads, dtypes=dtypes)))
+        *captured, ceilings = run_on_model(context, "profile", jobs, _TIMEOUT_S)
         profiled = Profiled(
             hotspots=rank(captured, ceilings),
             scenario_us={c.scenario: c.step_us for c in captured},

@@ -1,0 +1,155 @@
+"""Ways to run a model: eager, compiled by stock Inductor, compiled with a bundle. Each is prepared for one scenario."""
+
+from __future__ import annotations
+
+import time
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autokernel.config import LoadedExperiment
+from autokernel.evaluate.whole_model import Turns, stock_backend, unknown_options
+from autokernel.export.bundle import Bundle
+
+if TYPE_CHECKING:
+    import torch
+
+    from autokernel.profiling.workload import ScenarioProgram
+
+STOCK_MODES = ("eager", "default", "max-autotune")
+BUNDLE = "bundle"
+_COMPILER_MODES = {
+    "default": "default",
+    "max-autotune": "max-autotune-no-cudagraphs",  # a CUDA graph is captured by hand, as for the others
+    "reduce-overhead": "reduce-overhead",
+}
+_OWN_OPTIONS = ("freezing", "blas_library")  # graph options that are autokernel's own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One way to run the model: a stock mode by name, or a bundle under a name of its own."""
+
+    name: str
+    bundle: Bundle | None = None
+
+
+def against_stock(bundle: Bundle, modes: tuple[str, ...] = STOCK_MODES) -> tuple[Contender, ...]:
+    """Stock modes, and the bundle under the name `BUNDLE`."""
+    return (*(Contender(name=mode) for mode in modes), Contender(name=BUNDLE, bundle=bundle))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A contender that has been compiled and run once."""
+
+    call: Callable[[], Any]
+    forward: Callable[..., Any]
+    compile_s: float
+    hits: Mapping[str, int]
+    reasons: Mapping[str, str]
+    num_benchmarks: int
+    compiled: list[Any]  # on a GPU: what a CUDA graph of a call reads constants from
+
+
+def compile_errors() -> tuple[type[BaseException], ...]:
+    """What a mode that does not compile or run raises: the model's fault or the compiler's, never ours."""
+    import torch
+
+    return (
+        RuntimeError,  # and with it OutOfMemoryError, and what cannot be captured in a CUDA graph
+        AssertionError,
+        TypeError,
+        NotImplementedError,
+        torch._dynamo.exc.TorchDynamoException,
+    )
+
+
+def failure_of(error: BaseException) -> str:
+    """One line that says what kept a contender from running."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def build_program(loaded: LoadedExperiment, model: torch.nn.Module, scenario: str, device: str, seed: int) -> ScenarioProgram:
+    """A program of its own, with a static cache of its own where it has one."""
+    from autokernel.profiling.workload import build_scenario
+
+    return build_scenario(
+        model, loaded.experiment.scenarios[scenario], scenario, seed, device, loaded.experiment.model.dtype, loaded=loaded
+    )
+
+
+def prepare(contender: Contender, program: ScenarioProgram, turns: Turns | None = None) -> Prepared:
+    """Compile a contender for a program and run it twice.
+
+    Args:
+        contender: what to compile.
+        program: for what; its state is reset before each run.
+        turns: the job's device lock. On a GPU compiled code then runs alone; on a CPU this makes no difference.
+
+    Raises:
+        any of `compile_errors()`: it does not compile or run.
+    """
+    import torch
+    from torch._dynamo.utils import counters
+
+    from autokernel.export.apply import BundleBackend
+
+    on_gpu = turns is not None and turns.device == "cuda"
+    forward: Callable[..., Any] = own_code(program.module, contender.name)
+    backend: BundleBackend | None = None
+    compiled: list[Any] = []
+    if contender.bundle is not None:
+        missing = unknown_options([name for name in contender.bundle.graph_options if name not in _OWN_OPTIONS])
+        if missing:
+            raise NotImplementedError(f"torch {torch.__version__} has no option {', '.join(missing)}")
+        backend = BundleBackend(contender.bundle)
+        used = turns.first_run_alone(backend, compiled) if on_gpu and turns is not None else backend
+        forward = torch.compile(forward, backend=used, fullgraph=True, dynamic=False)
+    elif contender.name in ("default", "max-autotune") and on_gpu and turns is not None:
+        used = turns.first_run_alone(stock_backend(_COMPILER_MODES[contender.name]), compiled)
+        forward = torch.compile(forward, backend=used, fullgraph=True, dynamic=False)
+    elif contender.name in _COMPILER_MODES:
+        forward = torch.compile(forward, mode=_COMPILER_MODES[contender.name], fullgraph=True, dynamic=False)
+    elif contender.name != "eager":
+        raise ValueError(f"unknown mode {contender.name!r}; stock modes: {', '.join(STOCK_MODES)}, reduce-overhead")
+    inputs = program.inputs
+    benchmarks_before = counters["inductor"]["select_algorithm_autotune"]
+
+    def call() -> Any:
+        with torch.no_grad():
+            return forward(*inputs)
+
+    program.reset()
+    start = time.perf_counter()
+    call()
+    compile_s = time.perf_counter() - start
+    program.reset()
+    call()
+    usage = backend.usage() if backend is not None else {}
+    return Prepared(
+        call=call,
+        forward=forward,
+        compile_s=compile_s,
+        hits={key: item.hits for key, item in usage.items()},
+        reasons={key: "; ".join(item.reasons) for key, item in usage.items() if item.reasons},
+        num_benchmarks=counters["inductor"]["select_algorithm_autotune"] - benchmarks_before,
+        compiled=compiled,
+    )
+
+
+def own_code(module: torch.nn.Module, label: str = "") -> Callable[..., Any]:
+    """A function that calls the module and has a code object of its own.
+
+    Dynamo keeps compiled code per code object and walks through all of it at each call: contenders that shared one would
+    pay for those compiled before them.
+    """
+
+    def call(*inputs: Any) -> Any:
+        return module(*inputs)
+
+    # a new line table is enough to make the copy a different object, equal in everything else
+    code = call.__code__.replace(co_name=f"call_{id(module)}_{label}")
+    return types.FunctionType(code, call.__globals__, code.co_name, call.__defaults__, call.__closure__)

@@ -1,0 +1,234 @@
+"""Outputs of a whole model against those of the stock model and of one in higher precision, by the error budget.
+
+The budget is the kernels': the contender's error may be twice that of stock PyTorch in the model's own dtype, over all draws
+of a scenario's inputs together. Tokens and divergence, for language models, follow the same rule (a divergence grows with
+the square of the error).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autokernel.evaluate.budget import EAGER_FACTOR
+from autokernel.records import Check, Record, Verdict
+
+if TYPE_CHECKING:
+    import torch
+
+Run = Callable[..., Any]
+_KL_FLOOR = 1e-7
+_PIECE = 1 << 27  # elements of an output that are compared at a time: some ten copies of them, in float64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScenarioCheck(Record):
+    """Is one scenario still the same with a bundle? Checks that stand alone, and counts of tokens for the one that does not."""
+
+    checks: tuple[Check, ...]
+    num_tokens: int = 0
+    num_differ: int = 0  # the contender's most likely token is not (one of) stock's
+    num_stock_differ: int = 0  # stock's is not the reference's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trio:
+    """One scenario run in three ways on the same inputs: as tuned, stock, and in higher precision."""
+
+    name: str
+    contender: Run
+    stock: Run
+    reference: Run
+    draws: Sequence[tuple[torch.Tensor, ...]]
+    is_language: bool = False
+    raised: torch.dtype | None = None  # of the reference's floating-point inputs; None: as they are
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """Counts over all language scenarios."""
+
+    num: int = 0
+    differ: int = 0  # contender's most likely token is not (one of) stock's
+    stock_differ: int = 0  # stock's is not the reference's
+
+
+@dataclass(slots=True)
+class _Errors:
+    """Of one output, over all draws together: of the contender, of stock, and the reference's own size."""
+
+    max: float = 0.0
+    stock_max: float = 0.0
+    square: float = 0.0
+    stock_square: float = 0.0
+    largest: float = 0.0
+    reference_square: float = 0.0
+    unit: float = 0.0  # half of the dtype's epsilon
+    misplaced: int = 0  # NaN and infinities that are not where stock has them; integers that differ
+
+
+def compare_outputs(trios: Sequence[Trio], min_top1_agreement: float) -> Verdict:
+    """All checks of a model's scenarios.
+
+    Args:
+        trios: one per scenario; the callables take a draw's tensors and return a tensor or a tuple of them.
+        min_top1_agreement: language models: least part of positions whose most likely token is stock's.
+    """
+    return verdict_of([check_trio(trio) for trio in trios], min_top1_agreement)
+
+
+def check_trio(trio: Trio) -> ScenarioCheck:
+    """One scenario's own checks."""
+    import torch
+
+    tokens = _Tokens()
+    with torch.no_grad():
+        checks = tuple(_check_scenario(trio, tokens))
+    return ScenarioCheck(checks=checks, num_tokens=tokens.num, num_differ=tokens.differ, num_stock_differ=tokens.stock_differ)
+
+
+def verdict_of(scenarios: Sequence[ScenarioCheck], min_top1_agreement: float) -> Verdict:
+    """All checks together. Tokens are counted over all scenarios, since each has few."""
+    checks = [check for scenario in scenarios for check in scenario.checks]
+    num = sum(scenario.num_tokens for scenario in scenarios)
+    if num:
+        differ, stock_differ = (sum(getattr(s, name) for s in scenarios) for name in ("num_differ", "num_stock_differ"))
+        # Both may differ from the exact model's token: stock at its own rate, the contender at twice that.
+        limit = max(1 - min_top1_agreement, (1 + EAGER_FACTOR) * stock_differ / num)
+        note = f"{differ} of {num} positions; stock differs from higher precision at {stock_differ}"
+        rate = differ / num
+        checks.append(Check(name="top-1 disagreement", value=rate, limit=limit, passed=rate <= limit, note=note))
+    return Verdict(checks=tuple(checks))
+
+
+def _check_scenario(trio: Trio, tokens: _Tokens) -> Iterator[Check]:
+    errors: list[_Errors] = []
+    kl, kl_stock, num = 0.0, 0.0, 0
+    for inputs in trio.draws:
+        # Before the contender runs: it must not be able to reach what it is judged by.
+        exact = _tensors(trio.reference(*(_raise(x, trio.raised) for x in inputs)))
+        own = [tensor.clone() for tensor in _tensors(trio.stock(*inputs))]
+        given = [tensor.clone() for tensor in inputs]
+        outputs = _tensors(trio.contender(*inputs))
+        problem = _mismatch(outputs, own) or _changed(inputs, given)
+        if problem:
+            yield Check(name=f"{trio.name}: outputs", value=1, limit=0, passed=False, note=problem)
+            return
+        errors = errors or [_Errors() for _ in own]
+        for total, *tensors in zip(errors, outputs, own, exact, strict=True):
+            for out, stock, reference in _pieces(*tensors):
+                _measure(total, out, stock, reference)
+        if trio.is_language:
+            for out, stock, reference in _pieces(outputs[0], own[0], exact[0]):
+                _count_tokens(tokens, out, stock, reference)
+                part = out.numel() / outputs[0].numel()
+                kl += part * _divergence(reference, out)
+                kl_stock += part * _divergence(reference, stock)
+            num += 1
+    for number, total in enumerate(errors):
+        yield from _budget(trio.name if len(errors) == 1 else f"{trio.name}[{number}]", total)
+    if num:
+        limit = EAGER_FACTOR**2 * kl_stock / num + _KL_FLOOR
+        note = f"mean over positions, in nats; stock's own is {kl_stock / num:.3g}"
+        yield Check(name=f"{trio.name}: KL divergence", value=kl / num, limit=limit, passed=kl / num <= limit, note=note)
+
+
+def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Large tensors of equal shape in pieces of all but their last dimension; small ones as they are."""
+    import torch
+
+    size = tensors[0].numel()
+    if size <= _PIECE:
+        yield tensors
+        return
+    width = tensors[0].shape[-1]
+    yield from zip(*(torch.split(tensor.reshape(-1, width), max(1, _PIECE // width)) for tensor in tensors), strict=True)
+
+
+def _budget(name: str, errors: _Errors) -> Iterator[Check]:
+    """The checks of one output, with the limits of `evaluate.budget`."""
+    yield Check(
+        name=f"{name}: misplaced",
+        value=errors.misplaced,
+        limit=0,
+        passed=errors.misplaced == 0,
+        note="integers that differ, NaN and infinities that are not where stock has them",
+    )
+    limit = EAGER_FACTOR * errors.stock_max + errors.unit * errors.largest
+    note = f"stock's own {errors.stock_max:.3g}"
+    yield Check(name=f"{name}: max error", value=errors.max, limit=limit, passed=errors.max <= limit, note=note)
+    scale = math.sqrt(errors.reference_square) or 1.0
+    norm, stock = math.sqrt(errors.square) / scale, math.sqrt(errors.stock_square) / scale
+    limit = EAGER_FACTOR * stock + errors.unit / 4
+    note = f"relative to the norm of the outputs; stock's own {stock:.3g}"
+    yield Check(name=f"{name}: norm of error", value=norm, limit=limit, passed=norm <= limit, note=note)
+
+
+def _measure(total: _Errors, out: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor) -> None:
+    """Add one draw's errors of one output."""
+    import torch
+
+    if not stock.dtype.is_floating_point:
+        total.misplaced += int((out != stock).sum())
+        return
+    finite = torch.isfinite(stock)
+    total.misplaced += int(((torch.isfinite(out) != finite) | (~finite & ~torch.isclose(out, stock, equal_nan=True))).sum())
+    counted = finite & torch.isfinite(reference) & torch.isfinite(out)
+    exact = torch.where(counted, reference, 0).double()
+    error = torch.where(counted, out, 0).double() - exact
+    stock_error = torch.where(counted, stock, 0).double() - exact
+    total.max = max(total.max, error.abs().max().item())
+    total.stock_max = max(total.stock_max, stock_error.abs().max().item())
+    total.square += error.square().sum().item()
+    total.stock_square += stock_error.square().sum().item()
+    total.largest = max(total.largest, exact.abs().max().item())
+    total.reference_square += exact.square().sum().item()
+    total.unit = torch.finfo(stock.dtype).eps / 2
+
+
+def _count_tokens(tokens: _Tokens, out: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor) -> None:
+    picked = out.argmax(dim=-1, keepdim=True)
+    best = stock.max(dim=-1, keepdim=True).values
+    tokens.num += picked.numel()
+    # In a 16-bit dtype several tokens may share the largest logit: any of them is stock's.
+    tokens.differ += int((stock.gather(-1, picked) < best).sum())
+    exact = reference.argmax(dim=-1, keepdim=True)
+    tokens.stock_differ += int((stock.gather(-1, exact) < best).sum())
+
+
+def _divergence(reference: torch.Tensor, out: torch.Tensor) -> float:
+    """Mean KL divergence of the next-token distributions, in nats."""
+    import torch
+
+    exact, other = reference.double().log_softmax(-1), out.double().log_softmax(-1)
+    return max(0.0, torch.nn.functional.kl_div(other, exact, log_target=True, reduction="none").sum(-1).mean().item())
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    import torch
+
+    return [value] if isinstance(value, torch.Tensor) else list(value)
+
+
+def _raise(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.dtype.is_floating_point else tensor
+
+
+def _mismatch(outputs: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> str:
+    """What differs before any value is looked at; empty if nothing."""
+    if len(outputs) != len(own):
+        return f"{len(outputs)} outputs, stock has {len(own)}"
+    for i, (out, stock) in enumerate(zip(outputs, own, strict=True)):
+        mine, theirs = (tuple(out.shape), out.dtype, out.device), (tuple(stock.shape), stock.dtype, stock.device)
+        if mine != theirs:
+            return f"output {i} is {mine}, stock's is {theirs}"
+    return ""
+
+
+def _changed(inputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> str:
+    import torch
+
+    changed = [i for i, (now, before) in enumerate(zip(inputs, given, strict=True)) if not torch.equal(now, before)]
+    return f"inputs {changed} were changed" if changed else ""

@@ -1,0 +1,166 @@
+"""What jobs on the whole model share: the device in turns, compilers that work side by side, memory given back.
+
+On a GPU several such jobs compile at once, and whatever one of them runs on the device, it runs alone: the first run of
+compiled code, the benchmarks of Inductor's autotuning, checks and timing.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from autokernel.evaluate.timing import pin_threads
+from autokernel.workers.device_lock import device_lock
+
+log = logging.getLogger(__name__)
+
+Backend = Callable[..., Callable[..., Any]]
+_MAX_COMPILE_THREADS = 8
+_LEFT_OVER_BYTES = 1 << 30
+
+
+class Turns:
+    """The device lock of one job, which is used from one thread: to be taken again while it is held."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._held = False
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else is on the device; what was launched is finished in the end."""
+        if self._held:
+            yield
+            return
+        with device_lock(self.device, exclusive=True):
+            self._held = True
+            try:
+                yield
+                if self.device == "cuda":
+                    import torch
+
+                    torch.cuda.synchronize()
+            finally:
+                self._held = False
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Around a compilation. On a CPU, builds of several jobs overlap, but no timing; on a GPU, both."""
+        if self.device == "cuda":
+            with _benchmarks_take_turns(self):
+                yield
+        else:
+            with device_lock(self.device, exclusive=False):
+                yield
+
+    def first_run_alone(self, backend: Backend, kept: list[Any]) -> Backend:
+        """A backend for `torch.compile` whose compiled code runs alone for the first time; compiling needs no device.
+
+        Compiled code goes into `kept` as well: a CUDA graph reads its constants, and Dynamo may let go of it.
+        """
+
+        def compile_graph(module: Any, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+            compiled = backend(module, inputs, **options)
+            kept.append(compiled)
+            ran = False
+
+            def run(*args: Any) -> Any:
+                nonlocal ran
+                if ran:
+                    return compiled(*args)
+                with self.alone():
+                    result = compiled(*args)
+                ran = True
+                return result
+
+            return run
+
+        return compile_graph
+
+
+@contextmanager
+def model_job(device: str, threads: int) -> Iterator[Turns]:
+    """Around the work of a job on the whole model. What it made must be out of scope in the end: call a function inside."""
+    import torch
+
+    pin_threads(threads)
+    torch.compiler.reset()
+    if device != "cuda":
+        yield Turns(device)
+        return
+    import torch._inductor.config as options
+    from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
+
+    free_memory()
+    # The default of workers is one compiling thread, since each builds a candidate; here few jobs share all cores.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with options.patch(compile_threads=max(1, min(_MAX_COMPILE_THREADS, cores // 2))):
+        AsyncCompile.wakeup()  # its processes start while the model is loaded
+        try:
+            yield Turns(device)
+        finally:
+            shutdown_compile_workers()
+            free_memory()
+
+
+def free_memory(*, everything: bool = True) -> None:
+    """Give a GPU's memory back to other processes: compiled code holds weights, and the allocator what was freed.
+
+    `everything` includes compiled code that is still in use.
+    """
+    import torch
+    import torch._inductor.utils
+
+    if everything:
+        torch.compiler.reset()
+    torch._inductor.utils.clear_caches()
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+        left = torch.cuda.memory_allocated()
+        if everything and left > _LEFT_OVER_BYTES:
+            log.warning("%.1f GB of GPU memory are still in use after a job on the whole model", left / 1e9)
+
+
+def stock_backend(mode: str) -> Backend:
+    """Inductor as `torch.compile(mode=...)` calls it, as a plain function."""
+    import torch._dynamo
+    import torch._inductor
+
+    patches: Mapping[str, Any] = torch._inductor.list_mode_options(mode) if mode != "default" else {}
+    inductor: Any = torch._dynamo.lookup_backend("inductor")
+
+    def compile_graph(module: Any, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        return inductor(module, list(inputs), config_patches=dict(patches))  # type: ignore[no-any-return]
+
+    return compile_graph
+
+
+def unknown_options(names: Sequence[str]) -> list[str]:
+    """Those that the installed torch does not have."""
+    import torch._inductor
+
+    known = set(torch._inductor.list_options())
+    return [name for name in names if name not in known]
+
+
+@contextmanager
+def _benchmarks_take_turns(turns: Turns) -> Iterator[None]:
+    """Whatever Inductor times while it compiles, it times alone."""
+    from torch._inductor.runtime.benchmarking import benchmarker
+
+    stock: Any = benchmarker.benchmark_gpu
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with turns.alone():
+            return stock(*args, **kwargs)
+
+    benchmarker.benchmark_gpu = alone  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del benchmarker.benchmark_gpu  # the class's own again
