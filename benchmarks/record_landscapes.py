@@ -65,7 +65,7 @@ GEMMS = (
 
 
 def legal_configs(gemm: Gemm) -> list[dict[str, Any]]:
-    """Inductor's part of the package's own search space, in a random order that is always the same."""
+    """Distinct kernels in Inductor's part of the package's own search space, in a random order that is always the same."""
     from autokernel.search.space import DeviceFacts, names_for
     from autokernel.search.space_file import load_space
 
@@ -74,6 +74,12 @@ def legal_configs(gemm: Gemm) -> list[dict[str, Any]]:
     configs = list(space.enumerate(names_for(gemm.dims, facts)))
     if gemm.m == 1:  # torch 2.11 takes a single row for a transposed matrix, and describes it to TMA as such
         configs = [config for config in configs if config["template"] != "mm_persistent_tma"]
+    # groups of more rows of tiles than there are make the same kernel
+    distinct = {}
+    for config in configs:
+        group = min(config.get("GROUP_M", 0), math.ceil(gemm.m / config.get("BLOCK_M", gemm.m)))
+        distinct.setdefault(json.dumps({**config, "GROUP_M": group}, sort_keys=True), config)
+    configs = list(distinct.values())
     random.Random(gemm.name).shuffle(configs)
     # the few that no worker compiles come first, so that a part of a space has them
     return sorted(configs, key=lambda config: config["template"] != "decompose_k")
