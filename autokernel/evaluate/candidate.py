@@ -19,6 +19,7 @@ from autokernel.environment import current_environment
 from autokernel.errors import JobCrashed, JobLost, JobTimeout
 from autokernel.evaluate.budget import expectation_bytes
 from autokernel.evaluate.caches import cache_bytes
+from autokernel.evaluate.disk import raise_if_disk
 from autokernel.evaluate.numerics import Checker, Expectation, expect, num_references
 from autokernel.evaluate.probes import MAX_COPIES, derived_seed, free_bytes, is_cold, make_constants, num_copies_for
 from autokernel.evaluate.roofline import Ceilings, sound_physics_check
@@ -226,6 +227,9 @@ def build_or_fail(
         backend: who builds it.
         constants: per copy, the constant inputs.
         start: `time.monotonic()` at the job's start.
+
+    Raises:
+        StorageError: the compiler's disk is full.
     """
     building = time.monotonic()
     try:
@@ -233,6 +237,7 @@ def build_or_fail(
     except Refused as error:
         return _failed(candidate, Status.INVALID, one_line(error), start)
     except Exception as error:  # noqa: BLE001  compilers raise what they like, at the boundary of the child process
+        raise_if_disk(error)
         message = one_line(error) if isinstance(error, BuildError) else f"building it failed: {one_line(error)}"
         seconds = time.monotonic() - building
         return _failed(candidate, Status.BUILD_ERROR, message, start, build_s=seconds, log_tail=_trace(error))
