@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from autokernel.export.aoti import aoti_compile_and_package
     from autokernel.export.apply import backend, load_bundle, options
     from autokernel.pipeline import run
 
-__all__ = ["__version__", "backend", "load_bundle", "options", "run"]
+__all__ = ["__version__", "aoti_compile_and_package", "backend", "load_bundle", "options", "run"]
 
 _HOMES = {
+    "aoti_compile_and_package": "autokernel.export.aoti",
     "backend": "autokernel.export.apply",
     "load_bundle": "autokernel.export.apply",
     "options": "autokernel.export.apply",
