@@ -29,7 +29,7 @@ from autokernel.evaluate.modes import (
 from autokernel.evaluate.outputs import ScenarioCheck
 from autokernel.evaluate.quality import check_program
 from autokernel.evaluate.timing import Comparison, compare
-from autokernel.evaluate.whole_model import Turns, free_memory, model_job
+from autokernel.evaluate.whole_model import JobTurns, free_memory, model_job
 from autokernel.events import ModeTiming, ScenarioResult
 from autokernel.records import Record, Speedup
 
@@ -134,7 +134,7 @@ class TimeScenario:
         with model_job(self.device, self.threads) as turns:
             return self._on_gpu(turns) if self.device == "cuda" else self._on_cpu(turns)
 
-    def _on_cpu(self, turns: Turns) -> ScenarioTiming:
+    def _on_cpu(self, turns: JobTurns) -> ScenarioTiming:
         from autokernel.profiling.workload import load_model
 
         model = load_model(self.loaded, self.device)
@@ -153,7 +153,7 @@ class TimeScenario:
         baseline = self._compare_all(found, turns)
         return self._result(found, baseline)
 
-    def _on_gpu(self, turns: Turns) -> ScenarioTiming:
+    def _on_gpu(self, turns: JobTurns) -> ScenarioTiming:
         from autokernel.evaluate.cuda_graphs import Capturer
         from autokernel.profiling.workload import load_model
 
@@ -193,7 +193,7 @@ class TimeScenario:
         program: ScenarioProgram,
         model: torch.nn.Module,
         capturer: Any,
-        turns: Turns,
+        turns: JobTurns,
         found: _Found,
     ) -> None:
         """Compile, check if asked to, and capture one contender."""
@@ -220,7 +220,7 @@ class TimeScenario:
             )
         return contender.name
 
-    def _compare_all(self, found: _Found, turns: Turns) -> str:
+    def _compare_all(self, found: _Found, turns: JobTurns) -> str:
         """All contenders against the best of the baselines; returns which that was."""
         stock = [name for name in self.baselines if name in found.calls]
         if not stock:
@@ -234,7 +234,7 @@ class TimeScenario:
             self._compare(found, turns, baseline, list(found.calls))
         return baseline
 
-    def _compare(self, found: _Found, turns: Turns, baseline: str, names: list[str]) -> None:
+    def _compare(self, found: _Found, turns: JobTurns, baseline: str, names: list[str]) -> None:
         calls = {name: found.calls[name] for name in names}
         with turns.alone():
             found.judge(

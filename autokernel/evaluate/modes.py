@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
-from autokernel.evaluate.whole_model import Turns, stock_backend, unknown_options
+from autokernel.evaluate.whole_model import JobTurns, stock_backend, unknown_options
 from autokernel.export.bundle import Bundle
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def build_program(loaded: LoadedExperiment, model: torch.nn.Module, scenario: st
     )
 
 
-def prepare(contender: Contender, program: ScenarioProgram, turns: Turns | None = None) -> Prepared:
+def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | None = None) -> Prepared:
     """Compile a contender for a program and run it twice.
 
     Args:

@@ -10,7 +10,7 @@ from autokernel.config import CallScenario, LoadedExperiment
 from autokernel.evaluate.modes import BUNDLE, Contender, build_program, own_code, prepare
 from autokernel.evaluate.outputs import Run, ScenarioCheck, Trio, check_trio, compare_outputs, verdict_of
 from autokernel.evaluate.statistics import paired_relative_difference
-from autokernel.evaluate.whole_model import Turns
+from autokernel.evaluate.whole_model import JobTurns
 from autokernel.events import EvalResult
 from autokernel.records import Verdict
 
@@ -71,7 +71,7 @@ def check_model(loaded: LoadedExperiment, bundle: Bundle, device: str, seed: int
     return verdict, (_eval(loaded, bundle, model, device, seed),)
 
 
-def check_scenario(loaded: LoadedExperiment, bundle: Bundle, name: str, turns: Turns, seed: int) -> ScenarioCheck:
+def check_scenario(loaded: LoadedExperiment, bundle: Bundle, name: str, turns: JobTurns, seed: int) -> ScenarioCheck:
     """A bundle on one scenario, in a job of its own. For a GPU, on which two copies of the model may not fit."""
     from autokernel.profiling.workload import load_model
 
@@ -164,7 +164,7 @@ def _resetting(program: ScenarioProgram, forward: Run) -> Run:
     return run
 
 
-def check_metric(loaded: LoadedExperiment, bundle: Bundle, turns: Turns, seed: int) -> EvalResult:
+def check_metric(loaded: LoadedExperiment, bundle: Bundle, turns: JobTurns, seed: int) -> EvalResult:
     """The experiment's metric with a bundle, in a job of its own.
 
     Raises:

@@ -23,7 +23,7 @@ _MAX_COMPILE_THREADS = 8
 _LEFT_OVER_BYTES = 1 << 30
 
 
-class Turns:
+class JobTurns:
     """The device lock of one job, which is used from one thread: to be taken again while it is held."""
 
     def __init__(self, device: str) -> None:
@@ -83,14 +83,14 @@ class Turns:
 
 
 @contextmanager
-def model_job(device: str, threads: int) -> Iterator[Turns]:
+def model_job(device: str, threads: int) -> Iterator[JobTurns]:
     """Around the work of a job on the whole model. What it made must be out of scope in the end: call a function inside."""
     import torch
 
     pin_threads(threads)
     torch.compiler.reset()
     if device != "cuda":
-        yield Turns(device)
+        yield JobTurns(device)
         return
     import torch._inductor.config as options
     from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
@@ -101,7 +101,7 @@ def model_job(device: str, threads: int) -> Iterator[Turns]:
     with options.patch(compile_threads=max(1, min(_MAX_COMPILE_THREADS, cores // 2))):
         AsyncCompile.wakeup()  # its processes start while the model is loaded
         try:
-            yield Turns(device)
+            yield JobTurns(device)
         finally:
             shutdown_compile_workers()
             free_memory()
@@ -149,7 +149,7 @@ def unknown_options(names: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _benchmarks_take_turns(turns: Turns) -> Iterator[None]:
+def _benchmarks_take_turns(turns: JobTurns) -> Iterator[None]:
     """Whatever Inductor times while it compiles, it times alone."""
     from torch._inductor.runtime.benchmarking import benchmarker
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autokernel.errors import WorkloadError
-from autokernel.evaluate.whole_model import Turns
+from autokernel.evaluate.whole_model import JobTurns
 from autokernel.ops import OPS, Op, Site, get_op
 from autokernel.records import Problem
 
@@ -66,7 +66,7 @@ class _Captured:
 
 
 def capture(
-    program: ScenarioProgram, device: str, ops: Sequence[Op] = OPS, budget_s: float = 2.0, turns: Turns | None = None
+    program: ScenarioProgram, device: str, ops: Sequence[Op] = OPS, budget_s: float = 2.0, turns: JobTurns | None = None
 ) -> CapturedScenario:
     """Compile a scenario with Inductor's defaults and measure it.
 
@@ -86,7 +86,7 @@ def capture(
     import torch
 
     captured = _Captured()
-    turns = turns if turns is not None else Turns(device)
+    turns = turns if turns is not None else JobTurns(device)
     compiled = _compile(program, captured, turns)
 
     def step() -> None:
@@ -130,7 +130,7 @@ def capture(
     )
 
 
-def _compile(program: ScenarioProgram, captured: _Captured, turns: Turns) -> Callable[..., Any]:
+def _compile(program: ScenarioProgram, captured: _Captured, turns: JobTurns) -> Callable[..., Any]:
     """Inductor's default, with a pass that keeps the post-grad graph."""
     import torch
     from torch._inductor.compile_fx import compile_fx

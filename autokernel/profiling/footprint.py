@@ -17,11 +17,14 @@ _LOGIT_COPIES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint(Record):
-    """Bytes of the weights, of a whole job per scenario, and of the device. An empty mapping: it cannot be told."""
+    """Bytes of a whole job per scenario, weights that a bundle copies included, of these copies, and of the device.
 
-    weights: int = 0
+    No scenarios: it cannot be told.
+    """
+
     scenarios: Mapping[str, int]
     device: int
+    copies: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,7 @@ def footprint(loaded: LoadedExperiment, device_bytes: int) -> Footprint:
     config = model.config.get_text_config()
     size = DTYPE_BYTES[experiment.model.dtype]
     weights = sum(p.numel() for p in model.parameters()) * size
+    copies = int(_MERGED_PART * weights)
     heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
@@ -68,5 +72,5 @@ def footprint(loaded: LoadedExperiment, device_bytes: int) -> Footprint:
         attention = 2 * 2 * rows * heads * head_dim * size
         activations = tokens * (3 * width + _STREAMS * int(config.hidden_size)) * max(size, 4)
         logits = _LOGIT_COPIES * positions * int(config.vocab_size) * 4
-        scenarios[name] = int(weights * (1 + _MERGED_PART)) + cache + attention + activations + logits + _OVERHEAD
-    return Footprint(weights=weights, scenarios=scenarios, device=device_bytes)
+        scenarios[name] = weights + copies + cache + attention + activations + logits + _OVERHEAD
+    return Footprint(scenarios=scenarios, device=device_bytes, copies=copies)

@@ -49,7 +49,7 @@ def without_useless(context: RunContext, bundle: Bundle, gone: dict[str, str]) -
     if not jobs:
         return bundle
     try:
-        timings = run_on_model(context, "validate", jobs, _TIMEOUT_S, validation.ablation_layers)
+        timings = run_on_model(context, "validate", jobs, _TIMEOUT_S, layers=validation.ablation_layers)
     except WorkerError as error:
         log.warning("no entry was left out by ablation, for the model does not run: %s", error)
         return bundle

@@ -77,7 +77,7 @@ def _try(context: RunContext, bundle: Bundle, sets: Sequence[Options]) -> list[G
         )
         for name in settings.scenarios or context.experiment.scenarios
     ]
-    timings = run_on_model(context, "graph", jobs, _TIMEOUT_S, settings.layers)
+    timings = run_on_model(context, "graph", jobs, _TIMEOUT_S, layers=settings.layers)
     return [_judge(options, timings) for options in sets]
 
 

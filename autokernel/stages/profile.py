@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from autokernel.config import LoadedExperiment
 from autokernel.evaluate.modes import build_program
 from autokernel.evaluate.roofline import MeasureCeilings
-from autokernel.evaluate.whole_model import Turns, model_job
+from autokernel.evaluate.whole_model import JobTurns, model_job
 from autokernel.events import Profiled
 from autokernel.stages.context import RunContext
 from autokernel.stages.whole_model import run_on_model
@@ -38,7 +38,7 @@ class ProfileScenario:
         with model_job(self.device, self.threads) as turns:
             return self._capture(turns)
 
-    def _capture(self, turns: Turns) -> CapturedScenario:
+    def _capture(self, turns: JobTurns) -> CapturedScenario:
         from autokernel.profiling.capture import capture
         from autokernel.profiling.workload import load_model
 
@@ -68,7 +68,7 @@ def profile(context: RunContext) -> Profiled:
             for name in experiment.scenarios
         ]
         jobs.append(("ceilings", "", MeasureCeilings(device=context.device, threads=context.threads, dtypes=dtypes)))
-        *captured, ceilings = run_on_model(context, "profile", jobs, _TIMEOUT_S)
+        *captured, ceilings = run_on_model(context, "profile", jobs, _TIMEOUT_S, stock=True)
         profiled = Profiled(
             hotspots=rank(captured, ceilings),
             scenario_us={c.scenario: c.step_us for c in captured},

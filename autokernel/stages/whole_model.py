@@ -20,7 +20,9 @@ def run_on_model(
     stage: str,
     jobs: Sequence[tuple[str, str, Callable[[], T]]],
     timeout_s: float,
+    *,
     layers: int | None = None,
+    stock: bool = False,
 ) -> list[T]:
     """Run jobs of (label, scenario, job), each of which loads the model; values in order.
 
@@ -30,6 +32,7 @@ def run_on_model(
         jobs: what to run; the scenario says how much memory it takes, and "" that it is little.
         timeout_s: of each.
         layers: of the model that the jobs load, if it has fewer than the experiment's.
+        stock: the jobs use no bundle, which could hold weights a second time.
 
     Raises:
         WorkerError: as `RunContext.run_all`.
@@ -39,7 +42,8 @@ def run_on_model(
         return context.run_all(stage, plain, timeout_s)
     found = footprint_of(context, layers)
     # what cannot be told runs alone
-    sizes = [found.scenarios.get(name, found.device) if name else _SMALL_BYTES for _, name, _ in jobs]
+    less = found.copies if stock else 0
+    sizes = [found.scenarios.get(name, found.device + less) - less if name else _SMALL_BYTES for _, name, _ in jobs]
     return context.run_all(stage, plain, timeout_s, sizes, int(found.device * context.experiment.cluster.model_memory))
 
 
