@@ -25,6 +25,7 @@ from autokernel.export.freezing import Frozen, FrozenGraph, freeze_inputs, needs
 from autokernel.export.passes import MergePass, SitePass
 from autokernel.export.pins import install
 from autokernel.export.plan import Plan, Usage, mismatch
+from autokernel.export.substitution import SubstitutionPass, is_substituted
 from autokernel.export.templates import TemplatePass, has_template
 
 log = logging.getLogger(__name__)
@@ -111,11 +112,13 @@ def inductor_options(plan: Plan, *, frozen: bool) -> dict[str, Any]:
         options["max_autotune_gemm_backends"] = "ATEN,CPP"
     else:
         # Inductor's default for every GEMM but those with an entry
-        options["post_grad_custom_post_pass"] = PassChain(plan, [TemplatePass(plan)])
+        options["post_grad_custom_post_pass"] = PassChain(plan, [TemplatePass(plan), SubstitutionPass(plan)])
     if any(has_template(entry) for entry in plan.bundle.entries):
         # what runs in front of a product was not part of any measurement, and inside a template it runs once per column of tiles
         options["prologue_fusion"] = False
-    if any(entry.config.get("template") and not needs_constant(entry) for entry in plan.bundle.entries):
+    if any(
+        (entry.config.get("template") or is_substituted(entry)) and not needs_constant(entry) for entry in plan.bundle.entries
+    ):
         # what comes from the cache is the right code, but nobody could count that the entry is in it (graphs with packed
         # weights are never cached)
         options["fx_graph_cache"] = False

@@ -103,6 +103,10 @@ class Plan:
         ]
         return sorted(found, key=lambda item: -len(item[1].ns))
 
+    def ranged(self) -> list[tuple[Entry, Gemm]]:
+        """Entries that were measured for a range of rows, with the GEMM that they were tuned for."""
+        return [(entry, gemm) for gemm, entry in self._index.items() if {"m_min", "m_max"} <= set(entry.config)]
+
     def hit(self, entry: Entry) -> None:
         with self._lock:
             self.usage[entry.key].hits += 1
