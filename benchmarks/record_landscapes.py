@@ -1,6 +1,6 @@
 """Records landscapes: every legal config of a GEMM measured once on this GPU, statuses included.
 
-    python benchmarks/record_landscapes.py --out OUT --seconds 500 [--only NAME ...] [--again] [--dry]
+    python benchmarks/record_landscapes.py --out OUT --seconds 500 [--only NAME ...] [--again] [--wide] [--dry]
     python benchmarks/record_landscapes.py --unpack OUT/landscapes.zip
 
 Worker processes compile ahead; one process checks and times each kernel: cold L2, CUDA graphs of many calls, events.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,14 +66,19 @@ GEMMS = (
 )
 
 
-def legal_configs(gemm: Gemm) -> list[dict[str, Any]]:
-    """Distinct kernels in Inductor's part of the package's own search space, in a random order that is always the same."""
+def legal_configs(gemm: Gemm, wide: bool = False) -> list[dict[str, Any]]:
+    """Distinct kernels in a random order that is always the same: Inductor's part of the package's own search space.
+
+    Args:
+        gemm: what is computed.
+        wide: instead those that the templates could do but the package's space leaves out.
+    """
     from autokernel.search.space import DeviceFacts, names_for
     from autokernel.search.space_file import load_space
 
     facts = DeviceFacts(device="cuda", isa="sm_90", num_units=NUM_SMS, smem_bytes=MAX_SHARED, l2_bytes=60 << 20)
-    space = load_space(gemm.op, ROOT / "search_spaces")["inductor"]
-    configs = list(space.enumerate(names_for(gemm.dims, facts)))
+    space = load_space(gemm.op, ROOT / "search_spaces")["inductor"].bind(names_for(gemm.dims, facts))
+    configs = list(space.enumerate()) if not wide else [c for c in _wide_configs(gemm) if space.violations(c)]
     if gemm.m == 1:  # torch 2.11 takes a single row for a transposed matrix, and describes it to TMA as such
         configs = [config for config in configs if config["template"] != "mm_persistent_tma"]
     # groups of more rows of tiles than there are make the same kernel
@@ -83,6 +90,19 @@ def legal_configs(gemm: Gemm) -> list[dict[str, Any]]:
     random.Random(gemm.name).shuffle(configs)
     # the few that no worker compiles come first, so that a part of a space has them
     return sorted(configs, key=lambda config: config["template"] != "decompose_k")
+
+
+def _wide_configs(gemm: Gemm) -> Iterator[dict[str, Any]]:
+    """Everything that fits in shared memory and registers, however unlikely."""
+    tiles = itertools.product(*[(16, 32, 64, 128, 256)] * 3, (1, 2, 3, 4, 5, 6, 8), (1, 2, 4, 8, 16), (1, 4, 8, 16))
+    for block_m, block_n, block_k, stages, warps, group in tiles:
+        fits = stages * (block_m + block_n) * block_k * 2 <= MAX_SHARED and 4 <= block_m * block_n / (32 * warps) <= 256
+        if fits and block_m < 2 * max(gemm.m, 16) and (group == 8 or gemm.m > block_m):
+            for template in ("bmm",) if gemm.op == "bmm" else ("mm", "mm_persistent_tma"):
+                yield {
+                    "template": template, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+                    "num_stages": stages, "num_warps": warps, "GROUP_M": group,
+                }  # fmt: skip
 
 
 class Recorder:
@@ -109,7 +129,7 @@ class Recorder:
         """Record all GEMMs that are wanted and not there yet."""
         begun = time.monotonic()
         gemms = self._wanted()
-        configs = {gemm.name: legal_configs(gemm) for gemm in gemms}
+        configs = {gemm.name: legal_configs(gemm, self.options.wide) for gemm in gemms}
         legal = {name: len(found) for name, found in configs.items()}
         configs = {name: found[: self.options.limit] for name, found in configs.items()}
         print(f"{len(gemms)} GEMMs: {', '.join(f'{name} {count}' for name, count in legal.items())}", flush=True)
@@ -141,7 +161,8 @@ class Recorder:
             path.name.removesuffix(".json.gz") for folder in (FOLDER, self.done_folder) for path in folder.rglob("*.json.gz")
         }
         only = self.options.only
-        return [g for g in GEMMS if (g.name in only if only else True) and (self.options.again or g.name not in have)]
+        gemms = [replace(gemm, name=f"{gemm.name}-wide") for gemm in GEMMS] if self.options.wide else list(GEMMS)
+        return [g for g in gemms if (g.name in only if only else True) and (self.options.again or g.name not in have)]
 
     def _record(self, gemm: Gemm, configs: list[dict[str, Any]], legal: int, seconds: float) -> None:
         begun = time.monotonic()
@@ -325,6 +346,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100_000, help="configs of a GEMM at most, a random part")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--scratch", default=str(Path(tempfile.gettempdir()) / "autokernel-landscapes"))
+    parser.add_argument("--wide", action="store_true", help="configs outside the package's spaces, as NAME-wide")
     parser.add_argument("--dry", action="store_true", help="compile, but make up the times: needs no GPU")
     parser.add_argument("--unpack", type=Path, help="put the landscapes of an archive into benchmarks/landscapes/")
     options = parser.parse_args()
