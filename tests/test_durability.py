@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 import pytest
 
+from autokernel.config import load_experiment
+from autokernel.display.dry_run import plan_json
 from autokernel.events import Evaluated, Exported, RunFinished, RunStarted, StageFinished, StageStarted, event_to_json
 from autokernel.export.bundle import read_bundle
 from autokernel.pipeline import run
@@ -52,8 +54,8 @@ PLAN = {
     "merged_mm merge=none prepack=False": "lose the worker",
     "mm prepack=False": "lose the child",
     "merged_mm merge=none prepack=True": "segfault",
-    "merged_mm merge=concat prepack=False": "hang",
-    "addmm prepack=True": "allocate",
+    "merged_mm merge=concat prepack=False": "allocate",
+    "addmm prepack=True": "hang",
     "mm prepack=True": "print",
 }
 
@@ -80,7 +82,7 @@ def test_bad_candidates_and_killed_processes_cost_one_candidate_each(tmp_path: P
     monkeypatch.setenv("PYTHONPATH", str(DATA / "sabotage"))
     monkeypatch.setattr("autokernel.workers.limits.memory_limit", lambda num_workers: 2 << 30)
     worker, child = Killer(tmp_path / "lose the worker.pids", 1), Killer(tmp_path / "lose the child.pids", 0)
-    overrides = ("cluster.address=local", "search.trial_timeout_s=10")
+    overrides = ("cluster.address=local", "search.workers=2", "search.trial_timeout_s=10")
     outcome = run(EXPERIMENT, overrides=overrides, runs_folder=tmp_path / "runs")
     assert worker.killed
     assert child.killed
@@ -90,18 +92,18 @@ def test_bad_candidates_and_killed_processes_cost_one_candidate_each(tmp_path: P
     assert {name: [str(e.status) for e in tries] for name, tries in found.items()} == {
         "merged_mm merge=none prepack=False": ["LOST", "OK"],
         "merged_mm merge=none prepack=True": ["CRASHED"],
-        "merged_mm merge=concat prepack=False": ["TIMEOUT"],
+        "merged_mm merge=concat prepack=False": ["CRASHED"],
         "merged_mm merge=concat prepack=True": ["OK"],
         "addmm prepack=False": ["OK"],
-        "addmm prepack=True": ["CRASHED"],
+        "addmm prepack=True": ["TIMEOUT"],
         "mm prepack=False": ["CRASHED"],
         "mm prepack=True": ["OK"],
     }
     said = {name: tries[0].message for name, tries in found.items()}
     assert "the worker or its node went away" in said["merged_mm merge=none prepack=False"]
     assert "was killed by SIGSEGV" in said["merged_mm merge=none prepack=True"]
-    assert "deadline of 10 s" in said["merged_mm merge=concat prepack=False"]
-    assert "more than its memory limit of 2.00 GiB" in said["addmm prepack=True"]
+    assert "deadline of 10 s" in said["addmm prepack=True"]
+    assert "more than its memory limit of 2.00 GiB" in said["merged_mm merge=concat prepack=False"]
     assert "was killed by SIGKILL" in said["mm prepack=False"]
     assert (outcome.folder / JOURNAL_NAME).stat().st_size < 1 << 20, "what candidates print does not pile up"
     assert outcome.bundle is not None
@@ -242,6 +244,8 @@ def test_a_run_that_is_killed_interrupted_and_locked_out_goes_on_each_time(profi
     check_nothing_lost_or_repeated(folder)
     check_search_time(folder)
     assert [e.resumed for e in read_journal(folder) if isinstance(e, RunStarted)] == [False, True, True, True, True]
+    plan = plan_json(load_experiment(EXPERIMENT), tmp_path, fresh=False)
+    assert plan["resumes"] is None, "a finished run is not resumed: the next one is new"
 
 
 def check_search_time(folder: Path) -> None:
@@ -317,9 +321,6 @@ def test_a_full_disk_ends_the_run_and_space_lets_it_go_on(profiled: Path, small_
     assert "Traceback" not in said
     saved = read_journal(folder)
     assert evaluations(folder)
-
-    code, said = Driver(small_disk / "runs").end()
-    assert code == 1, said
 
     ballast.unlink()
     code, said = Driver(small_disk / "runs").end()

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +14,7 @@ from autokernel.events import Confirmed, Evaluated, Event, Exported, Proved, Run
 from autokernel.export.bundle import read_bundle
 from autokernel.pipeline import STAGES, RunOutcome, resolve_device, run
 from autokernel.records import Status
-from autokernel.tracking.journal import find_runs, new_run_id, read_journal
+from autokernel.tracking.journal import new_run_id, read_journal
 
 DATA = Path(__file__).parent / "data"
 EXPERIMENT = DATA / "gated.yaml"
@@ -94,42 +89,6 @@ def test_a_run_from_end_to_end_with_ray_optuna_and_mlflow(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "autokernel", "run", str(EXPERIMENT), "--runs", str(tmp_path)]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = _wait_for_evaluations(tmp_path, 3, driver)
-    driver.kill()
-    driver.wait()
-    before = _ids(folder)
-
-    listener = Listener()
-    outcome = run(EXPERIMENT, runs_folder=tmp_path, recorders=[listener])
-    assert outcome.folder == folder.resolve()
-    assert listener.of(RunStarted)[0].resumed
-    assert not before & {event.evaluation.candidate.id for event in listener.of(Evaluated)}
-    assert max(Counter(_all_ids(folder)).values()) == 1
-    assert "profile" not in [event.stage for event in listener.of(StageFinished)]
-    # a finished run is not resumed: the next one is new
-    assert run(EXPERIMENT, runs_folder=tmp_path, until="profile").folder != outcome.folder
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_cleanly_and_says_how_to_resume(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "autokernel", "run", str(EXPERIMENT), "--runs", str(tmp_path)]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    folder = _wait_for_evaluations(tmp_path, 1, driver)
-    os.kill(driver.pid, signal.SIGINT)
-    start = time.monotonic()
-    _, stderr = driver.communicate(timeout=60)
-    assert driver.returncode == 130, stderr
-    assert time.monotonic() - start < 30
-    assert "autokernel run" in stderr
-    assert "Traceback" not in stderr
-    finished = [event for event in read_journal(folder) if isinstance(event, RunFinished)]
-    assert finished[-1].outcome == "interrupted"
-
-
-@pytest.mark.slow
 @pytest.mark.ray
 def test_a_node_that_dies_in_mid_search_changes_nothing(tmp_path: Path) -> None:
     """Two emulated nodes, two candidates per problem; one node is killed while it works."""
@@ -189,24 +148,3 @@ def test_run_ids_sort_by_time_and_differ() -> None:
     ids = [new_run_id() for _ in range(50)]
     assert len(set(ids)) == 50
     assert sorted(i[:15] for i in ids) == [i[:15] for i in ids]
-
-
-def _wait_for_evaluations(runs_folder: Path, count: int, driver: subprocess.Popen[Any]) -> Path:
-    end = time.monotonic() + 240
-    while time.monotonic() < end:
-        assert driver.poll() is None, "the driver ended before it could be stopped"
-        folders = list(find_runs(runs_folder, "gated")) if (runs_folder / "gated").is_dir() else []
-        if folders and len(_all_ids(folders[0])) >= count:
-            return Path(folders[0])
-        time.sleep(0.1)
-    raise AssertionError("no evaluation within four minutes")
-
-
-def _all_ids(folder: Path) -> list[str]:
-    if not (folder / "journal.jsonl").exists():
-        return []
-    return [event.evaluation.candidate.id for event in read_journal(folder) if isinstance(event, Evaluated)]
-
-
-def _ids(folder: Path) -> set[str]:
-    return set(_all_ids(folder))
