@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
+from autokernel.errors import WorkerError
 from autokernel.evaluate.modes import (
     BUNDLE,
     STOCK_MODES,
@@ -113,7 +114,7 @@ class TimeScenario:
 
     The baseline is the fastest of `baselines` in rounds of their own, so that picking it does not bias the result.
 
-    `in_turn`: contenders are compiled and compared with the first baseline one after the other, and let go of, so that many
+    `in_turn`: contenders are compiled and compared with the first of them, a baseline, one by one, and let go of, so that many
     bundles fit into a GPU; those that `budget_s` does not suffice for are recorded as failures. `check` (GPU only): the
     bundle's outputs are checked as well, with the code that is timed.
     """
@@ -131,6 +132,11 @@ class TimeScenario:
     check: bool = False
 
     def __call__(self) -> ScenarioTiming:
+        """Do it.
+
+        Raises:
+            WorkerError: no baseline runs.
+        """
         with model_job(self.device, self.threads) as turns:
             return self._on_gpu(turns) if self.device == "cuda" else self._on_cpu(turns)
 
@@ -224,7 +230,7 @@ class TimeScenario:
         """All contenders against the best of the baselines; returns which that was."""
         stock = [name for name in self.baselines if name in found.calls]
         if not stock:
-            raise RuntimeError(f"scenario {self.scenario}: none of {self.baselines} runs: {found.failures}")
+            raise WorkerError(f"scenario {self.scenario}: none of {self.baselines} runs: {found.failures}")
         baseline = stock[0]
         with turns.alone():
             if len(stock) > 1:
@@ -243,7 +249,7 @@ class TimeScenario:
 
     def _result(self, found: _Found, baseline: str) -> ScenarioTiming:
         if not baseline:
-            raise RuntimeError(f"scenario {self.scenario}: none of {self.baselines} runs: {found.failures}")
+            raise WorkerError(f"scenario {self.scenario}: none of {self.baselines} runs: {found.failures}")
         modes = tuple(
             ModeTiming(
                 mode=name,

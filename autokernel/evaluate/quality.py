@@ -7,7 +7,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import CallScenario, LoadedExperiment
-from autokernel.evaluate.modes import BUNDLE, Contender, build_program, own_code, prepare
+from autokernel.errors import WorkerError
+from autokernel.evaluate.modes import BUNDLE, Contender, build_program, compile_errors, failure_of, own_code, prepare
 from autokernel.evaluate.outputs import Run, ScenarioCheck, Trio, check_trio, compare_outputs, verdict_of
 from autokernel.evaluate.statistics import paired_relative_difference
 from autokernel.evaluate.whole_model import JobTurns
@@ -72,14 +73,21 @@ def check_model(loaded: LoadedExperiment, bundle: Bundle, device: str, seed: int
 
 
 def check_scenario(loaded: LoadedExperiment, bundle: Bundle, name: str, turns: JobTurns, seed: int) -> ScenarioCheck:
-    """A bundle on one scenario, in a job of its own. For a GPU, on which two copies of the model may not fit."""
+    """A bundle on one scenario, in a job of its own. For a GPU, on which two copies of the model may not fit.
+
+    Raises:
+        WorkerError: the model does not compile or run with the bundle.
+    """
     from autokernel.profiling.workload import load_model
 
     with turns.alone():
         model = load_model(loaded, turns.device)
         program = build_program(loaded, model, name, turns.device, seed)
-    with turns.building():
-        prepared = prepare(Contender(name=BUNDLE, bundle=bundle), program, turns)
+    try:
+        with turns.building():
+            prepared = prepare(Contender(name=BUNDLE, bundle=bundle), program, turns)
+    except compile_errors() as error:
+        raise WorkerError(f"scenario {name} does not run with the bundle: {failure_of(error)}") from None
     with turns.alone():
         return check_program(loaded, name, program, model, prepared.forward, seed)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from autokernel.errors import WorkerError
 from autokernel.evaluate.end_to_end import Contender, ScenarioTiming, TimeScenario
 from autokernel.events import GraphTrial
 from autokernel.export.bundle import Bundle
@@ -13,6 +15,8 @@ from autokernel.records import Speedup
 from autokernel.search.graph_options import Options, load_graph_options, merged, spelled
 from autokernel.stages.context import RunContext
 from autokernel.stages.whole_model import run_on_model, with_layers
+
+log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 1800
 _PLAIN = "no options"
@@ -43,7 +47,8 @@ def search_graph_options(context: RunContext, bundle: Bundle) -> Options:
         if len(good) == 1:
             return dict(good[0].options)
         good.sort(key=lambda trial: -trial.score)
-        together = _try(context, bundle, [merged([dict(t.options) for t in good])])[0]
+        union = _try(context, bundle, [merged([dict(t.options) for t in good])])
+        together = union[0] if union else good[0]
         chosen = together if together.accepted and together.score >= good[0].score else good[0]
         if together is not chosen:
             context.emit(replace(together, accepted=False, reason="no better together than the best one alone"))
@@ -77,7 +82,11 @@ def _try(context: RunContext, bundle: Bundle, sets: Sequence[Options]) -> list[G
         )
         for name in settings.scenarios or context.experiment.scenarios
     ]
-    timings = run_on_model(context, "graph", jobs, _TIMEOUT_S, layers=settings.layers)
+    try:
+        timings = run_on_model(context, "graph", jobs, _TIMEOUT_S, layers=settings.layers)
+    except WorkerError as error:  # validation will see what is wrong with the bundle
+        log.warning("no graph options were tried: %s", error)
+        return []
     return [_judge(options, timings) for options in sets]
 
 

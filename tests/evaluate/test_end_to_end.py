@@ -1,0 +1,121 @@
+"""Scenarios timed in several modes; what decides whether a bundle passes; the device in turns."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from autokernel.config import LoadedExperiment, load_experiment
+from autokernel.environment import current_environment
+from autokernel.errors import WorkerError
+from autokernel.evaluate.end_to_end import BUNDLE, Contender, ScenarioTiming, TimeScenario, scenario_result
+from autokernel.evaluate.whole_model import JobTurns
+from autokernel.events import ModeTiming
+from autokernel.export.bundle import Bundle
+from autokernel.records import Speedup
+from autokernel.workers.device_lock import device_lock
+
+TINY = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> LoadedExperiment:
+    scenarios = {"decode": {"kind": "decode", "batch": 2, "context": 16}}
+    data = {"name": "x", "model": {"config": TINY}, "device": "cpu", "scenarios": scenarios}
+    (tmp_path / "x.yaml").write_text(json.dumps(data))
+    return load_experiment(tmp_path / "x.yaml")
+
+
+def bundle(**options: str | bool) -> Bundle:
+    environment = current_environment("cpu", 1)
+    return Bundle(name="t", created="", version="", environment=environment, entries=(), graph_options=options)
+
+
+def job(loaded: LoadedExperiment, *contenders: Contender, baselines: tuple[str, ...] = ("eager",)) -> TimeScenario:
+    return TimeScenario(
+        loaded=loaded, scenario="decode", device="cpu", threads=1, contenders=contenders, baselines=baselines, rounds=5
+    )
+
+
+def test_modes_are_compared_and_failures_say_why(loaded: LoadedExperiment) -> None:
+    wrong = Contender(name="wrong", bundle=bundle(no_such_option=True))
+    timing = job(loaded, Contender(name="eager"), wrong, Contender(name=BUNDLE, bundle=bundle(epilogue_fusion=False)))()
+    assert timing.baseline == "eager"
+    assert {mode.mode for mode in timing.modes} == {"eager", BUNDLE}
+    assert set(timing.speedups) == {BUNDLE}
+    assert "has no option no_such_option" in timing.failures["wrong"]
+    assert timing.check is None
+    assert ScenarioTiming.from_json(json.loads(json.dumps(timing.to_json()))) == timing
+
+
+def test_without_a_baseline_there_is_no_result(loaded: LoadedExperiment) -> None:
+    wrong = Contender(name="wrong", bundle=bundle(no_such_option=True))
+    with pytest.raises(WorkerError, match=r"none of \('wrong',\) runs: .*has no option"):
+        job(loaded, wrong, Contender(name="eager"), baselines=("wrong",))()
+
+
+def timing_of(best: str, low: float, high: float, default: float, own: float) -> ScenarioTiming:
+    medians = {"eager": 90.0, "default": default, BUNDLE: own}
+    modes = tuple(ModeTiming(mode=mode, median_us=us, spread_us=1) for mode, us in medians.items())
+    speedup = Speedup(ratio=(low + high) / 2, low=low, high=high, num_rounds=9)
+    return ScenarioTiming(scenario="s", baseline=best, modes=modes, speedups={BUNDLE: speedup})
+
+
+@pytest.mark.parametrize(
+    ("timing", "passed"),
+    [
+        (timing_of("default", 1.01, 1.05, 100, 97), True),
+        (timing_of("default", 0.98, 1.01, 100, 100), True),
+        (timing_of("default", 0.95, 0.99, 100, 103), False),
+        (timing_of("eager", 0.90, 0.95, 100, 97), True),
+        (timing_of("eager", 0.80, 0.85, 100, 106), False),
+    ],
+)
+def test_a_bundle_passes_unless_it_is_clearly_slower(timing: ScenarioTiming, passed: bool) -> None:
+    assert scenario_result(timing).passed is passed
+    assert scenario_result(timing, stock=True).passed
+
+
+def test_a_job_may_take_its_turn_again_and_others_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    turns = JobTurns("cpu")
+    got = threading.Event()
+
+    def other() -> None:
+        with device_lock("cpu", exclusive=True):
+            got.set()
+
+    with turns.alone():
+        with turns.alone():
+            thread = threading.Thread(target=other)
+            thread.start()
+        assert not got.wait(0.2)
+    assert got.wait(5)
+    thread.join()
+
+
+def test_compiled_code_runs_alone_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    turns, kept, free = JobTurns("cpu"), [], []
+
+    def lock_is_free() -> int:
+        def take() -> None:
+            with device_lock("cpu", exclusive=True):
+                free.append(True)
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        thread.join(0.2)
+        return len(free)
+
+    backend = turns.first_run_alone(lambda module, inputs: lock_is_free, kept)
+    run = backend(None, [])
+    assert kept == [lock_is_free]
+    assert run() == 0
+    assert run() > 0

@@ -1,0 +1,161 @@
+"""Jobs on the whole model: how many at once, and which entries are found useless."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autokernel.config import load_experiment
+from autokernel.environment import Environment
+from autokernel.errors import JobCrashed, JobLost
+from autokernel.evaluate.end_to_end import ScenarioTiming, TimeScenario
+from autokernel.export.bundle import Bundle, Entry
+from autokernel.profiling.footprint import Footprint, MeasureFootprint
+from autokernel.records import Problem, Speedup, TensorSpec
+from autokernel.stages.ablation import without_useless
+from autokernel.stages.context import RunContext
+from autokernel.stages.whole_model import run_on_model, with_layers
+
+LLAMA = Path(__file__).parents[2] / "experiments" / "llama.yaml"
+ENVIRONMENT = Environment(device="cuda", device_name="A GPU", isa="sm_90", num_units=132, torch="2.11.0")
+SIZES = {"decode-b1": 30, "decode-b16": 40, "decode-b64": 55, "decode-b128": 75, "prefill-1x2048": 30, "prefill-4x2048": 35}
+
+
+@dataclass
+class Threads:
+    """A pool of threads that notes which jobs run at once."""
+
+    num_workers: int = 8
+    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8))
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    running: set[str] = field(default_factory=set)
+    together: list[frozenset[str]] = field(default_factory=list)
+
+    def submit(self, job: Callable[[], Any], timeout_s: float) -> Future[Any]:
+        if isinstance(job, MeasureFootprint):
+            answer = Footprint(scenarios=SIZES, device=150, copies=10)
+            return self.executor.submit(lambda: answer)
+        return self.executor.submit(self._run, job)
+
+    def _run(self, job: Any) -> Any:
+        name = job.scenario
+        with self.lock:
+            self.running.add(name)
+            self.together.append(frozenset(self.running))
+        try:
+            return job()
+        finally:
+            with self.lock:
+                self.running.discard(name)
+
+    def close(self) -> None:
+        self.executor.shutdown()
+
+
+@dataclass
+class Job:
+    scenario: str
+    problems: list[BaseException] = field(default_factory=list)
+
+    def __call__(self) -> str:
+        time.sleep(0.02)
+        if self.problems:
+            raise self.problems.pop()
+        return self.scenario.upper()
+
+
+def context_of(pool: Any, device: str = "cuda") -> RunContext:
+    return RunContext(
+        loaded=load_experiment(LLAMA), folder=Path("unused"), run_id="r", device=device, threads=2,
+        environment=ENVIRONMENT, pool=pool, recorders=[],
+    )  # fmt: skip
+
+
+def test_no_more_run_at_once_than_fit() -> None:
+    pool = Threads()
+    jobs = [(name, name, Job(name)) for name in SIZES]
+    assert run_on_model(context_of(pool), "s", jobs, 10) == [name.upper() for name in SIZES]
+    room = 150 * 0.8
+    assert all(sum(SIZES[name] for name in names) <= room for names in pool.together)
+    assert any(len(names) == 3 for names in pool.together)
+    assert "decode-b128" in pool.together[0], "the largest starts first"
+
+
+def test_stock_jobs_need_no_room_for_copies() -> None:
+    pool = Threads()
+    run_on_model(context_of(pool), "s", [(name, name, Job(name)) for name in SIZES], 10, stock=True)
+    assert any(sum(SIZES[name] for name in names) > 120 for names in pool.together)
+    assert all(sum(SIZES[name] - 10 for name in names) <= 120 for names in pool.together)
+
+
+def test_on_a_cpu_all_are_handed_over() -> None:
+    pool = Threads()
+    run_on_model(context_of(pool, "cpu"), "s", [(name, name, Job(name)) for name in SIZES], 10)
+    assert max(map(len, pool.together)) == len(SIZES)
+
+
+def test_a_lost_job_is_tried_again_and_a_crash_waits_for_the_others() -> None:
+    pool = Threads()
+    lost = Job("decode-b1", [JobLost("node"), JobLost("node")])
+    assert run_on_model(context_of(pool), "s", [("a", "decode-b1", lost)], 10) == ["DECODE-B1"]
+    lost.problems = [JobLost("node") for _ in range(3)]
+    with pytest.raises(JobLost):
+        run_on_model(context_of(pool), "s", [("a", "decode-b1", lost)], 10)
+    others = [(name, name, Job(name)) for name in SIZES]
+    with pytest.raises(JobCrashed):
+        run_on_model(context_of(pool), "s", [("x", "decode-b1", Job("decode-b1", [JobCrashed("why")])), *others], 10)
+    assert pool.running == set()
+    assert frozenset().union(*pool.together) == set(SIZES)
+
+
+def test_fewer_layers_change_the_model_alone() -> None:
+    loaded = load_experiment(LLAMA)
+    smaller = with_layers(loaded, 4)
+    assert smaller.experiment.model.config_overrides == {"num_hidden_layers": 4}
+    assert smaller.experiment.scenarios == loaded.experiment.scenarios
+    assert with_layers(loaded, None) is loaded
+
+
+def entry(n: int, scenario: str) -> Entry:
+    x, w = TensorSpec.contiguous((16, 64), "bfloat16"), TensorSpec(shape=(64, n), dtype="bfloat16", stride=(1, 64))
+    problem = Problem(op="mm", inputs=(x, w), device="cuda", constants=(1,))
+    return Entry(problem=problem, backend="aten", config={"prepack": False}, scenario=scenario)
+
+
+@dataclass
+class Ablations(Threads):
+    """Answers ablations: how much faster the model is without each entry."""
+
+    gains: dict[str, float] = field(default_factory=dict)
+    jobs: list[TimeScenario] = field(default_factory=list)
+
+    def _run(self, job: Any) -> Any:
+        self.jobs.append(job)
+        speedups = {}
+        for contender in job.contenders[1:]:
+            ratio = self.gains.get(contender.name, 0.98)
+            speedups[contender.name] = Speedup(ratio=ratio, low=ratio - 0.01, high=ratio + 0.01, num_rounds=11)
+        return ScenarioTiming(scenario=job.scenario, baseline=job.contenders[0].name, modes=(), speedups=speedups)
+
+
+def test_ablation_drops_what_the_model_is_clearly_faster_without() -> None:
+    entries = (entry(16, "decode-b1"), entry(32, "decode-b1"), entry(48, "decode-b1"), entry(64, "decode-b16"))
+    pool = Ablations(gains={entries[1].key: 1.05, entries[2].key: 1.005})
+    bundle = Bundle(name="t", created="", version="", environment=ENVIRONMENT, entries=entries)
+    gone: dict[str, str] = {}
+    left = without_useless(context_of(pool), bundle, gone)
+    assert left.entries == (entries[0], entries[2], entries[3])
+    assert list(gone) == [entries[1].key]
+    assert "decode-b1 is 1.050 times as fast without it" in gone[entries[1].key]
+    assert {job.scenario: len(job.contenders) for job in pool.jobs} == {"decode-b1": 4, "decode-b16": 2}
+    assert all(job.loaded.experiment.model.config_overrides == {"num_hidden_layers": 4} for job in pool.jobs)
+    for contender in pool.jobs[0].contenders[1:]:
+        assert contender.bundle is not None
+        assert {e.key for e in entries} - {e.key for e in contender.bundle.entries} == {contender.name}
