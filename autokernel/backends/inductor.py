@@ -1,8 +1,13 @@
-"""Inductor's own GEMM templates. On a CPU: the C++ template over packed weights.
+"""Inductor's own GEMM templates, with configs that its own list does not have.
 
-Config: `template` ("cpp_gemm"); `threads_m/n/k` (factors of the thread count along each axis), `block_m/n/k` (cache blocks, in
-register blocks), `k_slices`, where 0 leaves the choice to Inductor; `merge` ("none", "concat", "grouped") where GEMMs share
-an input. Inductor has these as process-wide options; `export/pins.py` sets them kernel by kernel.
+On a CPU the C++ template over packed weights. Config: `template` ("cpp_gemm", "cpp_bmm"); `threads_m/n/k` (factors of the
+thread count along each axis), `block_m/n/k` (cache blocks, in register blocks), `k_slices`, where 0 leaves the choice to
+Inductor. Inductor has these as process-wide options; `export/pins.py` sets them kernel by kernel.
+
+On a GPU its Triton templates. Config: `template` ("mm", "mm_persistent_tma", "bmm") with `BLOCK_M/N/K`, `num_stages`,
+`num_warps` and `GROUP_M`; or `template` "decompose_k" with `k_split`. `export/templates.py` builds exactly these.
+
+Where GEMMs share an input, `merge` says how: "none", "concat", and on a CPU "grouped".
 """
 
 from __future__ import annotations
@@ -13,10 +18,19 @@ import torch
 
 from autokernel.backends import Built, Refused
 from autokernel.backends.compiled import build, refuse_without_constant_weight
-from autokernel.export.matching import weights_of_merged
-from autokernel.records import Candidate, ConfigValue, Problem
+from autokernel.export.matching import is_transposed, weights_of_merged
+from autokernel.export.templates import DECOMPOSE_K, TILE, template_of
+from autokernel.records import DTYPE_BYTES, Candidate, ConfigValue, Problem, TensorSpec
 
-_CPP_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16", "float16")
+_CUDA_TEMPLATES = {
+    "mm": ("mm", "mm_persistent_tma", DECOMPOSE_K),
+    "addmm": ("mm", "mm_persistent_tma"),
+    "merged_mm": ("mm", "mm_persistent_tma"),
+    "bmm": ("bmm",),
+    "baddbmm": ("bmm",),
+}
+_TMA_BYTES = 16  # rows that TMA reads are multiples of this
 
 
 class InductorBackend:
@@ -32,20 +46,23 @@ class InductorBackend:
         return None
 
     def supports(self, problem: Problem) -> str | None:
-        if problem.device != "cpu":
-            return "Triton templates on GPUs are not searched by this version"
+        if problem.device == "cuda":
+            return _supports_cuda(problem)
         if problem.op == "bmm":
-            return None if problem.inputs[0].dtype in _CPP_DTYPES else "the C++ template takes floating-point inputs"
+            return None if problem.inputs[0].dtype in _DTYPES else "the C++ template takes floating-point inputs"
         if problem.op not in ("mm", "addmm", "merged_mm"):
             return f"Inductor has no C++ template for {problem.op}"
         if not problem.constants:
             return "the C++ template needs a constant weight"
-        if problem.inputs[0].dtype not in _CPP_DTYPES:
-            return f"the C++ template takes {', '.join(_CPP_DTYPES)}, not {problem.inputs[0].dtype}"
+        if problem.inputs[0].dtype not in _DTYPES:
+            return f"the C++ template takes {', '.join(_DTYPES)}, not {problem.inputs[0].dtype}"
         return None
 
     def build(self, candidate: Candidate, constants: list[list[torch.Tensor]]) -> Built:
         config, problem = candidate.config, candidate.problem
+        if problem.device == "cuda":
+            _refuse_illegal_on_cuda(candidate)
+            return build(candidate, constants, stock=False)
         if problem.op != "bmm":
             refuse_without_constant_weight(candidate)
         factors = [int(config.get(f"threads_{axis}", 0)) for axis in "mnk"]
@@ -58,3 +75,44 @@ class InductorBackend:
 
     def export(self, candidate: Candidate) -> Mapping[str, ConfigValue]:
         return dict(candidate.config)
+
+
+def _supports_cuda(problem: Problem) -> str | None:
+    if problem.op not in _CUDA_TEMPLATES:
+        return f"Inductor has no Triton template for {problem.op}"
+    if problem.inputs[0].dtype not in _DTYPES:
+        return f"the Triton templates take {', '.join(_DTYPES)}, not {problem.inputs[0].dtype}"
+    return None
+
+
+def _refuse_illegal_on_cuda(candidate: Candidate) -> None:
+    """Raises Refused if Inductor's templates cannot have this config, or not for this problem."""
+    config, problem = candidate.config, candidate.problem
+    template = str(config.get("template"))
+    allowed = _CUDA_TEMPLATES[problem.op]
+    if template not in allowed:
+        raise Refused(f"template {template} is not one of {', '.join(allowed)}, which are for {problem.op}")
+    if template_of(template) is None:
+        raise Refused(f"torch {torch.__version__} has no template {template}")
+    needed = ("k_split",) if template == DECOMPOSE_K else TILE
+    missing = [name for name in needed if name not in config]
+    if missing:
+        raise Refused(f"template {template} needs {', '.join(needed)}; {', '.join(missing)} is missing")
+    if config.get("merge") == "concat":
+        refuse_without_constant_weight(candidate)
+    left, right = _matrices(problem)
+    k = left.shape[-1]
+    if template == DECOMPOSE_K and k % int(config["k_split"]):
+        raise Refused(f"k_split must divide K: {config['k_split']} does not divide {k}")
+    if template == "mm_persistent_tma":
+        for name, spec in (("left", left), ("right", right)):
+            row = spec.shape[-2] if is_transposed(spec.shape, spec.stride) else spec.shape[-1]
+            if row * DTYPE_BYTES[spec.dtype] % _TMA_BYTES:
+                raise Refused(
+                    f"TMA reads rows of multiples of {_TMA_BYTES} bytes; the {name} matrix has rows of {row} {spec.dtype}"
+                )
+
+
+def _matrices(problem: Problem) -> tuple[TensorSpec, TensorSpec]:
+    first = 1 if problem.op in ("addmm", "baddbmm") else 0
+    return problem.inputs[first], problem.inputs[first + 1]

@@ -114,7 +114,7 @@ def inductor_options(plan: Plan, *, frozen: bool) -> dict[str, Any]:
         # Inductor's default for every GEMM but those with an entry
         options["post_grad_custom_post_pass"] = PassChain(plan, [TemplatePass(plan), SubstitutionPass(plan)])
     if any(has_template(entry) for entry in plan.bundle.entries):
-        # what runs in front of a product was not part of any measurement, and inside a template it runs once per column of tiles
+        # what runs in front of a product was part of no measurement, and inside a template it runs once per column of tiles
         options["prologue_fusion"] = False
     if any(
         (entry.config.get("template") or is_substituted(entry)) and not needs_constant(entry) for entry in plan.bundle.entries

@@ -9,11 +9,11 @@ call (torch 2.11 to 2.15).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._inductor import config, ir, kernel_template_choice
+from torch._inductor import config, ir
 from torch._inductor.choices import InductorChoices
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.lowering import lowerings
@@ -21,7 +21,7 @@ from torch._inductor.select_algorithm import NoValidChoicesError, TritonTemplate
 from torch._inductor.virtualized import V
 
 from autokernel.export.bundle import Entry
-from autokernel.export.matching import Gemm, gemm_of, is_transposed
+from autokernel.export.matching import Gemm, is_transposed
 from autokernel.export.pins import dtype_name
 from autokernel.export.plan import Plan
 from autokernel.records import ConfigValue
@@ -63,11 +63,24 @@ def has_template(entry: Entry) -> bool:
     return entry.backend == "inductor" and entry.config.get("template") in TEMPLATES
 
 
+def template_of(name: str) -> Any:
+    """Inductor's template of this name; None if the installed torch has none."""
+    from torch._inductor.kernel import bmm, mm
+
+    module, attribute = {
+        "mm": (mm, "mm_template"),
+        "mm_persistent_tma": (mm, "persistent_tma_mm_template"),
+        "bmm": (bmm, "bmm_template"),
+        DECOMPOSE_K: (mm, "decompose_k_subgraph_template"),
+    }[name]
+    return getattr(module, attribute, None)
+
+
 def gemm_of_node(node: torch.fx.Node) -> Gemm | None:
     """The GEMM of a node of a post-grad graph on a GPU, None for anything else and for sizes that are not known."""
     if node.op != "call_function" or node.target not in OPS:
         return None
-    values = [argument.meta.get("val") if isinstance(argument, torch.fx.Node) else None for argument in node.args]
+    values: list[Any] = [argument.meta.get("val") if isinstance(argument, torch.fx.Node) else None for argument in node.args]
     if not all(isinstance(value, torch.Tensor) and value.is_cuda for value in values):
         return None
     *added, left, right = values
@@ -106,9 +119,7 @@ def _orders(node: torch.fx.Node) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(ir.get_stride_order(argument.meta["val"].stride())) for argument in node.args)  # type: ignore[union-attr]
 
 
-def lower_pinned(
-    plan: Plan, entry: Entry, target: Any, orders: Sequence[Sequence[int]], *args: Any, **kwargs: Any
-) -> Any:
+def lower_pinned(plan: Plan, entry: Entry, target: Any, orders: Sequence[Sequence[int]], *args: Any, **kwargs: Any) -> Any:
     """Inductor's lowering of a GEMM, with the entry's template as its only choice; stock code where that cannot be had."""
     lowering: Callable[..., Any] = lowerings[target]
     operands = list(args)
@@ -157,9 +168,7 @@ class PinnedChoices(InductorChoices):
         self.template = str(entry.config["template"])
         self.built = False
 
-    def get_template_configs(
-        self, kernel_inputs: Any, templates: Any, op_name: str, kwarg_overrides: Any = None
-    ) -> list[Any]:
+    def get_template_configs(self, kernel_inputs: Any, templates: Any, op_name: str, kwarg_overrides: Any = None) -> list[Any]:
         """Inductor's hook: the kernels (`ChoiceCaller`s) for these inputs. From 2.13 on it is asked up to three times."""
         if op_name != self.op or self.built:
             return super().get_template_configs(kernel_inputs, templates, op_name, kwarg_overrides)  # type: ignore[no-any-return]
@@ -189,14 +198,14 @@ class PinnedChoices(InductorChoices):
         return _choice(template, fields, stock.extra_kwargs, kernel_inputs, stock.inputs)
 
     def _decompose_k(self, kernel_inputs: Any) -> Any:
-        from torch._inductor.kernel.mm import decompose_k_subgraph_template
-
         k, split = int(kernel_inputs.mnk_symbolic()[2]), int(self.entry.config["k_split"])
         if self.op != "mm" or k % split:
-            raise CannotPin(f"decompose_k needs a plain mm whose K is a multiple of k_split; this is {self.op}, {k} and {split}")
+            raise CannotPin(
+                f"decompose_k needs a plain mm whose K is a multiple of k_split; this is {self.op}, {k} and {split}"
+            )
         if V.graph.aot_mode or V.graph.cpp_wrapper:
             raise CannotPin("decompose_k cannot be compiled ahead of time")
-        return _choice(decompose_k_subgraph_template, {"k_split": split}, {}, kernel_inputs, kernel_inputs)
+        return _choice(template_of(DECOMPOSE_K), {"k_split": split}, {}, kernel_inputs, kernel_inputs)
 
 
 def complete_fields(chosen: Mapping[str, ConfigValue], k: int, stock: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,9 +215,13 @@ def complete_fields(chosen: Mapping[str, ConfigValue], k: int, stock: Mapping[st
 
 
 def _choice(template: Any, fields: dict[str, Any], extra: dict[str, Any], kernel_inputs: Any, inputs: Any) -> Any:
-    made = kernel_template_choice.KernelTemplateChoice(
+    # the module that defines the parameters' class moves between versions, this one imports it in all of them
+    from torch._inductor import kernel_template_choice
+
+    made_of: Any = kernel_template_choice
+    made = made_of.KernelTemplateChoice(
         template=template,
-        params=kernel_template_choice.DictKernelTemplateParams(fields),
+        params=made_of.DictKernelTemplateParams(fields),
         extra_kwargs=extra,
         layout=kernel_inputs.output_layout(flexible=False),
         inputs=inputs,
@@ -216,9 +229,14 @@ def _choice(template: Any, fields: dict[str, Any], extra: dict[str, Any], kernel
     return made.choice
 
 
-def entries_with_templates(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """Those that `TemplatePass` serves."""
-    return (entry for entry in entries if entry.problem.device == "cuda" and has_template(entry))
-
-
-__all__ = ["TEMPLATES", "TILE", "PinnedChoices", "TemplatePass", "complete_fields", "gemm_of", "gemm_of_node", "has_template"]
+__all__ = [
+    "DECOMPOSE_K",
+    "TEMPLATES",
+    "TILE",
+    "PinnedChoices",
+    "TemplatePass",
+    "complete_fields",
+    "gemm_of_node",
+    "has_template",
+    "template_of",
+]
