@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +17,12 @@ from typing import Any
 
 from autokernel.environment import cpu_name, physical_cores
 from autokernel.records import Record
+from autokernel.requirements import declared_ranges, installed_version, out_of_range
 
 OK, ADVICE, MISSING = "ok", "advice", "missing"
 
 _LEAST_DISK_GB = 2.0
+_TAKEN_GPU_MEMORY = 0.1  # part of a GPU's memory: more than contexts take, so somebody works there
 _TIMEOUT_S = 120
 
 # distributions whose absence breaks a run; the others are for one backend, one seeder or development
@@ -50,9 +50,35 @@ try:
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
             memory_gb, arch = round(p.total_memory / 2**30, 1), f"sm_{p.major}{p.minor}"
-            facts["gpus"].append({"name": p.name, "memory_gb": memory_gb, "arch": arch})
+            free_gb = round(torch.cuda.mem_get_info(i)[0] / 2**30, 1)
+            facts["gpus"].append({
+                "name": p.name, "memory_gb": memory_gb, "free_gb": free_gb, "arch": arch,
+                "num_sms": p.multi_processor_count, "l2_mb": p.L2_cache_size / 2**20,
+            })
 except RuntimeError as error:
     facts["error"] = str(error)
+if facts["gpus"]:
+    x = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+    facts["cublas"] = ""
+    try:
+        facts["cublas"] = "" if float((x @ x).sum()) == 64**3 else "a product of ones is wrong"
+    except RuntimeError as error:
+        facts["cublas"] = str(error).splitlines()[0]
+    try:
+        import triton
+        facts["triton"] = triton.__version__
+        facts["triton_error"] = ""
+        out = torch.compile(lambda v: (v * 2 + 1).relu(), dynamic=False)(x)  # builds and launches a kernel
+        facts["triton_error"] = "" if float(out.sum()) == 3 * 64**2 else "a compiled kernel is wrong"
+    except Exception as error:
+        facts["triton_error"] = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    try:
+        import pynvml
+        pynvml.nvmlInit()
+        pynvml.nvmlDeviceGetClockInfo(pynvml.nvmlDeviceGetHandleByIndex(0), pynvml.NVML_CLOCK_SM)
+        facts["nvml"] = ""
+    except Exception as error:
+        facts["nvml"] = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 print("\\n" + json.dumps(facts))
 """
 
@@ -100,7 +126,7 @@ def examine(runs_folder: Path) -> DoctorReport:
     devices = []
     if works and compiler.state == OK:
         devices.append("cpu")
-    if works and torch_facts.get("gpus"):
+    if works and torch_facts.get("gpus") and not torch_facts.get("cublas"):
         devices.append("cuda")
     blocked = any(f.state == MISSING and f.group in ("packages", "python", "storage") for f in findings)
     return DoctorReport(
@@ -184,58 +210,6 @@ def check_package(name: str, wanted: str) -> Finding | None:
     )
 
 
-def installed_version(name: str) -> str | None:
-    """Version of a distribution, None if it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def declared_ranges() -> dict[str, str]:
-    """Distribution -> version range, of every dependency and extra: from the installed package, or the checkout's own file."""
-    requirements = []
-    project = Path(__file__).parent.parent / "pyproject.toml"
-    if project.is_file():
-        table = tomllib.loads(project.read_text(encoding="utf-8")).get("project", {})
-        requirements = [
-            *table.get("dependencies", ()),
-            *(r for e in table.get("optional-dependencies", {}).values() for r in e),
-        ]
-    else:
-        try:
-            requirements = importlib.metadata.requires("autokernel") or []
-        except importlib.metadata.PackageNotFoundError:
-            return {}
-    ranges: dict[str, str] = {}
-    for requirement in requirements:
-        parsed = re.match(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*\(?([^;)]*)", requirement)
-        if parsed:
-            name = re.sub(r"[-_.]+", "-", parsed.group(1)).lower()
-            ranges.setdefault(name, parsed.group(2).replace(" ", ""))
-    return ranges
-
-
-def out_of_range(version: str, wanted: str) -> str | None:
-    """ "too old" or "too new" for a range like `>=2.11,<2.16`; None if it is inside."""
-    have = _numbers(version)
-    for clause in filter(None, wanted.split(",")):
-        parsed = re.fullmatch(r"(>=|<=|==|<|>|!=|~=)([0-9][0-9.]*).*", clause)
-        if parsed is None:
-            continue
-        operator, limit = parsed.group(1), _numbers(parsed.group(2))
-        if operator in (">=", ">", "~=", "==") and have < limit:
-            return "too old"
-        if (operator == "<" and have >= limit) or (operator in ("<=", "==") and have[: len(limit)] > limit):
-            return "too new"
-    return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    release = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
-    return tuple(int(part) for part in release.group().split(".")) if release else ()
-
-
 def check_torch(facts: Mapping[str, Any]) -> list[Finding]:
     """Whether torch can be imported, and what it was built for."""
     if "version" not in facts:
@@ -312,17 +286,12 @@ def check_gpu(facts: Mapping[str, Any]) -> list[Finding]:
     """GPUs, and why torch does not see one that is there."""
     driver = nvidia_driver()
     gpus = facts.get("gpus", [])
-    findings = [
-        Finding(
-            group="GPU",
-            name=f"GPU {i}",
-            state=OK,
-            value=f"{g['name']}, {g['memory_gb']} GiB, {g['arch']}, driver {driver or '?'}",
-        )
-        for i, g in enumerate(gpus)
-    ]
-    if gpus or "version" not in facts:
-        return findings
+    if "version" not in facts:
+        return []
+    if gpus:
+        found = [_gpu(i, gpu) for i, gpu in enumerate(gpus)]
+        versions = f"driver {driver or '?'}, CUDA {facts['cuda']}"
+        return [*found, Finding(group="GPU", name="driver", state=OK, value=versions), *check_gpu_software(facts)]
     if driver is None:
         return [Finding(group="GPU", name="GPU", state=OK, value="none here: CPU kernels can be tuned")]
     if facts["cuda"] is None:
@@ -331,6 +300,63 @@ def check_gpu(facts: Mapping[str, Any]) -> list[Finding]:
     why = facts.get("error") or "torch sees no GPU"
     fix = "nvidia-smi shows whether the driver works; unset CUDA_VISIBLE_DEVICES; a newer CUDA build needs a newer driver"
     return [Finding(group="GPU", name="GPU", state=ADVICE, value=f"driver {driver}, CUDA {facts['cuda']}: {why}", fix=fix)]
+
+
+def _gpu(number: int, gpu: Mapping[str, Any]) -> Finding:
+    """One GPU: what it is, and whether another process sits on it, which every timing would feel."""
+    value = (
+        f"{gpu['name']}, {gpu['arch']}, {gpu['num_sms']} multiprocessors, {gpu['l2_mb']:.0f} MiB L2, {gpu['memory_gb']} GiB, "
+        f"{gpu['free_gb']} GiB free"
+    )
+    taken = gpu["memory_gb"] - gpu["free_gb"] > _TAKEN_GPU_MEMORY * gpu["memory_gb"]
+    fix = "nvidia-smi shows who uses it; end those processes, or choose another GPU with CUDA_VISIBLE_DEVICES" if taken else ""
+    return Finding(group="GPU", name=f"GPU {number}", state=ADVICE if taken else OK, value=value, fix=fix)
+
+
+def check_gpu_software(facts: Mapping[str, Any]) -> list[Finding]:
+    """What candidates for the GPU are made with: each tried for real, in torch's child process."""
+    ranges = declared_ranges()
+
+    def install(name: str) -> str:
+        return f"pip install '{name}{ranges.get(name, '')}'"
+
+    def tried(name: str, wrong: str, good: str, bad: str, fix: str, state: str = ADVICE) -> Finding:
+        value, fix = (f"{bad}: {wrong}", fix) if wrong else (good, "")
+        return Finding(group="GPU", name=name, state=state if wrong else OK, value=value, fix=fix)
+
+    reinstall = install("torch").replace("install", "install --force-reinstall", 1)
+    heuristics = installed_version("nvidia-matmul-heuristics")
+    return [
+        tried(
+            "cuBLAS",
+            facts.get("cublas", ""),
+            "multiplies: backend aten can be used",
+            "a product fails",
+            f"nvidia-smi shows whether the driver works; {reinstall}",
+            MISSING,
+        ),
+        tried(
+            "Triton",
+            facts.get("triton_error", ""),
+            f"{facts.get('triton', '?')} builds kernels: backends inductor and triton can be used",
+            "no backends inductor and triton",
+            f"{reinstall}, which brings its own triton; that needs a C compiler as well: {_install('g++')}",
+        ),
+        tried(
+            "NVML",
+            facts.get("nvml", ""),
+            "tells clocks, power and temperature",
+            "confirmations have no clocks, power and temperature",
+            f"{install('nvidia-ml-py')}; a container needs the driver's libnvidia-ml.so as well",
+        ),
+        tried(
+            "nvMatmulHeuristics",
+            "" if heuristics else "not installed",
+            f"{heuristics}: proposes first configs",
+            "the search starts without its seeds",
+            install("nvidia-matmul-heuristics"),
+        ),
+    ]
 
 
 def nvidia_driver() -> str | None:

@@ -9,6 +9,7 @@ import shutil
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,6 +17,8 @@ from rich.console import Console
 from autokernel import doctor
 from autokernel.display.health import doctor_view
 from autokernel.doctor import DoctorReport, Finding
+
+GPU = {"name": "Invented H9000", "memory_gb": 141.0, "free_gb": 140.0, "arch": "sm_90", "num_sms": 132, "l2_mb": 60.0}
 
 
 def script(path: Path, body: str) -> Path:
@@ -163,9 +166,11 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
 def test_gpus_that_torch_sees_and_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "nvidia_driver", lambda: "999.01")
     facts = {"version": "2.13.0", "cuda": "13.0", "hip": None, "error": ""}
-    gpu = {"name": "Invented H9000", "memory_gb": 141.0, "arch": "sm_90"}
-    (finding,) = doctor.check_gpu({**facts, "gpus": [gpu]})
-    assert finding.value == "Invented H9000, 141.0 GiB, sm_90, driver 999.01"
+    found = {f.name: f for f in doctor.check_gpu({**facts, "gpus": [GPU], "triton": "3.6.0"})}
+    assert found["GPU 0"].value == "Invented H9000, sm_90, 132 multiprocessors, 60 MiB L2, 141.0 GiB, 140.0 GiB free"
+    assert found["driver"].value == "driver 999.01, CUDA 13.0"
+    assert found["Triton"].value == "3.6.0 builds kernels: backends inductor and triton can be used"
+    assert {f.state for f in found.values()} == {"ok"}
     (finding,) = doctor.check_gpu({**facts, "gpus": [], "cuda": None})
     assert (finding.state, finding.value) == ("advice", "driver 999.01, but torch is a CPU build")
     (finding,) = doctor.check_gpu({**facts, "gpus": [], "error": "CUDA driver too old"})
@@ -173,6 +178,43 @@ def test_gpus_that_torch_sees_and_does_not_see(monkeypatch: pytest.MonkeyPatch) 
     dsl = doctor.check_package("nvidia-cutlass-dsl", ">=4.8,<5")
     assert dsl is not None
     assert dsl.state == "advice" or dsl.value[0].isdigit()
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "state", "value", "fix"),
+    [
+        ({"triton_error": "0 active drivers"}, "Triton", "advice", "no backends inductor and triton: 0 active", "g++"),
+        ({"nvml": "No module named 'pynvml'"}, "NVML", "advice", "no clocks, power", "pip install 'nvidia-ml-py>="),
+        ({"cublas": "CUBLAS_STATUS_ALLOC_FAILED"}, "cuBLAS", "missing", "a product fails", "nvidia-smi"),
+        ({"gpus": [{"free_gb": 20.0}]}, "GPU 0", "advice", "20.0 GiB free", "CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_what_a_gpu_lacks(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], name: str, state: str, value: str, fix: str
+) -> None:
+    monkeypatch.setattr(doctor, "nvidia_driver", lambda: "999.01")
+    gpus = [{**GPU, **extra} for extra in said.pop("gpus", [{}])]
+    facts = {"version": "2.13.0", "cuda": "13.0", "hip": None, "error": "", "triton": "3.6.0", "gpus": gpus, **said}
+    found = {f.name: f for f in doctor.check_gpu(facts)}
+    assert found[name].state == state
+    assert value in found[name].value
+    assert fix in found[name].fix
+    assert [f.name for f in found.values() if f.state != "ok"] == [name]
+
+
+def test_the_heuristics_library_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None)
+    found = {f.name: f for f in doctor.check_gpu_software({})}
+    assert found["nvMatmulHeuristics"].fix.startswith("pip install 'nvidia-matmul-heuristics>=")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not Path("/proc/driver/nvidia/version").exists(), reason="needs an NVIDIA GPU")
+def test_a_real_gpu_is_described(here: DoctorReport) -> None:
+    found = {f.name: f for f in here.findings if f.group == "GPU"}
+    assert {"GPU 0", "driver", "cuBLAS", "Triton", "NVML", "nvMatmulHeuristics"} <= set(found)
+    assert found["cuBLAS"].state == found["Triton"].state == "ok", found
+    assert "cuda" in here.devices
 
 
 def test_the_view_lists_commands_that_mend() -> None:
