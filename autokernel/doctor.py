@@ -22,6 +22,7 @@ from autokernel.requirements import declared_ranges, installed_version, out_of_r
 OK, ADVICE, MISSING = "ok", "advice", "missing"
 
 _LEAST_DISK_GB = 2.0
+_HEURISTICS = "nvidia-matmul-heuristics"
 _TAKEN_GPU_MEMORY = 0.1  # part of a GPU's memory: more than contexts take, so somebody works there
 _TIMEOUT_S = 120
 
@@ -289,9 +290,8 @@ def check_gpu(facts: Mapping[str, Any]) -> list[Finding]:
     if "version" not in facts:
         return []
     if gpus:
-        found = [_gpu(i, gpu) for i, gpu in enumerate(gpus)]
-        versions = f"driver {driver or '?'}, CUDA {facts['cuda']}"
-        return [*found, Finding(group="GPU", name="driver", state=OK, value=versions), *check_gpu_software(facts)]
+        versions = Finding(group="GPU", name="driver", state=OK, value=f"driver {driver or '?'}, CUDA {facts['cuda']}")
+        return [*(_gpu(i, gpu) for i, gpu in enumerate(gpus)), versions, *check_gpu_software(facts)]
     if driver is None:
         return [Finding(group="GPU", name="GPU", state=OK, value="none here: CPU kernels can be tuned")]
     if facts["cuda"] is None:
@@ -325,7 +325,8 @@ def check_gpu_software(facts: Mapping[str, Any]) -> list[Finding]:
         return Finding(group="GPU", name=name, state=state if wrong else OK, value=value, fix=fix)
 
     reinstall = install("torch").replace("install", "install --force-reinstall", 1)
-    heuristics = installed_version("nvidia-matmul-heuristics")
+    heuristics = installed_version(_HEURISTICS)
+    missing = "" if heuristics else "not installed"
     return [
         tried(
             "cuBLAS",
@@ -349,13 +350,7 @@ def check_gpu_software(facts: Mapping[str, Any]) -> list[Finding]:
             "confirmations have no clocks, power and temperature",
             f"{install('nvidia-ml-py')}; a container needs the driver's libnvidia-ml.so as well",
         ),
-        tried(
-            "nvMatmulHeuristics",
-            "" if heuristics else "not installed",
-            f"{heuristics}: proposes first configs",
-            "the search starts without its seeds",
-            install("nvidia-matmul-heuristics"),
-        ),
+        tried("nvMatmulHeuristics", missing, f"{heuristics}: proposes first configs", "no seeds", install(_HEURISTICS)),
     ]
 
 
