@@ -72,13 +72,13 @@ CPP = {"template": "cpp_gemm", "prepack": True, "thread_factors": "1,2,1", "cach
 
 
 def hotspot(
-    problem: Problem, scenario: str, share: float, time_us: float, roofline: float = 1 / 3, scenarios: int = 2
+    problem: Problem, scenario: str, share: float, time_us: float, roofline: float = 1 / 3, scenarios: int = 2, calls: int = 6
 ) -> Hotspot:
     """`roofline` is the fraction of its time that it would take there; `scenarios` is how many there are."""
     return Hotspot(
         problem=problem,
         scenario=scenario,
-        num_calls=6,
+        num_calls=calls,
         time_us=time_us,
         share=share,
         weight=share / scenarios,

@@ -43,7 +43,7 @@ def _gpu_hotspots() -> tuple[list[Hotspot], list[float]]:
         for (ns, k, _, _), (roofline_us, us, calls) in zip(_GPU_GEMMS, times, strict=True):
             problem = synthetic.gemm(m, ns[0], k, device="cuda") if len(ns) == 1 else synthetic.merged(m, ns, k, "cuda")
             share = us * calls / total
-            spots.append(synthetic.hotspot(problem, name, share, us * calls, roofline_us / us, len(_GPU_SCENARIOS)))
+            spots.append(synthetic.hotspot(problem, name, share, us * calls, roofline_us / us, len(_GPU_SCENARIOS), calls))
             stock_us.append(us)
     return spots, stock_us
 

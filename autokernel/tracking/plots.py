@@ -11,6 +11,7 @@ from math import ceil, log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autokernel.events import ScenarioResult
 from autokernel.records import Status
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us
 
@@ -24,7 +25,7 @@ INK, MUTED, GRID = "#1b1f24", "#6e7782", "#d5dae0"
 _THEMED = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)"}
 _MODE_COLOURS = {"eager": "#9aa3ad", "default": SKY, "max-autotune": ORANGE, "bundle": BLUE}
 _VERDICT_COLOURS = {"won": BLUE, "dropped": VERMILION, "kept stock": "#9aa3ad"}
-_MAX_PANELS, _WIDTH_IN = 12, 9.0
+_MAX_PANELS, _MAX_ROWS, _WIDTH_IN = 12, 40, 9.0
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def _figure(height_in: float) -> Figure:
 
 
 def history_figure(run: RunSummary) -> Figure | None:
-    """Optimisation history: every timed trial, the best so far and the fastest stock choice, one panel per hotspot."""
+    """Optimisation history of the hotspots with most to gain: every timed trial, the best so far, the fastest stock choice."""
     shown = [p for p in run.problems if p.timed][:_MAX_PANELS]
     if not shown:
         return None
@@ -111,7 +112,7 @@ def _history_panel(axes: Axes, problem: ProblemSummary) -> None:
         )
     if problem.baseline is not None:
         axes.axhline(latency_us(problem.baseline), color=ORANGE, linestyle=(0, (4, 3)), linewidth=1, label="fastest stock")
-    axes.set_title(problem.title, fontsize=8, pad=8)
+    axes.set_title(problem.title, fontsize=7, fontweight="normal", pad=8)
     axes.set_ylabel("µs")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.grid(axis="y")
@@ -166,7 +167,7 @@ def importance_figure(run: RunSummary) -> Figure | None:
     names = list(reversed(shares))
     bars = axes.barh(names, [100 * shares[n] for n in names], color=BLUE, height=0.62)
     axes.bar_label(bars, labels=[f" {100 * shares[n]:.0f} %" for n in names], color=INK, padding=2)
-    axes.set_xlim(0, 100)
+    axes.set_xlim(0, min(100, max(40, 125 * max(shares.values()))))
     axes.set_xlabel("% of the spread in latency explained by this parameter alone")
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
@@ -174,8 +175,8 @@ def importance_figure(run: RunSummary) -> Figure | None:
 
 
 def speedup_figure(run: RunSummary) -> Figure | None:
-    """Confirmed speed-up over the strongest stock choice per hotspot, with its confidence interval."""
-    shown = [(p, p.finalist) for p in run.problems if p.finalist is not None]
+    """Confirmed speed-up over the strongest stock choice, with its confidence interval, of the hotspots with most to gain."""
+    shown = [(p, p.finalist) for p in run.problems if p.finalist is not None][:_MAX_ROWS]
     if not shown:
         return None
     figure = _figure(1.1 + 0.34 * len(shown))
@@ -193,7 +194,8 @@ def speedup_figure(run: RunSummary) -> Figure | None:
     axes.set_yticks(range(len(shown)), [p.title for p, _ in reversed(shown)])
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.margins(x=0.12)
-    axes.set_xlabel("times faster than the strongest stock choice (dot: median of paired ratios; bar: 95 % interval)")
+    note = "times faster than the strongest stock choice (dot: median of paired ratios; bar: 95 % interval)"
+    figure.supxlabel(note, fontsize=9, color=MUTED)
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside upper left", ncols=3)
@@ -205,25 +207,37 @@ def scenarios_figure(run: RunSummary) -> Figure | None:
     scenarios = run.validated.scenarios if run.validated is not None else ()
     if not scenarios:
         return None
-    figure = _figure(0.6 + sum(0.55 + 0.27 * len(s.modes) for s in scenarios))
-    grid = figure.subplots(len(scenarios), 1, squeeze=False, height_ratios=[len(s.modes) + 0.8 for s in scenarios])
-    for axes, scenario in zip(grid.flat, scenarios, strict=True):
-        modes = list(reversed(scenario.modes))
-        times = [m.median_us / 1000 for m in modes]
-        colours = [_MODE_COLOURS.get(m.mode, PURPLE) for m in modes]
-        error = [m.spread_us / 2000 for m in modes]
-        bars = axes.barh(
-            [m.mode for m in modes], times, color=colours, height=0.7, xerr=error, error_kw={"ecolor": MUTED, "lw": 1.2}
-        )
-        axes.bar_label(bars, labels=[f"{t:.4g} ms" for t in times], color=INK, padding=5)
-        s = scenario.speedup
-        gain = f"bundle {s.ratio:.2f}× [{s.low:.2f}, {s.high:.2f}] over {scenario.best_stock}"
-        axes.set_title(f"{scenario.scenario}:  {gain}")
-        axes.margins(x=0.14)
-        axes.grid(axis="x")
-        axes.tick_params(axis="y", length=0)
-    grid.flat[-1].set_xlabel("ms a step (median; whisker: interquartile spread)")
+    columns = 1 if len(scenarios) <= 3 else 2
+    rows = ceil(len(scenarios) / columns)
+    most = max(len(s.modes) for s in scenarios)
+    figure = _figure(0.6 + rows * (0.55 + 0.27 * most))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, scenario in zip(grid.flat, scenarios, strict=False):
+        _scenario_panel(axes, scenario, compact=columns > 1)
+    for axes in grid.flat[len(scenarios) :]:
+        axes.set_visible(False)
+    figure.supxlabel("ms a step (median; whisker: interquartile spread)", fontsize=9, color=MUTED)
     return figure
+
+
+def _scenario_panel(axes: Axes, scenario: ScenarioResult, compact: bool) -> None:
+    modes = list(reversed(scenario.modes))
+    times = [m.median_us / 1000 for m in modes]
+    colours = [_MODE_COLOURS.get(m.mode, PURPLE) for m in modes]
+    error = [m.spread_us / 2000 for m in modes]
+    bars = axes.barh(
+        [m.mode for m in modes], times, color=colours, height=0.7, xerr=error, error_kw={"ecolor": MUTED, "lw": 1.2}
+    )
+    axes.bar_label(bars, labels=[f"{t:.4g}{'' if compact else ' ms'}" for t in times], color=INK, padding=5)
+    s = scenario.speedup
+    gain = f"{s.ratio:.2f}× [{s.low:.2f}, {s.high:.2f}]"
+    if compact:
+        axes.set_title(f"{scenario.scenario}: {gain}", fontsize=8)
+    else:
+        axes.set_title(f"{scenario.scenario}: bundle {gain} over {scenario.best_stock}")
+    axes.margins(x=0.2 if compact else 0.14)
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
 
 
 FIGURES: Mapping[str, Callable[[RunSummary], Figure | None]] = {

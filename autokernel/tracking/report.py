@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from autokernel.events import Event
-from autokernel.records import Evaluation, Speedup
+from autokernel.records import Speedup
 from autokernel.tracking.plots import parameter_importance, svg_plots
-from autokernel.tracking.summary import ProblemSummary, RunSummary, summarize
+from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us, summarize
+from autokernel.tracking.titles import config_title
 
 _PLOT_TITLES = {
     "history": "How the search went",
@@ -51,7 +53,13 @@ def render_report(run: RunSummary) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"us": format_us, "interval": format_interval, "pct": format_pct, "dur": format_seconds}
+    environment.filters |= {
+        "us": format_us,
+        "interval": format_interval,
+        "pct": format_pct,
+        "dur": format_seconds,
+        "config": config_title,
+    }
     template = environment.get_template("report.html")
     return template.render(
         run=run,
@@ -59,38 +67,73 @@ def render_report(run: RunSummary) -> str:
         plots=dict.fromkeys(_PLOT_TITLES, "") | svg_plots(run),
         titles=_PLOT_TITLES,
         importance=parameter_importance(run),
-        trials=[_trial_row(run, t.evaluation, t.origin, t.number) for t in run.trials],
-        regimes=sorted({t.evaluation.measurement.regime for t in run.trials if t.evaluation.measurement is not None}),
+        searched=[p for p in run.problems if p.trials],
+        unsearched=[p for p in run.problems if not p.trials],
+        trials=sorted((row for p in run.problems for row in _trial_rows(p)), key=lambda row: row["number"]),
+        regimes=_regimes(run),
         modes=list(dict.fromkeys(m.mode for s in run.validated.scenarios for m in s.modes)) if run.validated else [],
         facts=_facts(run),
-        notes={p.problem.key: _short_reason(p) for p in run.problems},
+        machine=_machine(run),
     )
 
 
-def _trial_row(run: RunSummary, evaluation: Evaluation, origin: str, number: int) -> dict[str, Any]:
-    problem = next(p for p in run.problems if p.problem.key == evaluation.candidate.problem.key)
-    baseline_us, measurement = problem.baseline, evaluation.measurement
-    speedup = None
-    if measurement is not None and baseline_us is not None and baseline_us.evaluation.measurement is not None:
-        speedup = baseline_us.evaluation.measurement.median_us / measurement.median_us
-    return {
-        "number": number,
-        "rank": problem.rank,
-        "title": problem.title,
-        "backend": evaluation.candidate.backend,
-        "config": "  ".join(f"{k}={v}" for k, v in sorted(evaluation.candidate.config.items())),
-        "origin": origin,
-        "status": evaluation.status.value,
-        "us": measurement.median_us if measurement is not None else None,
-        "spread_us": measurement.spread_us if measurement is not None else None,
-        "speedup": speedup,
-        "message": evaluation.message,
-        "total_s": evaluation.total_s,
+def _trial_rows(problem: ProblemSummary) -> Iterator[dict[str, Any]]:
+    """Every trial of a problem as a row; its speed-up is over the fastest stock choice, as screened."""
+    baseline_us = latency_us(problem.baseline) if problem.baseline is not None else None
+    for trial in problem.trials:
+        evaluation = trial.evaluation
+        us = latency_us(trial) if evaluation.measurement is not None else None
+        yield {
+            "number": trial.number,
+            "title": problem.title,
+            "backend": evaluation.candidate.backend,
+            "config": config_title(evaluation.candidate).partition(" ")[2],
+            "origin": trial.origin,
+            "status": evaluation.status.value,
+            "us": us,
+            "spread_us": evaluation.measurement.spread_us if evaluation.measurement is not None else None,
+            "speedup": baseline_us / us if us is not None and baseline_us is not None else None,
+            "message": evaluation.message,
+            "total_s": evaluation.total_s,
+        }
+
+
+def _machine(run: RunSummary) -> dict[str, str]:
+    """What the machine was doing while numbers were taken."""
+    units = {
+        "clock_mhz": ("Clock", "MHz"),
+        "power_w": ("Power", "W"),
+        "temperature_c": ("Temperature", "°C"),
+        "load": ("Load", ""),
     }
+    facts = {}
+    for name, (low, high) in run.conditions.items():
+        word, unit = units.get(name, (name, ""))
+        least, most = (f"{value:,.0f}" if unit else f"{value:.1f}" for value in (low, high))
+        facts[f"{word} while confirming"] = f"{least if least == most else f'{least} to {most}'} {unit}".rstrip()
+    races = [p.finalist.speedup for p in run.problems if p.finalist is not None]
+    if races:
+        rounds, lost = sum(s.num_rounds for s in races), sum(s.num_discarded for s in races)
+        facts["Paired rounds"] = f"{rounds:,} over {len(races)} hotspots, {lost:,} discarded because the baseline drifted"
+    if run.device_busy is not None:
+        facts["Device busy during the search"] = f"{100 * run.device_busy:.0f} % (builds go on beside it)"
+    return facts
 
 
-def _short_reason(problem: ProblemSummary) -> str:
-    return problem.reason if problem.verdict != "won" else ""
+def _regimes(run: RunSummary) -> list[str]:
+    """How candidates were screened; what differs only in the calls of a sample is one line."""
+    calls: dict[str, list[int]] = {}
+    for trial in run.trials:
+        measurement = trial.evaluation.measurement
+        if measurement is not None:
+            found = re.fullmatch(r"(.*?)(?:, (\d+) calls a sample)?", measurement.regime, re.DOTALL)
+            assert found is not None
+            calls.setdefault(found[1], []).extend([int(found[2])] if found[2] else [])
+    lines = []
+    for regime, counts in sorted(calls.items()):
+        span = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}" if counts else ""
+        lines.append(f"{regime}, {span} calls a sample" if counts else regime)
+    return lines
 
 
 def _facts(run: RunSummary) -> dict[str, str]:
@@ -120,11 +163,12 @@ def _facts(run: RunSummary) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def format_us(value: float | None) -> str:
-    """Microseconds with four digits, as ms from 10,000 on."""
+def format_us(value: float | None, digits: int = 4) -> str:
+    """Microseconds with that many digits, as ms from 10,000 on."""
     if value is None:
         return "–"
-    return f"{value / 1000:.4g}\u00a0ms" if value >= 10_000 else f"{value:.4g}\u00a0µs"
+    number, unit = (value / 1000, "ms") if value >= 10_000 else (value, "µs")
+    return f"{f'{number:#.{digits}g}'.rstrip('.')}\u00a0{unit}"
 
 
 def format_interval(speedup: Speedup) -> str:

@@ -5,12 +5,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import synthetic_events as synthetic
 
-from autokernel.events import Confirmed, Evaluated, Event, ModelValidated, Proved, RunFinished
+from autokernel.events import Confirmed, Evaluated, Event, ModelValidated, Profiled, Proved, RunFinished
 from autokernel.records import Status
 from autokernel.tracking.plots import parameter_importance, svg_plots, write_plots
 from autokernel.tracking.report import format_interval, format_us, write_report
-from autokernel.tracking.summary import summarize
+from autokernel.tracking.summary import latency_us, summarize
 
 _VOID = {"meta", "input", "br", "path", "use", "rect", "link"}
 
@@ -135,3 +136,53 @@ def test_summary_counts_and_ranks(synthetic_events: list[Event]) -> None:
         assert problem.best is not None
         assert problem.best.evaluation.measurement is not None
         assert best[-1] == problem.best.evaluation.measurement.median_us
+
+
+def test_report_of_a_gpu_run(tmp_path: Path, gpu_events: list[Event]) -> None:
+    """Backends side by side, rooflines, the state of the card; hundreds of trials in a file of bearable size."""
+    path = write_report(gpu_events, tmp_path / "report.html")
+    html, run = path.read_text(encoding="utf-8"), summarize(gpu_events)
+    assert "NVIDIA H200 (cuda, sm_90, 132 multiprocessors)" in html
+    for said in (
+        r"Clock while confirming</th><td>1,7\d\d to 1,980 MHz",
+        "Power while confirming",
+        "Temperature while confirming",
+    ):
+        assert re.search(said, html)
+    assert "Device busy during the search</th><td>83 %" in html
+    assert "Screened as: cuda, graph replay, cold L2, 20 calls a sample." in html
+    won = next(p for p in run.problems if p.verdict == "won" and p.backend == "triton")
+    assert won.runner_up is not None
+    assert f"{100 * (won.runner_up[1] - 1):+.1f} %" in html
+    assert "template=mm_persistent_tma tile=" in html
+    assert path.stat().st_size < 2_000_000
+
+
+def test_rooflines_backends_and_scenarios_are_summed_up(gpu_events: list[Event]) -> None:
+    run = summarize(gpu_events)
+    assert set(run.backends) == {"aten", "triton", "inductor"}
+    for problem in run.problems:
+        stock = problem.by_backend["aten"]
+        assert problem.runner_up is not None
+        other, factor = problem.runner_up
+        assert other.evaluation.candidate.backend != problem.backend
+        if problem.backend == "aten":
+            assert factor == pytest.approx(latency_us(other) / latency_us(stock))
+        assert 0.5 < (problem.roofline_part(problem.baseline_us) or 0) < 1
+    assert [s.scenario for s in run.by_scenario][:2] == ["decode-b1", "decode-b16"]
+    assert all(s.num_searched == 5 for s in run.by_scenario)
+    assert all((s.geometric_mean > 1) == (s.num_won > 0) for s in run.by_scenario)
+    assert run.device_busy == pytest.approx(1 / 1.2, rel=1e-3)
+    assert run.conditions["power_w"][1] > 600
+
+
+def test_gemms_that_share_a_search_are_one_problem() -> None:
+    """They differ in their epilogue alone: no entry can tell them apart."""
+    plain, fused = synthetic.gemm(8, 64, 32), synthetic.gemm(8, 64, 32, epilogue=("silu",))
+    spots = (synthetic.hotspot(plain, "a", 0.2, 10.0), synthetic.hotspot(fused, "b", 0.4, 20.0))
+    profiled = Profiled(hotspots=spots, scenario_us={"a": 50.0, "b": 50.0}, read_gb_per_s=1.0, peak_tflops={})
+    (before,) = summarize([synthetic.start(), profiled]).problems
+    (after,) = summarize([synthetic.start(), profiled, synthetic.trial(1, fused, 3.0, synthetic.STOCK, "stock")]).problems
+    assert before.problem == after.problem == fused
+    assert after.scenarios == ("b", "a")
+    assert after.weight == pytest.approx(0.3)

@@ -20,9 +20,11 @@ for (const table of document.querySelectorAll("table.sortable")) {
     body.append(...keyed.map(([, row]) => row));
   }));
 }
-const filter = document.getElementById("filter");
-if (filter) {
-  const rows = [...document.getElementById("trials").tBodies[0].rows].map((row) => [row, row.textContent.toLowerCase()]);
+// A filter keeps the rows that hold all its words; it says how many those are.
+for (const filter of document.querySelectorAll("input[data-filters]")) {
+  const body = document.getElementById(filter.dataset.filters).tBodies[0];
+  const rows = [...body.rows].map((row) => [row, row.textContent.toLowerCase()]);
+  const count = filter.closest("p").querySelector(".count");
   const show = () => {
     const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
@@ -30,7 +32,7 @@ if (filter) {
       row.hidden = !words.every((word) => text.includes(word));
       shown += !row.hidden;
     }
-    document.getElementById("count").textContent = `${shown} of ${rows.length}`;
+    count.textContent = `${shown} of ${rows.length}`;
   };
   filter.addEventListener("input", show);
   show();
