@@ -25,7 +25,7 @@ from autokernel.search.space import Config, Names
 Floats = npt.NDArray[np.float64]
 
 MODEL_FILE = Path(__file__).with_name("cost_model.json.gz")
-TEMPLATES = ("mm", "mm_persistent_tma", "bmm", "decompose_k")
+KINDS = ("mm", "mm_persistent_tma", "bmm", "decompose_k", "rows", "swap", "vector")  # a template or a mode
 
 _FORMAT = 1
 _SMEM_PER_UNIT, _SMEM_PER_BLOCK, _SMEM_RESERVED = 233472, 232448, 1024  # bytes; sm_90
@@ -34,11 +34,11 @@ _READ_BYTES_PER_US, _FLOP_PER_US = 4.26e6, 0.79e9  # measured on an H200; they o
 
 FEATURES = (
     "log_m", "log_n", "log_k", "log_batch", "log_intensity",
-    "template", "log_block_m", "log_block_n", "log_block_k", "stages", "log_warps", "log_group",
-    "log_tiles", "log_waves", "wave_fill", "wave_fill_resident", "log_resident", "resident_limit",
-    "smem_share", "log_accumulators", "log_bytes_in_flight", "log_bytes_in_flight_all",
-    "log_k_steps", "stages_over_steps", "fill_m", "fill_n", "fill_k",
-    "log_tile_intensity", "log_traffic", "log_group_rows", "wgmma", "log_rows_per_warp", "log_k_split",
+    "kind", "tma", "log_block_m", "log_block_n", "log_block_k", "stages", "log_warps", "log_group", "log_split", "waves",
+    "log_blocks", "log_blocks_per_unit", "wave_fill", "wave_fill_resident", "log_resident", "resident_limit",
+    "smem_share", "log_accumulators", "log_bytes_in_flight", "log_bytes_in_flight_all", "log_stage_bytes",
+    "log_steps", "stages_over_steps", "fill_m", "fill_n", "fill_k",
+    "log_tile_intensity", "log_traffic", "log_group_rows", "wgmma", "log_rows_per_warp", "log_split_traffic",
 )  # fmt: skip
 
 
@@ -145,37 +145,51 @@ def features(names: Names, configs: Sequence[Config]) -> Floats:
     units = max(float(names["num_units"]), 1.0)
     block_m, block_n, block_k = (_column(configs, f"BLOCK_{axis}", 64.0) for axis in "MNK")
     stages, warps, group = (_column(configs, name, 1.0) for name in ("num_stages", "num_warps", "GROUP_M"))
-    split = _column(configs, "k_split", 1.0)
-    template = np.array([float(TEMPLATES.index(t)) if (t := c.get("template")) in TEMPLATES else -1.0 for c in configs])
+    split, waves = (
+        np.maximum(_column(configs, "split_k", 1.0), _column(configs, "k_split", 1.0)),
+        _column(configs, "waves", 0.0),
+    )
+    kind, tma = np.array([_kind(config) for config in configs]), _column(configs, "tma", 0.0)
+    swapped = kind == KINDS.index("swap")
     tiles_m, tiles_n = np.ceil(m / block_m), np.ceil(n / block_n)
     tiles = tiles_m * tiles_n * batch
-    k_steps = np.ceil(k / block_k)
-    smem = stages * (block_m + block_n) * block_k * size
+    blocks = np.where(waves > 0, waves * units, tiles * split)  # programs that are launched
+    steps = np.ceil(k / block_k) * tiles / np.minimum(blocks, tiles * np.ceil(k / block_k))  # of the loop over K, each
+    stage = (block_m + block_n) * block_k * size
     accumulators = block_m * block_n / (warps * 32)  # fp32 registers of a thread
     registers = np.minimum(accumulators + 40, 255) * warps * 32
     limits = np.stack([
-        np.floor(_SMEM_PER_UNIT / (smem + _SMEM_RESERVED)), np.floor(_REGISTERS_PER_UNIT / registers), _WARPS_PER_UNIT / warps,
+        np.floor(_SMEM_PER_UNIT / (stages * stage + _SMEM_RESERVED)), np.floor(_REGISTERS_PER_UNIT / registers),
+        _WARPS_PER_UNIT / warps,
     ])  # fmt: skip
+    limits[0] = np.where(kind == KINDS.index("vector"), 32, limits[0])  # no shared memory
     resident = np.clip(limits.min(axis=0), 1, 32)  # blocks on a multiprocessor
-    resident = np.where(template == 1.0, 1.0, resident)  # a persistent kernel has one
-    there = np.minimum(resident, np.ceil(tiles / units))
-    in_flight = there * np.maximum(stages - 1, 0.5) * (block_m + block_n) * block_k * size
+    resident = np.where(kind == KINDS.index("mm_persistent_tma"), 1.0, resident)  # a persistent kernel has one
+    there = np.minimum(resident, np.ceil(blocks / units))
+    in_flight = there * np.maximum(stages - 1, 0.5) * stage
     least = size * batch * (m * k + k * n + m * n)
     flop = 2 * batch * m * n * k
     traffic = size * tiles * (block_m + block_n) * k
-    busy = np.minimum(tiles, units)
+    busy = np.minimum(blocks, units)
     columns = [
         *(np.full(len(configs), math.log2(x)) for x in (m, n, k, batch)),
         np.full(len(configs), math.log2((flop / _FLOP_PER_US) / (least / _READ_BYTES_PER_US))),
-        template, np.log2(block_m), np.log2(block_n), np.log2(block_k), stages, np.log2(warps), np.log2(group),
-        np.log2(tiles), np.log2(tiles / units), _fill(tiles, units), _fill(tiles, units * resident), np.log2(resident),
+        kind, tma, np.log2(block_m), np.log2(block_n), np.log2(block_k), stages, np.log2(warps), np.log2(group),
+        np.log2(split), waves, np.log2(blocks), np.log2(blocks / units), _fill(blocks, units), _fill(blocks, units * resident),
+        np.log2(resident),
         limits.argmin(axis=0).astype(np.float64),
-        smem / _SMEM_PER_BLOCK, np.log2(accumulators), np.log2(in_flight), np.log2(in_flight * busy),
-        np.log2(k_steps), stages / k_steps, m / (tiles_m * block_m), n / (tiles_n * block_n), k / (k_steps * block_k),
+        stages * stage / _SMEM_PER_BLOCK, np.log2(accumulators), np.log2(in_flight), np.log2(in_flight * busy), np.log2(stage),
+        np.log2(steps), stages / steps, m / (tiles_m * block_m), n / (tiles_n * block_n), k / (np.ceil(k / block_k) * block_k),
         np.log2(block_m * block_n / (block_m + block_n)), np.log2(traffic / least), np.log2(np.minimum(group, tiles_m)),
-        ((block_m >= 64) & (warps % 4 == 0)).astype(np.float64), np.log2(block_m / warps), np.log2(split),
+        ((np.where(swapped, block_n, block_m) >= 64) & (warps % 4 == 0)).astype(np.float64), np.log2(block_m / warps),
+        np.log2(1 + np.where((split > 1) | (waves > 0), split * 8 * m * n * batch / least, 0.0)),
     ]  # fmt: skip
     return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
+
+
+def _kind(config: Config) -> float:
+    said = config.get("template", config.get("mode"))
+    return float(KINDS.index(said)) if isinstance(said, str) and said in KINDS else -1.0
 
 
 def _fill(tiles: Floats, slots: Floats | float) -> Floats:

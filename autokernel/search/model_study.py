@@ -33,7 +33,7 @@ class Beliefs:
     """How the model may be wrong, in log(time): standard deviations, and how fast they change between configs."""
 
     level: float = 1.0  # all configs of a backend
-    local: float = 0.18  # one region of a space
+    local: float = 0.15  # one region of a space, at least; more where measurements differ more from the model
     noise: float = 0.03  # one config
     reach: float = 1.6  # steps (factors of two) over which configs share their error
     explore: float = 0.0  # added to the expected improvement: this many standard deviations
@@ -67,6 +67,7 @@ class ModelStudy:
         self._observed: dict[int, float] = {}  # position -> log(us)
         self._failed: set[int] = set()
         self._pending: set[int] = set()
+        self._local = self._beliefs.local
 
     @property
     def num_trials(self) -> int:
@@ -151,6 +152,7 @@ class ModelStudy:
         level = float(np.median(expected - self._prior[places[: len(expected)]]))
         failed = self._prior[places[len(expected) :]] + level + _FAILED
         residual = np.concatenate([expected, failed]) - self._prior[places] - level
+        self._local = max(beliefs.local, float(np.sqrt((residual[: len(expected)] ** 2).mean())))
         if self._pending:  # as expected: nothing is learned from them but where not to look twice
             waiting = np.array(sorted(self._pending))
             gram = self._kernel(places, places) + np.eye(len(places)) * beliefs.noise**2
@@ -161,7 +163,7 @@ class ModelStudy:
         cross = self._kernel(np.arange(len(self._prior)), places)
         mean = self._prior + level + cross @ cho_solve(factor, residual)
         explained = solve_triangular(factor[0], cross.T, lower=True)
-        variance = beliefs.level**2 + beliefs.local**2 - (explained**2).sum(axis=0)
+        variance = beliefs.level**2 + self._local**2 - (explained**2).sum(axis=0)
         return mean, np.sqrt(np.maximum(variance, 1e-8) + beliefs.noise**2)
 
     def _kernel(self, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> Floats:
@@ -172,7 +174,7 @@ class ModelStudy:
         arms_a = np.searchsorted(self._offset, rows, side="right")
         arms_b = np.searchsorted(self._offset, columns, side="right")
         same = arms_a[:, None] == arms_b[None, :]
-        local = self._beliefs.local**2 * (1 + distance) * np.exp(-distance)
+        local = self._local**2 * (1 + distance) * np.exp(-distance)
         return np.where(same, self._beliefs.level**2 + local, 0.5 * self._beliefs.level**2)
 
 

@@ -1,0 +1,123 @@
+"""Landscapes: written and read whole, packed, replayed through the package's own Tuner; kernels that recorders compile."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import gemm_kernels
+import landscape_file
+import pytest
+import replay
+import search_efficiency
+from landscape_file import Landscape, Row
+from synthetic_landscapes import made_up_landscape
+
+from autokernel.search.tuner import Tuner
+
+
+@pytest.fixture(scope="module")
+def landscape() -> Landscape:
+    return made_up_landscape("made-up", 16, 4096, 4096, count=120)
+
+
+def test_file_round_trip(landscape: Landscape, tmp_path: Path) -> None:
+    path = landscape_file.save(landscape, tmp_path)
+    assert path == tmp_path / "synthetic" / "made-up.json.gz"
+    again = landscape_file.load(path)
+    assert [(row.backend, row.config, row.status) for row in again.rows] == [
+        (row.backend, row.config, row.status) for row in landscape.rows
+    ]
+    for one, other in zip(again.rows, landscape.rows, strict=True):
+        assert one.us == pytest.approx(other.us, abs=1e-3)
+    assert again.header == landscape.header
+    assert again.problem == landscape.problem
+
+
+def test_pack_and_unpack(landscape: Landscape, tmp_path: Path) -> None:
+    landscape_file.save(landscape, tmp_path / "one")
+    landscape_file.pack(tmp_path / "one", tmp_path / "all.zip")
+    landscape_file.unpack(tmp_path / "all.zip", tmp_path / "two")
+    assert [found.name for found in landscape_file.load_all(tmp_path / "two")] == ["made-up"]
+
+
+def test_absent_parameters_stay_absent_and_unknown_formats_are_refused() -> None:
+    rows = [
+        Row(backend="inductor", config={"template": "mm", "BLOCK_M": 16}, status="OK", us=1.0),
+        Row(backend="inductor", config={"template": "decompose_k", "k_split": 4}, status="RUN_ERROR"),
+    ]
+    data = landscape_file.to_json(Landscape(name="x", header={}, problem={}, rows=rows))
+    assert landscape_file.from_json(data).rows == rows
+    with pytest.raises(ValueError, match="format 7"):
+        landscape_file.from_json({**data, "format": 7})
+
+
+def test_the_careful_time_counts_and_later_recordings_win() -> None:
+    quick = Row(backend="inductor", config={"a": 1}, status="OK", us=5.0)
+    careful = Row(backend="inductor", config={"a": 1}, status="OK", us=5.0, careful_us=4.5)
+    assert careful.best_us == 4.5
+    first, second = (Landscape(name="x", header={}, problem={}, rows=[row]) for row in (quick, careful))
+    assert landscape_file.merge(first, second).rows == [careful]
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "model"])
+def test_a_replayed_search_visits_recorded_configs_once(landscape: Landscape, sampler: str) -> None:
+    one = replay.Replay(landscape)
+    search = Tuner(problem=one.problem, spaces=one.spaces, names=one.names, sampler=sampler, seed=1, max_trials=60)  # type: ignore[arg-type]
+    asked = []
+    for _ in range(60):
+        (proposal,) = search.ask(1)
+        asked.append(proposal.candidate.id)
+        search.tell(proposal.number, one.evaluation(proposal.candidate))
+    assert len(set(asked)) == 60
+
+
+def test_needed_counts_failures() -> None:
+    rows = [Row(backend="inductor", config={"template": "mm", "BLOCK_M": b}, status="OK", us=float(b)) for b in (16, 32)]
+    problem = {"op": "mm", "batch": 1, "m": 16, "n": 64, "k": 64, "dtype": "bfloat16", "bias": False, "b": "k-major"}
+    one = replay.Replay(Landscape(name="x", header={"hardware": "x"}, problem=problem, rows=rows))
+    assert one.needed([None, 32.0, 16.0], 0.95) == 3
+    assert one.needed([None, 32.0], 0.95) == math.inf
+    assert one.reached([None, 32.0, 16.0], 2) == 0.5
+
+
+def test_nothing_is_learned_from_the_weight_that_is_judged() -> None:
+    def shape(name: str, m: int, n: int) -> Landscape:
+        return Landscape(name=name, header={}, problem={"op": "mm", "m": m, "n": n, "k": 64})
+
+    landscapes = [shape("a", 1, 64), shape("b", 16, 64), shape("c", 16, 128)]
+    assert [one.name for one in search_efficiency.others(landscapes[0], landscapes)] == ["c"]
+
+
+_TILE = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 4, "num_stages": 3}
+
+
+@pytest.mark.parametrize(
+    ("template", "gemm"),
+    [
+        ("mm", gemm_kernels.Gemm(name="x", op="mm", m=16, n=256, k=200)),
+        ("mm_persistent_tma", gemm_kernels.Gemm(name="x", op="addmm", m=16, n=256, k=256)),
+        ("bmm", gemm_kernels.Gemm(name="x", op="bmm", m=16, n=256, k=256, batch=4, k_major=False)),
+    ],
+)
+def test_kernels_compile_for_hopper_without_a_gpu(
+    template: str, gemm: gemm_kernels.Gemm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = {"template": template, **_TILE}
+    kernel = gemm_kernels.compile_kernel(gemm, config, tmp_path, f"kernel_{template}")
+    assert kernel.metadata.target.arch == 90
+    assert 0 < kernel.metadata.shared <= gemm_kernels.MAX_SHARED
+    mma = "mma.sync" in kernel.asm["ptx"]
+    assert mma
+
+
+def test_grids() -> None:
+    gemm = gemm_kernels.Gemm(name="x", op="mm", m=17, n=200, k=64)
+    assert gemm_kernels.grid_of(gemm, {"template": "mm", **_TILE}) == (8, 1, 1)
+    wide = gemm_kernels.Gemm(name="x", op="mm", m=2048, n=4096, k=64)
+    assert gemm_kernels.grid_of(wide, {"template": "mm_persistent_tma", **_TILE}) == (132, 1, 1)
+    batched = gemm_kernels.Gemm(name="x", op="bmm", m=17, n=64, k=64, batch=3)
+    assert gemm_kernels.grid_of(batched, {"template": "bmm", **_TILE}) == (2, 3, 1)

@@ -1,0 +1,104 @@
+"""The cost model: features that mean what they say, trees that add up, a file that goes both ways."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autokernel.search.cost_model import FEATURES, CostModel, Trees, features, load_model, save_model
+from autokernel.search.space import DeviceFacts, names_for
+
+H200 = DeviceFacts(device="cuda", isa="sm_90", num_units=132, smem_bytes=232448, l2_bytes=60 << 20)
+CONFIG = {"template": "mm", "BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8, "GROUP_M": 8}
+
+
+def names(m: int, n: int, k: int, batch: int = 1) -> dict[str, int | str]:
+    return dict(names_for({"m": m, "n": n, "k": k, "batch": batch, "dtype_bytes": 2, "has_constant_weight": 1}, H200))
+
+
+def feature(name: str, m: int = 2048, n: int = 4096, k: int = 4096, **changed: int | str) -> float:
+    return float(features(names(m, n, k), [{**CONFIG, **changed}])[0, FEATURES.index(name)])
+
+
+def test_features_by_hand() -> None:
+    assert feature("log_blocks") == math.log2(32 * 32)
+    assert feature("wave_fill") == pytest.approx(1024 / (8 * 132))
+    assert feature("smem_share") == pytest.approx(4 * (64 + 128) * 64 * 2 / 232448)
+    assert feature("log_accumulators") == math.log2(64 * 128 / 256)
+    assert feature("log_resident") == 1.0  # two blocks of 96 KiB fit
+    assert feature("fill_m", m=100) == pytest.approx(100 / 128)
+    assert feature("log_steps") == 6.0
+    assert feature("log_group_rows", m=64) == 0.0  # a single row of tiles
+    assert feature("wgmma") == 1.0
+    assert feature("wgmma", BLOCK_M=32) == 0.0
+    assert feature("log_resident", template="mm_persistent_tma") == 0.0
+
+
+def test_features_are_finite_everywhere() -> None:
+    configs = [
+        {**CONFIG, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "num_stages": stages, "num_warps": warps}
+        for bm, bn, bk, stages, warps in itertools.product((16, 256), (16, 256), (16, 256), (1, 6), (1, 16))
+    ]
+    configs.append({"template": "decompose_k", "k_split": 32})
+    for m, n, k in ((1, 16, 16), (8192, 128256, 4096), (256, 256, 65536)):
+        found = features(names(m, n, k, batch=3), configs)
+        assert found.shape == (len(configs), len(FEATURES))
+        assert np.isfinite(found).all()
+
+
+def stump(name: str, threshold: float, low: float, high: float, base: float = 0.0) -> Trees:
+    """One tree with one split."""
+    return Trees(
+        feature=np.array([FEATURES.index(name), 0, 0]), threshold=np.array([threshold, 0.0, 0.0]), left=np.array([1, 1, 2]),
+        right=np.array([2, 1, 2]), value=np.array([0.0, low, high]), roots=np.array([0]), depth=1, base=base,
+    )  # fmt: skip
+
+
+def test_trees_add_up() -> None:
+    trees = stump("log_block_m", 5.5, low=-1.0, high=2.0, base=10.0)
+    both = Trees(
+        feature=np.tile(trees.feature, 2), threshold=np.tile(trees.threshold, 2), left=np.array([1, 1, 2, 4, 4, 5]),
+        right=np.array([2, 1, 2, 5, 4, 5]), value=np.tile(trees.value, 2), roots=np.array([0, 3]), depth=1, base=10.0,
+    )  # fmt: skip
+    rows = features(names(64, 64, 64), [{**CONFIG, "BLOCK_M": 32}, {**CONFIG, "BLOCK_M": 64}])
+    assert trees.predict(rows).tolist() == [9.0, 12.0]
+    assert both.predict(rows).tolist() == [8.0, 14.0]
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    model = CostModel(
+        cost={"inductor": stump("log_block_n", 6.5, 0.1, 0.2)},
+        failure={"inductor": stump("smem_share", 0.9, -3.0, 3.0)},
+        origin={"landscapes": ["a"]},
+    )
+    save_model(model, tmp_path / "model.json.gz")
+    again = load_model(tmp_path / "model.json.gz")
+    assert again is not None
+    configs = [CONFIG, {**CONFIG, "BLOCK_N": 64}]
+    predicted = again.predict("inductor", names(16, 64, 64), configs)
+    assert predicted is not None
+    assert predicted.tolist() == [0.2, 0.1]
+    fails = again.fails("inductor", names(16, 64, 64), [CONFIG, {**CONFIG, "BLOCK_K": 256}])
+    assert fails[0] < 0.1 < 0.9 < fails[1]
+    assert again.predict("triton", names(16, 64, 64), configs) is None
+    assert again.origin == {"landscapes": ["a"]}
+
+
+def test_a_model_of_other_features_is_refused(tmp_path: Path) -> None:
+    save_model(CostModel(cost={}, failure={}, origin={}), tmp_path / "model.json.gz")
+    import gzip
+    import json
+
+    data = json.loads(gzip.decompress((tmp_path / "model.json.gz").read_bytes()))
+    data["features"] = data["features"][1:]
+    (tmp_path / "model.json.gz").write_bytes(gzip.compress(json.dumps(data).encode()))
+    with pytest.raises(ValueError, match="train_cost_model"):
+        load_model(tmp_path / "model.json.gz")
+
+
+def test_no_file_is_no_model(tmp_path: Path) -> None:
+    assert load_model(tmp_path / "none.json.gz") is None
