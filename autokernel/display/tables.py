@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -15,12 +16,11 @@ from autokernel.display.results import HotspotRow, graph_options, hotspot_rows
 from autokernel.display.words import duration, failures, microseconds, percent, ratio
 from autokernel.events import ModelValidated, ScenarioResult
 from autokernel.records import Hotspot
-from autokernel.tracking.summary import RunSummary
+from autokernel.tracking.summary import ProblemSummary, RunSummary
 from autokernel.tracking.titles import config_title, problem_title
 
 MAX_UNSEARCHED = 4  # rows of hotspots that nobody searched
 REPORT_NAME = "report.html"
-MODES = ("eager", "default", "max-autotune", "bundle")
 
 _STYLES = {"won": "bold green", "dropped": "yellow", "stock": "", "searched": "cyan", "not searched": "dim"}
 
@@ -130,6 +130,50 @@ def hotspot_table(summary: RunSummary) -> RenderableType:
     return Group(shown, Text("\n".join(["", *notes]), style="dim"))
 
 
+def kernels_table(summary: RunSummary) -> RenderableType:
+    """By scenario: how many kernels won, by how much, whose they are, and how near they are to the roofline."""
+    shown = table(
+        ("scenario", "fold"), ("searched", "right"), ("won", "right"), ("geo. mean", "right"), ("used", "fold"),
+        ("of the roofline", "right"), title="Kernels by scenario",
+    )  # fmt: skip
+    for row in summary.by_scenario:
+        mine = [p for p in summary.problems if p.trials and row.scenario in p.scenarios]
+        used = Counter(p.backend or "stock" for p in mine)
+        shown.add_row(
+            row.scenario,
+            str(row.num_searched),
+            str(row.num_won),
+            f"{row.geometric_mean:.3f}×",
+            ", ".join(f"{name} {count}" for name, count in used.most_common()),
+            _roofline(mine),
+        )
+    return Group(shown, Text("\n".join(["", *_machine_notes(summary)]), style="dim"))
+
+
+def _roofline(problems: Sequence[ProblemSummary]) -> str:
+    """`72 % → 83 %`: stock and what is used now, of problems for which both are known, by their part of the time."""
+    least = stock = now = 0.0
+    for problem in problems:
+        before = problem.roofline_part(problem.baseline_us)
+        won = problem.winner if problem.verdict == "won" else None
+        after = problem.roofline_part(won.winner_us) if won is not None else before
+        if before and after:
+            least, stock, now = least + problem.weight, stock + problem.weight / before, now + problem.weight / after
+    return f"{least / stock:.0%} → {least / now:.0%}" if least else ""
+
+
+def _machine_notes(summary: RunSummary) -> list[str]:
+    """The state of a GPU while confirming, and how busy the search kept it; nothing where nobody knows."""
+    notes = ["geo. mean: speed-up over stock of what was searched; of the roofline: stock → used."]
+    units = {"clock_mhz": "MHz", "power_w": "W", "temperature_c": "°C"}
+    seen = [f"{low:,.0f}–{high:,.0f} {units[k]}" for k, (low, high) in summary.conditions.items() if k in units]
+    if seen:
+        notes.append(f"While confirming: {', '.join(seen)}.")
+    if summary.device_busy is not None:
+        notes.append(f"The device was busy {summary.device_busy:.0%} of the search.")
+    return notes
+
+
 def _detail(row: HotspotRow) -> Text:
     """Where the problem occurs and which kernel is meant; why it is not used, if it is not."""
     text = Text(", ".join(row.scenarios), "dim")
@@ -154,13 +198,15 @@ def _us(value: float | None) -> str:
 
 def scenario_table(scenarios: Iterable[ScenarioResult], *, best_word: str = "best stock") -> Table:
     """End-to-end times of one step in every mode, and the speed-up over the best stock mode."""
+    scenarios = list(scenarios)
+    modes = list(dict.fromkeys(mode.mode for result in scenarios for mode in result.modes))
     shown = table(
-        ("scenario", "fold"), ("eager", "right"), ("default", "right"), ("max-autotune", "right"), ("bundle", "right"),
-        (f"over {best_word} [95 %]", "left"), ("verdict", "fold"), title="End to end, us per step",
+        ("scenario", "fold"), *((mode, "right") for mode in modes), (f"over {best_word} [95 %]", "left"), ("verdict", "fold"),
+        title="End to end, us per step",
     )  # fmt: skip
     for result in scenarios:
         times = {mode.mode: mode.median_us for mode in result.modes}
-        cells = [Text(_us(times.get(mode)), style="bold" if mode in (result.best_stock, "bundle") else "") for mode in MODES]
+        cells = [Text(_us(times.get(mode)), style="bold" if mode in (result.best_stock, "bundle") else "") for mode in modes]
         gained = result.speedup.low > 1
         style = "bold green" if gained else "" if result.passed else "red"
         verdict = "faster" if gained else "not slower" if result.passed else "slower"
@@ -203,6 +249,8 @@ def result_view(summary: RunSummary, folder: Path, runs_folder: Path) -> Rendera
     parts: list[RenderableType] = [heading(summary)]
     if summary.problems:
         parts.append(hotspot_table(summary) if summary.trials else profile_table(summary))
+        if summary.by_scenario and "confirm" in summary.stage_seconds:
+            parts.append(kernels_table(summary))
     if summary.validated is not None:
         parts.append(scenario_table(summary.validated.scenarios))
         if summary.validated.evals:
@@ -247,6 +295,8 @@ def places(summary: RunSummary, folder: Path, runs_folder: Path) -> RenderableTy
     if proved is not None:
         hits = f"{proved.num_hits} of {proved.num_entries} entries hit, {proved.num_benchmarks} kernels benchmarked"
         times = f"compiled in {proved.compile_s:.1f} s (stock {proved.stock_compile_s:.1f} s)"
+        if proved.constant_bytes:
+            times += f", {proved.constant_bytes / 1e6:,.0f} MB of weights copied into constants"
         said = f"{hits}, {times}" if proved.passed else f"failed: {proved.message}"
         grid.add_row("fresh process", Text(said, style="" if proved.passed else "red"))
     if (folder / REPORT_NAME).exists():
