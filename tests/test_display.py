@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import synthetic_events as synthetic
+import synthetic_gpu
 from rich.console import Console, RenderableType
 
 from autokernel import pipeline
@@ -22,7 +23,7 @@ from autokernel.display.progress import LiveProgress, PlainProgress, panel
 from autokernel.display.results import failure_json, hotspot_rows, result_json
 from autokernel.display.state import STAGES, ProgressState
 from autokernel.display.tables import profile_table, result_view, search_table
-from autokernel.events import RunFinished, StageFinished, StageProgress, StageStarted
+from autokernel.events import Evaluated, RunFinished, StageFinished, StageProgress, StageStarted
 from autokernel.records import Candidate, Problem, Speedup, Status, TensorSpec
 from autokernel.tracking.summary import RunSummary, summarize
 from autokernel.tracking.titles import config_title, problem_title
@@ -186,7 +187,7 @@ def test_the_result_says_everything_on_unbroken_lines(won: RunSummary, width: in
 def test_a_stock_run_says_so() -> None:
     text = text_of(result_view(summarize(synthetic.whole_run(FOLDER, outcome="stock")), FOLDER, Path("runs")))
     assert "changes nothing" in text
-    assert " won" not in text
+    assert not re.search(r" won$", text, re.MULTILINE)
     assert "not slower" in text
 
 
@@ -446,3 +447,38 @@ def test_a_full_disk_silences_the_log_file(tmp_path: Path, capfd: pytest.Capture
     log_file.release()
     assert logger.handlers == []
     assert capfd.readouterr().err == ""
+
+
+# --- a GPU
+
+
+@pytest.mark.parametrize("width", [100, 140])
+def test_a_gpu_run_says_whose_kernels_won_and_how_near_the_roofline_they_are(width: int) -> None:
+    summary = summarize(synthetic_gpu.make_gpu_events())
+    text = text_of(result_view(summary, FOLDER, FOLDER), width)
+    for said in (
+        r"^NVIDIA H200, sm_90, 132 multiprocessors, torch 2\.11\.0\+cu130$",
+        r"^decode-b1 +5 +4 +1\.\d{3}× +triton 4, aten 1 +8\d → 8\d %",
+        r"^While confirming: 1,7\d\d–1,980 MHz, 3\d\d–69\d W, 4\d–5\d °C\.$",
+        r"^The device was busy for 83 % of the search\.$",
+        r"tile=\d+×\d+×\d+",
+    ):
+        assert re.search(said, text, re.MULTILINE), f"{said}\nnot in\n{text}"
+    assert max(map(len, text.splitlines())) <= width
+    document = result_json(summary, FOLDER)
+    row = next(h for h in document["hotspots"] if h["verdict"] == "won" and h["backend"] == "triton")
+    assert set(row["by_backend_us"]) == {"aten", "inductor", "triton"}
+    assert 0 < row["roofline_stock"] < row["roofline"]
+    assert document["conditions"]["clock_mhz"][1] == 1980.0
+    assert json.loads(json.dumps(document)) == document
+
+
+def test_the_panel_shows_the_hotspot_under_search_however_many_there_are() -> None:
+    state = ProgressState()
+    events = synthetic_gpu.make_gpu_events()
+    searching = next(i for i, event in enumerate(events) if isinstance(event, Evaluated))
+    for event in events[: searching + 27]:
+        state.take(event)
+    text = text_of(panel(state), 140)
+    assert text.count("▶") == 2  # the stage, and this hotspot
+    assert "and 22 more" in text

@@ -236,8 +236,11 @@ def _bar(state: ProgressState) -> Table:
 
 def _bests(state: ProgressState) -> RenderableType:
     found, current = state.searched, state.hotspots.get(state.current)
+    shown = found[:_MAX_ROWS]
+    if current is not None and current in found[_MAX_ROWS:]:
+        shown[-1] = current
     rows: list[Row] = []
-    for hotspot in found[:_MAX_ROWS]:
+    for hotspot in shown:
         ratio = hotspot.ratio
         cells: list[str | Text] = [
             Text(f"{'▶' if hotspot is current else ' '} {hotspot.title}"),
@@ -249,6 +252,6 @@ def _bests(state: ProgressState) -> RenderableType:
         ]
         rows.append((cells, Text(config_title(hotspot.best), "dim") if hotspot.best is not None else ""))
     columns = ("  hotspot", "scenario", ("trials", "right"), ("stock us", "right"), ("best us", "right"), ("gain", "right"))
-    shown = detailed_table(*columns, rows=rows, one_line=True)
+    made = detailed_table(*columns, rows=rows, one_line=True)
     rest = len(found) - _MAX_ROWS
-    return Group(shown, Text(f"  and {rest} more", "dim")) if rest > 0 else shown
+    return Group(made, Text(f"  and {rest} more", "dim")) if rest > 0 else made

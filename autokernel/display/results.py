@@ -11,7 +11,6 @@ from typing import Any
 from autokernel.display.lookup import summary_of
 from autokernel.errors import StorageError
 from autokernel.events import Evaluated
-from autokernel.export.matching import gemm_of
 from autokernel.records import Candidate, Speedup
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us
 from autokernel.tracking.titles import config_title, problem_title
@@ -33,13 +32,14 @@ class HotspotRow:
     screened: float | None
     verdict: str  # "won", "dropped", "stock", "searched" (not judged yet) or "not searched"
     why: str
+    roofline: tuple[float | None, float | None]  # the part of it that stock reaches, and that the candidate does
+    by_backend: Mapping[str, float]  # time of each backend's fastest, as screened, in us
 
 
 def hotspot_rows(summary: RunSummary) -> list[HotspotRow]:
-    """One row per problem, in order of what could be gained; none for those that another one's search was for as well."""
+    """One row per problem, in order of what could be gained."""
     judged = "confirm" in summary.stage_seconds
-    searched = {gemm_of(problem.problem) for problem in summary.problems if problem.trials} - {None}
-    return [_row(problem, judged) for problem in summary.problems if problem.trials or gemm_of(problem.problem) not in searched]
+    return [_row(problem, judged) for problem in summary.problems]
 
 
 def _row(problem: ProblemSummary, judged: bool) -> HotspotRow:
@@ -69,6 +69,8 @@ def _row(problem: ProblemSummary, judged: bool) -> HotspotRow:
         screened=baseline_us / candidate_us if baseline_us and candidate_us else None,
         verdict=verdict,
         why=why,
+        roofline=(problem.roofline_part(baseline_us), problem.roofline_part(candidate_us)),
+        by_backend={name: latency_us(trial) for name, trial in problem.by_backend.items()},
     )
 
 
@@ -117,6 +119,9 @@ def hotspot_json(row: HotspotRow) -> dict[str, Any]:
         "screened_ratio": row.screened,
         "verdict": row.verdict,
         "why": row.why,
+        "roofline_stock": row.roofline[0],
+        "roofline": row.roofline[1],
+        "by_backend_us": dict(row.by_backend),
     }
 
 
@@ -147,6 +152,8 @@ def result_json(summary: RunSummary, folder: Path) -> dict[str, Any]:
         "scenarios": [s.to_json() for s in validated.scenarios] if validated is not None else [],
         "evals": [e.to_json() for e in validated.evals] if validated is not None else [],
         "dropped": dict(validated.dropped) if validated is not None else {},
+        "conditions": {name: list(span) for name, span in summary.conditions.items()},
+        "device_busy": summary.device_busy,
         "proved": summary.proved.to_json() if summary.proved is not None else None,
     }
 

@@ -151,7 +151,7 @@ def kernels_table(summary: RunSummary) -> RenderableType:
 
 
 def _roofline(problems: Sequence[ProblemSummary]) -> str:
-    """`72 % → 83 %`: stock and what is used now, of problems for which both are known, by their part of the time."""
+    """`72 → 83 %`: stock and what is used now, of problems for which both are known, by their part of the time."""
     least = stock = now = 0.0
     for problem in problems:
         before = problem.roofline_part(problem.baseline_us)
@@ -159,7 +159,7 @@ def _roofline(problems: Sequence[ProblemSummary]) -> str:
         after = problem.roofline_part(won.winner_us) if won is not None else before
         if before and after:
             least, stock, now = least + problem.weight, stock + problem.weight / before, now + problem.weight / after
-    return f"{least / stock:.0%} → {least / now:.0%}" if least else ""
+    return f"{100 * least / stock:.0f} → {100 * least / now:.0f} %" if least else ""
 
 
 def _machine_notes(summary: RunSummary) -> list[str]:
@@ -170,7 +170,7 @@ def _machine_notes(summary: RunSummary) -> list[str]:
     if seen:
         notes.append(f"While confirming: {', '.join(seen)}.")
     if summary.device_busy is not None:
-        notes.append(f"The device was busy {summary.device_busy:.0%} of the search.")
+        notes.append(f"The device was busy for {100 * summary.device_busy:.0f} % of the search.")
     return notes
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7"
 INK, MUTED, GRID = "#1b1f24", "#6e7782", "#d5dae0"
 _THEMED = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)"}
-_MODE_COLOURS = {"eager": "#9aa3ad", "default": SKY, "max-autotune": ORANGE, "bundle": BLUE}
+_MODE_COLOURS = {"eager": "#9aa3ad", "default": SKY, "reduce-overhead": GREEN, "max-autotune": ORANGE, "bundle": BLUE}
 _VERDICT_COLOURS = {"won": BLUE, "dropped": VERMILION, "kept stock": "#9aa3ad"}
 _MAX_PANELS, _MAX_ROWS, _WIDTH_IN = 12, 40, 9.0
 
