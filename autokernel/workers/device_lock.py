@@ -39,13 +39,37 @@ def device_lock(device: str, *, exclusive: bool) -> Iterator[None]:
     with _opened(folder / f"{name}.lock") as lock:
         # The turnstile: who waits for the device holds it, and newcomers queue behind. Without it, builds that overlap
         # each other would keep the device shared for ever, and timing would starve.
-        with _opened(folder / f"{name}.queue") as turnstile, _flocked(turnstile, fcntl.LOCK_EX):
+        with _announced(folder), _opened(folder / f"{name}.queue") as turnstile, _flocked(turnstile, fcntl.LOCK_EX):
             fcntl.flock(lock, operation)
         try:
             yield
         finally:
             # Unlocked by name, not just closed: a process that the block forked may still have the file open.
             fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def waits_for_device(leader: int) -> bool:
+    """Whether any process of the session that `leader` leads waits for a device right now.
+
+    Whoever counts a job's seconds leaves these out: a job must not run out of time because another one hangs.
+    """
+    try:
+        fd = os.open(_announcement(_folder(), leader), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except (OSError, StorageError):
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def forget_session(leader: int) -> None:
+    """Remove what is left of a session whose processes are gone."""
+    with contextlib.suppress(OSError, StorageError):
+        _announcement(_folder(), leader).unlink(missing_ok=True)
 
 
 def lock_name(device: str) -> str:
@@ -71,6 +95,17 @@ def _folder() -> Path:
     if status.st_uid != os.getuid() or not folder.is_dir() or folder.is_symlink():
         raise StorageError(f"{folder}: device locks live there, so it must be a folder of your own; remove it or set TMPDIR")
     return folder
+
+
+def _announcement(folder: Path, leader: int) -> Path:
+    return folder / f"session-{leader}.waits"
+
+
+@contextlib.contextmanager
+def _announced(folder: Path) -> Iterator[None]:
+    """For `waits_for_device`. A lock and not just a file, so that a process that dies waits no longer."""
+    with _opened(_announcement(folder, os.getsid(0))) as fd, _flocked(fd, fcntl.LOCK_SH):
+        yield
 
 
 @contextlib.contextmanager

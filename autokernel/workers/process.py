@@ -22,6 +22,7 @@ import psutil
 
 from autokernel.errors import JobCrashed, JobTimeout, WorkerError
 from autokernel.workers.child import DUMP_SIGNAL, HEADER
+from autokernel.workers.device_lock import forget_session, waits_for_device
 
 _log = logging.getLogger(__name__)
 
@@ -79,14 +80,14 @@ class ChildProcess:
         return self._process.pid
 
     def exchange(self, request: bytes, timeout_s: float) -> bytes:
-        """Send one frame and wait for one.
+        """Send one frame and wait for one. Time that the child waits for a device does not count.
 
         Raises:
             JobTimeout: no answer in time; the process group was killed.
             JobCrashed: the process died, or was killed for its memory. Messages end with the log's tail.
         """
         self._log.clear()
-        started = time.monotonic()
+        started = looked = time.monotonic()
         outgoing = memoryview(HEADER.pack(len(request)) + request)
         frame = bytearray()
         next_memory_check = started
@@ -96,6 +97,9 @@ class ChildProcess:
             selector.register(self._output, selectors.EVENT_READ)
             while True:
                 now = time.monotonic()
+                if waits_for_device(self.pid):
+                    started += now - looked
+                looked = now
                 if now - started >= timeout_s:
                     self._time_out(timeout_s)
                 if self._memory_limit_bytes is not None and now >= next_memory_check:
@@ -190,6 +194,7 @@ class ChildProcess:
             except subprocess.TimeoutExpired:
                 _log.warning("process %d was killed but is still there after %g s (a hung driver?)", self.pid, _REAP_S)
             self._reaped = True
+        forget_session(self.pid)
 
     def _time_out(self, timeout_s: float) -> None:
         with self._lock, contextlib.suppress(ProcessLookupError):

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pytest
 import worker_jobs as jobs
 
 from autokernel.errors import AutokernelError, JobCrashed, JobLost, JobTimeout, WorkerError
+from autokernel.workers.device_lock import device_lock
 from autokernel.workers.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +92,34 @@ def test_a_hang_is_killed_at_its_deadline_with_all_it_started(
     assert len(pids) == 3
     all_gone(pids)
     assert worker.run(jobs.Add(1, 1), GENEROUS_S) == 2
+
+
+@pytest.fixture
+def lock_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return tmp_path / f"autokernel-{os.getuid()}"
+
+
+def test_time_that_a_job_waits_for_the_device_does_not_count(lock_folder: Path, tmp_path: Path) -> None:
+    """Whoever has the device may be hanging there until its own deadline."""
+    worker = Worker()
+    pid = worker.run(jobs.Pid(), GENEROUS_S)
+    announcement = lock_folder / f"session-{pid}.waits"
+    with ThreadPoolExecutor() as threads:
+        with device_lock("cpu", exclusive=True):
+            waiting = threads.submit(worker.run, jobs.TakeTheDevice(str(tmp_path / "begun"), 0.1), 1.0)
+            time.sleep(2.5)
+            assert (tmp_path / "begun").exists()
+            assert not waiting.done()
+            assert announcement.exists()
+        assert waiting.result(10) == "done"
+    begin = time.monotonic()
+    with pytest.raises(JobTimeout, match="deadline of 1 s"):
+        worker.run(jobs.TakeTheDevice(str(tmp_path / "begun"), 600), 1.0)
+    assert time.monotonic() - begin < 5, "having the device does count"
+    worker.close()
+    assert not announcement.exists(), "nothing is left of it"
 
 
 def test_a_crash_leaves_no_process_behind(worker: Worker, eventually: Callable[..., None]) -> None:
@@ -249,8 +280,10 @@ def test_no_descriptor_is_leaked() -> None:
 
 _PARENT = """
 import sys
+import tempfile
 sys.path[:0] = {paths!r}
 import worker_jobs
+from autokernel.workers.device_lock import device_lock
 from autokernel.workers.worker import Worker
 Worker().run({job}, 600)
 """

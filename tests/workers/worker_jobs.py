@@ -284,3 +284,19 @@ class Touch:
         Path(self.path).write_text(str(os.getpid()))
         time.sleep(self.seconds)
         return "slept"
+
+
+@dataclass(frozen=True)
+class TakeTheDevice:
+    """Writes a file, waits for the CPU, and then works for a while."""
+
+    path: str
+    seconds: float
+
+    def __call__(self) -> str:
+        from autokernel.workers.device_lock import device_lock
+
+        Path(self.path).write_text("")
+        with device_lock("cpu", exclusive=True):
+            time.sleep(self.seconds)
+        return "done"
