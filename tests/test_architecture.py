@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("events",), ("config",)),
     (("fingerprint",),),
     (("ops",),),
+    (("kernels",),),  # GPU kernels of our own
     (("export",),),  # bundle, matching, plan, pins, passes, freezing, apply: production
     (("backends",),),
     (("workers",),),
@@ -45,6 +46,7 @@ UPWARD: dict[tuple[str, str], str] = {}  # (module, what it imports from a highe
 LOOKUPS = {
     ("backends", "backends.aten"),
     ("backends", "backends.inductor"),
+    ("backends", "backends.triton"),
     ("workers.pool", "workers.cluster"),
     ("search.seeds", "search.nvmatmul"),
 }
@@ -65,6 +67,9 @@ HOMES = {
         "export.apply",
         "export.passes",
         "export.pins",
+        "export.substitution",
+        "export.templates",
+        "export.chain",
         "export.aoti",
         "export.prove",
         "backends.compiled",
@@ -288,7 +293,7 @@ def test_production_imports_torch_alone() -> None:
     assert not (loaded & needless) - _modules_after("import torch._inductor.compile_fx, torch._inductor.select_algorithm")
     assert not loaded & {"ray", "optuna", "mlflow", "pydantic", "typer", "rich", "transformers"}
     own = {name for name in loaded if name.startswith("autokernel.")}
-    allowed = ("autokernel.export", "autokernel.records", "autokernel.errors", "autokernel.environment")
+    allowed = ("autokernel.export", "autokernel.kernels", "autokernel.records", "autokernel.errors", "autokernel.environment")
     assert all(_within(name, allowed) for name in own), f"production needs {sorted(own)}"
 
 
