@@ -78,5 +78,6 @@ def all_backends() -> tuple[Backend, ...]:
     """Every backend, in order of precedence: of two equal candidates the simpler one wins."""
     from autokernel.backends.aten import AtenBackend
     from autokernel.backends.inductor import InductorBackend
+    from autokernel.backends.triton import TritonBackend
 
-    return (AtenBackend(), InductorBackend())
+    return (AtenBackend(), InductorBackend(), TritonBackend())

@@ -25,13 +25,12 @@ from autokernel.export.bundle import Entry
 from autokernel.export.matching import Gemm
 from autokernel.export.plan import Plan
 from autokernel.export.templates import gemm_of_node
-from autokernel.kernels.config import DTYPES, SkinnyConfig
+from autokernel.kernels.config import DTYPES, KERNEL, SkinnyConfig
 from autokernel.kernels.op import layout_problem, num_units_of
 
 aten = torch.ops.aten
 
 BACKEND = "triton"
-KERNEL = "skinny_mm"
 
 
 class SubstitutionPass(CustomGraphPass):
@@ -74,7 +73,7 @@ class SubstitutionPass(CustomGraphPass):
         if wrong:
             self.plan.skip(entry, wrong)
             return None
-        return Site(node, entry, config, gemm, num_units_of(x.device))
+        return Site(node, entry, config, gemm, num_units_of(x.device) if config.waves else 1)
 
     def _substitute(self, graph: torch.fx.Graph, sites: Sequence[Site]) -> None:
         """Replace the nodes; their kernels share one buffer of counters, as long as the longest need of any."""

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 Mode = Literal["rows", "swap", "vector"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
+KERNEL = "skinny_mm"
 MAX_M = 128
 MAX_ELEMENTS = 2**31 - 1  # offsets are 32-bit
 DTYPES = ("bfloat16", "float16")

@@ -8,7 +8,8 @@ also sets the counter back to zero: a buffer of counters, zeroed once, serves an
 launches that run at the same time need a buffer each.
 """
 
-# ruff: noqa: N803, N806
+# Triton compiles statements: it takes no conditional expressions over tensors, and no early returns.
+# ruff: noqa: N803, N806, SIM108, PLR0915
 from __future__ import annotations
 
 import triton
@@ -19,16 +20,14 @@ import triton.language as tl
 
 @triton.jit
 def _rows_and_columns(tile, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
-    """First row and column of a tile, and its row and column numbers, broadcastable to the accumulator's shape."""
+    """Numbers of a tile's rows and columns, broadcastable to the accumulator's shape."""
     tiles_m: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
-    first_m = (tile % tiles_m) * BLOCK_M
-    first_n = (tile // tiles_m) * BLOCK_N
-    m = first_m + tl.arange(0, BLOCK_M)
-    n = first_n + tl.arange(0, BLOCK_N)
+    m = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tile // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
     if SWAP:
-        return first_m, first_n, m[None, :], n[:, None]
+        return m[None, :], n[:, None]
     else:
-        return first_m, first_n, m[:, None], n[None, :]
+        return m[:, None], n[None, :]
 
 
 @triton.jit
@@ -52,9 +51,12 @@ def _vector_product(x, w, tile, block, count, N: tl.constexpr, K: tl.constexpr, 
 
 
 @triton.jit
-def _tma_product(x, w, first_m, first_n, block, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 SWAP: tl.constexpr):  # fmt: skip
+def _tma_product(x, w, tile, block, count, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_K: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
     """A tile's product over `count` blocks of K; x and w are tensor descriptors, which read zeros beyond the edge."""
+    tiles_m: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    first_m = (tile % tiles_m) * BLOCK_M
+    first_n = (tile // tiles_m) * BLOCK_N
     k = block * BLOCK_K
     if SWAP:
         total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -72,9 +74,10 @@ def _tma_product(x, w, first_m, first_n, block, count, BLOCK_M: tl.constexpr, BL
 
 
 @triton.jit
-def _matrix_product(x, w, m, n, block, count, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
+def _matrix_product(x, w, tile, block, count, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
-    """A tile's product over `count` blocks of K, in the shape to which m and n broadcast."""
+    """A tile's product over `count` blocks of K, loads go through pointers."""
+    m, n = _rows_and_columns(tile, M, BLOCK_M, BLOCK_N, SWAP)
     if N % BLOCK_N != 0:
         n = tl.minimum(n, N - 1)
     k = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -98,6 +101,20 @@ def _matrix_product(x, w, m, n, block, count, M: tl.constexpr, N: tl.constexpr, 
             total = tl.dot(inputs, weights, total)
         w_at += BLOCK_K
         x_at += BLOCK_K
+    return total
+
+
+@triton.jit
+def _product(x, w, tile, block, count, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
+             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr, TMA: tl.constexpr,
+             STAGES: tl.constexpr):  # fmt: skip
+    """A tile's product over `count` blocks of K, as [BLOCK_N, BLOCK_M] with swapped operands, else as [BLOCK_M, BLOCK_N]."""
+    if MODE == 2:
+        total = _vector_product(x, w, tile, block, count, N, K, BLOCK_N, BLOCK_K, STAGES)
+    elif TMA:
+        total = _tma_product(x, w, tile, block, count, M, BLOCK_M, BLOCK_N, BLOCK_K, MODE == 1)
+    else:
+        total = _matrix_product(x, w, tile, block, count, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, MODE == 1)
     return total
 
 
@@ -135,7 +152,6 @@ def skinny_mm_kernel(
         counters: int32 zeros, `SkinnyConfig.num_counters`; not used where no tile is shared.
     """
     SWAP: tl.constexpr = MODE == 1
-    VECTOR: tl.constexpr = MODE == 2
     BLOCKS: tl.constexpr = K // BLOCK_K
     TILES: tl.constexpr = ((M + BLOCK_M - 1) // BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
@@ -156,13 +172,8 @@ def skinny_mm_kernel(
         count = PER_SPLIT
         if BLOCKS % SPLIT_K != 0:
             count = tl.minimum(PER_SPLIT, tl.maximum(BLOCKS - block, 0))
-        first_m, first_n, m, n = _rows_and_columns(tile, M, BLOCK_M, BLOCK_N, SWAP)
-        if VECTOR:
-            total = _vector_product(x, w, tile, block, count, N, K, BLOCK_N, BLOCK_K, STAGES)
-        elif TMA:
-            total = _tma_product(x, w, first_m, first_n, block, count, BLOCK_M, BLOCK_N, BLOCK_K, SWAP)
-        else:
-            total = _matrix_product(x, w, m, n, block, count, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP)
+        m, n = _rows_and_columns(tile, M, BLOCK_M, BLOCK_N, SWAP)
+        total = _product(x, w, tile, block, count, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, MODE, TMA, STAGES)
         if SPLIT_K == 1:
             _store(y, bias, total, m, n, M, N, HAS_BIAS)
         else:
@@ -182,13 +193,8 @@ def skinny_mm_kernel(
         while at < end:
             tile, block = at // BLOCKS, at % BLOCKS
             count = tl.minimum(BLOCKS - block, end - at)
-            first_m, first_n, m, n = _rows_and_columns(tile, M, BLOCK_M, BLOCK_N, SWAP)
-            if VECTOR:
-                total = _vector_product(x, w, tile, block, count, N, K, BLOCK_N, BLOCK_K, STAGES)
-            elif TMA:
-                total = _tma_product(x, w, first_m, first_n, block, count, BLOCK_M, BLOCK_N, BLOCK_K, SWAP)
-            else:
-                total = _matrix_product(x, w, m, n, block, count, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP)
+            m, n = _rows_and_columns(tile, M, BLOCK_M, BLOCK_N, SWAP)
+            total = _product(x, w, tile, block, count, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, MODE, TMA, STAGES)
             if count == BLOCKS:
                 _store(y, bias, total, m, n, M, N, HAS_BIAS)
             else:
