@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Mode = Literal["rows", "swap", "vector"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -103,9 +103,9 @@ class SkinnyConfig:
     def from_ints(cls, values: list[int]) -> SkinnyConfig:
         """The inverse of `to_ints`."""
         mode, *rest = values
-        named = dict(zip(_NAMES[1:], rest, strict=True))
-        flags = {name: bool(named.pop(name)) for name in ("tma", "tile_first")}
-        return cls(mode=MODES[mode], **named, **flags)
+        named: dict[str, Any] = dict(zip(_NAMES[1:], rest, strict=True))
+        named |= {name: bool(named[name]) for name in _FLAGS}
+        return cls(mode=MODES[mode], **named)
 
     @classmethod
     def from_entry(cls, config: Mapping[str, object]) -> SkinnyConfig:
@@ -122,10 +122,13 @@ class SkinnyConfig:
                 f"skinny_mm takes {', '.join(_NAMES)} with mode one of {', '.join(MODES)}; "
                 f"unknown: {', '.join(unknown) or 'none'}, missing: {', '.join(missing) or 'none'}, mode: {given.get('mode')}"
             )
-        flags = {name: bool(given.pop(name)) for name in ("tma", "tile_first") if name in given}
-        mode: Mode = given.pop("mode")  # type: ignore[assignment]
-        return cls(mode=mode, **{name: int(str(value)) for name, value in given.items()}, **flags)
+        named: dict[str, Any] = {
+            name: bool(value) if name in _FLAGS else value if name == "mode" else int(str(value))
+            for name, value in given.items()
+        }
+        return cls(**named)
 
 
 _NAMES = tuple(field.name for field in fields(SkinnyConfig))
+_FLAGS = ("tma", "tile_first")
 _OF_ENTRIES = ("kernel", "merge", "m_min", "m_max")  # what a config says beside the kernel's parameters

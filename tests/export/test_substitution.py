@@ -151,18 +151,21 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(substitution, "gemm_of_node", gemm_of_node)
     monkeypatch.setattr(GraphLowering, "compile_to_module", keep)
     monkeypatch.setattr(torch.utils._triton, "has_triton_tensor_descriptor_host_tma", lambda: True)
-    triton.runtime.driver.set_active(Target())
+    monkeypatch.setattr(triton.runtime.driver, "_active", Target())
     torch._dynamo.reset()
     yield texts
-    triton.runtime.driver.reset_active()
     torch._dynamo.reset()
 
 
-def compiled(plan: Plan, texts: list[str]) -> str:
+def with_residual(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(b.expand(M, N).relu(), x, w.t())
+
+
+def compiled(plan: Plan, texts: list[str], function: Any = two_products) -> str:
     options = {"post_grad_custom_post_pass": SubstitutionPass(plan), "fx_graph_cache": False}
     x, w, v = (torch.randn(size, dtype=torch.bfloat16) for size in ((M, K), (N, K), (N, K)))
     with torch.no_grad(), pytest.raises(Exception, match="Stop"):
-        torch.compile(two_products, options=options)(x, w, v, torch.randn(N, dtype=torch.bfloat16))
+        torch.compile(function, options=options)(x, w, v, torch.randn(N, dtype=torch.bfloat16))
     return texts[0]
 
 
@@ -183,3 +186,11 @@ def test_inductor_calls_the_kernel_and_keeps_what_it_writes(changes: dict[str, C
 
 def test_the_lowering_is_one_that_inductor_calls_itself() -> None:
     assert lower_skinny_mm._inductor_lowering_function  # type: ignore[attr-defined]
+
+
+def test_a_matrix_that_is_added_comes_behind_the_product(generated: list[str]) -> None:
+    plan = plan_of(replace(MM, device="cpu"), config=SPLIT)
+    code = compiled(plan, generated, with_residual)
+    assert hits(plan) == [1]
+    assert code.count("skinny_mm_kernel_0.run(") == 1
+    assert code.index("skinny_mm_kernel_0.run(") < code.rindex("cpp_fused")
