@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,8 @@ MAX_SEEDS = 8
 _ROWS = 64  # asked of the library; most differ only in warp tiles
 _SMALL_M, _LARGE_M = 32, 64  # up to the first: TRITON target; from the second: GENERIC; between: both
 _MAX_STAGES = 5
-_OTHER_WARPS = 2
+_VARIED = 2  # how many of the best rows are varied
+_TMA_TEMPLATE = "mm_persistent_tma"
 
 # input dtype -> letters of A and B, accumulation, output
 PRECISIONS = {"bfloat16": "TST", "float16": "HSH", "float32": "SFS", "int8": "BII"}
@@ -147,29 +148,43 @@ def ask_library(query: Query) -> list[Row]:
 
 
 def triton_configs(rows: Sequence[Row], space: BoundSpace) -> list[dict[str, ConfigValue]]:
-    """Rows as legal configs of a backend with Triton tiles: distinct, in order, then the best ones with other warps."""
+    """Rows as legal configs of a backend with Triton tiles: distinct, best first, the best ones with variations.
+
+    What the estimate is least certain of is varied: the number of warps, and whether Hopper's tensor memory accelerator loads.
+    """
     tiles = {"BLOCK_M", "BLOCK_N", "BLOCK_K"}
     default = space.default()
-    names = {domain.name for domain in space.domains}
-    if default is None or not tiles <= names:
+    domains = {domain.name: domain for domain in space.domains}
+    if default is None or not tiles <= set(domains):
         return []
+    m = int(space.names["m"])
+    wanted = [_wanted(row, default, m) for row in rows[:MAX_SEEDS]]
+    if m > _SMALL_M and _TMA_TEMPLATE in (domains["template"].choices if "template" in domains else ()):
+        wanted[_VARIED:_VARIED] = [{**config, "template": _TMA_TEMPLATE} for config in wanted[:_VARIED]]
+    wanted = wanted[: MAX_SEEDS - _VARIED]
+    wanted += [_wanted(replace(row, num_warps=4 if row.num_warps == 8 else 8), default, m) for row in rows[:_VARIED]]
     found: list[dict[str, ConfigValue]] = []
-    # which number of warps suits a tile is the least certain part
-    others = [replace(row, num_warps=4 if row.num_warps == 8 else 8) for row in rows[:_OTHER_WARPS]]
-    for row in (*rows[: MAX_SEEDS - len(others)], *others):
-        wanted = {
-            **default,
-            "BLOCK_M": row.block_m,
-            "BLOCK_N": row.block_n,
-            "BLOCK_K": row.block_k,
-            "num_stages": row.num_stages,
-            "num_warps": row.num_warps,
-            "GROUP_M": row.group_m,
-        }
-        config = space.nearest({name: value for name, value in wanted.items() if name in names})
-        if config is not None and config not in found:
-            found.append(config)
+    for config in wanted:
+        legal = space.nearest({name: value for name, value in config.items() if name in domains})
+        # another template would not be this row any more
+        if legal is not None and legal.get("template") == config.get("template") and legal not in found:
+            found.append(legal)
     return found
+
+
+def _wanted(row: Row, default: Mapping[str, ConfigValue], m: int) -> dict[str, ConfigValue]:
+    config: dict[str, ConfigValue] = {
+        **default,
+        "BLOCK_M": row.block_m,
+        "BLOCK_N": row.block_n,
+        "BLOCK_K": row.block_k,
+        "num_stages": row.num_stages,
+        "num_warps": row.num_warps,
+        "GROUP_M": row.group_m if m > row.block_m else default.get("GROUP_M", 1),
+    }
+    if "split_k" in default and row.split_k > 1:  # a kernel that splits K itself, instead of stream-K
+        config |= {"split_k": row.split_k, "waves": 0}
+    return config
 
 
 def _ask_target(query: Query, target_name: str) -> list[Row]:

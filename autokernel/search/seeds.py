@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autokernel.records import Candidate, Evaluation, Problem, Status
+from autokernel.search.inductor_lists import inductor_configs
 from autokernel.search.space import Names, Space
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ Seeder = Callable[[SeedContext], list[Seed]]
 
 
 def stock_seeds(context: SeedContext) -> list[Seed]:
-    """The default config of each backend, in the order of the backends."""
+    """The default config of each backend, in the order of the backends; then what Inductor itself would try on a GPU."""
     seeds: list[Seed] = []
     for backend, space in context.spaces.items():
         config = space.default(context.names)
@@ -46,6 +47,10 @@ def stock_seeds(context: SeedContext) -> list[Seed]:
             # only ATen is what runs without us: the speed-up of a trial is over the origin "stock"
             origin = "stock" if backend == "aten" else "default"
             seeds.append(Seed(candidate=Candidate(problem=context.problem, backend=backend, config=config), origin=origin))
+    if context.problem.device == "cuda" and "inductor" in context.spaces:
+        for config in inductor_configs(context.spaces["inductor"].bind(context.names)):
+            candidate = Candidate(problem=context.problem, backend="inductor", config=config)
+            seeds.append(Seed(candidate=candidate, origin="inductor"))
     return seeds
 
 

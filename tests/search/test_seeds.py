@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Problem, Status, TensorSpec
-from autokernel.search import nvmatmul
+from autokernel.search import inductor_lists, nvmatmul
 from autokernel.search.seeds import SeedContext, history_seeds, seeds_from, stock_seeds
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
@@ -100,16 +100,23 @@ def test_history_is_moved_to_a_legal_config(evaluate: Evaluate) -> None:
 )
 def test_nvmatmul_gives_legal_triton_tiles(dtype: str, op: str, template: str, shape: tuple[int, int, int]) -> None:
     ctx = context(problem(*shape, dtype=dtype, device="cuda", op=op), H200)
-    seeds = nvmatmul.nvmatmul_seeds(ctx)
+    everything = nvmatmul.nvmatmul_seeds(ctx)
+    assert {s.candidate.backend for s in everything} <= {"inductor", "triton"}
+    for seed in everything:
+        assert seed.origin == "nvmatmul"
+        assert ctx.spaces[seed.candidate.backend].violations(seed.candidate.config, ctx.names) == []
+    seeds = [s for s in everything if s.candidate.backend == "inductor"]
     assert 2 <= len(seeds) <= nvmatmul.MAX_SEEDS
     assert len({s.candidate.id for s in seeds}) == len(seeds)
-    for seed in seeds:
-        assert seed.origin == "nvmatmul"
-        assert seed.candidate.backend == "inductor"
-        assert seed.candidate.config["template"] == template
-        assert ctx.spaces["inductor"].violations(seed.candidate.config, ctx.names) == []
+    templates = [s.candidate.config["template"] for s in seeds]
+    assert templates[0] == template
+    assert set(templates) <= {template, "mm_persistent_tma"}
+    if op == "bmm" or shape[0] <= 32:
+        assert "mm_persistent_tma" not in templates
+    elif shape[0] >= 128:
+        assert "mm_persistent_tma" in templates
     assert {s.candidate.config["num_warps"] for s in seeds} >= {4, 8} or shape[0] < 64
-    assert [s.candidate for s in nvmatmul.nvmatmul_seeds(ctx)] == [s.candidate for s in seeds]
+    assert [s.candidate for s in nvmatmul.nvmatmul_seeds(ctx)] == [s.candidate for s in everything]
 
 
 def test_nvmatmul_knows_small_and_large_rows() -> None:
@@ -148,6 +155,28 @@ def test_nvmatmul_absent(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
 
 def test_nvmatmul_is_for_gpus(caplog: pytest.LogCaptureFixture) -> None:
     assert nvmatmul.nvmatmul_seeds(context(problem(64, 512, 512), CPU)) == []
+
+
+@pytest.mark.parametrize(("op", "templates"), [("mm", {"mm", "mm_persistent_tma"}), ("bmm", {"bmm"})])
+@pytest.mark.parametrize("shape", [(1, 4096, 4096), (64, 6144, 4096), (2048, 4096, 14336)])
+def test_inductors_own_configs_are_seeds_on_a_gpu(op: str, templates: set[str], shape: tuple[int, int, int]) -> None:
+    ctx = context(problem(*shape, device="cuda", op=op), H200)
+    seeds = [s for s in stock_seeds(ctx) if s.origin == "inductor"]
+    assert 1 <= len(seeds) <= inductor_lists.MAX_CONFIGS
+    assert len({s.candidate.id for s in seeds}) == len(seeds)
+    for seed in seeds:
+        config = seed.candidate.config
+        assert config["template"] in templates
+        assert ctx.spaces["inductor"].violations(config, ctx.names) == []
+        assert config["BLOCK_M"] < 2 * max(16, shape[0])
+
+
+def test_the_table_is_what_this_torch_has() -> None:
+    heuristics = pytest.importorskip("torch._inductor.template_heuristics.triton", reason="needs torch with Triton")
+    lists = heuristics.CUDAConfigHeuristic()
+    for mine, name in ((inductor_lists.MM, "mm_configs"), (inductor_lists.PERSISTENT, "persistent_mm_configs")):
+        theirs = {(c.block_m, c.block_n, c.block_k, c.num_stages, c.num_warps) for c in getattr(lists, name)}
+        assert theirs <= {(t.block_m, t.block_n, t.block_k, t.num_stages, t.num_warps) for t in mine}
 
 
 def test_seeds_come_in_the_order_asked_for_and_once(evaluate: Evaluate) -> None:
