@@ -19,7 +19,7 @@ def wake(device: str) -> None:
         return
     import torch
 
-    torch.cuda.current_blas_handle()
+    torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
 
 
 class Turns:
