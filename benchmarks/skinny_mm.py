@@ -94,11 +94,8 @@ class Compilers:
             work.pending[future] = config
 
     def close(self) -> None:
-        """End the workers without waiting for what they still compile."""
-        processes = list((self._pool._processes or {}).values())
+        """Start nothing more; what is being compiled ends by itself, in seconds."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
 
 
 class Search:
