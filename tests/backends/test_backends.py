@@ -106,12 +106,13 @@ def test_illegal_configs_are_refused(tried: Candidate, reason: str) -> None:
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
-        (replace(MM, device="cuda"), "not searched"),
+        (replace(MM, op="sort", device="cuda"), "no Triton template for sort"),
+        (replace(MM, inputs=tuple(replace(s, dtype="float64") for s in MM.inputs), device="cuda"), "Triton .*, not float64"),
         (LOOSE, "constant weight"),
         (replace(MM, op="baddbmm"), "no C\\+\\+ template"),
         (replace(MM, inputs=tuple(replace(s, dtype="float64") for s in MM.inputs)), "not float64"),
     ],
-    ids=["GPU", "no weight", "op", "dtype"],
+    ids=["op on a GPU", "dtype on a GPU", "no weight", "op", "dtype"],
 )
 def test_inductor_says_what_it_cannot_serve(problem: Problem, reason: str) -> None:
     assert re.search(reason, get_backend("inductor").supports(problem) or "")
@@ -123,3 +124,38 @@ def test_products_that_stay_apart_are_entries_of_their_own() -> None:
         ("mm", N, {"prepack": True}),
         ("mm", 2 * N, {"prepack": True}),
     ]
+
+
+TILE: dict[str, ConfigValue] = {
+    "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_stages": 2, "num_warps": 4, "GROUP_M": 8,
+}  # fmt: skip
+ON_GPU = replace(MM, device="cuda")
+UNALIGNED = replace(ON_GPU, inputs=(spec(M, 33), TensorSpec(shape=(33, N), dtype="float32", stride=(1, 33))))
+
+
+@pytest.mark.parametrize(
+    ("tried", "reason"),
+    [
+        (candidate(ON_GPU, "inductor", template="cpp_gemm"), "mm, mm_persistent_tma, decompose_k, which are for mm"),
+        (candidate(replace(MERGED, device="cuda"), "inductor", template="decompose_k", k_split=2), "which are for merged_mm"),
+        (
+            candidate(ON_GPU, "inductor", template="mm", BLOCK_M=16),
+            "BLOCK_N, BLOCK_K, num_stages, num_warps, GROUP_M is missing",
+        ),
+        (candidate(ON_GPU, "inductor", template="decompose_k", k_split=5), "5 does not divide 32"),
+        (candidate(UNALIGNED, "inductor", template="mm_persistent_tma", **TILE), "the left matrix has rows of 33 float32"),
+        (
+            candidate(replace(MERGED, device="cuda", constants=()), "inductor", template="mm", merge="concat", **TILE),
+            "no constant input",
+        ),
+    ],
+    ids=["template", "template of another op", "field", "split", "alignment", "merging what changes"],
+)
+def test_illegal_templates_are_refused(tried: Candidate, reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        get_backend(tried.backend).build(tried, [[]])
+
+
+@pytest.mark.parametrize("op", ["mm", "addmm", "bmm", "baddbmm", "merged_mm"])
+def test_every_product_may_have_templates_on_a_gpu(op: str) -> None:
+    assert get_backend("inductor").supports(replace(MM, op=op, device="cuda")) is None
