@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autokernel.events import EvalResult, Evaluated, Event, GraphTrial, ModelValidated, Profiled, Proved, RunStarted
-from autokernel.records import Problem, Speedup, Status, digest_of
+from autokernel.records import ConfigValue, Problem, Speedup, Status, digest_of
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us, rounded
-from autokernel.tracking.titles import problem_title
+from autokernel.tracking.titles import config_title, problem_title
+from autokernel.tracking.views import ChartedTrials
 
 MAX_NAME, MAX_TAG = 120, 5000
 _STATUSES = {Status.OK: "FINISHED", Status.TIMEOUT: "KILLED", Status.CRASHED: "KILLED", Status.INVALID: "KILLED"}
@@ -123,6 +124,8 @@ def trial_spec(event: Evaluated, baseline_us: float | None, run_id: str) -> RunS
     params = {"backend": candidate.backend, "origin": event.origin, "hotspot": title, "status": status.value}
     params |= {safe_key(name): str(value)[:MAX_TAG] for name, value in candidate.config.items()}
     metrics = {"trial": float(event.number), "build_s": evaluation.build_s, "total_s": evaluation.total_s}
+    if evaluation.device_s:
+        metrics["device_s"] = evaluation.device_s
     if evaluation.measurement is not None:
         metrics |= {"latency_us": evaluation.measurement.median_us, "spread_us": evaluation.measurement.spread_us}
         if baseline_us is not None:
@@ -133,12 +136,70 @@ def trial_spec(event: Evaluated, baseline_us: float | None, run_id: str) -> RunS
             metrics["limit_used"] = max(used)
     return RunSpec(
         key=candidate.id,
-        name=f"#{event.number:03d} {candidate.label}"[:MAX_NAME],
+        name=f"#{event.number:03d} {config_title(candidate)}"[:MAX_NAME],
         tags=_cut(tags),
         params=params,
         metrics=_finite(metrics),
         status=_STATUSES.get(status, "FAILED"),
     )
+
+
+def hotspot_result(summary: ProblemSummary) -> tuple[dict[str, float], dict[str, str]]:
+    """(metrics, tags) of what came of a problem: its verdict, whose kernel is used, how near the roofline that is."""
+    values: dict[str, float] = {}
+    used_us = summary.winner.winner_us if summary.verdict == "won" and summary.winner is not None else summary.baseline_us
+    if summary.baseline_us is not None:
+        values["baseline_us"] = summary.baseline_us
+    for name, us in (("roofline_stock_pct", summary.baseline_us), ("roofline_pct", used_us)):
+        part = summary.roofline_part(us)
+        if part is not None:
+            values[name] = 100 * part
+    tags = {"ak.status": summary.verdict, "ak.used": summary.backend}
+    if summary.runner_up is not None:
+        other, factor = summary.runner_up
+        values["runner_up_pct"] = 100 * (factor - 1)
+        tags["ak.runner_up"] = other.evaluation.candidate.backend
+    if summary.finalist is not None:
+        values |= speedup_metrics("", summary.finalist.speedup)
+        values |= {
+            name.removeprefix("after_"): v for name, v in summary.finalist.conditions.items() if name.startswith("after_")
+        }
+    return _finite(values), tags
+
+
+def campaign_totals(run: RunSummary) -> dict[str, float]:
+    """What only the whole journal tells: counts, the means of scenarios, how busy the device was."""
+    values = {"trials": float(len(run.trials)), "winners": float(len(run.winners))}
+    values |= {f"trials.{name}": float(count) for name, count in run.statuses.items()}
+    values |= {f"kernels.{row.scenario}.speedup": row.geometric_mean for row in run.by_scenario}
+    if run.device_busy is not None:
+        values["device_busy_pct"] = 100 * run.device_busy
+    for name, (low, high) in run.conditions.items():
+        values |= {f"{name}.min": low, f"{name}.max": high}
+    if run.finished is not None:
+        values["seconds"] = round(run.finished.seconds)
+    return _finite(values)
+
+
+def charted_trials(run: RunSummary, params: Sequence[str]) -> ChartedTrials | None:
+    """The largest set of timed trials of one problem and backend that have the same parameters; None if there are none.
+
+    Parameters that are the same in all of them are left out.
+
+    Args:
+        run: to choose from.
+        params: all parameters, the most telling first.
+    """
+    groups: dict[tuple[str, str, frozenset[str]], list[Mapping[str, ConfigValue]]] = {}
+    for problem in run.problems:
+        for trial in problem.timed:
+            candidate = trial.evaluation.candidate
+            groups.setdefault((problem.title, candidate.backend, frozenset(candidate.config)), []).append(candidate.config)
+    if not groups:
+        return None
+    (title, backend, names), configs = max(groups.items(), key=lambda item: (len(item[1]), len(item[0][2])))
+    varied = {safe_key(name) for name in names if len({config[name] for config in configs}) > 1}
+    return ChartedTrials(hotspot=title, backend=backend, params=tuple(name for name in params if name in varied))
 
 
 def campaign_metrics(event: Event) -> dict[str, float]:
@@ -221,9 +282,15 @@ def campaign_note(run: RunSummary) -> str:
         baseline = f"{p.baseline_us:.4g}" if p.baseline_us is not None else "–"
         winner = f"{p.winner.winner_us:.4g}" if p.winner is not None else "–"
         gain = _interval(final.speedup) if final is not None else "–"
-        rows.append((p.title, f"{100 * p.weight:.1f} %", len(p.trials), baseline, winner, gain, p.verdict))
-    head = ("hotspot", "weight", "trials", "baseline µs", "winner µs", "speed-up [95 %]", "verdict")
+        parts_of = [p.roofline_part(us) for us in (p.baseline_us, p.winner.winner_us if p.winner is not None else None)]
+        near = " → ".join(f"{100 * part:.0f}" for part in parts_of if part is not None)
+        used = p.backend if p.trials else ""
+        rows.append((p.title, f"{100 * p.weight:.1f} %", len(p.trials), baseline, winner, gain, near, used, p.verdict))
+    head = ("hotspot", "weight", "trials", "stock µs", "winner µs", "speed-up [95 %]", "% of roofline", "used", "verdict")
     parts += ["#### Hotspots", _table(head, rows)] if rows else []
+    rows = [(r.scenario, r.num_searched, r.num_won, f"{r.geometric_mean:.3f}×") for r in run.by_scenario]
+    head_of_scenarios = ("scenario", "searched", "won", "geometric mean over stock")
+    parts += ["#### Kernels by scenario", _table(head_of_scenarios, rows)] if rows else []
     if run.validated is not None:
         scenarios = run.validated.scenarios
         modes = list(dict.fromkeys(m.mode for s in scenarios for m in s.modes))
@@ -262,7 +329,7 @@ def hotspot_note(p: ProblemSummary) -> str:
         parts.append(_table(head, rows))
     fastest = sorted(p.timed, key=latency_us)[:5]
     if fastest:
-        rows = [(f"#{e.number}", e.evaluation.candidate.label, f"{latency_us(e):.4g}", e.origin) for e in fastest]
+        rows = [(f"#{e.number}", config_title(e.evaluation.candidate), f"{latency_us(e):.4g}", e.origin) for e in fastest]
         parts += ["Fastest as screened:", _table(("trial", "candidate", "µs", "proposed by"), rows)]
     return "\n\n".join(parts)
 

@@ -119,11 +119,7 @@ class MlflowWriter:
         for problem in run.problems:
             self._settle_hotspot(problem)
         status = run.outcome if run.outcome != "unfinished" else "interrupted"
-        totals = {"trials": len(run.trials), "winners": len(run.winners)}
-        totals |= {f"trials.{name}": count for name, count in run.statuses.items()}
-        if run.finished is not None:
-            totals["seconds"] = round(run.finished.seconds)
-        self._pending += _metrics({k: float(v) for k, v in totals.items()}, self._last_ms)
+        self._pending += _metrics(layout.campaign_totals(run), self._last_ms)
         self.flush()
         self._client.set_tag(self._campaign, "ak.status", status)
         self._client.set_tag(self._campaign, "mlflow.note.content", layout.campaign_note(run))
@@ -224,24 +220,20 @@ class MlflowWriter:
 
     def _settle_hotspot(self, problem: ProblemSummary) -> None:
         hotspot = self._hotspot(problem, self._last_ms)
-        values = {"trials": float(len(hotspot.seen))}
-        if problem.baseline_us is not None:
-            values["baseline_us"] = rounded(problem.baseline_us)
-        if problem.finalist is not None:
-            values |= layout.speedup_metrics("", problem.finalist.speedup)
-        hotspot.pending += _metrics(values, self._last_ms)
-        self._client.set_tag(hotspot.run_id, "ak.status", problem.verdict)
+        values, tags = layout.hotspot_result(problem)
+        hotspot.pending += _metrics({"trials": float(len(hotspot.seen)), **values}, self._last_ms)
+        for name, value in tags.items():
+            self._client.set_tag(hotspot.run_id, name, value)
         self._client.set_tag(hotspot.run_id, "mlflow.note.content", layout.hotspot_note(problem))
         self._client.set_terminated(hotspot.run_id, "FINISHED", self._last_ms)
 
     def _publish_views(self) -> None:
         run = summarize(self._events)
         scenarios = [layout.safe_key(name) for name in (run.profiled.scenario_us if run.profiled is not None else {})]
-        top = max(run.problems, key=lambda p: (len(p.timed), -p.rank), default=None)
         important = [layout.safe_key(name) for name in parameter_importance(run)]
         seen = {layout.safe_key(name) for p in run.problems for t in p.timed for name in t.evaluation.candidate.config}
         params = [*important, *sorted(seen - set(important))]
-        states = view_states(scenarios, params, top.title if top is not None and top.timed else "")
+        states = view_states(scenarios, params, layout.charted_trials(run, params))
         publish_views(self._client, self.experiment_id, states, self._last_ms)
 
     def _store_artifacts(self, run: RunSummary) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -23,7 +24,7 @@ RESULTS, HOTSPOTS, TRIALS, CHART = "ak-results", "ak-hotspots", "ak-trials", "ak
 VIEW_NAMES = {
     RESULTS: "1 Results",
     HOTSPOTS: "2 Hotspots",
-    TRIALS: "3 Trials (fastest first)",
+    TRIALS: "3 Trials (by speed-up)",
     CHART: "4 Parallel coordinates",
 }
 _TABLE: Mapping[str, Any] = {
@@ -45,18 +46,32 @@ _TABLE: Mapping[str, Any] = {
 }
 
 
-def view_states(scenarios: Sequence[str], params: Sequence[str], hotspot: str = "") -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChartedTrials:
+    """What the chart of parallel coordinates shows: trials that have the same parameters, for MLflow draws no others."""
+
+    hotspot: str  # its title
+    backend: str
+    params: tuple[str, ...]  # the most telling first
+
+
+def view_states(
+    scenarios: Sequence[str], params: Sequence[str], charted: ChartedTrials | None = None
+) -> dict[str, dict[str, Any]]:
     """The state of each view, by its key.
 
     Args:
         scenarios: their end-to-end speed-ups become columns of "Results".
         params: names of the trials' parameters, the most telling first.
-        hotspot: title of the one whose trials the chart shows (others have other shapes); "" shows all.
+        charted: the trials of the chart; None (nothing was tried yet) leaves it without parameters.
     """
     columns = [f"metrics.`e2e.{name}.speedup`" for name in scenarios]
     trial = "tags.`ak.kind` = 'trial' and tags.`ak.status` = 'OK'"
-    escaped = hotspot.replace("'", "")
-    one = f"{trial} and params.`hotspot` = '{escaped}'" if hotspot else trial
+    one, title = trial, ""
+    if charted is not None:
+        named = charted.hotspot.replace("'", "")
+        one = f"{trial} and params.`hotspot` = '{named}' and params.`backend` = '{charted.backend}'"
+        title = f": {charted.backend}, {charted.hotspot}"
     chart = {
         "uuid": "ak-parallel",
         "type": "PARALLEL",
@@ -64,8 +79,8 @@ def view_states(scenarios: Sequence[str], params: Sequence[str], hotspot: str = 
         "metricSectionId": "ak-section",
         "deleted": False,
         "isGenerated": False,
-        "displayName": f"Configs and latency{': ' + hotspot if hotspot else ''}",
-        "selectedParams": list(params[:6]),
+        "displayName": f"Configs and latency{title}",
+        "selectedParams": list(charted.params[:8]) if charted is not None else [],
         "selectedMetrics": ["latency_us"],
         "showAllRuns": True,
     }
@@ -79,24 +94,25 @@ def view_states(scenarios: Sequence[str], params: Sequence[str], hotspot: str = 
         "deleted": False,
         "isGenerated": False,
     }
-    gains = ["weight_pct", "baseline_us", "best_latency_us", "speedup", "speedup_low", "speedup_high", "trials"]
+    gains = ["weight_pct", "baseline_us", "best_latency_us", "speedup", "speedup_low", "speedup_high"]
+    gains += ["roofline_stock_pct", "roofline_pct", "runner_up_pct", "trials"]
     return {
         RESULTS: _state(
             "tags.`ak.kind` = 'campaign'",
             "attributes.start_time",
             False,
-            ["metrics.`e2e.speedup`", *columns, "metrics.`winners`", "metrics.`trials`", "params.`torch`", "tags.`ak.status`"],
+            ["tags.`ak.status`", "metrics.`winners`", "metrics.`trials`", "metrics.`e2e.speedup`", *columns, "params.`torch`"],
         ),
         HOTSPOTS: _state(
             "tags.`ak.kind` = 'hotspot'",
             "metrics.`weight_pct`",  # sorted by time, MLflow would fold the rows under their campaign
             False,
-            [*(f"metrics.`{name}`" for name in gains), "tags.`ak.status`"],
+            ["tags.`ak.status`", "tags.`ak.used`", *(f"metrics.`{name}`" for name in gains), "tags.`ak.runner_up`"],
         ),
         TRIALS: _state(
             trial,
-            "metrics.`latency_us`",
-            True,
+            "metrics.`speedup`",  # times of different shapes do not compare
+            False,
             ["metrics.`latency_us`", "metrics.`speedup`", "metrics.`limit_used`", "params.`hotspot`", "params.`backend`"]
             + [f"params.`{name}`" for name in params[:8]],
         ),
@@ -110,7 +126,7 @@ def view_states(scenarios: Sequence[str], params: Sequence[str], hotspot: str = 
 
 def _state(search: str, order: str, ascending: bool, columns: list[str]) -> dict[str, Any]:
     name = "attributes.`Run Name`"
-    widths = {name: 330} | {c: 230 if c == "params.`hotspot`" else 24 + 8 * max(8, len(c) - 11) for c in columns}
+    widths = {name: 380} | {c: 230 if c == "params.`hotspot`" else 22 + 7 * max(9, len(c) - 10) for c in columns}
     return {
         **_TABLE,
         "searchFilter": search,

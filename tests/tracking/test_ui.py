@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 
 from autokernel.errors import StorageError
-from autokernel.events import Event
+from autokernel.events import Evaluated, Event
 from autokernel.tracking.journal import Journal, run_folder
 from autokernel.tracking.mlflow_env import default_tracking_uri, prepare_environment
+from autokernel.tracking.mlflow_layout import charted_trials
 from autokernel.tracking.mlflow_writer import sync_journal
+from autokernel.tracking.summary import summarize
+from autokernel.tracking.titles import problem_title
 from autokernel.tracking.ui import find_experiment, free_port, open_ui, ui_command, ui_environment
-from autokernel.tracking.views import CHART, RESULTS, VIEW_NAMES, encode_view, publish_views, ui_url, view_states
+from autokernel.tracking.views import CHART, RESULTS, VIEW_NAMES, ChartedTrials, encode_view, publish_views, ui_url, view_states
 
 
 def test_addresses_open_the_model_training_layout() -> None:
@@ -31,7 +34,8 @@ def test_addresses_open_the_model_training_layout() -> None:
 
 
 def test_views_are_packed_as_mlflow_unpacks_them() -> None:
-    states = view_states(["decode-b1"], ["block_m"], "mm it's")
+    charted = ChartedTrials(hotspot="mm it's", backend="inductor", params=("block_m",))
+    states = view_states(["decode-b1"], ["block_m"], charted)
     assert set(states) == set(VIEW_NAMES)
     tag = json.loads(encode_view("1 Results", states[RESULTS], 5))
     kind, _, packed = tag["state"].partition(";")
@@ -40,6 +44,25 @@ def test_views_are_packed_as_mlflow_unpacks_them() -> None:
     assert state == states[RESULTS]
     assert "metrics.`e2e.decode-b1.speedup`" in state["selectedColumns"]
     assert states[CHART]["searchFilter"].count("'") % 2 == 0
+    assert "params.`backend` = 'inductor'" in states[CHART]["searchFilter"]
+    assert states[CHART]["compareRunCharts"][0]["selectedParams"] == ["block_m"]
+
+
+def test_chart_shows_trials_that_have_all_its_parameters(gpu_events: list[Event]) -> None:
+    """MLflow leaves a run out that lacks one of them, and the chart if no run is left."""
+    charted = charted_trials(summarize(gpu_events), ["SPLIT_K", "BLOCK_N", "BLOCK_M", "template", "num_stages"])
+    assert charted is not None
+    shown = [
+        e.evaluation.candidate
+        for e in gpu_events
+        if isinstance(e, Evaluated)
+        and e.evaluation.candidate.backend == charted.backend
+        and problem_title(e.evaluation.candidate.problem) == charted.hotspot
+        and e.evaluation.measurement is not None
+    ]
+    complete = [candidate for candidate in shown if set(charted.params) <= set(candidate.config)]
+    assert len(complete) > 5
+    assert charted_trials(summarize(gpu_events[:3]), []) is None
 
 
 def test_refused_views_leave_the_plain_table(caplog: pytest.LogCaptureFixture) -> None:
