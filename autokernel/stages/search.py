@@ -48,23 +48,16 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
     hunts = open_hunts(context, profiled)
     done = sum(hunt.tuner.num_finished for hunt in hunts.values())
     number = context.state.num_trials if context.state is not None else 0
-    evaluations: dict[str, list[Evaluation]] = {key: [] for key in hunts}
-    if context.state is not None:
-        for evaluation in context.state.evaluations.values():
-            evaluations.setdefault(evaluation.candidate.problem.key, []).append(evaluation)
+    evaluations = _known(context, hunts)
     if context.state is not None and "search" in context.state.stages_done:
         return evaluations
-    limits = {key: hunt.tuner.max_trials for key, hunt in hunts.items()}
-    scheduler = Scheduler(limits, merge(profiled.hotspots), minimum=settings.min_trials)
-    for key, hunt in hunts.items():
-        scheduler.spend(key, hunt.tuner.num_finished)
+    scheduler = _scheduler(hunts, profiled, settings.min_trials)
     ceilings = Ceilings.from_json(profiled.ceilings)
     total = min(settings.trials, sum(hunt.tuner.max_trials for hunt in hunts.values()))
-    seconds = seconds_left(context)
-    deadline = time.monotonic() + seconds
+    began, seconds, device_s = time.monotonic(), seconds_left(context), 0.0
+    deadline = began + seconds
     flights: dict[Future[Evaluation], _Flight] = {}
     lost: list[str] = []  # problems with a candidate that went down with its worker
-    began, device_s = time.monotonic(), 0.0
     with context.stage("search", total=total, budget_s=round(seconds, 1), note=f"{len(hunts)} hotspots"):
         context.emit(SearchPlanned(trials={key: hunt.tuner.max_trials for key, hunt in hunts.items()}))
         try:
@@ -114,6 +107,23 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
         log.info("the device was busy %.1f s, %.0f %% of the search", device_s, 100 * busy)
         context.progress("search", done, total, f"device busy {busy:.0%} of the time")
     return evaluations
+
+
+def _known(context: RunContext, hunts: dict[str, Hunt]) -> dict[str, list[Evaluation]]:
+    """What earlier processes of this run evaluated, by problem key."""
+    known: dict[str, list[Evaluation]] = {key: [] for key in hunts}
+    if context.state is not None:
+        for evaluation in context.state.evaluations.values():
+            known.setdefault(evaluation.candidate.problem.key, []).append(evaluation)
+    return known
+
+
+def _scheduler(hunts: dict[str, Hunt], profiled: Profiled, minimum: int) -> Scheduler:
+    limits = {key: hunt.tuner.max_trials for key, hunt in hunts.items()}
+    scheduler = Scheduler(limits, merge(profiled.hotspots), minimum=minimum)
+    for key, hunt in hunts.items():
+        scheduler.spend(key, hunt.tuner.num_finished)
+    return scheduler
 
 
 def seconds_left(context: RunContext) -> float:
