@@ -212,3 +212,25 @@ def test_the_packages_own_spaces() -> None:
     names = names_for({"m": 8, "n": 8, "k": 8, "dtype_bytes": 2, "has_constant_weight": 0}, CPU)
     assert list(load_space("mm")["aten"].enumerate(names)) == [{"prepack": False}]
     assert load_space("mm")["inductor"].count(names) == 0  # the C++ template needs a constant weight
+
+
+@pytest.mark.parametrize("op", ["mm", "addmm", "bmm", "merged_mm"])
+@pytest.mark.parametrize(
+    "shape", [(1, 6144, 4096), (16, 4096, 14336), (64, 28672, 4096), (128, 4096, 4096), (2048, 6144, 4096)]
+)
+def test_templates_of_a_gpu_are_hundreds_and_fit(op: str, shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    names = names_for({"m": m, "n": n, "k": k, "batch": 8, "dtype_bytes": 2, "has_constant_weight": 1}, GPU)
+    configs = list(load_space(op)["inductor"].enumerate(names))
+    tiles = [config for config in configs if config["template"] != "decompose_k"]
+    assert 140 <= len(tiles) <= 1500
+    assert len(configs) - len(tiles) <= 16
+    for c in tiles:
+        # Triton 3.6 and 3.7 keep one stage less where the matrix instructions read registers
+        buffers = c["num_stages"] if c["BLOCK_M"] >= 64 else c["num_stages"] - 1
+        assert buffers * (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * 2 < GPU.smem_bytes
+        assert c["BLOCK_M"] >= 64 or m < 64
+        assert c["template"] != "mm_persistent_tma" or (c["num_warps"] >= 4 and c["BLOCK_K"] <= 256)
+    if m <= 16:
+        assert {c["BLOCK_M"] for c in tiles} == {16}
+        assert {512, 32} <= {c["BLOCK_K"] for c in tiles}
