@@ -80,12 +80,8 @@ def _verdict(problem: ProblemSummary, judged: bool) -> tuple[str, str]:
     if problem.verdict == "kept stock":
         return "stock", problem.reason
     if not problem.trials:
-        return "not searched", "its share is too small for this budget, or no backend can serve it"
-    if not judged:
-        return "searched", ""
-    if all(trial.origin == "stock" for trial in problem.timed):
-        return "stock", "no other candidate passed its checks"
-    return "stock", "nothing was faster in screening, or the confirmation failed"
+        return "not searched", problem.reason
+    return ("stock", problem.reason) if judged else ("searched", "")
 
 
 def _screened_us(problem: ProblemSummary, candidate: Candidate) -> float | None:

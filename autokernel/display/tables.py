@@ -166,7 +166,11 @@ def _machine_notes(summary: RunSummary) -> list[str]:
     """The state of a GPU while confirming, and how busy the search kept it; nothing where nobody knows."""
     notes = ["geo. mean: speed-up over stock of what was searched; of the roofline: stock → used."]
     units = {"clock_mhz": "MHz", "power_w": "W", "temperature_c": "°C"}
-    seen = [f"{low:,.0f}–{high:,.0f} {units[k]}" for k, (low, high) in summary.conditions.items() if k in units]
+    seen = [
+        f"{low:,.0f}{f'–{high:,.0f}' if round(high) > round(low) else ''} {units[name]}"
+        for name, (low, high) in summary.conditions.items()
+        if name in units
+    ]
     if seen:
         notes.append(f"While confirming: {', '.join(seen)}.")
     if summary.device_busy is not None:

@@ -97,6 +97,8 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
 
 def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> list[Confirmed]:
     """One event per finalist; at most one of them carries a winner."""
+    for failed in confirmation.failures:
+        log.warning("%s: %s was not confirmed: %s", hotspot.problem.key, failed.candidate.label, failed.message)
     if confirmation.baseline is None:
         log.warning("%s: no stock choice passed its checks; nothing is claimed", hotspot.problem.key)
         return []

@@ -147,7 +147,16 @@ class ProblemSummary:
             return self.dropped
         if self.finalist is not None:
             return self.finalist.reason
-        return "no candidate was clearly faster in screening" if self.timed else ""
+        others = [t for t in self.trials if t.origin != "stock"]
+        if not self.trials:
+            return "its share is too small for this budget, or no backend can serve it"
+        if not others:
+            return "nothing else was tried within the budget"
+        if all(t.origin == "stock" for t in self.timed):
+            return "no other candidate passed its checks"
+        if self.best is not self.baseline:
+            return "faster in screening, but not confirmed (autokernel.log may say why)"
+        return "nothing was faster in screening"
 
     def best_so_far(self) -> list[tuple[int, float]]:
         """(number of the trial within this problem from 1, lowest latency in us until then), one per trial once timed."""
