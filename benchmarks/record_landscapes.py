@@ -1,6 +1,6 @@
 """Records landscapes: every legal config of a GEMM measured once on this GPU, statuses included.
 
-    python benchmarks/record_landscapes.py --out OUT --seconds 500 [--only NAME ...] [--again] [--wide] [--dry]
+    python benchmarks/record_landscapes.py --out OUT --seconds 500 [--only NAME ...] [--again | --extend] [--wide] [--dry]
     python benchmarks/record_landscapes.py --unpack OUT/landscapes.zip
 
 Worker processes compile ahead; one process checks and times each kernel: cold L2, CUDA graphs of many calls, events.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import itertools
 import json
 import math
@@ -32,7 +33,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
 from compile_farm import Farm, Task  # noqa: E402
 from gemm_kernels import MAX_SHARED, NUM_SMS, Gemm  # noqa: E402
-from landscape_file import FOLDER, Landscape, Row, load, pack, save, unpack  # noqa: E402
+from landscape_file import FOLDER, Landscape, Row, load, pack, save, slug, unpack  # noqa: E402
 
 _CAREFUL, _ROUNDS = 20, 15
 _PROTOCOL = (
@@ -105,6 +106,12 @@ def _wide_configs(gemm: Gemm) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
+def _module_name(gemm: Gemm, config: dict[str, Any]) -> str:
+    """The same name for the same kernel in every process and sitting."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{gemm.name.replace('-', '_')}_{digest}"
+
+
 class Recorder:
     """Takes one GEMM after the other within a time box."""
 
@@ -123,7 +130,6 @@ class Recorder:
         self.device: dict[str, Any] = {"hardware": "dry run", "versions": {}}
         self.scratch: Any = None
         self._told: set[str] = set()
-        self._names: dict[str, dict[str, str]] = {}  # GEMM -> config -> name of its module
 
     def run(self) -> None:
         """Record all GEMMs that are wanted and not there yet."""
@@ -140,10 +146,11 @@ class Recorder:
             self.scratch = gemm_device.open_device()
             self.device = gemm_device.describe_device()
         for gemm in gemms:
-            compiled = [config for config in configs[gemm.name] if config["template"] != "decompose_k"]
-            tasks = [Task(gemm=gemm, config=c, name=f"{gemm.name.replace('-', '_')}_{i}") for i, c in enumerate(compiled)]
-            self._names[gemm.name] = {json.dumps(task.config, sort_keys=True): task.name for task in tasks}
-            self.farm.submit(tasks)
+            known = {json.dumps(row.config, sort_keys=True) for row in self._partial_rows(gemm)}
+            compiled = [
+                c for c in configs[gemm.name] if c["template"] != "decompose_k" and json.dumps(c, sort_keys=True) not in known
+            ]
+            self.farm.submit(Task(gemm=gemm, config=config, name=_module_name(gemm, config)) for config in compiled)
         try:
             for i, gemm in enumerate(gemms):
                 left = self.deadline - time.monotonic()
@@ -162,7 +169,11 @@ class Recorder:
         }
         only = self.options.only
         gemms = [replace(gemm, name=f"{gemm.name}-wide") for gemm in GEMMS] if self.options.wide else list(GEMMS)
-        return [g for g in gemms if (g.name in only if only else True) and (self.options.again or g.name not in have)]
+        return [
+            g
+            for g in gemms
+            if (g.name in only if only else True) and (self.options.again or self.options.extend or g.name not in have)
+        ]
 
     def _record(self, gemm: Gemm, configs: list[dict[str, Any]], legal: int, seconds: float) -> None:
         begun = time.monotonic()
@@ -173,7 +184,8 @@ class Recorder:
         assert self.farm is not None
         self.farm.drop(gemm.name)
         rows = list(self._careful(gemm, rows, bench, time.monotonic() + careful_s))
-        measured = sum(row.backend == "inductor" for row in rows)
+        wanted = {json.dumps(config, sort_keys=True) for config in configs}
+        measured = sum(row.backend == "inductor" and json.dumps(row.config, sort_keys=True) in wanted for row in rows)
         landscape = Landscape(
             name=gemm.name,
             header={
@@ -204,7 +216,7 @@ class Recorder:
         for config in configs:
             if config["template"] == "decompose_k" and json.dumps(config, sort_keys=True) not in known:
                 rows.append(self._measured(Row(backend="inductor", config=config, status="OK"), "", rows, bench))
-        left = sum(config["template"] != "decompose_k" for config in configs)
+        left = sum(c["template"] != "decompose_k" and json.dumps(c, sort_keys=True) not in known for c in configs)
         while left and time.monotonic() < until:
             built = self.farm.take(gemm.name, min(5.0, max(0.0, until - time.monotonic())))
             if built is None:
@@ -265,12 +277,15 @@ class Recorder:
             os.execv(sys.executable, [sys.executable, __file__, *arguments, f"--seconds={seconds}"])
 
     def _partial_rows(self, gemm: Gemm) -> list[Row]:
-        if not self.partial.exists():
-            return []
-        said = json.loads(self.partial.read_text())
-        if said["name"] != gemm.name:
-            return []
-        return [Row(backend=b, config=config, status=status, us=us) for b, config, status, us in said["rows"]]
+        """Rows that need not be measured again: of this sitting, or of earlier ones."""
+        if self.partial.exists():
+            said = json.loads(self.partial.read_text())
+            if said["name"] == gemm.name:
+                return [Row(backend=b, config=config, status=status, us=us) for b, config, status, us in said["rows"]]
+        recorded = FOLDER / slug(str(self.device["hardware"])) / f"{gemm.name}.json.gz"
+        if self.options.extend and recorded.is_file():
+            return [row for row in load(recorded).rows if row.backend != "aten"]
+        return []
 
     def _careful(self, gemm: Gemm, rows: list[Row], bench: Any, until: float) -> list[Row]:
         """The best rows once more, replays of all taking turns."""
@@ -281,8 +296,7 @@ class Recorder:
         graphs = {}
         for i, row in enumerate(chosen):
             try:
-                task_name = self._task_name(gemm, row)
-                graphs[i] = bench.capture(self._launch(row, task_name, bench), row.us or 1.0)
+                graphs[i] = bench.capture(self._launch(row, _module_name(gemm, row.config), bench), row.us or 1.0)
             except Exception as error:  # noqa: BLE001 -- as above; the row keeps its quick time
                 print(f"careful: {row.config}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         samples: dict[int, list[float]] = {i: [] for i in graphs}
@@ -297,11 +311,6 @@ class Recorder:
         graphs.clear()
         bench.unload()
         return [replace(row, careful_us=times[id(row)]) if id(row) in times else row for row in rows]
-
-    def _task_name(self, gemm: Gemm, row: Row) -> str:
-        if row.backend == "aten" or row.config["template"] == "decompose_k":
-            return ""
-        return self._names[gemm.name][json.dumps(row.config, sort_keys=True)]
 
     def _open(self, gemm: Gemm) -> Any:
         if self.options.dry:
@@ -343,6 +352,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--only", nargs="*", help="names of GEMMs")
     parser.add_argument("--again", action="store_true", help="also those that are recorded already")
+    parser.add_argument("--extend", action="store_true", help="add what recorded landscapes lack of today's space")
     parser.add_argument("--limit", type=int, default=100_000, help="configs of a GEMM at most, a random part")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--scratch", default=str(Path(tempfile.gettempdir()) / "autokernel-landscapes"))
