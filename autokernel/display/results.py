@@ -77,7 +77,7 @@ def _row(problem: ProblemSummary, judged: bool) -> HotspotRow:
 def _verdict(problem: ProblemSummary, judged: bool) -> tuple[str, str]:
     if problem.verdict in ("won", "dropped"):
         return problem.verdict, problem.reason
-    if problem.verdict == "kept stock":
+    if problem.confirmed:
         return "stock", problem.reason
     if not problem.trials:
         return "not searched", problem.reason

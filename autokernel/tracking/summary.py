@@ -136,7 +136,7 @@ class ProblemSummary:
             return "dropped"
         if self.winner is not None:
             return "won"
-        if self.confirmed:
+        if self.confirmed or (self.timed and self.best is self.baseline):
             return "kept stock"
         return "not confirmed" if self.trials else "not searched"
 
@@ -265,8 +265,8 @@ class RunSummary:
             gains = ", ".join(f"{name} {s.ratio:.2f}× [{s.low:.2f}, {s.high:.2f}]" for name, s in self.end_to_end.items())
             share = f"{len(self.winners)} of {len(self.problems)} problems have a proven faster kernel"
             return f"{share}; end to end over the best stock mode: {gains or 'not validated'}. {tried}."
-        note = f": {self.finished.message}" if self.finished is not None and self.finished.message else ""
-        return f"The run is {self.outcome}{note}. So far {tried}."
+        said = self.finished.message.removeprefix(self.outcome).lstrip(":; ") if self.finished is not None else ""
+        return f"The run is {self.outcome}{f': {said}' if said else ''}. So far {tried}."
 
 
 def summarize(events: Iterable[Event]) -> RunSummary:
