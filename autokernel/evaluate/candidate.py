@@ -19,6 +19,7 @@ from autokernel.environment import current_environment
 from autokernel.errors import JobCrashed, JobLost, JobTimeout
 from autokernel.evaluate.budget import expectation_bytes
 from autokernel.evaluate.caches import cache_bytes
+from autokernel.evaluate.call_graphs import CaptureError
 from autokernel.evaluate.disk import raise_if_disk
 from autokernel.evaluate.numerics import Checker, Expectation, expect, num_references
 from autokernel.evaluate.probes import MAX_COPIES, derived_seed, free_bytes, is_cold, make_constants, num_copies_for
@@ -65,7 +66,7 @@ class EvaluateCandidate:
 
         Raises:
             Exception: the op or the machine is at fault (an unknown op, a reference that fails), not the candidate.
-            SystemExit: the candidate broke this process's CUDA context; only a new process can use the device.
+            SystemExit: the candidate left this process unable to use the device; only a new process can.
         """
         return self.in_phases()[0]
 
@@ -138,6 +139,8 @@ class EvaluateCandidate:
                         sound_physics_check(measurement, self.candidate.problem, op, self.ceilings, num_copies, self.threads)
                     )
                 checker.after_timing()
+        except CaptureError as error:
+            raise SystemExit(one_line(error)) from error
         except Exception as error:  # noqa: BLE001  the candidate's own code, at the boundary of the child process
             message = f"running it failed: {one_line(error)}"
             return _failed(self.candidate, Status.RUN_ERROR, message, start, build_s=build_s, log_tail=_trace(error))

@@ -224,6 +224,7 @@ class ConfirmCandidates:
             rounds,
             device=self.problem.device,
             seed=derived_seed(self.seed, self.problem.key, purpose),
+            replays=self.problem.device == "cuda",
             calls_per_sample={name: step.num_calls for name, step in steps.items()},
         )
 

@@ -8,7 +8,6 @@ A screen has two fidelities: who is clearly slower than the best known is told s
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import os
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from autokernel.backends import Built
+from autokernel.evaluate.call_graphs import graph_of
 from autokernel.evaluate.nvml import gpu_state
 from autokernel.evaluate.statistics import drifted, median_and_spread, paired_speedup, running_median
 from autokernel.evaluate.tensors import synchronize
@@ -134,7 +134,7 @@ def measure(
         pin_threads(threads)
     with quiet(collect=device == "cpu"):
         step = make_step(built, inputs, device=device, regime=regime)
-        timed = timer(device, step.run)
+        timed = timer(device, step.run, head_start=regime == "graph")
         one_us = _warm_up(timed, limits)
         # The audit comes at a random point of the first half, wherever the time runs out.
         hopeless = best_us is not None and one_us > _HOPELESS * best_us * step.num_calls
@@ -171,6 +171,7 @@ def compare(
     seed: int = 0,
     calls_per_sample: Mapping[str, int] | int = 1,
     min_sample_us: float = 200.0,
+    replays: bool = False,
 ) -> Comparison:
     """Time contenders interleaved, each once per round in random order, and judge them by the paired ratios.
 
@@ -184,6 +185,7 @@ def compare(
         seed: of the order and the bootstrap.
         calls_per_sample: how many calls of the kernel one function call holds; what times are divided by.
         min_sample_us: shorter functions are called several times per sample.
+        replays: the functions replay CUDA graphs (see `timer`).
 
     Raises:
         ValueError: the baseline is not among the contenders, or there are no rounds.
@@ -201,7 +203,7 @@ def compare(
             once()
             shortest = min(once() for _ in range(_WARMUP_ROUNDS))
             repeats[name] = max(1, math.ceil(min_sample_us / max(shortest, 0.1)))
-            timers[name] = timer(device, function, repeats[name])
+            timers[name] = timer(device, function, repeats[name], head_start=replays)
         times: dict[str, list[float]] = {name: [] for name in names}
         for number in range(-_WARMUP_ROUNDS, rounds):
             order.shuffle(names)
@@ -236,7 +238,7 @@ def make_step(built: Built, inputs: Sequence[torch.Tensor], *, device: str, regi
     if device != "cuda" or regime == "eager":
         return Step(run=call, verified=call, num_calls=built.num_copies)
     single, _ = graph_of(call, 1)
-    replay_us = min(timer("cuda", single.replay)() for _ in range(3))
+    replay_us = min(timer("cuda", single.replay, head_start=True)() for _ in range(3))
     repeats = max(1, min(_MAX_GRAPH_CALLS, math.ceil(_GRAPH_REPLAY_US / max(replay_us, 1.0))))
     del single
     graph, outputs = graph_of(call, repeats, warm_ups=0)
@@ -259,8 +261,16 @@ def describe_regime(device: str, regime: Regime, cold: bool, num_calls: int) -> 
     return f"{where}, {'cold' if cold else 'warm'} L2, {num_calls} calls a sample"
 
 
-def timer(device: str, function: Callable[[], object], repeats: int = 1) -> Callable[[], float]:
-    """A function that runs `function` `repeats` times and returns the time of all of them in microseconds."""
+def timer(device: str, function: Callable[[], object], repeats: int = 1, *, head_start: bool = False) -> Callable[[], float]:
+    """A function that runs `function` `repeats` times and returns the time of all of them in microseconds.
+
+    Args:
+        device: "cpu" or "cuda".
+        function: what is timed.
+        repeats: how often.
+        head_start: on a GPU, keep the device idle until the work is queued. For replays of graphs, not for what launches
+            kernel by kernel: there, launching is part of the time.
+    """
     if device != "cuda":
 
         def by_clock() -> float:
@@ -277,7 +287,8 @@ def timer(device: str, function: Callable[[], object], repeats: int = 1) -> Call
 
     def by_events() -> float:
         torch.cuda.synchronize()
-        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+        if head_start:
+            torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(repeats):
             function()
@@ -286,40 +297,6 @@ def timer(device: str, function: Callable[[], object], repeats: int = 1) -> Call
         return float(start.elapsed_time(end)) * 1000
 
     return by_events
-
-
-def graph_of(function: Callable[[], Any], num_calls: int, warm_ups: int = 2) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph that holds `num_calls` calls, and what the last of them returned (its static outputs).
-
-    Not by `torch.cuda.graph`, which gives all cached memory back first: that takes longer than a whole screen.
-
-    Args:
-        function: what is captured; work that it leaves on a stream of its own makes the capture fail.
-        num_calls: how often.
-        warm_ups: calls before, which compile, allocate workspaces and tune what is tuned at a first launch.
-    """
-    import torch
-
-    graph = torch.cuda.CUDAGraph()
-    # the one stream of this process that captures: cuBLAS keeps a workspace for every stream that it ever saw
-    side = torch.cuda.graph(graph).capture_stream
-    assert side is not None  # given or made by its constructor
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warm_ups):
-            function()
-        torch.cuda.synchronize()
-        graph.capture_begin()
-        try:
-            for _ in range(num_calls):
-                outputs = function()
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # the capture is spoilt; its own failure is what counts
-                graph.capture_end()
-            raise
-        graph.capture_end()
-    torch.cuda.current_stream().wait_stream(side)
-    return graph, outputs
 
 
 def pin_threads(threads: int | None) -> None:
