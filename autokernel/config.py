@@ -92,7 +92,9 @@ class SearchSection(_Section):
     seconds: PositiveFloat = Field(600, description="wall time of the search stage, that before an interruption included")
     min_trials: PositiveInt = Field(4, description="trials that every searched hotspot gets, whatever it could gain")
     workers: PositiveInt = Field(2, description="candidates in flight; timing itself is never concurrent on a device")
-    sampler: Literal["tpe", "random", "cmaes", "gp"] = "tpe"
+    sampler: Literal["auto", "model", "tpe", "random", "cmaes", "gp"] = Field(
+        "auto", description="model: ranked by the shipped cost model; auto: model on the GPUs it was recorded on, else tpe"
+    )
     seeds: tuple[Literal["stock", "history", "nvmatmul"], ...] = Field(
         ("stock", "history", "nvmatmul"), description="who proposes first, in this order"
     )

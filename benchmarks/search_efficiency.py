@@ -32,6 +32,7 @@ from autokernel.search.cost_model import CostModel
 from autokernel.search.seeds import Seed, SeedContext, seeds_from
 from autokernel.search.tuner import SamplerName, Tuner
 
+_MODELS = 4  # trained for each landscape, with other seeds
 FRACTIONS = (0.95, 0.96, 0.98, 0.99)
 Times = list[float | None]
 RESULTS = replay.ROOT / "benchmarks" / "results" / "search_efficiency.json"
@@ -43,8 +44,12 @@ class Case:
 
     replay: Replay
     training: list[Landscape]
-    model: CostModel | None
+    models: list[CostModel]
     limit: int
+
+    def model(self, seed: int) -> CostModel | None:
+        """A model trained with another seed for each of the first seeds of a search."""
+        return self.models[seed % len(self.models)] if self.models else None
 
 
 Strategy = Callable[[Case, int], Times]
@@ -92,7 +97,7 @@ def tuner(case: Case, seed: int, *, sampler: SamplerName, seeds: Sequence[str] =
     """The package's Tuner."""
     search = Tuner(
         problem=case.replay.problem, spaces=case.replay.spaces, names=case.replay.names, sampler=sampler, seed=seed,
-        max_trials=case.limit, cost_model=case.model,
+        max_trials=case.limit, cost_model=case.model(seed),
     )  # fmt: skip
     search.enqueue(_seeds(case, seeds))
     return case.replay.drive(search, case.limit, in_flight)
@@ -100,18 +105,20 @@ def tuner(case: Case, seed: int, *, sampler: SamplerName, seeds: Sequence[str] =
 
 def _seeds(case: Case, names: Sequence[str]) -> list[Seed]:
     context = SeedContext(problem=case.replay.problem, spaces=case.replay.spaces, names=case.replay.names)
-    return [seed for seed in seeds_from(names, context) if seed.candidate.backend in case.replay.spaces]
+    found = [seed for seed in seeds_from(names, context) if seed.candidate.backend in case.replay.spaces]
+    return [Seed(candidate=seed.candidate, origin="seed") for seed in found]  # the tuner would leave some origins out
 
 
-def ranked(case: Case, _seed: int) -> Times:
+def ranked(case: Case, seed: int) -> Times:
     """The cost model's order, never corrected."""
-    assert case.model is not None
+    model = case.model(seed)
+    assert model is not None
     order: list[tuple[float, str, Config]] = []
     for backend, space in case.replay.spaces.items():
         configs = list(space.bind(case.replay.names).enumerate())
-        cost = case.model.predict(backend, case.replay.names, configs)
+        cost = model.predict(backend, case.replay.names, configs)
         if cost is not None:
-            fails = case.model.fails(backend, case.replay.names, configs)
+            fails = model.fails(backend, case.replay.names, configs)
             order += [(float(c + (f > 0.5)), backend, config) for c, f, config in zip(cost, fails, configs, strict=True)]
     return in_order(case, ((backend, config) for _, backend, config in sorted(order, key=lambda item: item[0])))
 
@@ -173,7 +180,7 @@ STRATEGIES: dict[str, Strategy] = {
     "model+seeds": partial(tuner, sampler="model", seeds=("stock", "nvmatmul")),
     "model, 16 in flight": partial(tuner, sampler="model", in_flight=16),
 }
-ONE_SEED = ("nvmatmul", "portfolio", "ranked")  # always the same
+ONE_SEED = ("nvmatmul", "portfolio")  # always the same
 LEARNED = ("portfolio", "ranked", "model", "model+seeds", "model, 16 in flight")
 
 
@@ -190,15 +197,16 @@ def study(landscape: Landscape, training: list[Landscape], names: Sequence[str],
     """Evaluations needed by each strategy on one landscape: strategy -> fraction -> one number for each seed."""
     from train_cost_model import train
 
-    model = train(training) if training and any(name in LEARNED for name in names) else None
-    case = Case(replay=Replay(landscape), training=training, model=model, limit=limit)
+    learned = bool(training) and any(name in LEARNED for name in names)
+    models = [train(training, seed) for seed in range(min(seeds, _MODELS))] if learned else []
+    case = Case(replay=Replay(landscape), training=training, models=models, limit=limit)
     found: dict[str, Any] = {}
     for name in names:
         if name in LEARNED and not training:
             continue
         begun = time.monotonic()
         runs = [STRATEGIES[name](case, seed) for seed in range(1 if name in ONE_SEED else seeds)]
-        needed = {str(f): [case.replay.needed(times, f) for times in runs] for f in FRACTIONS}
+        needed = {str(f): [_finite(case.replay.needed(times, f)) for times in runs] for f in FRACTIONS}
         reached = {str(c): statistics.median(case.replay.reached(times, c) for times in runs) for c in (8, 16, 24)}
         found[name] = {"needed": needed, "reached": reached, "seconds": round(time.monotonic() - begun, 2)}
     return found
@@ -217,8 +225,13 @@ def summary(results: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     }
 
 
-def _padded(xs: list[float], count: int) -> list[float]:
-    return xs * count if len(xs) == 1 else xs  # a strategy without chance weighs as much as the others
+def _finite(needed: float) -> float | None:
+    return needed if math.isfinite(needed) else None
+
+
+def _padded(xs: list[float | None], count: int) -> list[float]:
+    known = [math.inf if x is None else x for x in xs]
+    return known * count if len(known) == 1 else known  # a strategy without chance weighs as much as the others
 
 
 def _number(x: float) -> str:
@@ -265,7 +278,9 @@ def main() -> None:
         }
         for name, job in jobs.items():
             results.setdefault(name, {}).update(job.result())
-            line = "  ".join(f"{s}: {_number(statistics.median(r['needed']['0.99']))}" for s, r in results[name].items())
+            line = "  ".join(
+                f"{s}: {_number(statistics.median(_padded(r['needed']['0.99'], 1)))}" for s, r in results[name].items()
+            )
             print(f"{name}: 99 % after  {line}", flush=True)
             if options.out is not None:
                 said = {"limit": options.limit, "seeds": options.seeds, "landscapes": results}

@@ -10,12 +10,16 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more only get into each other's way on data this small
+
 import numpy as np
-import replay  # noqa: F401 -- puts the checkout on the path
+import replay
 from landscape_file import FOLDER, Landscape, load_all
 from replay import names_of
 
@@ -24,15 +28,28 @@ from autokernel.search.cost_model import FEATURES, MODEL_FILE, CostModel, Floats
 _CLIP = math.log(4.0)  # how much slower than the best is as good as never
 
 
-def train(landscapes: Sequence[Landscape], trees: int = 300, leaves: int = 31, rate: float = 0.06, seed: int = 0) -> CostModel:
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """Of one of the boosted models whose mean is shipped."""
+
+    leaves: int
+    tilt: float  # how much more the configs near the best of a landscape weigh
+
+
+_MIX = (_Settings(31, 1.5), _Settings(15, 1.5), _Settings(31, 3.0))
+
+
+def train(landscapes: Sequence[Landscape], seed: int = 0) -> CostModel:
     """A model from these landscapes.
 
     What is near the best of its landscape weighs more: the search never goes elsewhere.
     """
     cost: dict[str, Trees] = {}
     failure: dict[str, Trees] = {}
+    kinds: dict[str, tuple[str, ...]] = {}
     for backend in sorted({row.backend for landscape in landscapes for row in landscape.rows} - {"aten"}):
-        inputs, targets, weights, failed_inputs, failed = [], [], [], [], []
+        inputs, targets, failed_inputs, failed = [], [], [], []
+        found_kinds: set[str] = set()
         for landscape in landscapes:
             rows = landscape.of([backend])
             if not rows:
@@ -40,36 +57,38 @@ def train(landscapes: Sequence[Landscape], trees: int = 300, leaves: int = 31, r
             found = features(names_of(landscape), [row.config for row in rows])
             times = np.array([row.best_us or math.nan for row in rows])
             ok = ~np.isnan(times)
-            slower = np.log(times[ok] / times[ok].min())
             inputs.append(found[ok])
-            targets.append(np.minimum(slower, _CLIP))
-            # all landscapes count the same, whatever the size of their spaces
-            weight = np.exp(-1.5 * np.minimum(slower, _CLIP))
-            weights.append(weight / weight.sum())
+            targets.append(np.minimum(np.log(times[ok] / times[ok].min()), _CLIP))
             failed_inputs.append(found)
             failed.append(~ok)
-        boosted = _boosted(np.concatenate(inputs), np.concatenate(targets), np.concatenate(weights), trees, leaves, rate, seed)
-        cost[backend] = boosted
+            found_kinds |= {str(row.config.get("template", row.config.get("mode"))) for row in rows}
+        cost[backend] = Trees.mean_of([_boosted(inputs, targets, settings, seed + 10 * i) for i, settings in enumerate(_MIX)])
+        kinds[backend] = tuple(sorted(found_kinds))
         if sum(f.sum() for f in failed) >= 20:
             failure[backend] = _classified(np.concatenate(failed_inputs), np.concatenate(failed), seed)
     origin = {
         "landscapes": [landscape.name for landscape in landscapes],
         "hardware": sorted({str(landscape.header["hardware"]) for landscape in landscapes}),
+        "isa": [str(replay.H200.isa)],
+        "versions": landscapes[0].header.get("versions", {}),
         "trained": datetime.date.today().isoformat(),
     }
-    return CostModel(cost=cost, failure=failure, origin=origin)
+    return CostModel(cost=cost, failure=failure, kinds=kinds, origin=origin)
 
 
-def _boosted(inputs: Floats, targets: Floats, weights: Floats, trees: int, leaves: int, rate: float, seed: int) -> Trees:
+def _boosted(inputs: Sequence[Floats], targets: Sequence[Floats], settings: _Settings, seed: int) -> Trees:
     from sklearn.ensemble import HistGradientBoostingRegressor
 
+    # all landscapes count the same, whatever the size of their spaces
+    weights = np.concatenate([(w := np.exp(-settings.tilt * slower)) / w.sum() for slower in targets])
     model = HistGradientBoostingRegressor(
-        max_iter=trees, max_leaf_nodes=leaves, learning_rate=rate, l2_regularization=1e-6, min_samples_leaf=20,
+        max_iter=150, max_leaf_nodes=settings.leaves, learning_rate=0.1, l2_regularization=1e-6, min_samples_leaf=20,
         max_features=0.5, random_state=seed, early_stopping=False, max_depth=8,
     )  # fmt: skip
-    model.fit(inputs, targets, sample_weight=weights * len(weights) / weights.sum())
+    rows = np.concatenate(inputs)
+    model.fit(rows, np.concatenate(targets), sample_weight=weights * len(weights) / weights.sum())
     exported = export_trees(model)
-    sample = inputs[:: max(1, len(inputs) // 500)]
+    sample = rows[:: max(1, len(rows) // 500)]
     assert np.allclose(exported.predict(sample), model.predict(sample), atol=1e-9), (
         "scikit-learn's trees are laid out otherwise"
     )

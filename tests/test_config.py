@@ -73,7 +73,7 @@ def test_a_good_experiment_has_its_defaults(write: Any) -> None:
         ({"search.trials": "many"}, "(got 'many')"),
         ({"search.trials": 0}, "search.trials: Input should be greater than 0 (got 0)"),
         ({"search.seeds": ["stock", "luck"]}, "search.seeds.1: Input should be 'stock', 'history' or 'nvmatmul' (got 'luck')"),
-        ({"search.sampler": "best"}, "search.sampler: Input should be 'tpe', 'random', 'cmaes' or 'gp' (got 'best')"),
+        ({"search.sampler": "best"}, "search.sampler: Input should be 'auto', 'model', 'tpe', 'random', 'cmaes' or 'gp' (got 'best')"),
         ({"search.max_copies": 65}, "search.max_copies: Input should be less than or equal to 64 (got 65)"),
         ({"validation.min_gain": -0.1}, "validation.min_gain: Input should be greater than or equal to 0 (got -0.1)"),
         ({"name": "a/b"}, "name: String should match pattern"),

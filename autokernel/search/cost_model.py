@@ -28,6 +28,7 @@ MODEL_FILE = Path(__file__).with_name("cost_model.json.gz")
 KINDS = ("mm", "mm_persistent_tma", "bmm", "decompose_k", "rows", "swap", "vector")  # a template or a mode
 
 _FORMAT = 1
+_KIND_MISSING = -1.0
 _SMEM_PER_UNIT, _SMEM_PER_BLOCK, _SMEM_RESERVED = 233472, 232448, 1024  # bytes; sm_90
 _WARPS_PER_UNIT, _REGISTERS_PER_UNIT = 64, 65536
 _READ_BYTES_PER_US, _FLOP_PER_US = 4.26e6, 0.79e9  # measured on an H200; they only set the scale of two features
@@ -79,6 +80,17 @@ class Trees:
         }  # fmt: skip
 
     @classmethod
+    def mean_of(cls, parts: Sequence[Trees]) -> Trees:
+        """One sum that predicts the mean of several."""
+        starts = np.cumsum([0, *(len(part.feature) for part in parts)])[:-1]
+        moved = [(part.left + at, part.right + at, part.roots + at) for part, at in zip(parts, starts, strict=True)]
+        left, right, roots = (np.concatenate(columns) for columns in zip(*moved, strict=True))
+        feature, threshold = (np.concatenate([getattr(part, name) for part in parts]) for name in ("feature", "threshold"))
+        value = np.concatenate([part.value for part in parts]) / len(parts)
+        base = sum(part.base for part in parts) / len(parts)
+        return cls(feature, threshold, left, right, value, roots, max(part.depth for part in parts), base)
+
+    @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trees:
         """Inverse of `to_json`."""
         feature, left, right, roots = (np.asarray(data[name], dtype=np.int64) for name in ("feature", "left", "right", "roots"))
@@ -93,12 +105,20 @@ class CostModel:
 
     cost: Mapping[str, Trees]
     failure: Mapping[str, Trees]
+    kinds: Mapping[str, tuple[str, ...]]  # templates or modes that were recorded
     origin: Mapping[str, Any]
 
     def predict(self, backend: str, names: Names, configs: Sequence[Config]) -> Floats | None:
-        """log(time / best time) of configs [n]; None for a backend that the model does not know."""
+        """log(time / best time) of configs [n]; None for a backend that the model does not know.
+
+        Of a kind that was never recorded the best is believed, so that it is tried, and judged by what comes of it.
+        """
         trees = self.cost.get(backend)
-        return trees.predict(features(names, configs)) if trees is not None else None
+        if trees is None:
+            return None
+        known = [_KIND_MISSING, *(float(KINDS.index(kind)) for kind in self.kinds.get(backend, ()) if kind in KINDS)]
+        rows = features(names, configs)
+        return np.where(np.isin(rows[:, FEATURES.index("kind")], known), trees.predict(rows), 0.0)
 
     def fails(self, backend: str, names: Names, configs: Sequence[Config]) -> Floats:
         """Probability that a config does not build or run [n]."""
@@ -116,13 +136,14 @@ def load_model(path: Path = MODEL_FILE) -> CostModel | None:
     if data["format"] != _FORMAT or tuple(data["features"]) != FEATURES:
         raise ValueError(f"{path}: made for other features; run benchmarks/train_cost_model.py again")
     trees = {part: {b: Trees.from_json(t) for b, t in data[part].items()} for part in ("cost", "failure")}
-    return CostModel(cost=trees["cost"], failure=trees["failure"], origin=data["origin"])
+    kinds = {backend: tuple(found) for backend, found in data["kinds"].items()}
+    return CostModel(cost=trees["cost"], failure=trees["failure"], kinds=kinds, origin=data["origin"])
 
 
 def save_model(model: CostModel, path: Path = MODEL_FILE) -> None:
     """Write a model as the package ships it."""
     parts = {part: {b: t.to_json() for b, t in getattr(model, part).items()} for part in ("cost", "failure")}
-    data = {"format": _FORMAT, "origin": dict(model.origin), "features": list(FEATURES), **parts}
+    data = {"format": _FORMAT, "origin": dict(model.origin), "features": list(FEATURES), "kinds": dict(model.kinds), **parts}
     path.write_bytes(gzip.compress(json.dumps(data, separators=(",", ":")).encode(), mtime=0))
 
 
@@ -189,7 +210,7 @@ def features(names: Names, configs: Sequence[Config]) -> Floats:
 
 def _kind(config: Config) -> float:
     said = config.get("template", config.get("mode"))
-    return float(KINDS.index(said)) if isinstance(said, str) and said in KINDS else -1.0
+    return float(KINDS.index(said)) if isinstance(said, str) and said in KINDS else _KIND_MISSING
 
 
 def _fill(tiles: Floats, slots: Floats | float) -> Floats:

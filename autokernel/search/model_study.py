@@ -36,7 +36,7 @@ class Beliefs:
     local: float = 0.15  # one region of a space, at least; more where measurements differ more from the model
     noise: float = 0.03  # one config
     reach: float = 1.6  # steps (factors of two) over which configs share their error
-    explore: float = 0.0  # added to the expected improvement: this many standard deviations
+    trust: int = 3  # every so many draws, the model's own next choice, whatever was measured; 0: never
 
 
 @dataclass(slots=True)
@@ -132,7 +132,8 @@ class ModelStudy:
         open_[tried] = False
         if not open_.any():
             return int(self._prior.argmin())
-        if not self._observed:
+        by_model = self._beliefs.trust > 0 and len(tried) % self._beliefs.trust == self._beliefs.trust - 1
+        if not self._observed or by_model:
             return int(np.where(open_, self._prior, np.inf).argmin())
         mean, deviation = self._posterior()
         best = min(self._observed.values())
@@ -140,7 +141,7 @@ class ModelStudy:
         z = gain / deviation
         expected = gain * ndtr(z) + deviation * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
         # far from the best, expected improvements underflow: there, what is fastest by expectation
-        score = np.log(np.maximum(expected, 1e-300)) + self._beliefs.explore * deviation
+        score = np.log(np.maximum(expected, 1e-300))
         score = np.where(expected > 1e-200, score, -1e3 - mean)
         return int(np.where(open_, score, -np.inf).argmax())
 

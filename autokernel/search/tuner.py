@@ -15,9 +15,9 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -30,6 +30,9 @@ from autokernel.search.model_study import ModelStudy
 from autokernel.search.observations import Observation, Observations
 from autokernel.search.proposals import Proposal, Proposer, Sampled
 from autokernel.search.space import BoundSpace, Config, Domain, Names, Space
+
+if TYPE_CHECKING:
+    from autokernel.search.seeds import Seed
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,8 @@ class Tuner(Proposer):
         names: of the problem and device (`space.names_for`).
         storage: SQLAlchemy URL for the durable copy, or None to keep everything in memory.
         study_name: name of the study there; one per problem.
-        sampler: "model" (ranked by the shipped cost model, model_study.py), or Optuna's "tpe", "random", "cmaes" or "gp".
+        sampler: "model" (ranked by the shipped cost model, model_study.py), or Optuna's "tpe", "random", "cmaes" or "gp";
+            "auto" is "model" on the device that the cost model was recorded on, and "tpe" elsewhere.
         seed: makes proposals reproducible, given the same tells in the same order.
         max_trials: distinct candidates to propose in all, those of a resumed run included. May be raised later.
         cost_model: what the sampler "model" ranks by; default: the one that comes with the package.
@@ -66,28 +70,40 @@ class Tuner(Proposer):
         names: Names,
         storage: str | None = None,
         study_name: str = "autokernel",
-        sampler: SamplerName = "tpe",
+        sampler: SamplerName | Literal["auto"] = "tpe",
         seed: int = 0,
         max_trials: int = 1000,
         cost_model: CostModel | None = None,
     ) -> None:
         bound = {backend: space.bind(names) for backend, space in spaces.items()}
         usable = {backend: space for backend, space in bound.items() if not space.empty}
-        _check_sampler(sampler)
+        if sampler in {"auto", "model"} and cost_model is None:
+            cost_model = load_model()
+        chosen: SamplerName = sampler if sampler != "auto" else "model" if _recorded(cost_model, names) else "tpe"
+        _check_sampler(chosen)
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise a line per trial
-        self._sampler: SamplerName = sampler
-        self._cost_model = load_model() if cost_model is None and sampler == "model" else cost_model
+        self._sampler: SamplerName = chosen
+        self._cost_model = cost_model
         super().__init__(
             problem,
             usable,
             mirror=_StorageMirror(storage, study_name, usable) if storage is not None else None,
-            sampler_name=sampler,
+            sampler_name=chosen,
             seed=seed,
             max_trials=max_trials,
-            use_model=sampler != "random",
-            cheap=sampler != "gp",  # whose draws take a second each
-            **({"num_startup": 0} if sampler == "model" else {}),
+            use_model=chosen != "random",
+            cheap=chosen != "gp",  # whose draws take a second each
+            **({"num_startup": 0} if chosen == "model" else {}),
         )
+
+    def enqueue(self, seeds: Iterable[Seed]) -> int:
+        """As `Proposer.enqueue`. nvMatmulHeuristics' seeds are left out where the cost model knows the backend: it ranks
+        better (docs/search.md), and each seed costs a trial.
+        """
+        if self._sampler == "model" and self._cost_model is not None:
+            known = self._cost_model.cost
+            seeds = [seed for seed in seeds if seed.origin != "nvmatmul" or seed.candidate.backend not in known]
+        return super().enqueue(seeds)
 
     def _new_study(self, spaces: Mapping[str, BoundSpace], seed: int) -> Sampled:
         if self._sampler == "model":
@@ -217,6 +233,11 @@ def _make_sampler(name: SamplerName, seed: int, conditional: bool) -> optuna.sam
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=0, deterministic_objective=False)
         case "model":
             raise AssertionError("not one of Optuna's")
+
+
+def _recorded(model: CostModel | None, names: Names) -> bool:
+    """Whether landscapes of this kind of device made the model."""
+    return model is not None and names["device"] == "cuda" and names["isa"] in model.origin.get("isa", ())
 
 
 def _check_sampler(name: SamplerName) -> None:

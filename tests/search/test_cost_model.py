@@ -73,6 +73,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
     model = CostModel(
         cost={"inductor": stump("log_block_n", 6.5, 0.1, 0.2)},
         failure={"inductor": stump("smem_share", 0.9, -3.0, 3.0)},
+        kinds={"inductor": ("mm",)},
         origin={"landscapes": ["a"]},
     )
     save_model(model, tmp_path / "model.json.gz")
@@ -89,7 +90,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_model_of_other_features_is_refused(tmp_path: Path) -> None:
-    save_model(CostModel(cost={}, failure={}, origin={}), tmp_path / "model.json.gz")
+    save_model(CostModel(cost={}, failure={}, kinds={}, origin={}), tmp_path / "model.json.gz")
     import gzip
     import json
 

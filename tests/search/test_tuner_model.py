@@ -1,0 +1,132 @@
+"""The sampler `model` in the tuner: its order, what it learns, many in flight, failures, spaces it knows nothing of."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autokernel.records import Candidate, Check, Evaluation, Measurement, Problem, Status, TensorSpec, Verdict
+from autokernel.search.cost_model import FEATURES, CostModel, Trees
+from autokernel.search.space import DeviceFacts, names_for
+from autokernel.search.space_file import load_space
+from autokernel.search.tuner import Tuner
+
+H200 = DeviceFacts(device="cuda", isa="sm_90", num_units=132, smem_bytes=232448, l2_bytes=60 << 20)
+PROBLEM = Problem(
+    op="mm",
+    device="cuda",
+    inputs=(
+        TensorSpec.contiguous((16, 4096), "bfloat16"),
+        TensorSpec(shape=(4096, 4096), dtype="bfloat16", stride=(1, 4096)),
+    ),
+    constants=(1,),
+)
+NAMES = names_for({"m": 16, "n": 4096, "k": 4096, "batch": 1, "dtype_bytes": 2, "has_constant_weight": 1}, H200)
+
+
+def prefers(name: str, threshold: float) -> CostModel:
+    """A model that finds configs at or below a threshold of one feature a third faster."""
+    trees = Trees(
+        feature=np.array([FEATURES.index(name), 0, 0]), threshold=np.array([threshold, 0.0, 0.0]), left=np.array([1, 1, 2]),
+        right=np.array([2, 1, 2]), value=np.array([0.0, 0.0, 0.4]), roots=np.array([0]), depth=1, base=0.0,
+    )  # fmt: skip
+    kinds = ("mm", "mm_persistent_tma", "decompose_k")
+    return CostModel(cost={"inductor": trees}, failure={}, kinds={"inductor": kinds}, origin={})
+
+
+def tuner(model: CostModel | None = None, **arguments: Any) -> Tuner:
+    spaces = {"inductor": load_space("mm")["inductor"]}
+    model = prefers("log_block_n", 5.5) if model is None else model
+    given = {"problem": PROBLEM, "spaces": spaces, "names": NAMES, "sampler": "model", "max_trials": 200, "cost_model": model}
+    return Tuner(**{**given, **arguments})
+
+
+def result(candidate: Candidate, us: float | None) -> Evaluation:
+    if us is None:
+        return Evaluation(candidate=candidate, status=Status.BUILD_ERROR, message="does not build")
+    measured = Measurement(median_us=us, spread_us=0.1, num_samples=10, regime="test")
+    verdict = Verdict(checks=(Check(name="test", value=0.0, limit=1.0, passed=True),))
+    return Evaluation(candidate=candidate, status=Status.OK, verdict=verdict, measurement=measured)
+
+
+def us_of(config: Any) -> float:
+    """Best at tiles of 16 x 64 x 128, four stages and four warps."""
+    if config["template"] == "decompose_k":
+        return 40.0
+    away = abs(math.log2(config["BLOCK_N"] / 64)) + abs(math.log2(config["BLOCK_K"] / 128)) + abs(config["num_stages"] - 4) / 2
+    return 10.0 * math.exp(0.2 * away + 0.1 * abs(math.log2(config["num_warps"] / 4)) + 0.05 * (config["template"] != "mm"))
+
+
+def run(search: Tuner, count: int, failing: Any = None) -> list[Any]:
+    configs = []
+    for _ in range(count):
+        (proposal,) = search.ask(1)
+        config = proposal.candidate.config
+        configs.append(dict(config))
+        failed = failing is not None and failing(config)
+        search.tell(proposal.number, result(proposal.candidate, None if failed else us_of(config)))
+    return configs
+
+
+def test_the_model_chooses_first_and_the_seed_decides_nothing_else() -> None:
+    first, second = run(tuner(seed=3), 10), run(tuner(seed=3), 10)
+    assert first == second
+    assert first[0].get("BLOCK_N", 32) <= 32
+
+
+def test_measurements_overrule_the_model() -> None:
+    # the model wants BLOCK_N <= 32, the device 64: what is measured wins within a few dozen configs
+    configs = run(tuner(), 48)
+    assert len({tuple(sorted(config.items())) for config in configs}) == 48
+    assert min(us_of(config) for config in configs) <= 10.0 * math.exp(0.06)
+
+
+def test_many_in_flight_are_all_different_and_spread() -> None:
+    search = tuner()
+    run(search, 5)
+    proposals = search.ask(32)
+    assert len({proposal.candidate.id for proposal in proposals}) == 32
+    assert len({proposal.candidate.config.get("BLOCK_K") for proposal in proposals}) > 1
+
+
+def test_what_fails_is_avoided() -> None:
+    def fails(config: Any) -> bool:
+        return bool(config.get("num_stages", 2) >= 3)
+
+    configs = run(tuner(), 40, failing=fails)
+    assert sum(map(fails, configs[20:])) < sum(map(fails, run(tuner(), 40)[20:]))
+
+
+def test_without_a_model_it_still_finds_its_way() -> None:
+    configs = run(tuner(CostModel(cost={}, failure={}, kinds={}, origin={})), 48)
+    assert min(us_of(config) for config in configs) <= 10.0 * math.exp(0.2)
+
+
+def test_a_resumed_search_goes_on_where_it_was() -> None:
+    search = tuner()
+    told = []
+    for _ in range(12):
+        (proposal,) = search.ask(1)
+        told.append(result(proposal.candidate, us_of(proposal.candidate.config)))
+        search.tell(proposal.number, told[-1])
+    again = tuner()
+    assert again.warm_start(told) == 12
+    (next_one,), (expected,) = again.ask(1), search.ask(1)
+    assert next_one.candidate == expected.candidate
+
+
+def test_other_backends_take_part() -> None:
+    mm = load_space("mm")
+    spaces = {"inductor": mm["inductor"], "aten": mm["aten"]}
+    search = tuner(spaces=spaces)
+    (first,) = search.ask(1)
+    assert first.candidate.backend == "aten"  # a space this small is tried whole, and first
+
+
+@pytest.mark.parametrize("sampler", ["model", "tpe"])
+def test_it_is_one_of_several(sampler: str) -> None:
+    (proposal,) = tuner(sampler=sampler).ask(1)
+    assert proposal.origin == sampler
