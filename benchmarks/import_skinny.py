@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from landscape_file import FOLDER, Landscape, Row, load, merge, save, slug  # noqa: E402
+from landscape_file import FOLDER, Landscape, Row, load, merge, save, slug
 
 _NAMES = {"gate-up": "gateup", "lm-head": "lmhead"}
 
