@@ -368,7 +368,7 @@ def test_a_changed_space_starts_a_study_beside_the_old_one(tmp_path: Path, evalu
 
 
 def test_storage_trouble_is_a_storage_error(tmp_path: Path, evaluate: Evaluate) -> None:
-    with pytest.raises(StorageError, match="folder must exist"):
+    with pytest.raises(StorageError, match="folder writable"):
         tuner(storage=f"sqlite:///{tmp_path}/none/study.db")
     (tmp_path / "broken.db").write_text("this is no database" * 100)
     with pytest.raises(StorageError, match=r"broken.db.*not a database"):
