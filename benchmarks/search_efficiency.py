@@ -1,6 +1,6 @@
 """How many configs a search needs, replayed on recorded landscapes: no GPU.
 
-    python benchmarks/search_efficiency.py [--strategies NAME ...] [--seeds 20] [--limit 64] [--out FILE]
+    python benchmarks/search_efficiency.py [--strategies NAME ...] [--seeds 20] [--backends inductor triton] [--out FILE]
 
 For each strategy: evaluations until 95, 96, 98 and 99 % of the best config's speed are reached, failed ones included.
 What learns across shapes is trained without the landscape it is judged on, and without those of the same weight
@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import replay
@@ -93,7 +93,9 @@ def nvmatmul(case: Case, _seed: int) -> Times:
     return in_order(case, order)
 
 
-def tuner(case: Case, seed: int, *, sampler: SamplerName, seeds: Sequence[str] = (), in_flight: int = 1) -> Times:
+def tuner(
+    case: Case, seed: int, *, sampler: SamplerName | Literal["auto"], seeds: Sequence[str] = (), in_flight: int = 1
+) -> Times:
     """The package's Tuner."""
     search = Tuner(
         problem=case.replay.problem, spaces=case.replay.spaces, names=case.replay.names, sampler=sampler, seed=seed,
@@ -193,13 +195,15 @@ def others(landscape: Landscape, landscapes: Sequence[Landscape]) -> list[Landsc
     return [other for other in landscapes if weight(other) != weight(landscape)]
 
 
-def study(landscape: Landscape, training: list[Landscape], names: Sequence[str], seeds: int, limit: int) -> dict[str, Any]:
+def study(
+    landscape: Landscape, training: list[Landscape], names: Sequence[str], seeds: int, limit: int, backends: Sequence[str]
+) -> dict[str, Any]:
     """Evaluations needed by each strategy on one landscape: strategy -> fraction -> one number for each seed."""
     from train_cost_model import train
 
     learned = bool(training) and any(name in LEARNED for name in names)
     models = [train(training, seed) for seed in range(min(seeds, _MODELS))] if learned else []
-    case = Case(replay=Replay(landscape), training=training, models=models, limit=limit)
+    case = Case(replay=Replay(landscape, backends), training=training, models=models, limit=limit)
     found: dict[str, Any] = {}
     for name in names:
         if name in LEARNED and not training:
@@ -260,12 +264,13 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="*", choices=list(STRATEGIES), default=list(STRATEGIES))
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--limit", type=int, default=64, help="evaluations a search may use")
+    parser.add_argument("--backends", nargs="+", default=["inductor"], help="whose configs are searched: inductor, triton")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="names of landscapes to judge on; all are learned from")
     parser.add_argument("--out", type=Path, help=f"JSON to write or add to, e.g. {RESULTS.relative_to(replay.ROOT)}")
     options = parser.parse_args()
     landscapes = load_all(FOLDER)
-    judged = [one for one in landscapes if not options.only or one.name in options.only]
+    judged = [one for one in landscapes if one.of(options.backends) and (not options.only or one.name in options.only)]
     if not judged:
         sys.exit(f"{FOLDER}: no landscapes; record some with benchmarks/record_landscapes.py")
     results: dict[str, dict[str, Any]] = {}
@@ -273,7 +278,9 @@ def main() -> None:
         results = json.loads(options.out.read_text())["landscapes"]
     with ProcessPoolExecutor(options.workers) as pool:
         jobs = {
-            one.name: pool.submit(study, one, others(one, landscapes), options.strategies, options.seeds, options.limit)
+            one.name: pool.submit(
+                study, one, others(one, landscapes), options.strategies, options.seeds, options.limit, options.backends
+            )
             for one in judged
         }
         for name, job in jobs.items():
@@ -283,7 +290,7 @@ def main() -> None:
             )
             print(f"{name}: 99 % after  {line}", flush=True)
             if options.out is not None:
-                said = {"limit": options.limit, "seeds": options.seeds, "landscapes": results}
+                said = {"backends": options.backends, "limit": options.limit, "seeds": options.seeds, "landscapes": results}
                 options.out.write_text(json.dumps(said, indent=1) + "\n")
     print(table(results, list(STRATEGIES), options.limit))
 
