@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,12 @@ import torch
 
 from autokernel.backends import BuildError, Built, Refused
 from autokernel.errors import JobCrashed, JobLost, JobTimeout
+from autokernel.evaluate import budget
+from autokernel.evaluate import candidate as candidate_module
+from autokernel.evaluate.call_graphs import CaptureError
 from autokernel.evaluate.candidate import EvaluateCandidate, describe_failures, evaluation_of_failure
+from autokernel.evaluate.numerics import num_references
+from autokernel.evaluate.probes import make_constants
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.records import Candidate, Check, Evaluation, Status
 
@@ -175,3 +181,42 @@ def test_reference_comes_before_the_build_and_locks_do_not_nest(
     assert job_for(linear())().status is Status.OK
     compact = [e for i, e in enumerate(events) if i == 0 or e != events[i - 1]]
     assert compact == ["shared", "reference", "released", "shared", "build", "released", "exclusive", "released"]
+
+
+def test_what_the_device_was_held_for_is_told(backend: Any, linear: Any) -> None:
+    result, phases = job_for(linear()).in_phases()
+    assert set(phases) == {"reference", "build", "wait", "device"}
+    assert 0 < result.device_s == phases["device"] < result.total_s
+
+
+def test_a_failed_capture_ends_the_process(backend: Any, linear: Any, wrap: Any) -> None:
+    def kernel(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        raise CaptureError("it cannot be captured")
+
+    backend.make = lambda c, constants: wrap(c.problem, constants, kernel)
+    with pytest.raises(SystemExit, match="it cannot be captured"):
+        job_for(linear())()
+
+
+def test_no_room_beside_other_workers_is_nobodys_fault(backend: Any, linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(candidate_module, "make_constants", full)
+    with pytest.raises(JobLost, match="had no room"):
+        job_for(linear())()
+
+
+def test_a_problem_too_large_to_wait_keeps_its_turn_through_the_build(
+    backend: Any, linear: Any, ops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = linear()
+    needed = budget.expectation_bytes(ops["linear"], problem, num_references(2))
+    for device, free, alone in (("cuda", 4 * needed - 1, True), ("cuda", 4 * needed, False), ("cpu", 1, False)):
+        monkeypatch.setattr(candidate_module, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(candidate_module, "return_spare_memory", lambda device: None)
+        monkeypatch.setattr(candidate_module, "num_copies_for", lambda *_: 2)
+        monkeypatch.setattr(candidate_module, "cache_bytes", lambda *_: 1)
+        monkeypatch.setattr(candidate_module, "make_constants", lambda p, seed, n: make_constants(p, seed, n, device="cpu"))
+        monkeypatch.setattr(candidate_module, "expect", lambda *_: None)
+        assert candidate_module.prepare(ops["linear"], replace(problem, device=device), 0, 1, 2).alone is alone

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from autokernel.evaluate import poison
+from autokernel.evaluate import budget, poison
 from autokernel.evaluate.budget import errors_of, expected_outputs, run_reference
-from autokernel.evaluate.numerics import Checker, check, expect
+from autokernel.evaluate.numerics import Checker, check, expect, num_references
 from autokernel.evaluate.probes import DRAWS, draw_scale, make_constants, make_inputs
 from autokernel.records import Problem, TensorSpec
 
@@ -198,3 +199,34 @@ def test_poison_without_the_allocators_help(linear: Any, ops: Any, wrap: Any, mo
     verdict = check(ops["linear"], problem, wrap(problem, constants, forgetful), constants, seed=0)
     assert "outputs_written" in {c.name for c in verdict.failures}
     assert check(ops["linear"], problem, wrap(problem, constants, linear_of), constants, seed=0).passed
+
+
+def test_errors_do_not_depend_on_how_many_rows_are_looked_at_together(
+    linear: Any, ops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = linear(dtype="bfloat16", m=33)
+    whole, parts = [], []
+    for found, size in ((whole, 1 << 25), (parts, 200)):
+        monkeypatch.setattr(budget, "_BLOCK_ELEMENTS", size)
+        for draw in ("model", "nonfinite"):
+            inputs = make_inputs(problem, 3, draw)
+            (expected,) = budget.expected_outputs(ops["linear"], problem, inputs)
+            out = ops["linear"].reference(problem, *inputs)[0].clone()
+            out[-1, -1] += 1
+            out[5, 5] = math.nan
+            errors = budget.errors_of(out, expected)
+            found.append((expected.limit_max, expected.limit_norm, errors.max, errors.norm, errors.misplaced))
+    assert [x for row in parts for x in row] == pytest.approx([x for row in whole for x in row], rel=1e-9)
+    assert whole[0][2] == math.inf  # the NaN
+    assert whole[0][4] == 1
+
+
+def test_references_are_as_many_and_as_large_as_foretold(linear: Any, ops: Any) -> None:
+    for dtype, num_copies in (("bfloat16", 1), ("float32", 2), ("bfloat16", 4)):
+        problem = linear(dtype=dtype)
+        expectation = expect(ops["linear"], problem, make_constants(problem, 0, num_copies), 0)
+        calls = (expectation.model, *expectation.probes, expectation.fresh)
+        references = [e.reference for call in calls for copy in call.expected for e in copy]
+        assert len(references) == num_references(num_copies)
+        size = sum(r.numel() * r.element_size() for r in references)
+        assert size == budget.expectation_bytes(ops["linear"], problem, len(references))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autokernel.evaluate import probes
 from autokernel.evaluate.caches import cache_bytes, cpu_cache_bytes, last_level_bytes
 from autokernel.evaluate.probes import (
     DRAWS,
@@ -154,3 +156,19 @@ def test_caches_are_counted_once(tmp_path: Path) -> None:
     assert cpu_cache_bytes(2, 1, tmp_path / "none") > 0
     assert cache_bytes("cpu", 1) > 0
     assert last_level_bytes("cpu") >= cache_bytes("cpu", 1)
+
+
+def test_a_large_copy_is_cold_alone_on_a_gpu(linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mib = 1 << 20
+    large = replace(linear(m=1024, k=1024, n=2048), device="cuda")  # 12 MiB
+    monkeypatch.setattr(probes, "free_bytes", lambda device: 1600 * mib)
+    assert num_copies_for(large, 2 * mib) == 1
+    assert num_copies_for(replace(large, device="cpu"), 2 * mib) == 2
+    assert num_copies_for(large, 3 * mib) == 2
+    # many workers share the device: more than what is needed comes out of a 32nd of what is free
+    assert num_copies_for(large, 60 * mib) == 4
+    monkeypatch.setattr(probes, "free_bytes", lambda device: 100 * mib)
+    assert num_copies_for(large, 60 * mib) == 2
+    monkeypatch.setattr(probes, "free_bytes", lambda device: 80 * mib)
+    with pytest.raises(ValueError, match="2 copies"):
+        num_copies_for(large, 60 * mib)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from autokernel.backends import Built
+from autokernel.evaluate import timing
 from autokernel.evaluate.timing import Comparison, compare, conditions, measure
 
 
@@ -128,3 +130,15 @@ def test_comparison_needs_its_baseline() -> None:
 
 def test_conditions_are_numbers() -> None:
     assert all(isinstance(value, float) for value in conditions("cpu").values())
+
+
+def test_the_hopeless_get_a_first_look_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(timing.EFFORTS["cpu"], "quick", replace(timing.EFFORTS["cpu"]["quick"], look_samples=2))  # type: ignore[arg-type]
+    assert measure(built_of(500), [], device="cpu", best_us=100).num_samples == 2
+    assert measure(built_of(500), [], device="cpu", best_us=490).num_samples >= 7
+
+
+def test_every_device_has_every_effort() -> None:
+    assert set(timing.EFFORTS) == {"cpu", "cuda"}
+    assert all(set(efforts) == {"quick", "thorough"} for efforts in timing.EFFORTS.values())
+    assert timing.effort_for("cuda", "quick").budget_s <= 0.06

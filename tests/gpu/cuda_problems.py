@@ -102,7 +102,7 @@ class Hang:
 
     def __call__(self) -> int:
         with Turns("cuda", self.longest_s).take("a kernel that hangs", exclusive=True):
-            torch.cuda._sleep(200_000_000_000)  # more than a minute  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(20_000_000_000)  # ten seconds
             torch.cuda.synchronize()
         return 0
 

@@ -86,6 +86,7 @@ def test_building_launches_nothing(problem: str) -> None:
     target = mm_problem() if problem == "mm" else merged_problem()
     candidate = Candidate(problem=target, backend="aten", config={"prepack": False})
     constants = make_constants(target, 0, 2)
+    build(candidate, constants, stock=True)  # what Inductor sets up once is not what this is about
     built: list[Any] = []
     assert kernels_of(lambda: built.append(build(candidate, constants, stock=True))) == []
     inputs = [torch.randn(16, target.inputs[0].shape[1], device="cuda").bfloat16() for _ in range(2)]
@@ -100,12 +101,12 @@ def test_memory_is_given_back(config: dict[str, Any]) -> None:
     job = EvaluateCandidate(candidate=Candidate(problem=problem, backend="aten", config=config), max_copies=32)
     job()
     gc.collect()
-    before = torch.cuda.memory_allocated()
+    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     for seed in range(2):
         result = EvaluateCandidate(candidate=job.candidate, seed=seed, max_copies=32)()
         assert result.status is Status.OK, result.message
     assert torch.cuda.memory_allocated() <= before + (1 << 20)
-    assert torch.cuda.memory_reserved() < 256 << 20
+    assert torch.cuda.memory_reserved() <= reserved + (64 << 20)
 
 
 def _late() -> Kernel:
@@ -247,7 +248,7 @@ def test_an_illegal_access_costs_its_job_and_its_process_only() -> None:
 
 
 def test_a_turn_that_never_ends_ends_its_process() -> None:
-    pool = LocalPool(2, env=worker_env(1), preload=("torch",))
+    pool = LocalPool(1, env=worker_env(1), preload=("torch",))
     try:
         start = time.monotonic()
         hanging = pool.submit(cuda_problems.Hang(3.0), 60)

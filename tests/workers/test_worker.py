@@ -68,6 +68,15 @@ def test_a_job_that_ends_its_process_costs_one_job(worker: Worker, job: Callable
     assert worker.run(jobs.Add(1, 1), GENEROUS_S) == 2
 
 
+def test_a_job_that_asks_for_the_end_of_its_process_gets_it(worker: Worker) -> None:
+    worker.start()
+    before = worker.pid
+    with pytest.raises(JobCrashed):
+        worker.run(jobs.SysExit(), GENEROUS_S)
+    worker.start()
+    assert worker.pid != before, "what made it exit must not meet the next job"
+
+
 def test_a_crash_carries_the_end_of_the_log_and_the_stack(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with pytest.raises(JobCrashed) as caught:
