@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import autokernel
-from autokernel.errors import StorageError
+from autokernel.errors import BundleError, ConfigError, StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -87,44 +87,29 @@ def _root(
         raise typer.Exit(2)
 
 
-@app.command()
-def run(
-    experiment: ExperimentFile,
-    overrides: Overrides = None,
-    runs: Runs = _RUNS,
-    resume: Resume = True,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-) -> None:
-    """Profile, search, validate, export and prove: the whole job."""
-    request = _Request(experiment, tuple(overrides or ()), runs, not resume, as_json, verbose, "prove")
-    if dry_run:
-        _dry_run(request)
-    else:
-        _run(request)
-
-
-def _add_stage(stage: str, help_text: str) -> None:
-    """A command that does a part of `run`: up to this stage, going on from what an earlier command wrote."""
+def _add_stage(name: str, until: str, help_text: str) -> None:
+    """A command that does the job up to a stage, going on from what an earlier command wrote."""
 
     def command(
         experiment: ExperimentFile,
         overrides: Overrides = None,
         runs: Runs = _RUNS,
         resume: Resume = True,
+        dry_run: DryRun = False,
         as_json: AsJson = False,
         verbose: Verbose = False,
     ) -> None:
-        _run(_Request(experiment, tuple(overrides or ()), runs, not resume, as_json, verbose, stage))
+        request = _Request(experiment, tuple(overrides or ()), runs, not resume, as_json, verbose, until)
+        (_dry_run if dry_run else _run)(request)
 
-    app.command(stage, help=help_text)(command)
+    app.command(name, help=help_text)(command)
 
 
-_add_stage("profile", "Find the hotspots: what the model spends its time on, ranked by what could be gained.")
-_add_stage("search", "Profile if need be, then try candidates for each hotspot.")
-_add_stage("validate", "Search if need be, then confirm winners and judge the whole model with them.")
-_add_stage("export", "Validate if need be, then write the bundle.")
+_add_stage("run", "prove", "Profile, search, validate, export and prove: the whole job.")
+_add_stage("profile", "profile", "Find the hotspots: what the model spends its time on, ranked by what could be gained.")
+_add_stage("search", "search", "Profile if need be, then try candidates for each hotspot.")
+_add_stage("validate", "validate", "Search if need be, then confirm winners and judge the whole model with them.")
+_add_stage("export", "export", "Validate if need be, then write the bundle.")
 
 
 @app.command()
@@ -163,8 +148,13 @@ def verify(
     with _command(verbose) as (terminal, _):
         from autokernel.config import load_experiment
         from autokernel.display.verification import verify_view
+        from autokernel.export.bundle import read_bundle
 
         loaded = load_experiment(experiment, tuple(overrides or ()))
+        try:
+            read_bundle(bundle)
+        except BundleError as error:  # what was named is no bundle: that is not a bundle that does not hold
+            raise ConfigError(str(error)) from None
         from autokernel.export.verify import verify as verify_bundle
 
         with terminal.console.status("Compiling and timing the model with the bundle and without ..."):
@@ -193,9 +183,11 @@ def ui(
     with _command(verbose) as (terminal, _):
         from autokernel.display.lookup import tracking_of_newest
         from autokernel.tracking.mlflow_writer import sync_runs
-        from autokernel.tracking.ui import find_experiment, open_ui
+        from autokernel.tracking.ui import find_experiment, open_ui, require_database
 
         uri, name = tracking_of_newest(runs)
+        if tracking is not None:
+            require_database(tracking)  # syncing would make a new one where the name is misspelt
         with terminal.console.status("Starting MLflow ..."):
             stack = contextlib.ExitStack()
             if not (tracking or uri).startswith("http"):
@@ -284,10 +276,10 @@ def _run(request: _Request) -> None:
         from autokernel.display.lookup import summary_of
         from autokernel.display.results import result_json
 
-        loaded = load_experiment(request.experiment, request.overrides)
-        session.resume_command = request.resume_command
         session.log_file = LogFile(request.runs)
         session.on_failure = _failure_json(session.log_file, request) if request.as_json else None
+        loaded = load_experiment(request.experiment, request.overrides)
+        session.resume_command = request.resume_command
         from autokernel.pipeline import run as run_pipeline
 
         display = _display(terminal, request)

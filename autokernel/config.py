@@ -16,9 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from autokernel.errors import ConfigError
 from autokernel.records import ConfigValue
 
+_STORAGE = ("sqlite", "postgresql", "mysql")
+_TRACKING = (*_STORAGE, "mssql", "http", "https")
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -162,7 +165,11 @@ class ValidationSection(_Section):
 class ClusterSection(_Section):
     """Where workers run. The default starts Ray on this machine."""
 
-    address: str = Field("local", description="`local`, `auto`, `HOST:PORT`, or `ray://HOST:PORT`; `inline` uses no Ray at all")
+    address: str = Field(
+        "local",
+        pattern=r"^(local|auto|inline|(ray://)?[^/\s]+:\d+)$",
+        description="`local`, `auto`, `HOST:PORT`, or `ray://HOST:PORT`; `inline` uses no Ray at all",
+    )
     gpus_per_worker: float = Field(1, gt=0, description="GPU runs only")
     cpus_per_worker: float = Field(1, gt=0)
     model_memory: float = Field(
@@ -202,6 +209,11 @@ class Experiment(_Section):
         unknown = sorted(set(self.graph.scenarios) - set(self.scenarios))
         if unknown:
             raise ValueError(f"graph.scenarios names {unknown}, but there are {sorted(self.scenarios)}")
+        for name, url, schemes in (("storage", self.storage, _STORAGE), ("tracking", self.tracking, _TRACKING)):
+            if url is not None and url.partition("://")[0].partition("+")[0] not in schemes:
+                raise ValueError(
+                    f"{name} is a URL that begins with one of {', '.join(f'{s}://' for s in schemes)}, not {url.partition('://')[0]!r}"
+                )
         if self.storage is not None and self.storage == self.tracking:
             raise ValueError("storage and tracking must be different databases: Optuna and MLflow clash in one")
         return self
@@ -364,7 +376,7 @@ def _check_files(loaded: LoadedExperiment) -> None:
             wanted.append(("validation.eval.data", loaded.resolve(data), "a text file or a folder of them"))
         elif metric in ("bits_per_byte", "perplexity"):
             raise ConfigError(f"{loaded.path}: validation.eval.data: metric {metric} needs text to be measured on")
-        elif ":" not in metric:
+        if metric not in ("bits_per_byte", "perplexity") and ":" not in metric:
             raise ConfigError(
                 f"{loaded.path}: validation.eval.metric: {metric!r} is neither bits_per_byte, perplexity nor module:function"
             )

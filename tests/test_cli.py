@@ -419,6 +419,7 @@ def test_show_on_an_ascii_terminal(runs: Path) -> None:
 
 def test_verify_exits_by_its_verdict(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from autokernel.export import verify as verification
+    from autokernel.export.bundle import Bundle, write_bundle
     from autokernel.export.verify import EntryCheck, VerifyReport
     from autokernel.records import Speedup
 
@@ -426,29 +427,49 @@ def test_verify_exits_by_its_verdict(experiment: Path, tmp_path: Path, monkeypat
         key="cpu: mm(...)", scenario="one", hits=6, reason="", speedup=Speedup(ratio=1.4, low=1.3, high=1.5, num_rounds=21),
         promised=1.5, holds=True, message="still faster than stock",
     )  # fmt: skip
+    bundle = tmp_path / "bundle"
+    write_bundle(Bundle(name="invented", created="", version="", environment=synthetic.ENVIRONMENT), bundle)
     scenario = synthetic.scenario("one", (4.0, 3.0, 3.0, 2.0), synthetic.above(1.3))
     for passed, reason, code in ((True, None, 0), (False, "it was tuned with threads 4, this is 2", 1)):
         report = VerifyReport(environment_reason=reason, entries=(entry,), scenarios=(scenario,), passed=passed)
         monkeypatch.setattr(verification, "verify", lambda *words, report=report, **named: report)
-        done = call("verify", tmp_path, experiment)
+        done = call("verify", bundle, experiment)
         assert done.exit_code == code, done.output
         assert "1.40× [1.30, 1.50]" in done.stdout
         assert "1 of 1 entries hold" in done.stdout
         assert (reason or "The bundle holds") in done.stdout
-        assert json.loads(call("verify", tmp_path, experiment, "--json").stdout)["passed"] is passed
+        assert json.loads(call("verify", bundle, experiment, "--json").stdout)["passed"] is passed
 
 
 def test_verify_of_something_else_is_an_error(experiment: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle.json").write_text('{"format": "other"}')
     done = call("verify", tmp_path / "bundle.json", experiment)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "not a bundle" in done.stderr
+    done = call("verify", tmp_path, experiment.with_name("none.yaml"))
+    assert done.exit_code == 2
+    assert "no such file" in done.stderr
 
 
 def test_ui_without_a_database_says_so(runs: Path) -> None:
     done = call("ui", "--runs", runs)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "nothing was recorded there yet" in done.stderr
+
+
+def test_ui_of_a_misspelt_database_makes_no_new_one(runs: Path, tmp_path: Path) -> None:
+    synthetic.write_run(runs)
+    done = call("ui", "--runs", runs, "--tracking", f"sqlite:///{tmp_path / 'typo.db'}")
+    assert done.exit_code == 2
+    assert not (tmp_path / "typo.db").exists()
+
+
+def test_a_wrong_experiment_answers_as_json_where_that_is_asked_for(experiment: Path, runs: Path) -> None:
+    done = call("run", experiment, "--set", "search.trails=5", "--runs", runs, "--json")
+    assert done.exit_code == 2
+    answer = json.loads(done.stdout)
+    assert answer["outcome"] == "failed"
+    assert answer["message"].endswith("unknown key; did you mean `trials`?")
 
 
 def test_ui_of_a_server_prints_its_address(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from autokernel.errors import StorageError
+from autokernel.errors import ConfigError, StorageError
 from autokernel.tracking.mlflow_env import QUIET, is_server, prepare_environment, redacted, scrubbed, with_driver
 from autokernel.tracking.views import RESULTS, ui_url
 
@@ -85,12 +85,13 @@ def open_ui(tracking_uri: str, host: str = "127.0.0.1", port: int | None = None,
         timeout_s: for the server to answer (about 7 s on two idle cores).
 
     Raises:
-        StorageError: the database is not there, or the server did not come up; holds the end of its log.
+        ConfigError: the database is not there.
+        StorageError: the server did not come up; holds the end of its log.
     """
     if is_server(tracking_uri):
         yield Ui(base=tracking_uri, process=None)
         return
-    _require_database(tracking_uri)
+    require_database(tracking_uri)
     port = port or free_port(host)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -119,22 +120,29 @@ def find_experiment(tracking_uri: str, name: str) -> str | None:
     prepare_environment()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         pattern = name.replace("'", "").replace("%", "")
         found = MlflowClient(with_driver(tracking_uri)).search_experiments(
             filter_string=f"name LIKE '{pattern} - %'", order_by=["last_update_time DESC"], max_results=1
         )
-    except (MlflowException, OSError) as error:
-        raise StorageError(f"{redacted(tracking_uri)}: MLflow does not answer: {scrubbed(str(error), tracking_uri)}") from None
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = scrubbed(str(error), tracking_uri).partition("\n")[0]
+        raise StorageError(f"{redacted(tracking_uri)}: MLflow does not answer: {reason}") from None
     return str(found[0].experiment_id) if found else None
 
 
-def _require_database(tracking_uri: str) -> None:
+def require_database(tracking_uri: str) -> None:
+    """See that a SQLite file is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if tracking_uri.startswith("sqlite:///"):
         path = Path(tracking_uri.removeprefix("sqlite:///"))
         if not path.is_file():
-            raise StorageError(
+            raise ConfigError(
                 f"{path}: nothing was recorded there yet; `autokernel run` an experiment first, or name its --runs"
             )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from autokernel.errors import StorageError
+from autokernel.errors import ConfigError, StorageError
 from autokernel.events import Evaluated, Event
 from autokernel.tracking.journal import Journal, run_folder
 from autokernel.tracking.mlflow_env import default_tracking_uri, prepare_environment
@@ -90,7 +90,7 @@ def test_command_and_environment_are_lean() -> None:
 
 
 def test_nothing_recorded_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="nothing was recorded there yet"), open_ui(default_tracking_uri(tmp_path)):
+    with pytest.raises(ConfigError, match="nothing was recorded there yet"), open_ui(default_tracking_uri(tmp_path)):
         pass
 
 
