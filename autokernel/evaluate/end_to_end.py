@@ -56,7 +56,7 @@ class ScenarioTiming(Record):
     speedups: Mapping[str, Speedup]
     hits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # contender -> problem key -> sites
     failures: Mapping[str, str] = field(default_factory=dict)  # contender -> why it could not run
-    num_benchmarks: int = 0  # kernels that Inductor timed while it compiled the bundles: must be 0
+    benchmarks: Mapping[str, int] = field(default_factory=dict)  # bundle -> kernels Inductor timed to build it: must be 0
     check: ScenarioCheck | None = None  # of the bundle, if it was asked for
 
 
@@ -89,14 +89,14 @@ class _Found:
     medians: dict[str, float] = field(default_factory=dict)
     spreads: dict[str, float] = field(default_factory=dict)
     speedups: dict[str, Speedup] = field(default_factory=dict)
-    num_benchmarks: int = 0
+    benchmarks: dict[str, int] = field(default_factory=dict)
     check: ScenarioCheck | None = None
 
     def add(self, contender: Contender, prepared: Prepared) -> None:
         self.compile_s[contender.name] = prepared.compile_s
         if contender.bundle is not None:
             self.hits[contender.name] = prepared.hits
-            self.num_benchmarks += prepared.num_benchmarks
+            self.benchmarks[contender.name] = prepared.num_benchmarks
 
     def fail(self, scenario: str, contender: Contender, reason: str) -> None:
         self.failures[contender.name] = reason
@@ -266,7 +266,7 @@ class TimeScenario:
             speedups=found.speedups,
             hits=found.hits,
             failures=found.failures,
-            num_benchmarks=found.num_benchmarks,
+            benchmarks=found.benchmarks,
             check=found.check,
         )
 

@@ -93,7 +93,6 @@ def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | No
         any of `compile_errors()`: it does not compile or run.
     """
     import torch
-    from torch._dynamo.utils import counters
 
     from autokernel.export.apply import BundleBackend
 
@@ -116,7 +115,7 @@ def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | No
     elif contender.name != "eager":
         raise ValueError(f"unknown mode {contender.name!r}; stock modes: {', '.join(STOCK_MODES)}, reduce-overhead")
     inputs = program.inputs
-    benchmarks_before = counters["inductor"]["select_algorithm_autotune"]
+    benchmarks_before = _num_benchmarks()
 
     def call() -> Any:
         with torch.no_grad():
@@ -135,9 +134,16 @@ def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | No
         compile_s=compile_s,
         hits={key: item.hits for key, item in usage.items()},
         reasons={key: "; ".join(item.reasons) for key, item in usage.items() if item.reasons},
-        num_benchmarks=counters["inductor"]["select_algorithm_autotune"] - benchmarks_before,
+        num_benchmarks=_num_benchmarks() - benchmarks_before,
         compiled=compiled,
     )
+
+
+def _num_benchmarks() -> int:
+    """Of this process so far: choices of GEMMs, and kernels that coordinate descent looked at."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["inductor"]["select_algorithm_autotune"] + counters["inductor"]["coordesc_tuning_bench"])
 
 
 def own_code(module: torch.nn.Module, label: str = "") -> Callable[..., Any]:

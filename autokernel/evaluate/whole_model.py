@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from autokernel.evaluate.timing import pin_threads
@@ -19,7 +20,7 @@ from autokernel.workers.device_lock import device_lock
 log = logging.getLogger(__name__)
 
 Backend = Callable[..., Callable[..., Any]]
-_MAX_COMPILE_THREADS = 8
+_MAX_COMPILE_THREADS = 8  # of one job; some four of them at once have work for all cores
 _LEFT_OVER_BYTES = 1 << 30
 
 
@@ -28,30 +29,60 @@ class JobTurns:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self._held = False
+        self._lock = ExitStack()
+        self._holder: int | None = None  # the thread that has the device
+        self._patient = False  # others may have it in between
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody else is on the device; what was launched is finished in the end."""
-        if self._held:
+    def alone(self, *, patient: bool = False) -> Iterator[None]:
+        """Nobody else is on the device; what was launched is finished in the end.
+
+        `patient`: others may come in between, where a block says so by `aside`.
+        """
+        if self._holder == threading.get_ident():
             yield
             return
-        with device_lock(self.device, exclusive=True):
-            self._held = True
-            try:
-                yield
-                if self.device == "cuda":
-                    import torch
+        self._take()
+        self._patient = patient
+        try:
+            yield
+            self._finish()
+        finally:
+            self._patient = False
+            self._leave()
 
-                    torch.cuda.synchronize()
-            finally:
-                self._held = False
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let others on the device while this job does something that does not need it, if it is patient."""
+        if not self._patient or self._holder != threading.get_ident():
+            yield
+            return
+        self._finish()
+        self._leave()
+        try:
+            yield
+        finally:
+            self._take()
+
+    def _take(self) -> None:
+        self._lock.enter_context(device_lock(self.device, exclusive=True))
+        self._holder = threading.get_ident()
+
+    def _leave(self) -> None:
+        self._holder = None
+        self._lock.close()
+
+    def _finish(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
 
     @contextmanager
     def building(self) -> Iterator[None]:
         """Around a compilation. On a CPU, builds of several jobs overlap, but no timing; on a GPU, both."""
         if self.device == "cuda":
-            with _benchmarks_take_turns(self):
+            with _benchmarks_take_turns(self), _tuning_takes_turns(self):
                 yield
         else:
             with device_lock(self.device, exclusive=False):
@@ -59,6 +90,8 @@ class JobTurns:
 
     def first_run_alone(self, backend: Backend, kept: list[Any]) -> Backend:
         """A backend for `torch.compile` whose compiled code runs alone for the first time; compiling needs no device.
+
+        Coordinate descent compiles and times kernel after kernel in that first run: others get their turn while it compiles.
 
         Compiled code goes into `kept` as well: a CUDA graph reads its constants, and Dynamo may let go of it.
         """
@@ -72,7 +105,7 @@ class JobTurns:
                 nonlocal ran
                 if ran:
                     return compiled(*args)
-                with self.alone():
+                with self.alone(patient=True):
                     result = compiled(*args)
                 ran = True
                 return result
@@ -98,7 +131,7 @@ def model_job(device: str, threads: int) -> Iterator[JobTurns]:
     free_memory()
     # The default of workers is one compiling thread, since each builds a candidate; here few jobs share all cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with options.patch(compile_threads=max(1, min(_MAX_COMPILE_THREADS, cores // 2))):
+    with options.patch(compile_threads=max(1, min(_MAX_COMPILE_THREADS, cores // 4))):
         AsyncCompile.wakeup()  # its processes start while the model is loaded
         try:
             yield JobTurns(device)
@@ -164,3 +197,40 @@ def _benchmarks_take_turns(turns: JobTurns) -> Iterator[None]:
         yield
     finally:
         del benchmarker.benchmark_gpu  # the class's own again
+
+
+@contextmanager
+def _tuning_takes_turns(turns: JobTurns) -> Iterator[None]:
+    """Autotuning of one GEMM has the device from its first benchmark to its last; coordinate descent lets go while it compiles.
+
+    All choices of a GEMM are compiled before the first is timed, so nothing is compiled under the lock. Inductor's file of
+    timings is read and written under it as well: jobs that tune at the same time would lose each other's.
+    """
+    from torch._inductor.codecache import PersistentCache
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    lookup: Any = PersistentCache.lookup
+    compile_config: Any = CachingAutotuner._precompile_config
+
+    def lookup_alone(self: Any, choices: Any, op: Any, inputs: Any, benchmark: Any = None, **options: Any) -> Any:
+        timings = lookup(self, choices, op, inputs, None, **options)
+        if benchmark is None or len(timings) == len(choices):
+            return timings
+        with turns.alone():
+            return lookup(self, choices, op, inputs, benchmark, **options)
+
+    def compile_aside(self: Any, *args: Any) -> Any:
+        with turns.aside():
+            return compile_config(self, *args)
+
+    places: list[tuple[Any, str, Any, Any]] = [
+        (PersistentCache, "lookup", lookup, lookup_alone),
+        (CachingAutotuner, "_precompile_config", compile_config, compile_aside),
+    ]
+    for place, name, _, ours in places:
+        setattr(place, name, ours)
+    try:
+        yield
+    finally:
+        for place, name, stock, _ in places:
+            setattr(place, name, stock)

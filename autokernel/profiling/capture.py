@@ -110,6 +110,7 @@ def capture(
         dataclasses.replace(site, name=_without_wrapper(site.name))
         for op in ops
         for site in op.find(captured.graph, captured.constants, device)
+        if op.dims(site.problem).get("k") != 1  # an outer product, as of rotary embeddings: nothing is summed
     )
     with turns.alone():
         if device == "cuda":

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 1800
 _WHOLE = "all entries"
+_ENTRIES_PER_JOB = 2
 
 
 def without_useless(context: RunContext, bundle: Bundle, gone: dict[str, str]) -> Bundle:
@@ -36,7 +37,7 @@ def without_useless(context: RunContext, bundle: Bundle, gone: dict[str, str]) -
                 scenario=name,
                 device=context.device,
                 threads=context.threads,
-                contenders=_contenders(bundle, entries),
+                contenders=_contenders(bundle, part),
                 baselines=(_WHOLE,),
                 rounds=max(11, validation.end_to_end_rounds // 2),
                 seed=context.seed + 5,
@@ -44,18 +45,24 @@ def without_useless(context: RunContext, bundle: Bundle, gone: dict[str, str]) -
             ),
         )
         for name, entries in own.items()
-        if entries
+        for part in _parts(context, entries)
     ]
     if not jobs:
         return bundle
     try:
-        timings = run_on_model(context, "validate", jobs, _TIMEOUT_S, layers=validation.ablation_layers)
+        timings = run_on_model(context, "validate", jobs, _TIMEOUT_S, layers=validation.ablation_layers, bundle=bundle)
     except WorkerError as error:
         log.warning("no entry was left out by ablation, for the model does not run: %s", error)
         return bundle
     for timing in timings:
         gone |= _useless(timing, own[timing.scenario])
     return replace(bundle, entries=tuple(entry for entry in bundle.entries if entry.key not in gone))
+
+
+def _parts(context: RunContext, entries: Sequence[Entry]) -> list[Sequence[Entry]]:
+    """What jobs share the entries of a scenario: on a GPU several compile at once, each with a baseline of its own."""
+    size = _ENTRIES_PER_JOB if context.device == "cuda" else max(1, len(entries))
+    return [entries[i : i + size] for i in range(0, len(entries), size)]
 
 
 def _contenders(bundle: Bundle, entries: Sequence[Entry]) -> tuple[Contender, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autokernel.config import Experiment, LoadedExperiment
 from autokernel.environment import Environment
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from autokernel.profiling.footprint import Footprint
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 MAX_LOST = 3  # times that one job may be lost with its worker before the run gives up on it
 
@@ -73,27 +76,29 @@ class RunContext:
         timeout_s: float,
         sizes: Sequence[int] = (),
         room: int = 0,
+        optional: Sequence[tuple[str, Callable[[], object]]] = (),
     ) -> list[T]:
         """Run labelled jobs on the pool and return their values in order.
 
-        With `sizes`, one per job, those that run at once are together no larger than `room`, the largest first; one job
-        always runs.
+        With `sizes`, one per job and then one per optional job, those that run at once are together no larger than `room`,
+        the largest first; one job always runs. What fails among the `optional` ones is logged, and their values are dropped.
 
         Raises:
             WorkerError: a job crashed, hung, or was lost `MAX_LOST` times; the others are waited for first.
         """
-        weights = list(sizes) or [0] * len(jobs)
-        waiting = sorted(range(len(jobs)), key=lambda i: -weights[i])
-        running: dict[Future[T], int] = {}
-        values: dict[int, T] = {}
-        attempts = [0] * len(jobs)
+        tasks: list[tuple[str, Callable[[], Any]]] = [*jobs, *optional]
+        weights = list(sizes) or [0] * len(tasks)
+        waiting = sorted(range(len(tasks)), key=lambda i: -weights[i])
+        running: dict[Future[Any], int] = {}
+        values: dict[int, Any] = {}
+        attempts = [0] * len(tasks)
         error: BaseException | None = None
         while waiting or running:
             for i in list(waiting):
                 if not running or sum(weights[j] for j in running.values()) + weights[i] <= room or not sizes:
-                    running[self.pool.submit(jobs[i][1], timeout_s)] = i
+                    running[self.pool.submit(tasks[i][1], timeout_s)] = i
                     waiting.remove(i)
-            self.progress(stage, len(values), len(jobs), jobs[next(iter(running.values()))][0])
+            self.progress(stage, len(values), len(tasks), tasks[next(iter(running.values()))][0])
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 i = running.pop(future)
                 problem = future.exception()
@@ -102,11 +107,14 @@ class RunContext:
                 elif isinstance(problem, JobLost) and attempts[i] < MAX_LOST - 1:
                     attempts[i] += 1
                     waiting.append(i)
+                elif i >= len(jobs):
+                    values[i] = None
+                    log.warning("%s failed, which costs nothing but time: %s", tasks[i][0], problem)
                 elif error is None:
                     error = problem
         if error is not None:
             raise error
-        self.progress(stage, len(jobs), len(jobs))
+        self.progress(stage, len(tasks), len(tasks))
         return [values[i] for i in range(len(jobs))]
 
 

@@ -139,7 +139,7 @@ def _check_jobs(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -
         )
         for name in scenarios
     ]
-    return run_on_model(context, "validate", jobs, _TIMEOUT_S)
+    return run_on_model(context, "validate", jobs, _TIMEOUT_S, bundle=bundle)
 
 
 def _metric_on_gpu(context: RunContext, bundle: Bundle) -> tuple[EvalResult, ...]:
@@ -270,7 +270,7 @@ def _time_jobs(context: RunContext, bundle: Bundle, scenarios: Sequence[str], *,
         )
         for name in scenarios
     ]
-    return run_on_model(context, "validate", jobs, _TIMEOUT_S)
+    return run_on_model(context, "validate", jobs, _TIMEOUT_S, bundle=bundle)
 
 
 def _results(bundle: Bundle, timings: Sequence[ScenarioTiming]) -> tuple[dict[str, ScenarioResult], dict[str, str]]:
@@ -282,8 +282,12 @@ def _results(bundle: Bundle, timings: Sequence[ScenarioTiming]) -> tuple[dict[st
     for timing in timings:
         for key, count in timing.hits.get(BUNDLE, {}).items():
             hits[key] = hits.get(key, 0) + count
+    # e.g. coordinate descent lowers products of one row as reductions, and freezing merges on its own
+    names = ", ".join(bundle.graph_options)
+    options = f", or the graph options ({names}) turn them into something else" if names else ""
     unused = {
-        entry.key: "nothing in the compiled model is built from it: its GEMMs are merged with others, or spelled differently"
+        entry.key: f"nothing in the compiled model is built from it: its GEMMs are merged with others, or "
+        f"spelled differently{options}"
         for entry in bundle.entries
         if entry.scenario in timed and not hits.get(entry.key)
     }

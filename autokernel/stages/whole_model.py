@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from autokernel.config import LoadedExperiment
+from autokernel.export.bundle import Bundle
 from autokernel.profiling.footprint import Footprint, MeasureFootprint
+from autokernel.records import DTYPE_BYTES
 from autokernel.stages.context import RunContext
 
 T = TypeVar("T")
@@ -22,7 +25,9 @@ def run_on_model(
     timeout_s: float,
     *,
     layers: int | None = None,
-    stock: bool = False,
+    bundle: Bundle | None = None,
+    beside: Sequence[tuple[str, str, Callable[[], object]]] = (),
+    beside_layers: int | None = None,
 ) -> list[T]:
     """Run jobs of (label, scenario, job), each of which loads the model; values in order.
 
@@ -32,19 +37,38 @@ def run_on_model(
         jobs: what to run; the scenario says how much memory it takes, and "" that it is little.
         timeout_s: of each.
         layers: of the model that the jobs load, if it has fewer than the experiment's.
-        stock: the jobs use no bundle, which could hold weights a second time.
+        bundle: that they use; what weights it holds a second time needs room, too. None: they use none.
+        beside: more jobs, which may fail and whose values nobody needs; of stock models with `beside_layers` layers.
 
     Raises:
         WorkerError: as `RunContext.run_all`.
     """
-    plain = [(label, job) for label, _, job in jobs]
+    plain: list[tuple[str, Callable[[], T]]] = [(label, job) for label, _, job in jobs]
+    extra = [(label, job) for label, _, job in beside]
     if context.device != "cuda":
-        return context.run_all(stage, plain, timeout_s)
+        return context.run_all(stage, plain, timeout_s, optional=extra)
     found = footprint_of(context, layers)
     # what cannot be told runs alone
-    less = found.copies if stock else 0
-    sizes = [found.scenarios.get(name, found.device + less) - less if name else _SMALL_BYTES for _, name, _ in jobs]
-    return context.run_all(stage, plain, timeout_s, sizes, int(found.device * context.experiment.cluster.model_memory))
+    sizes = [size_of(found, name, bundle) if name else _SMALL_BYTES for _, name, _ in jobs]
+    if beside:
+        small = footprint_of(context, beside_layers)
+        sizes += [size_of(small, name, None) for _, name, _ in beside]
+    room = int(found.device * context.experiment.cluster.model_memory)
+    return context.run_all(stage, plain, timeout_s, sizes, room, optional=extra)
+
+
+def size_of(found: Footprint, scenario: str, bundle: Bundle | None) -> int:
+    """Bytes of a job on one scenario: weights that the bundle's entries put side by side are there twice."""
+    if scenario not in found.scenarios:
+        return found.device
+    copies = 0
+    if bundle is not None and bundle.graph_options.get("freezing") == "all":
+        copies = found.copies
+    elif bundle is not None:
+        merged = [e.problem for e in bundle.entries if e.scenario == scenario and e.problem.op == "merged_mm"]
+        specs = [problem.inputs[i] for problem in merged for i in problem.constants]
+        copies = found.layers * sum(math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in specs)
+    return found.scenarios[scenario] - found.copies + min(copies, found.copies)
 
 
 def footprint_of(context: RunContext, layers: int | None = None) -> Footprint:

@@ -12,7 +12,7 @@ from autokernel.config import LoadedExperiment, load_experiment
 from autokernel.environment import current_environment
 from autokernel.errors import WorkerError
 from autokernel.evaluate.end_to_end import BUNDLE, Contender, ScenarioTiming, TimeScenario, scenario_result
-from autokernel.evaluate.whole_model import JobTurns
+from autokernel.evaluate.whole_model import JobTurns, _tuning_takes_turns
 from autokernel.events import ModeTiming
 from autokernel.export.bundle import Bundle
 from autokernel.records import Speedup
@@ -98,6 +98,68 @@ def test_a_job_may_take_its_turn_again_and_others_wait(monkeypatch: pytest.Monke
         assert not got.wait(0.2)
     assert got.wait(5)
     thread.join()
+
+
+def test_a_patient_job_lets_others_in_where_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    turns = JobTurns("cpu")
+
+    def is_free() -> bool:
+        got = threading.Event()
+
+        def take() -> None:
+            with device_lock("cpu", exclusive=True):
+                got.set()
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        thread.join(0.3)
+        return got.is_set()
+
+    with turns.alone(), turns.aside():
+        assert not is_free(), "whoever is not patient keeps the device"
+    with turns.alone(patient=True):
+        with turns.aside():
+            assert is_free()
+            with turns.alone():
+                assert not is_free()
+        assert not is_free()
+    with turns.aside():
+        assert is_free()
+
+
+def test_autotuning_has_the_device_to_itself_but_compiles_aside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor.codecache import PersistentCache
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(PersistentCache, "get_local_cache", lambda self: {})
+    monkeypatch.setattr(PersistentCache, "update_local_cache", lambda self, cache: None)
+    turns = JobTurns("cpu")
+    monkeypatch.setattr(CachingAutotuner, "_precompile_config", lambda self, config: turns._holder)
+    lookup, compile_config = PersistentCache.lookup, CachingAutotuner._precompile_config
+    cache, tuner = PersistentCache.__new__(PersistentCache), CachingAutotuner.__new__(CachingAutotuner)
+
+    class Choice:
+        def hash_key(self) -> str:
+            return "x"
+
+    choice = Choice()
+
+    def benchmark(choices: list[Choice]) -> dict[Choice, float]:
+        assert turns._holder == threading.get_ident()
+        assert tuner._precompile_config(None) == turns._holder, "between two benchmarks nobody else may come"
+        return dict.fromkeys(choices, 1.0)
+
+    with _tuning_takes_turns(turns):
+        assert cache.lookup([choice], "mm", "in", benchmark) == {choice: 1.0}
+        assert turns._holder is None
+        assert cache.lookup([choice], "mm", "in", None) == {}
+        with turns.alone(patient=True):
+            assert tuner._precompile_config(None) is None, "coordinate descent compiles while others have the device"
+            assert turns._holder == threading.get_ident()
+    assert PersistentCache.lookup is lookup
+    assert CachingAutotuner._precompile_config is compile_config
 
 
 def test_compiled_code_runs_alone_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

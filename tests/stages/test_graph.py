@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from autokernel.errors import ConfigError
 from autokernel.evaluate.end_to_end import ScenarioTiming
 from autokernel.records import Speedup
-from autokernel.search.graph_options import load_graph_options, merged, spelled
-from autokernel.stages.graph import _judge
+from autokernel.search.graph_options import Options, load_graph_options, merged, spelled
+from autokernel.stages.graph import _judge, _unions
 
 OPTIONS = {"cpp.min_chunk_size": 2048}
 
@@ -35,6 +36,23 @@ def test_options_must_help_and_hurt_nowhere(timings: list[ScenarioTiming], accep
     assert trial.accepted == accepted
     assert reason in trial.reason
     assert set(trial.speedups) == {"a", "b"}
+
+
+def test_options_that_tune_in_production_are_measured_and_not_accepted() -> None:
+    options: Options = {"coordinate_descent_tuning": True, "freezing": "all"}
+    speedup = Speedup(ratio=1.1, low=1.05, high=1.2, num_rounds=11)
+    found = ScenarioTiming(scenario="a", baseline="no options", modes=(), speedups={spelled(options): speedup})
+    trial = _judge(options, [found, timing("b", 1.0, 1.1, 1.2)])
+    assert not trial.accepted
+    assert trial.score == pytest.approx(1.1)
+    assert set(trial.speedups) == {"a"}, "other jobs tried other sets"
+    assert "coordinate_descent_tuning has production time kernels" in trial.reason
+
+
+def test_what_helps_is_tried_together_and_in_pairs() -> None:
+    good = [replace(_judge(OPTIONS, [timing("a", 1.01, 1.05, 1.1)]), options={name: True}) for name in "xyz"]
+    assert _unions(good) == [{"x": True, "y": True, "z": True}, {"x": True, "y": True}, {"x": True, "z": True}]
+    assert _unions(good[:2]) == [{"x": True, "y": True}]
 
 
 def test_options_that_do_not_compile_are_a_failed_trial() -> None:
