@@ -14,7 +14,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from autokernel.errors import ConfigError
-from autokernel.records import ConfigValue
 
 _STORAGE = ("sqlite", "postgresql", "mysql")
 _TRACKING = (*_STORAGE, "mssql", "http", "https")
@@ -393,18 +392,3 @@ def _check_files(loaded: LoadedExperiment) -> None:
             raise ConfigError(f"{loaded.path}: {key}: {place} does not exist; it should be {what}")
     if model.checkpoint is not None and not (loaded.resolve(model.checkpoint) / "config.json").is_file():
         raise ConfigError(f"{loaded.path}: model.checkpoint: {loaded.resolve(model.checkpoint)} holds no config.json")
-
-
-__all__ = [
-    "CallScenario",
-    "ClusterSection",
-    "ConfigValue",
-    "DecodeScenario",
-    "EvalSection",
-    "Experiment",
-    "LoadedExperiment",
-    "PrefillScenario",
-    "StockMode",
-    "load_experiment",
-    "parse_yaml_mapping",
-]
