@@ -462,6 +462,10 @@ def test_ui_of_a_misspelt_database_makes_no_new_one(runs: Path, tmp_path: Path) 
     done = call("ui", "--runs", runs, "--tracking", f"sqlite:///{tmp_path / 'typo.db'}")
     assert done.exit_code == 2
     assert not (tmp_path / "typo.db").exists()
+    done = call("ui", "--runs", runs, "--tracking", "redis://me:secret@h")
+    assert done.exit_code == 2
+    assert "begins with one of sqlite://" in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_a_wrong_experiment_answers_as_json_where_that_is_asked_for(experiment: Path, runs: Path) -> None:

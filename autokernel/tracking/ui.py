@@ -20,6 +20,7 @@ from autokernel.errors import ConfigError, StorageError
 from autokernel.tracking.mlflow_env import QUIET, is_server, prepare_environment, redacted, scrubbed, with_driver
 from autokernel.tracking.views import RESULTS, ui_url
 
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -71,7 +72,7 @@ def free_port(host: str = "127.0.0.1", preferred: int = 5000) -> int:
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise StorageError(f"{host}: no port can be opened there; name an address of this machine with --host")
+    raise ConfigError(f"{host}: no port can be opened there; name an address of this machine with --host")
 
 
 @contextlib.contextmanager
@@ -134,11 +135,15 @@ def find_experiment(tracking_uri: str, name: str) -> str | None:
 
 
 def require_database(tracking_uri: str) -> None:
-    """See that a SQLite file is there.
+    """See that MLflow can be asked for it: a database of a kind that it knows, and if that is a SQLite file, one that is there.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it cannot.
     """
+    scheme = tracking_uri.partition("://")[0].partition("+")[0]
+    if scheme not in _DATABASES and not is_server(tracking_uri):
+        known = ", ".join(f"{name}://" for name in (*_DATABASES, "http", "https"))
+        raise ConfigError(f"a tracking URI begins with one of {known}, not {scheme!r}")
     if tracking_uri.startswith("sqlite:///"):
         path = Path(tracking_uri.removeprefix("sqlite:///"))
         if not path.is_file():
