@@ -7,6 +7,7 @@ import math
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from landscape_file import Config, Landscape, Row  # noqa: E402
 from autokernel.ops import get_op  # noqa: E402
 from autokernel.records import Candidate, Check, Evaluation, Measurement, Problem, Status, TensorSpec, Verdict  # noqa: E402
 from autokernel.search.proposals import Proposer  # noqa: E402
-from autokernel.search.space import BoundSpace, DeviceFacts, Names, Space, names_for  # noqa: E402
+from autokernel.search.space import BoundSpace, DeviceFacts, Domain, Names, Space, names_for  # noqa: E402
 from autokernel.search.space_file import load_space  # noqa: E402
 
 _PASSED = Verdict(checks=(Check(name="recorded", value=0.0, limit=1.0, passed=True),))
@@ -53,6 +54,7 @@ class RecordedSpace(BoundSpace):
         super().__init__(space, names)
         self.empty = not rows
         self._configs = [dict(row.config) for row in rows]
+        self.domains = tuple(_widened(domain, self._configs) for domain in self.domains)
         self._keys = {_key(config) for config in self._configs}
         self._values = [[_number(config.get(domain.name)) for domain in self.domains] for config in self._configs]
         self._matrix = np.array(self._values, dtype=np.float64)
@@ -149,6 +151,14 @@ class Replay:
         """The fraction of the best speed after so many evaluations."""
         found = [us for us in times[:count] if us is not None]
         return self.best_us / min(found) if found else 0.0
+
+
+def _widened(domain: Domain, configs: Sequence[Config]) -> Domain:
+    """With the recorded values too, if the space has lost them since."""
+    found = dict.fromkeys(config[domain.name] for config in configs if domain.name in config)
+    lost = [value for value in found if value not in domain.choices]
+    choices = (*domain.choices, *lost)
+    return replace(domain, choices=tuple(sorted(choices)) if domain.ordered else choices)  # type: ignore[type-var]
 
 
 def _key(config: Mapping[str, Any]) -> str:

@@ -238,6 +238,19 @@ def _padded(xs: list[float | None], count: int) -> list[float]:
     return known * count if len(known) == 1 else known  # a strategy without chance weighs as much as the others
 
 
+def _lines(said: dict[str, Any]) -> str:
+    """JSON with one line for each strategy on each landscape."""
+    *head, (_, results) = said.items()
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head]
+    blocks = [
+        f"  {json.dumps(name)}: {{\n"
+        + ",\n".join(f"   {json.dumps(s)}: {json.dumps(found, allow_nan=False)}" for s, found in one.items())
+        + "\n  }"
+        for name, one in results.items()
+    ]
+    return "{\n" + "\n".join(lines) + '\n "landscapes": {\n' + ",\n".join(blocks) + "\n }\n}\n"
+
+
 def _number(x: float) -> str:
     return f"{x:.0f}" if math.isfinite(x) else "never"
 
@@ -291,7 +304,7 @@ def main() -> None:
             print(f"{name}: 99 % after  {line}", flush=True)
             if options.out is not None:
                 said = {"backends": options.backends, "limit": options.limit, "seeds": options.seeds, "landscapes": results}
-                options.out.write_text(json.dumps(said, indent=1) + "\n")
+                options.out.write_text(_lines(said))
     print(table(results, list(STRATEGIES), options.limit))
 
 
