@@ -30,7 +30,7 @@ from autokernel.evaluate.modes import (
 from autokernel.evaluate.outputs import ScenarioCheck
 from autokernel.evaluate.quality import check_program
 from autokernel.evaluate.timing import Comparison, compare
-from autokernel.evaluate.whole_model import JobTurns, free_memory, model_job
+from autokernel.evaluate.whole_model import JobTurns, ModelJob, free_memory, model_job
 from autokernel.events import ModeTiming, ScenarioResult
 from autokernel.records import Record, Speedup
 
@@ -109,7 +109,7 @@ class _Found:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TimeScenario:
+class TimeScenario(ModelJob):
     """Job: time one scenario of an experiment in several modes.
 
     The baseline is the fastest of `baselines` in rounds of their own, so that picking it does not bias the result.

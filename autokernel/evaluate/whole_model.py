@@ -115,6 +115,18 @@ class JobTurns:
         return compile_graph
 
 
+class ModelJob:
+    """What jobs on the whole model have in common."""
+
+    __slots__ = ()
+    device: str
+
+    @property
+    def ends_process(self) -> bool:
+        """On a GPU: what compilers and caches keep there, nothing but the end of their process gives back for certain."""
+        return self.device == "cuda"
+
+
 @contextmanager
 def model_job(device: str, threads: int) -> Iterator[JobTurns]:
     """Around the work of a job on the whole model. What it made must be out of scope in the end: call a function inside."""

@@ -107,7 +107,8 @@ def inductor_options(plan: Plan, *, frozen: bool) -> dict[str, Any]:
         "post_grad_custom_pre_pass": SitePass(plan),
         "lookup_table.table": {"autokernel": [{"digest": plan.digest}]},
     }
-    if plan.bundle.environment.device == "cpu":
+    on_cpu = plan.bundle.environment.device == "cpu"
+    if on_cpu:
         options["max_autotune_gemm"] = True  # offers templates; the pins leave one choice, so nothing is timed
         options["max_autotune_gemm_backends"] = "ATEN,CPP"
     else:
@@ -117,10 +118,11 @@ def inductor_options(plan: Plan, *, frozen: bool) -> dict[str, Any]:
         # what runs in front of a product was part of no measurement, and inside a template it runs once per column of tiles
         options["prologue_fusion"] = False
     if any(
-        (entry.config.get("template") or is_substituted(entry)) and not needs_constant(entry) for entry in plan.bundle.entries
+        (entry.config.get("template") or is_substituted(entry)) and not (on_cpu and needs_constant(entry))
+        for entry in plan.bundle.entries
     ):
-        # what comes from the cache is the right code, but nobody could count that the entry is in it (graphs with packed
-        # weights are never cached)
+        # what comes from the cache is the right code, but nobody could count that the entry is in it (graphs with weights that
+        # oneDNN packed are never cached; those with merged ones on a GPU are)
         options["fx_graph_cache"] = False
     if frozen:
         options["freezing"] = True

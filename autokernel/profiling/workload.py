@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import CallScenario, DecodeScenario, LoadedExperiment, PrefillScenario, Scenario
-from autokernel.errors import ConfigError, WorkloadError
+from autokernel.errors import ConfigError, JobLost, WorkloadError
 from autokernel.profiling.corpus import Corpus, load_corpus
 from autokernel.profiling.functions import load_function
 
@@ -52,6 +52,7 @@ def load_model(loaded: LoadedExperiment, device: str) -> nn.Module:
     Raises:
         ConfigError: the factory cannot be imported, or the config is not one of transformers.
         WorkloadError: the model cannot be built.
+        JobLost: the device has no room for it now.
     """
     import torch
 
@@ -67,8 +68,16 @@ def load_model(loaded: LoadedExperiment, device: str) -> nn.Module:
             model = _from_config(loaded, dtype, device)
     # transformers has built it in its dtype already, with the buffers in theirs: a GPU's rotary frequencies stay float32
     as_built = device != "cpu" and section.factory is None
-    model = model.to(device=device) if as_built else model.to(device=device, dtype=dtype)
+    try:
+        model = model.to(device=device) if as_built else model.to(device=device, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise _no_room(error) from None
     return model.eval().requires_grad_(False)
+
+
+def _no_room(error: BaseException) -> JobLost:
+    """Other jobs may end and make room; nothing is wrong with the model."""
+    return JobLost(f"the device has no room for the model beside other jobs: {_first_line(error)}")
 
 
 def build_scenario(
@@ -216,6 +225,8 @@ def _from_config(loaded: LoadedExperiment, dtype: torch.dtype, device: str) -> n
         with torch.device(device) if device != "cpu" else contextlib.nullcontext():
             model: nn.Module = _auto_class(auto, config).from_config(config, dtype=dtype)
         return model
+    except torch.OutOfMemoryError as error:
+        raise _no_room(error) from None
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         where = "model.config"
         raise ConfigError(f"{where}: transformers builds no {config.model_type!r} model of it: {_first_line(error)}") from None

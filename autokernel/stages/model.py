@@ -10,7 +10,7 @@ from autokernel.config import LoadedExperiment
 from autokernel.errors import WorkerError
 from autokernel.evaluate.end_to_end import BUNDLE, ScenarioTiming, TimeScenario, against_stock, scenario_result
 from autokernel.evaluate.outputs import ScenarioCheck, verdict_of
-from autokernel.evaluate.whole_model import model_job
+from autokernel.evaluate.whole_model import ModelJob, model_job
 from autokernel.events import EvalResult, ModelValidated, ScenarioResult
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.records import Check, Record, Verdict
@@ -42,7 +42,7 @@ class Quality(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckModel:
+class CheckModel(ModelJob):
     """Job: the model with a bundle against stock, by the error budget and by its own metric."""
 
     loaded: LoadedExperiment
@@ -60,7 +60,7 @@ class CheckModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckScenario:
+class CheckScenario(ModelJob):
     """Job: the same on a GPU, for one scenario; scenario "" is the metric."""
 
     loaded: LoadedExperiment

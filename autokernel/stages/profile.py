@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from autokernel.config import LoadedExperiment
 from autokernel.evaluate.modes import Contender, build_program, compile_errors, failure_of, prepare
 from autokernel.evaluate.roofline import MeasureCeilings
-from autokernel.evaluate.whole_model import JobTurns, model_job
+from autokernel.evaluate.whole_model import JobTurns, ModelJob, model_job
 from autokernel.events import Profiled
 from autokernel.stages.context import RunContext
 from autokernel.stages.whole_model import run_on_model, with_layers
@@ -27,7 +27,7 @@ _REHEARSED = "max-autotune"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileScenario:
+class ProfileScenario(ModelJob):
     """Job: capture one scenario's graph and time its kernels."""
 
     loaded: LoadedExperiment
@@ -51,7 +51,7 @@ class ProfileScenario:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rehearse:
+class Rehearse(ModelJob):
     """Job: have Inductor autotune one scenario on a few layers, for the sake of its caches on disk.
 
     Layers are alike, and so are their kernels, down to their names: when the whole model is compiled with max-autotune for

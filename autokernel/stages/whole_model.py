@@ -47,6 +47,7 @@ def run_on_model(
     extra = [(label, job) for label, _, job in beside]
     if context.device != "cuda":
         return context.run_all(stage, plain, timeout_s, optional=extra)
+    context.pool.renew()  # what earlier jobs left on the GPU is in nobody's count
     found = footprint_of(context, layers)
     # what cannot be told runs alone
     sizes = [size_of(found, name, bundle) if name else _SMALL_BYTES for _, name, _ in jobs]
@@ -54,7 +55,10 @@ def run_on_model(
         small = footprint_of(context, beside_layers)
         sizes += [size_of(small, name, None) for _, name, _ in beside]
     room = int(found.device * context.experiment.cluster.model_memory)
-    return context.run_all(stage, plain, timeout_s, sizes, room, optional=extra)
+    try:
+        return context.run_all(stage, plain, timeout_s, sizes, room, optional=extra)
+    finally:
+        context.pool.renew()
 
 
 def size_of(found: Footprint, scenario: str, bundle: Bundle | None) -> int:

@@ -5,6 +5,7 @@ travel over pipes of their own, so whatever a job prints corrupts nothing. An an
 so that it can be passed on by a process that knows neither the job nor its result:
 
     (VALUE, pickled result, "", "")
+    (LAST, pickled result, "", "")                                                 likewise, and this process is to end
     (ERROR, pickled exception, what the exception says, formatted traceback)      the exception can be pickled
     (ERROR, b"", what the exception says, formatted traceback)                    it cannot
     (EXIT, b"", what the exception says, formatted traceback)                     SystemExit and the like
@@ -28,7 +29,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-VALUE, ERROR, EXIT, BROKEN = "value", "error", "exit", "broken"
+VALUE, LAST, ERROR, EXIT, BROKEN = "value", "last", "error", "exit", "broken"
 Answer = tuple[str, bytes, str, str]
 
 HEADER = struct.Struct(">Q")
@@ -111,7 +112,7 @@ def _answer(request: bytes) -> Answer:
     except BaseException as error:  # noqa: BLE001  SystemExit must cost the job, not the process
         return EXIT, b"", _one_line(error), _trace(error)
     try:
-        return VALUE, pickle.dumps(value), "", ""
+        return LAST if getattr(job, "ends_process", False) else VALUE, pickle.dumps(value), "", ""
     except Exception as error:  # noqa: BLE001  the boundary of the child
         return BROKEN, b"", f"the job's result ({type(value).__name__}) cannot be pickled: {_one_line(error)}", _trace(error)
 

@@ -127,6 +127,10 @@ class _Host:
             return error
         return None
 
+    def renew(self) -> None:
+        """End the child, unless it runs a job. Actors take one call at a time, so none does."""
+        self._worker.renew()
+
     def run(self, job: bytes, timeout_s: float) -> Reply | WorkerError:
         """Run a job in the child."""
         try:
@@ -216,6 +220,12 @@ class _ActorRunner:
         if isinstance(reply, WorkerError):
             raise reply
         return reply  # type: ignore[no-any-return]
+
+    def renew(self) -> None:
+        with self._lock:
+            actor = self._actor if self._ready else None
+        if actor is not None:
+            actor.renew.remote()  # in front of the next job; an actor that is gone has nothing to end
 
     def close(self) -> None:
         with self._lock:

@@ -38,7 +38,12 @@ class Pool(Protocol):
         A job is a picklable frozen dataclass with `__call__`; its class must be importable in the child.
         The future raises what the job raised, or JobTimeout, JobCrashed, or JobLost (autokernel.errors).
         The clock of `timeout_s` starts when the job starts, not while it waits for a free worker.
+        A job with a true attribute `ends_process` is the last one of its child process, and frees whatever it held.
         """
+        ...
+
+    def renew(self) -> None:
+        """End the processes of idle workers, with all memory they hold on a device; the next jobs start new ones."""
         ...
 
     def close(self) -> None:
@@ -47,7 +52,7 @@ class Pool(Protocol):
 
 
 class Runner(Protocol):
-    """Where a `QueuedPool` runs its jobs: one at a time, from one thread; only `close` may come from another."""
+    """Where a `QueuedPool` runs its jobs: one at a time, from one thread; only `renew` and `close` may come from another."""
 
     def start(self) -> None:
         """Get ready, which may take a while. Called before every job.
@@ -63,6 +68,10 @@ class Runner(Protocol):
         Raises:
             WorkerError: JobTimeout, JobCrashed, JobLost.
         """
+        ...
+
+    def renew(self) -> None:
+        """End the process that ran the last job, unless one runs now."""
         ...
 
     def close(self) -> None:
@@ -106,6 +115,11 @@ class QueuedPool:
                 raise WorkerError("the pool is closed: it takes no more jobs")
             self._tasks.put(_Task(data, timeout_s, future))
         return future
+
+    def renew(self) -> None:
+        """See `Pool.renew`."""
+        for runner in self._runners:
+            runner.renew()
 
     def close(self) -> None:
         """Cancel what is queued, kill what runs (JobLost), free everything. Idempotent."""
@@ -190,6 +204,9 @@ class InlinePool:
         future = self._executor.submit(job)
         wait([future])
         return future
+
+    def renew(self) -> None:
+        """There is no process to end."""
 
     def close(self) -> None:
         """Idempotent."""

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from autokernel.errors import JobCrashed, JobLost, JobTimeout, WorkerError
-from autokernel.workers.child import BROKEN, ERROR, EXIT, VALUE
+from autokernel.workers.child import BROKEN, ERROR, EXIT, LAST, VALUE
 from autokernel.workers.process import ChildProcess
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+_IDLE_WITHIN_S = 0.2  # a moment after its last job, a worker looks whether its child is well
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ class Reply:
 
     def open(self) -> tuple[Any, BaseException | None]:
         """The job's result, or the exception to raise in its stead, with the child's traceback as a note."""
-        if self.kind == VALUE:
+        if self.kind in (VALUE, LAST):
             try:
                 return pickle.loads(self.payload), None
             except Exception as error:  # noqa: BLE001  whatever a class's own unpickling raises
@@ -149,6 +150,14 @@ class Worker:
         if child is not None:
             child.kill()
 
+    def renew(self) -> None:
+        """End an idle child, with all memory it holds; the next job starts a new one. A job that runs is left alone."""
+        if self._busy.acquire(timeout=_IDLE_WITHIN_S):
+            try:
+                self._discard()
+            finally:
+                self._busy.release()
+
     def close(self) -> None:
         """Kill the child for good. Idempotent, from any thread."""
         with self._guard:
@@ -196,7 +205,7 @@ class Worker:
             raise JobCrashed("the job wrote into the worker's own pipe") from error
         finally:
             self._log_tail = child.log_tail()
-        if kind == EXIT:  # what made it ask for the end of its process (a dead CUDA context) must not meet the next job
+        if kind in (EXIT, LAST):  # why it asks for the end of its process (a dead CUDA context) must not meet the next job
             self._discard()
         return Reply(kind=kind, payload=payload, message=message, trace=trace, log_tail=self._log_tail if message else "")
 

@@ -195,3 +195,14 @@ def test_what_cannot_be_built_is_stock_and_says_why(problem: Problem, config: di
 
 def test_the_installed_torch_has_every_template() -> None:
     assert all(template_of(name) is not None for name in ("mm", "mm_persistent_tma", "bmm", "decompose_k"))
+
+
+@pytest.mark.parametrize("merge", ["none", "concat"])
+@pytest.mark.parametrize("backend", ["inductor", "triton"])
+def test_code_from_the_graph_cache_is_never_taken_where_its_entries_must_be_counted(merge: str, backend: str) -> None:
+    """A second process found the merged GEMM's code in Inductor's cache, and its entry unused."""
+    config: dict[str, ConfigValue] = {"template": "mm"} if backend == "inductor" else {"kernel": "skinny_mm"}
+    problem = Problem(op="mm", inputs=(spec(16, 256), weight(256, 512)), device="cuda", constants=(1,))
+    entry = Entry(problem=problem, backend=backend, config={**config, "merge": merge})
+    plan = Plan(Bundle(name="t", created="", version="", environment=H200, entries=(entry,)))
+    assert inductor_options(plan, frozen=merge == "concat")["fx_graph_cache"] is False

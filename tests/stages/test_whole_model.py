@@ -38,6 +38,11 @@ class Threads:
     lock: threading.Lock = field(default_factory=threading.Lock)
     running: set[str] = field(default_factory=set)
     together: list[frozenset[str]] = field(default_factory=list)
+    renewed: int = 0
+
+    def renew(self) -> None:
+        assert not self.running, "nothing runs between stages"
+        self.renewed += 1
 
     def submit(self, job: Callable[[], Any], timeout_s: float) -> Future[Any]:
         if isinstance(job, MeasureFootprint):
@@ -84,17 +89,19 @@ def test_no_more_run_at_once_than_fit() -> None:
     jobs = [(name, name, Job(name)) for name in SIZES]
     frozen = Bundle(name="t", created="", version="", environment=ENVIRONMENT, entries=(), graph_options={"freezing": "all"})
     assert run_on_model(context_of(pool), "s", jobs, 10, bundle=frozen) == [name.upper() for name in SIZES]
-    room = 150 * 0.8
+    room = 150 * context_of(pool).experiment.cluster.model_memory
     assert all(sum(SIZES[name] for name in names) <= room for names in pool.together)
     assert any(len(names) == 3 for names in pool.together)
     assert "decode-b128" in pool.together[0], "the largest starts first"
+    assert pool.renewed == 2, "what earlier jobs left on the device is gone, and so is what these leave"
 
 
 def test_stock_jobs_need_no_room_for_copies() -> None:
     pool = Threads()
     run_on_model(context_of(pool), "s", [(name, name, Job(name)) for name in SIZES], 10)
-    assert any(sum(SIZES[name] for name in names) > 120 for names in pool.together)
-    assert all(sum(SIZES[name] - 10 for name in names) <= 120 for names in pool.together)
+    room = 150 * context_of(pool).experiment.cluster.model_memory
+    assert any(sum(SIZES[name] for name in names) > room for names in pool.together)
+    assert all(sum(SIZES[name] - 10 for name in names) <= room for names in pool.together)
 
 
 def test_what_a_bundle_merges_needs_room() -> None:

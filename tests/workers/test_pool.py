@@ -72,6 +72,15 @@ class TestEveryPool:
         assert "LocalError: 7: does not travel" in str(error)
 
     @pytest.mark.usefixtures("isolating")
+    def test_idle_workers_are_renewed(self, pool: Pool) -> None:
+        def pids() -> set[int]:
+            return {future.result() for future in [pool.submit(jobs.Pid(), GENEROUS_S) for _ in range(8)]}
+
+        before = pids()
+        pool.renew()
+        assert not before & pids()
+
+    @pytest.mark.usefixtures("isolating")
     def test_every_failure_is_a_typed_value_and_costs_one_job(self, pool: Pool) -> None:
         cases: list[tuple[Callable[[], Any], float, type[WorkerError], str]] = [
             (jobs.Segfault(), GENEROUS_S, JobCrashed, "SIGSEGV"),

@@ -44,6 +44,28 @@ def test_returns_what_the_job_returns_and_keeps_its_process(worker: Worker) -> N
     assert os.getsid(first) == first
 
 
+def test_a_job_may_be_the_last_of_its_process(worker: Worker, all_gone: Callable[[list[int]], None]) -> None:
+    first = worker.run(jobs.Pid(), GENEROUS_S)
+    assert worker.run(jobs.LastPid(), GENEROUS_S) == first
+    all_gone([first])
+    assert worker.run(jobs.LastPid(ends_process=False), GENEROUS_S) == worker.run(jobs.Pid(), GENEROUS_S) != first
+
+
+def test_an_idle_process_is_renewed_and_a_busy_one_is_not(worker: Worker, all_gone: Callable[[list[int]], None]) -> None:
+    worker.renew()  # there is none yet
+    first = worker.run(jobs.Pid(), GENEROUS_S)
+    worker.renew()
+    all_gone([first])
+    second = worker.run(jobs.Pid(), GENEROUS_S)
+    assert second != first
+    with ThreadPoolExecutor(1) as thread:
+        busy = thread.submit(worker.run, partial(time.sleep, 1.0), GENEROUS_S)
+        time.sleep(0.2)
+        worker.renew()
+        busy.result()
+    assert worker.run(jobs.Pid(), GENEROUS_S) == second
+
+
 def test_large_jobs_and_results_travel(worker: Worker) -> None:
     payload = os.urandom(5_000_000)
     assert worker.run(jobs.Echo(payload), GENEROUS_S) == payload

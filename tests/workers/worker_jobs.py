@@ -31,6 +31,16 @@ class Pid:
 
 
 @dataclass(frozen=True)
+class LastPid:
+    """The same, and the last job of its process."""
+
+    ends_process: bool = True
+
+    def __call__(self) -> int:
+        return os.getpid()
+
+
+@dataclass(frozen=True)
 class ParentPid:
     def __call__(self) -> int:
         return os.getppid()
