@@ -36,21 +36,23 @@ from autokernel.errors import WorkerError  # noqa: E402
 from autokernel.export.bundle import Bundle, read_bundle  # noqa: E402
 from autokernel.tracking.journal import read_entries  # noqa: E402
 from autokernel.tracking.summary import RunSummary, summarize  # noqa: E402
+from autokernel.tracking.titles import problem_title  # noqa: E402
 
 _TIMEOUT_S = 300
 _SMALL, _MEDIUM = (1, 16), (64, 128)  # rows: where the issue's targets for GEMMs lie
 
 
 def results_of_run(folder: Path) -> tuple[dict[str, Any], RunSummary]:
-    """What is kept of a finished run."""
+    """What is kept of a run; one that did not get to the whole model has its GEMMs."""
     entries = list(read_entries(folder / "journal.jsonl"))
     summary = summarize([entry.event for entry in entries])
     validated, proved, profiled = summary.validated, summary.proved, summary.profiled
-    if validated is None or profiled is None:
-        raise SystemExit(f"{folder}: the run was not validated; finish it with `autokernel run`")
+    if profiled is None:
+        raise SystemExit(f"{folder}: the run was not even profiled; go on with `autokernel run`")
     confirmed = [
         {
             "problem": item.problem.key,
+            "title": problem_title(item.problem),
             "scenarios": list(item.scenarios),
             "verdict": item.verdict,
             "winner": item.winner.evaluation.candidate.label if item.winner is not None else None,
@@ -73,8 +75,9 @@ def results_of_run(folder: Path) -> tuple[dict[str, Any], RunSummary]:
         "read_gb_per_s": profiled.read_gb_per_s,
         "peak_tflops": dict(profiled.peak_tflops),
         "conditions": {name: list(limits) for name, limits in summary.conditions.items()},
-        "scenarios": [scenario.to_json() for scenario in validated.scenarios],
-        "dropped": dict(validated.dropped),
+        "scenarios": [scenario.to_json() for scenario in validated.scenarios] if validated is not None else [],
+        "profiled_us": dict(profiled.scenario_us),
+        "dropped": dict(validated.dropped) if validated is not None else {},
         "confirmed": confirmed,
         "graph_options": next((dict(t.options) for t in reversed(summary.graph_trials) if t.accepted), {}),
         "fresh_process": proved.to_json() if proved is not None else None,
@@ -158,6 +161,17 @@ def mean_lines(gemms: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def confirmed_table(run: Mapping[str, Any]) -> str:
+    """What a run confirmed, GEMM by GEMM: the fastest stock choice against the winner, in pairs."""
+    lines = ["| scenario | GEMM | stock us | tuned us | speed-up [95 %] | kernel |", "|" + "---|" * 6]
+    for item in run["confirmed"]:
+        if item["winner"] is None:
+            continue
+        cells = [", ".join(item["scenarios"]), item["title"], f"{item['baseline_us']:.1f}", f"{item['winner_us']:.1f}"]
+        lines.append(f"| {' | '.join([*cells, ratio(item['speedup']), item['winner']])} |")
+    return "\n".join(lines)
+
+
 def scenario_table(run: Mapping[str, Any]) -> str:
     """End to end: every scenario in every mode, as serving engines run it."""
     modes = list(dict.fromkeys(mode["mode"] for scenario in run["scenarios"] for mode in scenario["modes"]))
@@ -210,7 +224,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     """All tables."""
     parts = []
     if results.get("run"):
-        parts += [run_lines(results["run"]), scenario_table(results["run"])]
+        parts += [run_lines(results["run"]), confirmed_table(results["run"])]
+        if results["run"]["scenarios"]:
+            parts.append(scenario_table(results["run"]))
     if results.get("gemms"):
         parts += [gemm_table(results["gemms"]), mean_lines(results["gemms"])]
     return "\n\n".join(parts)
@@ -234,7 +250,7 @@ def _selected(loaded: LoadedExperiment, arguments: argparse.Namespace) -> list[G
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?", help="folder of a finished run")
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a run")
     parser.add_argument("--experiment", type=Path, default=ROOT / "experiments" / "llama.yaml")
     parser.add_argument("--bundle", type=Path, default=None, help="default: the run's own")
     parser.add_argument("--measure", action="store_true", help="time the model's GEMMs again, in every way")

@@ -33,7 +33,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
 from compile_farm import Farm, Task  # noqa: E402
 from gemm_kernels import MAX_SHARED, NUM_SMS, Gemm  # noqa: E402
-from landscape_file import FOLDER, Landscape, Row, load, pack, save, slug, unpack  # noqa: E402
+from landscape_file import FOLDER, Landscape, Row, comparable, load, pack, save, slug, unpack  # noqa: E402
 
 _CAREFUL, _ROUNDS = 20, 15
 _PROTOCOL = (
@@ -336,7 +336,7 @@ class Recorder:
         return gemm_device.sensors()
 
     def _say(self, landscape: Landscape, seconds: float) -> None:
-        best = min((row for row in landscape.rows if row.best_us is not None and row.backend != "aten"),
+        best = min((row for row in comparable(landscape.rows) if row.best_us is not None and row.backend != "aten"),
                    key=lambda row: row.best_us or math.inf, default=None)  # fmt: skip
         stock = next((row.best_us for row in landscape.rows if row.backend == "aten"), None)
         statuses = {s: sum(row.status == s for row in landscape.rows) for s in sorted({row.status for row in landscape.rows})}

@@ -60,6 +60,23 @@ def test_the_careful_time_counts_and_later_recordings_win() -> None:
     assert landscape_file.merge(first, second).rows == [careful]
 
 
+def test_quick_times_are_put_on_the_scale_of_the_careful_ones() -> None:
+    def row(name: int, us: float, careful_us: float | None = None) -> Row:
+        return Row(backend="inductor", config={"a": name}, status="OK", us=us, careful_us=careful_us)
+
+    hot = [row(1, 100, 115), row(2, 101, 116.2), row(3, 102, 117.3)]
+    quick = [row(4, 102.5), row(5, 110), row(6, 99)]
+    stock = Row(backend="aten", config={}, status="OK", us=7.0)
+    failed = Row(backend="inductor", config={"a": 7}, status="WRONG")
+    found = {str(r.config): r.best_us for r in landscape_file.comparable([*hot, *quick, stock, failed])}
+    assert found["{'a': 1}"] == 115, "measured is measured"
+    assert found["{'a': 4}"] == pytest.approx(117.9, abs=0.1), "not better than what was careful at 115"
+    assert found["{'a': 5}"] == pytest.approx(126.5, abs=0.1)
+    assert found["{'a': 6}"] == 115, "it was not among the best, so it is no better than they are"
+    assert found["{}"] == 7.0, "a backend without careful times keeps its own"
+    assert found["{'a': 7}"] is None
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe", "model"])
 def test_a_replayed_search_visits_recorded_configs_once(landscape: Landscape, sampler: str) -> None:
     one = replay.Replay(landscape)
