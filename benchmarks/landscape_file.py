@@ -81,8 +81,9 @@ def comparable(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if row.us is not None and row.careful_us is None and row.backend in scales:
             drift, least = scales[row.backend]
-            row = replace(row, estimate_us=max(row.us * drift, least))
-        found.append(row)
+            found.append(replace(row, estimate_us=max(row.us * drift, least)))
+        else:
+            found.append(row)
     return found
 
 

@@ -262,15 +262,40 @@ def summary(done: list[Work]) -> None:
             print(f"M = {rows:3}: geometric mean {statistics.geometric_mean(ratios):.3f} over {len(ratios)} GEMMs", flush=True)
 
 
+def markdown(path: Path) -> str:
+    """The README's table of a results file: cuBLAS, the best careful time, their ratio, and the fraction of the roofline."""
+    gemms: dict[str, dict[int, str]] = {}
+    ratios: dict[int, list[float]] = {}
+    for table in json.loads(path.read_text(encoding="utf-8"))["tables"]:
+        careful = table["columns"].index("careful_us")
+        m, n, k, stock = table["m"], table["n"], table["k"], table["cublas_us"]
+        best = min((row[careful] for row in table["rows"] if row[careful]), default=math.inf)
+        ratios.setdefault(m, []).append(stock / best)
+        floor = 2 * (n * k + m * k + m * n) / _FLOOR_BYTES_PER_US
+        name = f"{table['name'].rpartition('-')[0]}: {n}×{k}"
+        gemms.setdefault(name, {})[m] = f"{stock:.1f} → {best:.1f}, {stock / best:.2f}× ({floor / best:.2f})"
+    rows = sorted(ratios)
+    lines = ["| µs | " + " | ".join(f"M = {m}" for m in rows) + " |", "|" + "---|" * (len(rows) + 1)]
+    lines += [f"| {name} | " + " | ".join(cells.get(m, "") for m in rows) + " |" for name, cells in gemms.items()]
+    means = (f"{statistics.geometric_mean(ratios[m]):.2f}×" for m in rows)
+    return "\n".join([*lines, f"| geometric mean | {' | '.join(means)} |"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--print", type=Path, metavar="FILE", help="only print the table of earlier results")
     parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--only", nargs="*", default=[], help="such as o-m16")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--limit", type=int, default=100_000, help="at most so many random configs of each GEMM")
     parser.add_argument("--dry", action="store_true", help="compile only: needs no GPU")
     options = parser.parse_args()
+    if options.print is not None:
+        print(markdown(options.print))
+        return
+    if options.out is None:
+        parser.error("--out says where to write the results")
     summary(Search(options).run())
 
 
