@@ -238,7 +238,7 @@ def test_no_port_on_an_address_of_another_machine() -> None:
     from autokernel.tracking.ui import free_port
 
     with pytest.raises(
-        StorageError, match=r"192.0.2.1: no port can be opened there; name an address of this machine with --host"
+        ConfigError, match=r"192.0.2.1: no port can be opened there; name an address of this machine with --host"
     ):
         free_port("192.0.2.1")
 

@@ -82,7 +82,12 @@ def pretended_h200() -> Iterator[None]:
         (joint_graph, {"lazy_init": lambda *_, **__: None}),
         (torch_triton, {name: lambda *_, **__: True for name in dir(torch_triton) if name.startswith("has_triton")}),
     ]
+    cached = [value for name, value in vars(torch_triton).items() if name.startswith("has_triton")]
     with contextlib.ExitStack() as stack:
+        # other modules hold these functions, and the functions their answers: from before, and from now on
+        for function in cached:
+            function.cache_clear()
+            stack.callback(function.cache_clear)
         for owner, attributes in replaced:
             for name, value in attributes.items():
                 stack.enter_context(mock.patch.object(owner, name, value))
@@ -112,7 +117,9 @@ def generated_code(function: Callable[..., Any], specs: list[TensorSpec], option
         with FakeTensorMode():
             inputs = [torch.empty_strided(s.shape, s.stride, dtype=getattr(torch, s.dtype), device="cuda") for s in specs]
         try:
-            compile_fx(torch.fx.symbolic_trace(function), inputs, config_patches={"fx_graph_cache": False, **options})
+            # padding is timed on the device; where an earlier compilation has made its patterns, it would be tried
+            patches = {"fx_graph_cache": False, "shape_padding": False, **options}
+            compile_fx(torch.fx.symbolic_trace(function), inputs, config_patches=patches)
         except torch._inductor.exc.InductorError as error:
             if not isinstance(error.__cause__, Generated) and "Generated" not in str(error):
                 raise
