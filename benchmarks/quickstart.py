@@ -92,7 +92,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=None, help="new runs; default: 2, and none with --finished")
     parser.add_argument("--experiment", type=Path, default=ROOT / "experiments" / "quickstart.yaml")
     parser.add_argument("--out", type=Path, default=None, help="folder for the raw results")
     parser.add_argument(
@@ -108,8 +108,9 @@ def main() -> None:
     if arguments.print is not None:
         print(table(json.loads(arguments.print.read_text())))
         return
+    wanted = arguments.runs if arguments.runs is not None else 0 if arguments.finished else 2
     runs = [results_of(folder) for folder in arguments.finished]
-    for _ in range(arguments.runs):
+    for _ in range(wanted):
         with tempfile.TemporaryDirectory(prefix="autokernel-bench-") as name:
             runs.append(one_run(arguments.experiment, Path(name)))
         print(f"run {len(runs)}: {runs[-1]['wall_s']:.0f} s", file=sys.stderr)
