@@ -3,16 +3,18 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from autokernel.backends import BuildError
+from autokernel.backends.aten import AtenBackend
 from autokernel.errors import StorageError
-from autokernel.evaluate.candidate import EvaluateCandidate
+from autokernel.evaluate.candidate import EvaluateCandidate, build_or_fail
 from autokernel.evaluate.disk import raise_if_disk
-from autokernel.records import Candidate, Problem, Status, TensorSpec
+from autokernel.records import Candidate, Evaluation, Problem, Status, TensorSpec
 from autokernel.workers.worker import Worker
 
 WEIGHT = TensorSpec(shape=(64, 64), dtype="float32", stride=(1, 64))
@@ -21,9 +23,9 @@ PROBLEM = Problem(
 )
 
 
-def raised(*texts: str) -> BaseException:
+def raised(*texts: str) -> Exception:
     """Errors with these texts, each the cause of the one before it."""
-    cause: BaseException | None = None
+    cause: Exception | None = None
     for text in reversed(texts):
         error = RuntimeError(text)
         error.__cause__ = cause
@@ -50,8 +52,16 @@ def test_a_disk_that_takes_nothing_is_told_from_a_config_that_does_not_build(
 
 
 @pytest.mark.parametrize("error", [BuildError("no such template"), raised("a", "b"), FileNotFoundError(2, "No such file", "x")])
-def test_other_errors_are_the_candidates(error: BaseException) -> None:
-    raise_if_disk(error)
+def test_other_errors_are_the_candidates(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(AtenBackend, "build", fail)
+    candidate = Candidate(problem=PROBLEM, backend="aten", config={"prepack": False})
+    result = build_or_fail(candidate, AtenBackend(), [], time.monotonic())
+    assert isinstance(result, Evaluation)
+    assert result.status is Status.BUILD_ERROR
+    assert str(error).splitlines()[0] in result.message
 
 
 @pytest.fixture
