@@ -34,6 +34,17 @@ class Environment(Record):
     def digest(self) -> str:
         return digest_of(self.to_json())
 
+    def differences(self, other: Environment) -> list[str]:
+        """What is not the same there, in words. The kernel's release is left out: it changes no time that is compared."""
+        mine, theirs = self._flat(), other._flat()
+        names = dict.fromkeys([*mine, *theirs])
+        return [f"{n} {mine.get(n) or 'none'}, not {theirs.get(n) or 'none'}" for n in names if mine.get(n) != theirs.get(n)]
+
+    def _flat(self) -> dict[str, object]:
+        values = self.to_json()
+        del values["platform"]
+        return {**values.pop("libraries"), **values}
+
 
 def current_environment(device: str, threads: int | None = None) -> Environment:
     """The environment of this process.

@@ -128,6 +128,19 @@ class ScenarioResult(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScenarioTimed(Record):
+    """A scenario was timed with a bundle, all modes against each other; a resumed run does not do it again.
+
+    `result` is None if the model does not run with the bundle; `timing` is `evaluate.end_to_end.ScenarioTiming` as JSON.
+    """
+
+    scenario: str
+    applied_digest: str  # of what the bundle changes
+    result: ScenarioResult | None
+    timing: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult(Record):
     """The model's metric with stock code and with the bundle; `worse_by` is relative, with its interval's bad end."""
 
@@ -193,7 +206,7 @@ class RunFinished(Record):
 
 Event = (
     RunStarted | StageStarted | StageProgress | StageFinished | Profiled | SearchPlanned | Evaluated | Confirmed
-    | GraphTrial | ModelValidated | Exported | Proved | RunFinished
+    | GraphTrial | ScenarioTimed | ModelValidated | Exported | Proved | RunFinished
 )  # fmt: skip
 
 EVENT_TYPES: Mapping[str, type[Record]] = {cls.__name__: cls for cls in Event.__args__}

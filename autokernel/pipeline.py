@@ -141,8 +141,8 @@ def open_run(
         folder = run_folder(runs_folder, experiment.name, new_run_id())
     folder = folder.resolve()
     environment = current_environment(device, threads)
-    if state is not None and state.started.environment.digest != environment.digest:
-        log.warning("the unfinished run %s was made on another machine or with other versions: starting anew", folder.name)
+    if state is not None and (changed := environment.differences(state.started.environment)):
+        log.warning("the unfinished run %s is left alone, and a new one started: here is %s", folder.name, "; ".join(changed))
         folder, state = run_folder(runs_folder, experiment.name, new_run_id()).resolve(), None
     journal = Journal(folder)
     mirror = MlflowMirror(folder, experiment.tracking)

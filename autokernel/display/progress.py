@@ -19,7 +19,7 @@ from rich.text import Text
 from autokernel.display.layout import Row, detailed_table
 from autokernel.display.state import STAGES, HotspotProgress, ProgressState
 from autokernel.display.words import duration, failures, microseconds, one_line
-from autokernel.events import Evaluated, Event, RunFinished, RunStarted, StageFinished, StageStarted
+from autokernel.events import Evaluated, Event, RunFinished, RunStarted, ScenarioTimed, StageFinished, StageStarted
 from autokernel.tracking.titles import config_title
 
 QUIET_S = 10.0  # a plain display says something at least this often
@@ -165,6 +165,8 @@ def event_lines(state: ProgressState, event: Event, new_best: bool) -> list[str]
             return [f"{event.stage} done in {duration(event.seconds)}{f'; failed: {failed}' if failed else ''}"]
         case Evaluated() if new_best:
             return [best_line(state.hotspots[state.current])]
+        case ScenarioTimed():
+            return [scenario_line(event)]
         case RunFinished():
             return [f"{event.outcome}: {one_line(event.message)}"]
         case _:
@@ -178,6 +180,16 @@ def best_line(hotspot: HotspotProgress) -> str:
     against = f", {hotspot.ratio:.2f}× stock" if hotspot.ratio is not None else ""
     where = f"{hotspot.scenario} {hotspot.title}".strip()
     return f"  {where}: {microseconds(hotspot.best_us)} us{against} ({config_title(hotspot.best)})"
+
+
+def scenario_line(event: ScenarioTimed) -> str:
+    """`decode-b1: bundle 5.102 ms, 1.043× default [1.041, 1.046]`."""
+    if event.result is None:
+        return f"  {event.scenario}: the model does not run with the bundle"
+    tuned = next(mode.median_us for mode in event.result.modes if mode.mode == "bundle")
+    speedup = event.result.speedup
+    against = f"{speedup.ratio:.3f}× {event.result.best_stock} [{speedup.low:.3f}, {speedup.high:.3f}]"
+    return f"  {event.scenario}: bundle {tuned / 1000:.3f} ms, {against}{'' if event.result.passed else ', which is slower'}"
 
 
 def status_line(state: ProgressState) -> str:

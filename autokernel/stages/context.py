@@ -77,11 +77,13 @@ class RunContext:
         sizes: Sequence[int] = (),
         room: int = 0,
         optional: Sequence[tuple[str, Callable[[], object]]] = (),
+        arrived: Callable[[T], None] | None = None,
     ) -> list[T]:
         """Run labelled jobs on the pool and return their values in order.
 
         With `sizes`, one per job and then one per optional job, those that run at once are together no larger than `room`,
         the largest first; one job always runs. What fails among the `optional` ones is logged, and their values are dropped.
+        `arrived` is told of each value of the others at once.
 
         Raises:
             WorkerError: a job crashed, hung, or was lost `MAX_LOST` times; the others are waited for first.
@@ -104,6 +106,8 @@ class RunContext:
                 problem = future.exception()
                 if problem is None:
                     values[i] = future.result()
+                    if arrived is not None and i < len(jobs):
+                        arrived(values[i])
                 elif isinstance(problem, JobLost) and attempts[i] < MAX_LOST - 1:
                     attempts[i] += 1
                     waiting.append(i)

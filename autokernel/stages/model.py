@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 
 from autokernel.config import LoadedExperiment
 from autokernel.errors import WorkerError
-from autokernel.evaluate.end_to_end import BUNDLE, ScenarioTiming, TimeScenario, against_stock, scenario_result
+from autokernel.evaluate.end_to_end import ScenarioTiming, scenario_result
 from autokernel.evaluate.outputs import ScenarioCheck, verdict_of
 from autokernel.evaluate.whole_model import ModelJob, model_job
-from autokernel.events import EvalResult, ModelValidated, ScenarioResult
+from autokernel.events import EvalResult, ModelValidated
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.records import Check, Record, Verdict
 from autokernel.stages.ablation import without_useless
 from autokernel.stages.context import RunContext
+from autokernel.stages.never_slower import OPTIONS, time_scenarios, time_until_never_slower, without
 from autokernel.stages.whole_model import run_on_model
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ def validate(context: RunContext, bundle: Bundle, dropped: Mapping[str, str]) ->
     """The verdict on the whole model, and the bundle that passes it: possibly smaller, at worst stock."""
     if context.state is not None and "validate" in context.state.stages_done and context.state.validated is not None:
         validated = context.state.validated
-        options = {} if _OPTIONS in validated.dropped else bundle.graph_options
-        return validated, replace(_without(bundle, validated.dropped), graph_options=options)
+        options = {} if OPTIONS in validated.dropped else bundle.graph_options
+        return validated, replace(without(bundle, validated.dropped), graph_options=options)
     gone = dict(dropped)
     with context.stage("validate", total=len(context.experiment.scenarios) + 1):
         if context.experiment.validation.ablation:
@@ -93,15 +94,17 @@ def validate(context: RunContext, bundle: Bundle, dropped: Mapping[str, str]) ->
         if not quality.passed:
             bundle, quality = _drop_harmful(context, bundle, quality, gone)
             timings = []
-        scenarios, bundle, changed = _time_until_never_slower(context, bundle, gone, timings)
-        if changed and not bundle.stock:
-            quality = check(context, bundle)  # what is exported is what was judged
+        timed, bundle, changed = time_until_never_slower(context, bundle, gone, timings)
+        if changed and not bundle.stock:  # what is exported is what was judged
+            checks = [timing.check for timing in timed if timing.check is not None]
+            if len(checks) == len(timed):
+                quality = _quality(context, checks, _metric_on_gpu(context, bundle))
+            else:
+                quality = check(context, bundle)
+        scenarios = tuple(scenario_result(timing, bundle.stock) for timing in timed)
         validated = ModelValidated(verdict=quality.verdict, evals=quality.evals, scenarios=scenarios, dropped=gone)
         context.emit(validated)
     return validated, bundle
-
-
-_OPTIONS = "graph options"
 
 
 def _examine(context: RunContext, bundle: Bundle) -> tuple[Quality, list[ScenarioTiming]]:
@@ -109,7 +112,7 @@ def _examine(context: RunContext, bundle: Bundle) -> tuple[Quality, list[Scenari
     if context.device != "cuda":
         return check(context, bundle), []
     try:
-        timings = _time_jobs(context, bundle, tuple(context.experiment.scenarios), checked=True)
+        timings = time_scenarios(context, bundle, tuple(context.experiment.scenarios))
     except WorkerError as error:
         log.warning("the model did not run to its end with the bundle: %s", error)
         return check(context, bundle), []
@@ -177,13 +180,13 @@ def _drop_harmful(context: RunContext, bundle: Bundle, quality: Quality, gone: d
     """Remove what makes the model fail: graph options first, then entries by bisection."""
     why = quality.why_not
     if bundle.graph_options:
-        gone[_OPTIONS] = why
+        gone[OPTIONS] = why
         bundle = replace(bundle, graph_options={})
         quality = check(context, bundle)
         if quality.passed:
             return bundle, quality
-        del gone[_OPTIONS]  # they were not the reason; but without them the entries are easier to tell apart
-        gone[_OPTIONS] = "left out while the entries were bisected"
+        del gone[OPTIONS]  # they were not the reason; but without them the entries are easier to tell apart
+        gone[OPTIONS] = "left out while the entries were bisected"
     kept: list[Entry] = []
 
     def passes(entries: Sequence[Entry]) -> Quality:
@@ -210,85 +213,3 @@ def _drop_harmful(context: RunContext, bundle: Bundle, quality: Quality, gone: d
         gone[bundle.entries[0].key] = quality.why_not
     bundle = replace(bundle, entries=tuple(kept))
     return bundle, check(context, bundle)
-
-
-def _time_until_never_slower(
-    context: RunContext, bundle: Bundle, gone: dict[str, str], timings: Sequence[ScenarioTiming]
-) -> tuple[tuple[ScenarioResult, ...], Bundle, bool]:
-    """Scenario times with a bundle that makes none of them slower; and whether that changed what is compiled.
-
-    `timings` are those of this very bundle, if they were taken already.
-    """
-    scenarios = tuple(context.experiment.scenarios)
-    results, unused = _results(bundle, timings) if timings else _time(context, bundle, scenarios)
-    gone |= unused
-    bundle = _without(bundle, gone)
-    slower = [result for result in results.values() if not result.passed]
-    changed = bool(slower)
-    if slower and bundle.graph_options:
-        gone[_OPTIONS] = f"{slower[0].scenario} took {1 / slower[0].speedup.ratio:.3f} times as long as stock"
-        bundle = replace(bundle, graph_options={})
-        results, _ = _time(context, bundle, scenarios)
-        slower = [result for result in results.values() if not result.passed]
-    for result in slower:
-        # shapes differ between scenarios, so a scenario's own entries are what can slow it down
-        for entry in bundle.entries:
-            if entry.scenario == result.scenario:
-                gone[entry.key] = f"{result.scenario} took {1 / result.speedup.ratio:.3f} times as long as stock"
-    if slower:
-        bundle = _without(bundle, gone)
-        results |= _time(context, bundle, tuple(result.scenario for result in slower))[0]
-    return tuple(results.values()), bundle, changed
-
-
-def _without(bundle: Bundle, gone: Mapping[str, str]) -> Bundle:
-    return replace(bundle, entries=tuple(entry for entry in bundle.entries if entry.key not in gone))
-
-
-def _time(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -> tuple[dict[str, ScenarioResult], dict[str, str]]:
-    """Results by scenario; and entries that nothing in their scenario was built from, with the reason."""
-    return _results(bundle, _time_jobs(context, bundle, scenarios))
-
-
-def _time_jobs(context: RunContext, bundle: Bundle, scenarios: Sequence[str], *, checked: bool = False) -> list[ScenarioTiming]:
-    validation = context.experiment.validation
-    jobs = [
-        (
-            f"end to end: {name}",
-            name,
-            TimeScenario(
-                loaded=context.loaded,
-                scenario=name,
-                device=context.device,
-                threads=context.threads,
-                contenders=against_stock(bundle, validation.baselines),
-                baselines=validation.baselines,
-                rounds=validation.end_to_end_rounds,
-                seed=context.seed + 3,
-                check=checked,
-            ),
-        )
-        for name in scenarios
-    ]
-    return run_on_model(context, "validate", jobs, _TIMEOUT_S, bundle=bundle)
-
-
-def _results(bundle: Bundle, timings: Sequence[ScenarioTiming]) -> tuple[dict[str, ScenarioResult], dict[str, str]]:
-    for timing in timings:
-        if BUNDLE in timing.failures:
-            raise WorkerError(f"scenario {timing.scenario} does not run with the bundle: {timing.failures[BUNDLE]}")
-    hits: dict[str, int] = {}
-    timed = {timing.scenario for timing in timings}
-    for timing in timings:
-        for key, count in timing.hits.get(BUNDLE, {}).items():
-            hits[key] = hits.get(key, 0) + count
-    # e.g. coordinate descent lowers products of one row as reductions, and freezing merges on its own
-    names = ", ".join(bundle.graph_options)
-    options = f", or the graph options ({names}) turn them into something else" if names else ""
-    unused = {
-        entry.key: f"nothing in the compiled model is built from it: its GEMMs are merged with others, or "
-        f"spelled differently{options}"
-        for entry in bundle.entries
-        if entry.scenario in timed and not hits.get(entry.key)
-    }
-    return {timing.scenario: scenario_result(timing, bundle.stock) for timing in timings}, unused

@@ -28,6 +28,7 @@ def run_on_model(
     bundle: Bundle | None = None,
     beside: Sequence[tuple[str, str, Callable[[], object]]] = (),
     beside_layers: int | None = None,
+    arrived: Callable[[T], None] | None = None,
 ) -> list[T]:
     """Run jobs of (label, scenario, job), each of which loads the model; values in order.
 
@@ -39,6 +40,7 @@ def run_on_model(
         layers: of the model that the jobs load, if it has fewer than the experiment's.
         bundle: that they use; what weights it holds a second time needs room, too. None: they use none.
         beside: more jobs, which may fail and whose values nobody needs; of stock models with `beside_layers` layers.
+        arrived: is told of each value as soon as it is there.
 
     Raises:
         WorkerError: as `RunContext.run_all`.
@@ -46,7 +48,7 @@ def run_on_model(
     plain: list[tuple[str, Callable[[], T]]] = [(label, job) for label, _, job in jobs]
     extra = [(label, job) for label, _, job in beside]
     if context.device != "cuda":
-        return context.run_all(stage, plain, timeout_s, optional=extra)
+        return context.run_all(stage, plain, timeout_s, optional=extra, arrived=arrived)
     context.pool.renew()  # what earlier jobs left on the GPU is in nobody's count
     found = footprint_of(context, layers)
     # what cannot be told runs alone
@@ -56,7 +58,7 @@ def run_on_model(
         sizes += [size_of(small, name, None) for _, name, _ in beside]
     room = int(found.device * context.experiment.cluster.model_memory)
     try:
-        return context.run_all(stage, plain, timeout_s, sizes, room, optional=extra)
+        return context.run_all(stage, plain, timeout_s, sizes, room, extra, arrived)
     finally:
         context.pool.renew()
 

@@ -21,6 +21,7 @@ from autokernel.events import (
     Proved,
     RunFinished,
     RunStarted,
+    ScenarioTimed,
     SearchPlanned,
     StageFinished,
     StageStarted,
@@ -52,6 +53,7 @@ class RunState:
     finished: RunFinished | None  # None again once the run was resumed
     stages_done: frozenset[str]
     num_trials: int  # the highest trial number so far, LOST ones included
+    timed: tuple[ScenarioTimed, ...] = ()
     stage_seconds: Mapping[str, float] = field(default_factory=dict)  # spent in each stage, by all processes together
 
     @property
@@ -94,6 +96,7 @@ class RunState:
         evaluated: dict[str, Evaluated] = {}
         confirmed: dict[str, Confirmed] = {}
         graph_trials: list[GraphTrial] = []
+        timed: list[ScenarioTimed] = []
         stages: set[str] = set()
         num_trials = 0
         for event in events:
@@ -112,6 +115,8 @@ class RunState:
                 confirmed[event.candidate.id] = event
             elif isinstance(event, GraphTrial):
                 graph_trials.append(event)
+            elif isinstance(event, ScenarioTimed):
+                timed.append(event)
             elif isinstance(event, StageFinished):
                 stages.add(event.stage)
             else:
@@ -131,6 +136,7 @@ class RunState:
             finished=_last(last, RunFinished),
             stages_done=frozenset(stages),
             num_trials=num_trials,
+            timed=tuple(timed),
         )
 
 

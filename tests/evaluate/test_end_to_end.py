@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -51,6 +52,7 @@ def test_modes_are_compared_and_failures_say_why(loaded: LoadedExperiment) -> No
     assert set(timing.speedups) == {BUNDLE}
     assert "has no option no_such_option" in timing.failures["wrong"]
     assert timing.check is None
+    assert 0 < timing.spread < 1, "the baseline was timed against itself"
     assert ScenarioTiming.from_json(json.loads(json.dumps(timing.to_json()))) == timing
 
 
@@ -80,6 +82,12 @@ def timing_of(best: str, low: float, high: float, default: float, own: float) ->
 def test_a_bundle_passes_unless_it_is_clearly_slower(timing: ScenarioTiming, passed: bool) -> None:
     assert scenario_result(timing).passed is passed
     assert scenario_result(timing, stock=True).passed
+
+
+@pytest.mark.parametrize(("spread", "passed"), [(0.0, False), (0.019, False), (0.021, True)])
+def test_no_closer_than_the_baseline_to_itself_counts_as_slower(spread: float, passed: bool) -> None:
+    timing = dataclasses.replace(timing_of("default", 0.97, 0.99, 100, 102), spread=spread)
+    assert scenario_result(timing).passed is passed
 
 
 def test_a_job_may_take_its_turn_again_and_others_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

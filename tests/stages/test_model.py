@@ -12,11 +12,21 @@ from autokernel.config import load_experiment
 from autokernel.environment import Environment
 from autokernel.errors import JobCrashed, WorkerError
 from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, ScenarioTiming, TimeScenario
-from autokernel.events import Event, ModelValidated, ModeTiming, StageFinished
+from autokernel.events import (
+    Event,
+    ModelValidated,
+    ModeTiming,
+    RunStarted,
+    ScenarioTimed,
+    StageFinished,
+    event_from_json,
+    event_to_json,
+)
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.records import Check, Problem, Speedup, TensorSpec, Verdict
 from autokernel.stages.context import RunContext
 from autokernel.stages.model import CheckModel, Quality, validate
+from autokernel.tracking.state import RunState
 from autokernel.workers.pool import InlinePool
 
 EXPERIMENT = Path(__file__).parent.parent / "data" / "gated.yaml"
@@ -49,6 +59,7 @@ class Answers:
     ) -> None:
         self.harmful, self.slower, self.unused = harmful, slower, unused
         self.checked: list[Bundle] = []
+        self.timed: list[str] = []
         self._inline = InlinePool()
 
     def submit(self, job: Any, timeout_s: float) -> Any:
@@ -65,6 +76,7 @@ class Answers:
                 raise JobCrashed("the process was killed by SIGSEGV")
             return Quality(verdict=Verdict(checks=(Check(name=why or "fine", value=3 if why else 1, limit=2, passed=not why),)))
         assert isinstance(job, TimeScenario)
+        self.timed.append(job.scenario)
         bundle = next(c.bundle for c in job.contenders if c.bundle is not None)
         ratio = 0.8 if self.slower(bundle, job.scenario) else 1.2
         hits = {e.key: int(e not in self.unused) for e in bundle.entries}
@@ -89,7 +101,13 @@ class Listener:
         """Nothing to flush."""
 
 
-def run(answers: Answers, bundle: Bundle, dropped: Mapping[str, str] | None = None) -> tuple[ModelValidated, Bundle]:
+def run(
+    answers: Answers,
+    bundle: Bundle,
+    dropped: Mapping[str, str] | None = None,
+    listener: Listener | None = None,
+    state: RunState | None = None,
+) -> tuple[ModelValidated, Bundle]:
     context = RunContext(
         loaded=load_experiment(EXPERIMENT),
         folder=Path("unused"),
@@ -98,7 +116,8 @@ def run(answers: Answers, bundle: Bundle, dropped: Mapping[str, str] | None = No
         threads=2,
         environment=ENVIRONMENT,
         pool=cast(Any, answers),
-        recorders=[Listener()],
+        recorders=[listener or Listener()],
+        state=state,
     )
     return validate(context, bundle, dropped or {})
 
@@ -177,6 +196,24 @@ def test_entries_that_nothing_is_built_from_are_dropped() -> None:
     validated, bundle = run(Answers(unused=ENTRIES[1:2]), bundle_of(*ENTRIES))
     assert ENTRIES[1] not in bundle.entries
     assert "nothing in the compiled model is built from it" in validated.dropped[ENTRIES[1].key]
+
+
+def test_what_was_timed_before_a_kill_is_not_timed_again() -> None:
+    listener = Listener()
+    first, _ = run(Answers(), bundle_of(*ENTRIES), listener=listener)
+    timed = [event for event in listener.events if isinstance(event, ScenarioTimed)]
+    assert [event.scenario for event in timed] == ["one", "four"]
+    started = RunStarted(
+        run_id="r", name="t", experiment="", experiment_digest="d", environment=ENVIRONMENT, seed=0, version="", git_commit=""
+    )
+    killed = RunState.from_events([started, *(event_from_json(event_to_json(event)) for event in timed[:1])])
+    answers = Answers()
+    again, _ = run(answers, bundle_of(*ENTRIES), state=killed)
+    assert answers.timed == ["four"]
+    assert again.scenarios == first.scenarios
+    others = Answers()
+    run(others, bundle_of(*ENTRIES[1:]), state=killed)
+    assert others.timed == ["one", "four"], "times with another bundle say nothing about this one"
 
 
 def test_the_stage_is_announced_and_ended() -> None:
