@@ -209,6 +209,7 @@ class _ActorRunner:
         try:
             reply = ray.get(self._actor.run.remote(job, timeout_s), timeout=timeout_s + _SLACK_S)
         except ray.exceptions.RayTaskError as error:
+            self._discard()  # its child may still run the job, and would answer the next one with this one's result
             raise WorkerError(f"the worker itself failed: {error}") from error
         except ray.exceptions.RayError as error:
             # Also when the actor is only out of reach: the job may still be running there, so that actor has to go.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,110 @@ def test_workers_that_cannot_start_say_so(cluster: Any) -> None:
     pool.close()
     assert type(error) is WorkerError
     assert "'no_such_module' of `preload` cannot be imported" in str(error)
+
+
+def test_workers_that_die_as_they_start_say_so(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The actor is killed, each time, by what its child imports first."""
+    owners = tmp_path / "owners"
+    (tmp_path / "kills_its_owner.py").write_text(f"""
+import os, signal
+with open({str(owners)!r}, "a") as f:
+    f.write(f"{{os.getppid()}}\\n")
+os.kill(os.getppid(), signal.SIGKILL)
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    opened = open_pool(section(cluster), device="cpu", num_workers=1, env={}, preload=("kills_its_owner",))
+    with contextlib.closing(opened) as pool:
+        error = pool.submit(jobs.Add(1, 1), GENEROUS_S).exception(GENEROUS_S)
+    assert type(error) is WorkerError
+    assert str(error).startswith("no worker starts on the cluster; 3 tries, the last one: The actor died unexpectedly")
+    assert len(set(owners.read_text().split())) >= 3, "each try is a new actor"
+
+
+def test_an_environment_that_no_node_can_set_up_is_named(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The driver's connection names a package that the cluster does not hold (any more). Trying again would not help."""
+    import ray
+
+    package = "gcs://_ray_pkg_0123456789abcdef.zip"
+    ray.init(address=cluster.address, runtime_env={"py_modules": [package]}, log_to_driver=False)
+    try:
+        with contextlib.closing(open_pool(section(cluster), device="cpu", num_workers=1, env={})) as pool:
+            error = pool.submit(jobs.Add(1, 1), GENEROUS_S).exception(GENEROUS_S)
+            assert "a new worker was lost" not in caplog.text
+        assert ray.is_initialized(), "the pool leaves a connection alone that is not its own"
+    finally:
+        ray.shutdown()
+    assert type(error) is WorkerError
+    assert str(error).startswith("a cluster node cannot set up the workers' environment: Failed to set up runtime environment.")
+    assert package in str(error)
+
+
+def test_a_worker_that_fails_costs_its_job_and_is_replaced(
+    cluster: Any, tmp_path: Path, all_gone: Callable[[list[int]], None]
+) -> None:
+    """The actor runs out of file descriptors and cannot watch its child, which goes on and will have a result."""
+    begun = tmp_path / "begun"
+    opened = open_pool(section(cluster), device="cpu", num_workers=1, env={}, memory_limit_bytes=1 << 30)
+    with contextlib.closing(opened) as pool:
+        error = pool.submit(jobs.StarveTheOwner(str(begun)), GENEROUS_S).exception(GENEROUS_S)
+        assert type(error) is WorkerError
+        assert str(error).startswith("the worker itself failed: ")
+        assert "OSError: [Errno 24] Too many open files" in str(error)
+        child, owner, num_files = map(int, begun.read_text().split())
+        with contextlib.suppress(psutil.NoSuchProcess):  # else Ray cannot reach it and takes 5 s to kill it
+            psutil.Process(owner).rlimit(psutil.RLIMIT_NOFILE, (num_files, num_files))
+        all_gone([child, owner])  # else the next job would go to a child that still runs this one, and get its result
+        assert pool.submit(jobs.ParentPid(), GENEROUS_S).result() != owner
+
+
+def test_closing_does_not_wait_for_room(
+    cluster: Any, tmp_path: Path, eventually: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    pool = open_pool(section(cluster), device="cpu", num_workers=3, env={})
+    assert "the cluster has room for 2 of 3 workers now; the others wait for more nodes" in caplog.text
+    running = [pool.submit(jobs.Touch(str(file), 600), 600) for file in files]
+    eventually(lambda: all(file.exists() and file.read_text() for file in files), GENEROUS_S)
+    started = time.monotonic()
+    pool.close()
+    assert time.monotonic() - started < 8
+    errors = [future.exception(1) for future in running]
+    assert [(type(error), str(error)) for error in errors] == [(JobLost, "the pool was closed while the job ran")] * 2
+
+
+def test_a_closed_place_waits_for_no_worker_and_asks_for_none(cluster: Any, eventually: Callable[..., None]) -> None:
+    """One place of a pool, without the pool: once that is closed, it has no job left to tell of it.
+
+    The actor waits for a resource that no node has. The head hangs (SIGSTOP), else it would tell first that the actor is gone.
+    """
+    import ray
+
+    from autokernel.workers.cluster import _ActorRunner, _Fleet, _Host
+
+    asked: list[Any] = []
+
+    def create() -> Any:
+        asked.append(ray.remote(num_cpus=0, resources={"nowhere": 1})(_Host).remote({}, None, (), [], False))
+        return asked[-1]
+
+    head = psutil.Process(cluster.head_node.all_processes["gcs_server"][0].process.pid)
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        runner = _ActorRunner(create, _Fleet())
+        with ThreadPoolExecutor(1) as executor:
+            starting = executor.submit(runner.start)
+            eventually(lambda: asked, GENEROUS_S, "a worker that waits")
+            head.suspend()
+            runner.close()
+            error = starting.exception(GENEROUS_S)
+            head.resume()
+        assert (type(error), str(error)) == (JobLost, "the pool is closed")
+        with pytest.raises(JobLost, match=r"\Athe pool is closed\Z"):
+            runner.start()
+        assert len(asked) == 1
+    finally:
+        head.resume()
+        ray.shutdown()
 
 
 def test_jobs_run_on_both_nodes_with_their_own_environment(pool: Pool, eventually: Callable[..., None]) -> None:

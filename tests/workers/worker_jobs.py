@@ -297,6 +297,20 @@ class Touch:
 
 
 @dataclass(frozen=True)
+class StarveTheOwner:
+    """Leaves the process that owns the worker without a file that it could open, and goes on for long."""
+
+    begun: str
+
+    def __call__(self) -> None:
+        owner = psutil.Process(os.getppid())
+        _, most = owner.rlimit(psutil.RLIMIT_NOFILE)
+        Path(self.begun).write_text(f"{os.getpid()} {owner.pid} {most}")
+        owner.rlimit(psutil.RLIMIT_NOFILE, (3, most))
+        time.sleep(600)
+
+
+@dataclass(frozen=True)
 class TakeTheDevice:
     """Writes a file, waits for the CPU, and then works for a while."""
 
