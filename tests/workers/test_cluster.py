@@ -189,15 +189,16 @@ def test_a_closed_place_waits_for_no_worker_and_asks_for_none(cluster: Any, even
             starting = executor.submit(runner.start)
             eventually(lambda: asked, GENEROUS_S, "a worker that waits")
             head.suspend()
-            runner.close()
-            error = starting.exception(GENEROUS_S)
-            head.resume()
+            try:
+                runner.close()
+                error = starting.exception(10)
+            finally:
+                head.resume()
         assert (type(error), str(error)) == (JobLost, "the pool is closed")
         with pytest.raises(JobLost, match=r"\Athe pool is closed\Z"):
             runner.start()
         assert len(asked) == 1
     finally:
-        head.resume()
         ray.shutdown()
 
 
