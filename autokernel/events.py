@@ -97,13 +97,18 @@ class Confirmed(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphTrial(Record):
-    """One set of graph-level options, judged end to end: speed-up over the bundle without options, per scenario."""
+    """One set of graph-level options, judged end to end: speed-up over the bundle without options, per scenario.
+
+    `accepted`: for every graph; `accepted_for`: for those of some scenarios, whose `products` tell them from others.
+    """
 
     options: Mapping[str, ConfigValue]
     speedups: Mapping[str, Speedup]
     score: float  # geometric mean of the ratios
     accepted: bool
     reason: str = ""
+    accepted_for: tuple[str, ...] = ()
+    products: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

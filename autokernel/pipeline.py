@@ -83,13 +83,13 @@ def _run_stages(context: RunContext, until: str) -> RunOutcome:
     if until == "confirm":
         return _stopped(context, until)
     bundle = make_bundle(context, [entry_of(winner) for winner in winners], {})
-    bundle = make_bundle(context, bundle.entries, search_graph_options(context, bundle))
+    bundle = make_bundle(context, bundle.entries, *search_graph_options(context, bundle))
     if until == "graph":
         return _stopped(context, until)
     validated, bundle = validate(context, bundle, dropped)
     if until == "validate":
         return _stopped(context, until)
-    bundle = make_bundle(context, bundle.entries, bundle.graph_options, validated)
+    bundle = make_bundle(context, bundle.entries, bundle.graph_options, bundle.scenario_options, validated)
     export_bundle(context, bundle)
     proved = prove(context, bundle, validated) if until != "export" else None
     if proved is not None and not proved.passed:

@@ -80,6 +80,7 @@ def results_of_run(folder: Path) -> tuple[dict[str, Any], RunSummary]:
         "dropped": dict(validated.dropped) if validated is not None else {},
         "confirmed": confirmed,
         "graph_options": next((dict(t.options) for t in reversed(summary.graph_trials) if t.accepted), {}),
+        "scenario_options": {name: dict(t.options) for t in summary.graph_trials for name in t.accepted_for},
         "fresh_process": proved.to_json() if proved is not None else None,
     }
     return run, summary

@@ -73,6 +73,7 @@ def results_of(run_folder: Path) -> dict[str, Any]:
             if winner is not None
         ],
         "graph_options": next((dict(t.options) for t in reversed(summary.graph_trials) if t.accepted), {}),
+        "scenario_options": {name: dict(t.options) for t in summary.graph_trials for name in t.accepted_for},
         "fresh_process": proved.to_json() if proved is not None else None,
     }
 

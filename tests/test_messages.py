@@ -273,13 +273,14 @@ def test_a_bundle_that_does_not_hold_in_a_fresh_process_fails_the_run(tmp_path: 
     class Anything:
         entries = ()
         graph_options: dict[str, Any] = {}  # noqa: RUF012
+        scenario_options = ()
 
     proved = Proved(
         passed=False, num_hits=0, num_entries=1, num_benchmarks=0, compile_s=1, stock_compile_s=1, message="no entry was hit"
     )
     stages = {
         "profile.profile": None, "search.search": {}, "confirm.confirm": [], "confirm.compatible": ([], {}),
-        "graph.search_graph_options": {}, "model.validate": (None, Anything()), "production.make_bundle": Anything(),
+        "graph.search_graph_options": ({}, ()), "model.validate": (None, Anything()), "production.make_bundle": Anything(),
         "production.export_bundle": None, "production.prove": proved,
     }  # fmt: skip
     for name, result in stages.items():

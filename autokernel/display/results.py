@@ -145,6 +145,7 @@ def result_json(summary: RunSummary, folder: Path) -> dict[str, Any]:
         "profile": profile_json(summary),
         "hotspots": [hotspot_json(row) for row in hotspot_rows(summary)],
         "graph_options": graph_options(summary),
+        "scenario_options": scenario_options(summary),
         "scenarios": [s.to_json() for s in validated.scenarios] if validated is not None else [],
         "evals": [e.to_json() for e in validated.evals] if validated is not None else [],
         "dropped": dict(validated.dropped) if validated is not None else {},
@@ -158,6 +159,11 @@ def graph_options(summary: RunSummary) -> Mapping[str, Any]:
     """The graph-level options that were accepted last: those are exported."""
     accepted = [dict(t.options) for t in summary.graph_trials if t.accepted]
     return accepted[-1] if accepted else {}
+
+
+def scenario_options(summary: RunSummary) -> Mapping[str, Mapping[str, Any]]:
+    """The graph-level options that were accepted for single scenarios."""
+    return {name: dict(trial.options) for trial in summary.graph_trials for name in trial.accepted_for}
 
 
 def failure_json(folder: Path | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autokernel.display.layout import Row, detailed_table, spaced, table
-from autokernel.display.results import HotspotRow, graph_options, hotspot_rows
+from autokernel.display.results import HotspotRow, graph_options, hotspot_rows, scenario_options
 from autokernel.display.words import duration, failures, microseconds, percent, ratio
 from autokernel.events import ModelValidated, ScenarioResult
 from autokernel.records import Hotspot
@@ -122,12 +122,18 @@ def hotspot_table(summary: RunSummary) -> RenderableType:
     if len(others) > MAX_UNSEARCHED:
         rest = sum(row.share for row in others[MAX_UNSEARCHED:])
         notes.append(f"{len(others) - MAX_UNSEARCHED} more hotspots ({percent(rest)} of the time) were not searched.")
-    options = graph_options(summary)
+    options, parts = graph_options(summary), scenario_options(summary)
     if options:
-        notes.append("Graph options on top: " + " ".join(f"{k}={v}" for k, v in options.items()) + ".")
+        notes.append("Graph options on top: " + _spelled(options) + ".")
+    elif parts:
+        notes.append("Graph options on top: " + "; ".join(f"{name} {_spelled(own)}" for name, own in parts.items()) + ".")
     elif "graph" in summary.stage_seconds and summary.graph_trials:
         notes.append(f"Graph options: none of {len(summary.graph_trials)} sets helped.")
     return Group(shown, Text("\n".join(["", *notes]), style="dim"))
+
+
+def _spelled(options: Mapping[str, object]) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items())
 
 
 def kernels_table(summary: RunSummary) -> RenderableType:

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 _SCREEN_ROUNDS = 7
 _MIN_SAMPLE_US = 2000
+_ROUNDS_S = 10.0  # steps of hundreds of milliseconds get fewer rounds than asked for, if these do not fit in, ...
+_LEAST_ROUNDS = 11  # ... but no fewer than these
 _CAPTURES_ITSELF = ("reduce-overhead",)
 _AGAIN = "the baseline again"
 
@@ -59,6 +61,7 @@ class ScenarioTiming(Record):
     failures: Mapping[str, str] = field(default_factory=dict)  # contender -> why it could not run
     benchmarks: Mapping[str, int] = field(default_factory=dict)  # bundle -> kernels Inductor timed to build it: must be 0
     check: ScenarioCheck | None = None  # of the bundle, if it was asked for
+    products: tuple[str, ...] = ()  # of the graph, as `ScenarioOptions` has them
     spread: float = 0.0  # how far the baseline was from itself, timed as two contenders: the far end of the interval
     peak_bytes: int = 0  # of GPU memory that the job had reserved
 
@@ -96,12 +99,14 @@ class _Found:
     benchmarks: dict[str, int] = field(default_factory=dict)
     check: ScenarioCheck | None = None
     spread: float = 0.0
+    products: tuple[str, ...] = ()
 
     def add(self, contender: Contender, prepared: Prepared) -> None:
         self.compile_s[contender.name] = prepared.compile_s
         if contender.bundle is not None:
             self.hits[contender.name] = prepared.hits
             self.benchmarks[contender.name] = prepared.num_benchmarks
+            self.products = prepared.products
 
     def fail(self, scenario: str, contender: Contender, reason: str) -> None:
         self.failures[contender.name] = reason
@@ -191,7 +196,7 @@ class TimeScenario(ModelJob):
             if self.in_turn:
                 baseline = baseline or self._first_baseline(contender)
                 if contender.name != baseline:
-                    self._compare(found, turns, baseline, [baseline, contender.name])
+                    self._compare(found, turns, baseline, [baseline, contender.name], self.rounds)
                     replay = found.calls.pop(contender.name)
                     if isinstance(replay, _Replay):
                         replay.prepared.compiled.clear()
@@ -241,24 +246,25 @@ class TimeScenario(ModelJob):
         if not stock:
             raise WorkerError(f"scenario {self.scenario}: none of {self.baselines} runs: {found.failures}")
         baseline = stock[0]
+        rounds = self.rounds
         with turns.alone():
             if len(stock) > 1:
                 candidates = {name: found.calls[name] for name in stock}
                 screen = compare(candidates, baseline, _SCREEN_ROUNDS, device=self.device, seed=self.seed)
                 baseline = min(screen.medians_us, key=screen.medians_us.__getitem__)
+                round_s = sum(max(us, _MIN_SAMPLE_US) for us in screen.medians_us.values()) / 1e6
+                rounds = min(rounds, max(_LEAST_ROUNDS, int(_ROUNDS_S / round_s)))
             again = found.calls[baseline]
             if isinstance(again, _Replay):  # a graph of its own: what it computes with lies elsewhere
                 again = _Replay(capturer.capture(again.prepared.call), again.prepared)
             found.calls[_AGAIN] = again
-            self._compare(found, turns, baseline, list(found.calls))
+            self._compare(found, turns, baseline, list(found.calls), rounds)
         return baseline
 
-    def _compare(self, found: _Found, turns: JobTurns, baseline: str, names: list[str]) -> None:
+    def _compare(self, found: _Found, turns: JobTurns, baseline: str, names: list[str], rounds: int) -> None:
         calls = {name: found.calls[name] for name in names}
         with turns.alone():
-            found.judge(
-                compare(calls, baseline, self.rounds, device=self.device, seed=self.seed + 1, min_sample_us=_MIN_SAMPLE_US)
-            )
+            found.judge(compare(calls, baseline, rounds, device=self.device, seed=self.seed + 1, min_sample_us=_MIN_SAMPLE_US))
 
     def _result(self, found: _Found, baseline: str) -> ScenarioTiming:
         if not baseline:
@@ -281,6 +287,7 @@ class TimeScenario(ModelJob):
             failures=found.failures,
             benchmarks=found.benchmarks,
             check=found.check,
+            products=found.products,
             spread=found.spread,
             peak_bytes=_peak_bytes() if self.device == "cuda" else 0,
         )

@@ -50,6 +50,7 @@ class Prepared:
     hits: Mapping[str, int]
     reasons: Mapping[str, str]
     num_benchmarks: int
+    products: tuple[str, ...]  # of the graph that was compiled with a bundle
     compiled: list[Any]  # on a GPU: what a CUDA graph of a call reads constants from
 
 
@@ -101,7 +102,8 @@ def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | No
     backend: BundleBackend | None = None
     compiled: list[Any] = []
     if contender.bundle is not None:
-        missing = unknown_options([name for name in contender.bundle.graph_options if name not in _OWN_OPTIONS])
+        parts = [contender.bundle.graph_options, *(part.options for part in contender.bundle.scenario_options)]
+        missing = unknown_options([name for options in parts for name in options if name not in _OWN_OPTIONS])
         if missing:
             raise NotImplementedError(f"torch {torch.__version__} has no option {', '.join(missing)}")
         backend = BundleBackend(contender.bundle)
@@ -135,6 +137,7 @@ def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | No
         hits={key: item.hits for key, item in usage.items()},
         reasons={key: "; ".join(item.reasons) for key, item in usage.items() if item.reasons},
         num_benchmarks=_num_benchmarks() - benchmarks_before,
+        products=backend.graphs[0] if backend is not None and len(backend.graphs) == 1 else (),
         compiled=compiled,
     )
 

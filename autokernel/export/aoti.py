@@ -84,7 +84,8 @@ def aoti_options(plan: Plan) -> dict[str, Any]:
     environment = plan.bundle.environment
     constant = any(needs_constant(entry) for entry in plan.bundle.entries)
     on_cpu = environment.device == "cpu"
-    options = inductor_options(plan, frozen=on_cpu and (constant or plan.bundle.graph_options.get("freezing") == "all"))
+    chosen = plan.bundle.graph_options  # which graph this is, and so whether a scenario's own fit, is not known here
+    options = inductor_options(plan, chosen, frozen=on_cpu and (constant or chosen.get("freezing") == "all"))
     if constant and not on_cpu:
         options["aot_inductor.use_runtime_constant_folding"] = True
     options["aot_inductor.metadata"] = {
@@ -92,7 +93,7 @@ def aoti_options(plan: Plan) -> dict[str, Any]:
         "autokernel_digest": plan.bundle.applied_digest,
         "autokernel_device": environment.device_name,
     }
-    if "blas_library" in plan.bundle.graph_options:
-        library = plan.bundle.graph_options["blas_library"]
+    if "blas_library" in chosen:
+        library = chosen["blas_library"]
         log.warning("autokernel: a package cannot choose %s: call preferred_blas_library(%r) where it runs", library, library)
     return options

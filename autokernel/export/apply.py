@@ -21,12 +21,13 @@ from autokernel.errors import BundleError
 from autokernel.export.blas import with_blas_library
 from autokernel.export.bundle import Bundle, read_bundle
 from autokernel.export.chain import PassChain
-from autokernel.export.freezing import Frozen, FrozenGraph, freeze_inputs, needs_constant, weights_to_freeze
+from autokernel.export.freezing import Frozen, FrozenGraph, freeze_inputs, graph_products, needs_constant, weights_to_freeze
 from autokernel.export.passes import MergePass, SitePass
 from autokernel.export.pins import install
 from autokernel.export.plan import Plan, Usage, mismatch
 from autokernel.export.substitution import SubstitutionPass, is_substituted
 from autokernel.export.templates import TemplatePass, has_template
+from autokernel.records import ConfigValue
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class BundleBackend:
             log.warning("autokernel: bundle %s is applied although %s", bundle.name, why_not)
             why_not = None
         self.plan = Plan(bundle, why_not)
+        self.graphs: list[tuple[str, ...]] = []  # the products of each graph that was compiled
 
     @property
     def bundle(self) -> Bundle:
@@ -57,34 +59,41 @@ class BundleBackend:
         return self.plan.report()
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        compiled = self._compile(gm, inputs)
-        library = self.plan.bundle.graph_options.get("blas_library") if self.plan.active else None
+        products = graph_products(gm, inputs)
+        self.graphs.append(products)
+        if not self.plan.active:
+            return _inductor(gm, inputs, {})
+        chosen = self.plan.bundle.options_of(products)
+        compiled = self._compile(gm, inputs, chosen)
+        library = chosen.get("blas_library")
         return compiled if library is None else with_blas_library(compiled, str(library))
 
-    def _compile(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _compile(
+        self, gm: torch.fx.GraphModule, inputs: Sequence[Any], chosen: Mapping[str, ConfigValue]
+    ) -> Callable[..., Any]:
         plan = self.plan
-        if not plan.active:
-            return _inductor(gm, inputs, {})
         install()
-        chosen = weights_to_freeze(gm, inputs, plan) if not torch.is_grad_enabled() else Frozen(positions=())
-        frozen = chosen.positions
+        frozen = Frozen(positions=())
+        if not torch.is_grad_enabled():
+            frozen = weights_to_freeze(gm, inputs, plan, everything=chosen.get("freezing") == "all")
+        positions = frozen.positions
         if torch.is_grad_enabled():
             for entry in plan.bundle.entries:
                 plan.skip(entry, "gradients are enabled; compile and call under torch.inference_mode() or torch.no_grad()")
-        if not frozen:
-            return _inductor(gm, inputs, inductor_options(plan, frozen=False))
+        if not positions:
+            return _inductor(gm, inputs, inductor_options(plan, chosen, frozen=False))
 
         def compile_frozen(weights: Sequence[Any]) -> Callable[..., Any]:
-            for entry, num_bytes in chosen.copied:
+            for entry, num_bytes in frozen.copied:
                 plan.copied(entry, num_bytes)
-            module = freeze_inputs(gm, weights, frozen)
-            rest = [value for i, value in enumerate(inputs) if i not in set(frozen)]
-            return _inductor(module, rest, inductor_options(plan, frozen=True))
+            module = freeze_inputs(gm, weights, positions)
+            rest = [value for i, value in enumerate(inputs) if i not in set(positions)]
+            return _inductor(module, rest, inductor_options(plan, chosen, frozen=True))
 
         def compile_stock() -> Callable[..., Any]:
-            return _inductor(gm, inputs, inductor_options(plan, frozen=False))
+            return _inductor(gm, inputs, inductor_options(plan, chosen, frozen=False))
 
-        return FrozenGraph(compile_frozen, compile_stock, frozen, len(inputs), inputs)
+        return FrozenGraph(compile_frozen, compile_stock, positions, len(inputs), inputs)
 
 
 def _inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
@@ -96,8 +105,8 @@ def _device_there(device: str) -> bool:
     return device == "cpu" or (device == "cuda" and torch.cuda.is_available())
 
 
-def inductor_options(plan: Plan, *, frozen: bool) -> dict[str, Any]:
-    """Inductor's configuration for a compilation with this plan.
+def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: bool) -> dict[str, Any]:
+    """Inductor's configuration for a compilation with this plan and these graph options.
 
     The lookup table carries the plan's digest: its contents are part of the cache key of compiled graphs in every
     version of torch, which our hooks are not.
@@ -127,7 +136,7 @@ def inductor_options(plan: Plan, *, frozen: bool) -> dict[str, Any]:
     if frozen:
         options["freezing"] = True
         options["cpp.weight_prepack"] = True
-    for name, value in plan.bundle.graph_options.items():
+    for name, value in chosen.items():
         if name not in _OWN_OPTIONS:
             options[name] = value
     return options
@@ -157,7 +166,8 @@ def options(bundle: Bundle | Path | str, *, on_mismatch: OnMismatch = "stock") -
 
     Packed weights need one more line there, before the model is compiled, since Dynamo decides while it traces:
     `torch._dynamo.config.prepare_freezing = True`. It makes every parameter a constant that is never looked at again.
-    `blas_library` among a bundle's graph options is for calls, not for compilation: here it must be set by hand.
+    `blas_library` among a bundle's graph options is for calls, not for compilation: here it must be set by hand. Options for
+    the graphs of one scenario stay out, for nobody sees here which graph is compiled.
     """
     plan = BundleBackend(load_bundle(bundle), on_mismatch).plan
     if not plan.active:
@@ -166,7 +176,9 @@ def options(bundle: Bundle | Path | str, *, on_mismatch: OnMismatch = "stock") -
         library = plan.bundle.graph_options["blas_library"]
         log.warning("autokernel: options() cannot choose %s: torch.backends.cuda.preferred_blas_library(%r)", library, library)
     install()
-    return inductor_options(plan, frozen=torch._dynamo.config.prepare_freezing)
+    for part in plan.bundle.scenario_options:
+        log.warning("autokernel: options() leaves out what helps %s alone: %s", part.scenario, dict(part.options))
+    return inductor_options(plan, plan.bundle.graph_options, frozen=torch._dynamo.config.prepare_freezing)
 
 
 def stock_backend(gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

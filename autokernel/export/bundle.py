@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,7 @@ from autokernel.errors import BundleError
 from autokernel.records import ConfigValue, Problem, Record, Speedup, digest_of
 
 FORMAT = "autokernel-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DOCUMENT = "bundle.json"
 
 
@@ -45,6 +45,18 @@ class Entry(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScenarioOptions(Record):
+    """Graph options that help one scenario, and hurt another: for graphs with exactly the products that were measured.
+
+    `products` are those by a weight, as "dtype MxNxK", each once, sorted.
+    """
+
+    scenario: str
+    products: tuple[str, ...]
+    options: Mapping[str, ConfigValue]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle(Record):
     """Everything production needs to build the tuned model, and everything people need to trust it.
 
@@ -58,6 +70,7 @@ class Bundle(Record):
     environment: Environment
     entries: tuple[Entry, ...] = ()
     graph_options: Mapping[str, ConfigValue] = field(default_factory=dict)
+    scenario_options: tuple[ScenarioOptions, ...] = ()
     results: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     format: str = FORMAT
@@ -67,13 +80,30 @@ class Bundle(Record):
     @property
     def stock(self) -> bool:
         """A bundle without entries and options changes nothing."""
-        return not self.entries and not self.graph_options
+        return not self.entries and not self.has_options
+
+    @property
+    def has_options(self) -> bool:
+        """Whether it sets options for any graph."""
+        return bool(self.graph_options or self.scenario_options)
+
+    def options_of(self, products: Sequence[str]) -> dict[str, ConfigValue]:
+        """The graph options for a graph with these products."""
+        fitting = (part.options for part in self.scenario_options if tuple(products) == part.products)
+        return {**self.graph_options, **next(fitting, {})}
+
+    def without_options(self, scenario: str = "") -> Self:
+        """The same without graph options, or only without those of one scenario."""
+        if not scenario:
+            return replace(self, graph_options={}, scenario_options=())
+        return replace(self, scenario_options=tuple(part for part in self.scenario_options if part.scenario != scenario))
 
     @property
     def applied_digest(self) -> str:
         """Hash of what decides the compiled code; part of Inductor's cache key."""
         entries = [[e.key, e.backend, dict(e.config)] for e in self.entries]
-        return digest_of([entries, dict(self.graph_options), self.environment.to_json()])
+        parts = [[list(part.products), dict(part.options)] for part in self.scenario_options]
+        return digest_of([entries, dict(self.graph_options), parts, self.environment.to_json()])
 
     def sealed(self) -> Self:
         """The same bundle with its digest filled in."""

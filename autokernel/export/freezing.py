@@ -15,7 +15,7 @@ import logging
 import math
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,37 +46,19 @@ class Frozen:
     copied: tuple[tuple[Entry, int], ...] = ()
 
 
-def weights_to_freeze(gm: torch.fx.GraphModule, inputs: Sequence[Any], plan: Plan) -> Frozen:
-    """The inputs that are parameters used by a GEMM with an entry that needs them constant."""
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    position = {node: i for i, node in enumerate(placeholders)}
-    everything = plan.bundle.graph_options.get("freezing") == "all"
+def weights_to_freeze(gm: torch.fx.GraphModule, inputs: Sequence[Any], plan: Plan, *, everything: bool = False) -> Frozen:
+    """The inputs that are parameters used by a GEMM with an entry that needs them constant; or every parameter."""
     chosen: set[int] = set()
     copied: list[tuple[Entry, int]] = []
     by_input: dict[Any, list[_Product]] = {}  # by shared input
-    for node in gm.graph.nodes:
-        linear = _linear(node)
-        if linear is None:
-            continue
-        x, weight, bias, n_axis = linear
-        index = position.get(weight)
-        if index is None or not isinstance(inputs[index], torch.nn.Parameter):
-            continue
-        value = x.meta.get("example_value")
-        if not isinstance(value, torch.Tensor) or not all(isinstance(n, int) for n in value.shape):
-            continue
-        k, n = int(value.shape[-1]), int(inputs[index].shape[n_axis])
-        m = math.prod(int(s) for s in value.shape[:-1])
-        bias_index = position.get(bias) if isinstance(bias, torch.fx.Node) else None
-        product = _Product(constants=(index, *(() if bias_index is None else (bias_index,))), m=m, n=n, bias=bias is not None)
-        entry = plan.find(Gemm(dtype_name(value.dtype), 1, m, (n,), k, bias is not None))
+    for product in _products(gm, inputs):
+        entry = plan.find(Gemm(product.dtype, 1, product.m, (product.n,), product.k, product.bias))
         if entry is not None and needs_constant(entry):
             chosen.update(product.constants)
             copied.append((entry, _num_bytes(inputs, product.constants)))
-        by_input.setdefault(x, []).append(product)
-    for x, members in by_input.items():
-        value = x.meta["example_value"]
-        for entry, gemm in plan.groups(dtype_name(value.dtype), members[0].m, int(value.shape[-1])):
+        by_input.setdefault(product.x, []).append(product)
+    for members in by_input.values():
+        for entry, gemm in plan.groups(members[0].dtype, members[0].m, members[0].k):
             fitting = [product for product in members if product.bias == gemm.bias and product.n in gemm.ns]
             if needs_constant(entry) and _covers(fitting, gemm.ns):
                 constants = [index for product in fitting for index in product.constants]
@@ -89,17 +71,50 @@ def weights_to_freeze(gm: torch.fx.GraphModule, inputs: Sequence[Any], plan: Pla
     return Frozen(positions=tuple(sorted(chosen)), copied=tuple(copied))
 
 
+def graph_products(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> tuple[str, ...]:
+    """The graph's products by a weight, as "dtype MxNxK", each once, sorted: what tells one scenario from another."""
+    return tuple(sorted({f"{p.dtype} {p.m}x{p.n}x{p.k}" for p in _products(gm, inputs)}))
+
+
+def _products(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Iterator[_Product]:
+    position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    for node in gm.graph.nodes:
+        linear = _linear(node)
+        if linear is None:
+            continue
+        x, weight, bias, n_axis = linear
+        index = position.get(weight)
+        if index is None or not isinstance(inputs[index], torch.nn.Parameter):
+            continue
+        value = x.meta.get("example_value")
+        if not isinstance(value, torch.Tensor) or not all(isinstance(n, int) for n in value.shape):
+            continue
+        bias_index = position.get(bias) if isinstance(bias, torch.fx.Node) else None
+        yield _Product(
+            x=x,
+            constants=(index, *(() if bias_index is None else (bias_index,))),
+            dtype=dtype_name(value.dtype),
+            m=math.prod(int(s) for s in value.shape[:-1]),
+            n=int(inputs[index].shape[n_axis]),
+            k=int(value.shape[-1]),
+            bias=bias is not None,
+        )
+
+
 def _num_bytes(inputs: Sequence[Any], positions: Sequence[int]) -> int:
     return sum(inputs[i].numel() * inputs[i].element_size() for i in positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Product:
-    """A product by a weight: positions of the weight and, if that is an input too, of the bias."""
+    """A product by a weight: of what, and the positions of the weight and, if that is an input too, of the bias."""
 
+    x: torch.fx.Node
     constants: tuple[int, ...]
+    dtype: str
     m: int
     n: int
+    k: int
     bias: bool
 
 

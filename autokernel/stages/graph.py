@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from autokernel.errors import WorkerError
 from autokernel.evaluate.end_to_end import Contender, ScenarioTiming, TimeScenario
 from autokernel.events import GraphTrial
-from autokernel.export.bundle import Bundle
-from autokernel.records import Speedup
+from autokernel.export.bundle import Bundle, ScenarioOptions
+from autokernel.records import ConfigValue, Speedup
 from autokernel.search.graph_options import Options, load_graph_options, merged, spelled
 from autokernel.stages.context import RunContext
 from autokernel.stages.whole_model import run_on_model, with_layers
@@ -22,45 +22,79 @@ _TIMEOUT_S = 1800
 _PLAIN = "no options"
 # Measured for the record: a bundle that is fast because it tunes again in each new process is not what bundles are for.
 _TUNES_IN_PRODUCTION = ("coordinate_descent_tuning", "max_autotune_pointwise", "max_autotune", "triton.multi_kernel")
-_SETS_PER_JOB = 2
+_SETS_PER_JOB = 3
 _NUM_PAIRS = 2
+_LEAST_GAIN = 1.001  # lower bound of what single scenarios get options for
 
 
-def search_graph_options(context: RunContext, bundle: Bundle) -> Options:
-    """The options to export: every set that helped by itself, together, if together they help as well.
+def search_graph_options(context: RunContext, bundle: Bundle) -> tuple[Options, tuple[ScenarioOptions, ...]]:
+    """The options to export, for every graph and for those of single scenarios.
 
-    A bundle that ends up with neither entries nor options is a stock bundle, so options are searched even if no kernel won.
+    For every graph: all the sets that helped by themselves and hurt nowhere, together, if together they help as well. Where
+    there is no such set, each scenario gets the one that helps it most. A bundle that ends up with neither entries nor
+    options is a stock bundle, so options are searched even if no kernel won.
     """
     settings = context.experiment.graph
     if not settings.enabled:
-        return {}
+        return {}, ()
     if context.state is not None and "graph" in context.state.stages_done:
-        accepted = [dict(t.options) for t in context.state.graph_trials if t.accepted]
-        return accepted[-1] if accepted else {}
+        return _decided(context.state.graph_trials)
     spaces = context.experiment.search.spaces
     sets = load_graph_options(context.device, context.loaded.resolve(spaces) if spaces is not None else None)
     sets = sets[: settings.trials]
     with context.stage("graph", total=len(sets), note=f"{len(sets)} option sets"):
         trials = _try(context, bundle, sets)
         good = [trial for trial in trials if trial.accepted]
-        for trial in trials:
+        if len(good) > 1:
             # which ones are exported is decided by the last accepted event
-            context.emit(replace(trial, accepted=False) if trial.accepted and len(good) > 1 else trial)
-        if not good:
-            return {}
-        if len(good) == 1:
-            return dict(good[0].options)
-        good.sort(key=lambda trial: -trial.score)
-        unions = _try(context, bundle, _unions(good))
-        chosen = max([trial for trial in unions if trial.accepted], key=lambda trial: trial.score, default=good[0])
-        if chosen.score < good[0].score:
-            chosen = good[0]
-        for trial in unions:
-            if trial is not chosen:
-                why = trial.reason or f"no better together than {spelled(dict(chosen.options))}"
-                context.emit(replace(trial, accepted=False, reason=why))
-        context.emit(chosen)
-        return dict(chosen.options)
+            trials = [replace(trial, accepted=False) for trial in trials] + _together(context, bundle, good)
+        elif not good:
+            trials = _for_single_scenarios(trials)
+        for trial in trials:
+            context.emit(trial)
+        return _decided(trials)
+
+
+def _decided(trials: Sequence[GraphTrial]) -> tuple[Options, tuple[ScenarioOptions, ...]]:
+    """What the trials say is to be exported."""
+    accepted = [dict(trial.options) for trial in trials if trial.accepted]
+    parts = [
+        ScenarioOptions(scenario=name, products=trial.products[name], options=dict(trial.options))
+        for trial in trials
+        for name in trial.accepted_for
+    ]
+    return accepted[-1] if accepted else {}, tuple(parts)
+
+
+def _together(context: RunContext, bundle: Bundle, good: Sequence[GraphTrial]) -> list[GraphTrial]:
+    """What helped, tried together; the best, or the best single set, is the last of them and accepted."""
+    good = sorted(good, key=lambda trial: -trial.score)
+    unions = _try(context, bundle, _unions(good))
+    chosen = max([trial for trial in unions if trial.accepted], key=lambda trial: trial.score, default=good[0])
+    if chosen.score < good[0].score:
+        chosen = good[0]
+    why = f"no better together than {spelled(dict(chosen.options))}"
+    others = [replace(t, accepted=False, reason=t.reason or why) for t in unions if t is not chosen]
+    return [*others, chosen]
+
+
+def _for_single_scenarios(trials: Sequence[GraphTrial]) -> list[GraphTrial]:
+    """The trials with `accepted_for`: each scenario gets the set that helped it most, by more than luck gives."""
+    best: dict[str, GraphTrial] = {}
+    for trial in trials:
+        for name, speedup in trial.speedups.items():
+            helps = speedup.low > _LEAST_GAIN and bool(trial.products.get(name)) and not _tuning(trial.options)
+            if helps and (name not in best or speedup.ratio > best[name].speedups[name].ratio):
+                best[name] = trial
+    found = [tuple(name for name, one in best.items() if one is trial) for trial in trials]
+    return [
+        replace(trial, accepted_for=names, reason=f"{trial.reason}; kept for {', '.join(names)}") if names else trial
+        for trial, names in zip(trials, found, strict=True)
+    ]
+
+
+def _tuning(options: Mapping[str, ConfigValue]) -> list[str]:
+    return [option for option in options if option in _TUNES_IN_PRODUCTION and options[option]]
 
 
 def _unions(good: Sequence[GraphTrial]) -> list[Options]:
@@ -121,12 +155,13 @@ def _judge(options: Options, timings: Sequence[ScenarioTiming]) -> GraphTrial:
     speedups: dict[str, Speedup] = {t.scenario: t.speedups[name] for t in timings}
     score, low = (_geomean([getattr(s, part) for s in speedups.values()]) for part in ("ratio", "low"))
     slower = [scenario for scenario, s in speedups.items() if s.high < 1]
-    tuning = [option for option in options if option in _TUNES_IN_PRODUCTION and options[option]]
+    tuning = _tuning(options)
     accepted = low > 1 and not slower and not tuning
     reason = "" if accepted else f"slower on {', '.join(slower)}" if slower else f"lower bound {low:.3f} is not above 1"
     if tuning and not slower:
         reason = f"{tuning[0]} has production time kernels in its first steps, and compile for as long as max-autotune"
-    return GraphTrial(options=options, speedups=speedups, score=score, accepted=accepted, reason=reason)
+    products = {t.scenario: t.products for t in timings}
+    return GraphTrial(options=options, speedups=speedups, score=score, accepted=accepted, reason=reason, products=products)
 
 
 def _geomean(values: Sequence[float]) -> float:

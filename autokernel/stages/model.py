@@ -84,8 +84,7 @@ def validate(context: RunContext, bundle: Bundle, dropped: Mapping[str, str]) ->
     """The verdict on the whole model, and the bundle that passes it: possibly smaller, at worst stock."""
     if context.state is not None and "validate" in context.state.stages_done and context.state.validated is not None:
         validated = context.state.validated
-        options = {} if OPTIONS in validated.dropped else bundle.graph_options
-        return validated, replace(without(bundle, validated.dropped), graph_options=options)
+        return validated, without(bundle, validated.dropped)
     gone = dict(dropped)
     with context.stage("validate", total=len(context.experiment.scenarios) + 1):
         if context.experiment.validation.ablation:
@@ -179,9 +178,9 @@ def _crashed(bundle: Bundle, error: WorkerError) -> Quality:
 def _drop_harmful(context: RunContext, bundle: Bundle, quality: Quality, gone: dict[str, str]) -> tuple[Bundle, Quality]:
     """Remove what makes the model fail: graph options first, then entries by bisection."""
     why = quality.why_not
-    if bundle.graph_options:
+    if bundle.has_options:
         gone[OPTIONS] = why
-        bundle = replace(bundle, graph_options={})
+        bundle = without(bundle, gone)
         quality = check(context, bundle)
         if quality.passed:
             return bundle, quality

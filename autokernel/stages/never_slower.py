@@ -25,7 +25,7 @@ def time_until_never_slower(
     Args:
         context: the run.
         bundle: to start from.
-        gone: takes why each entry was dropped, and the options under `OPTIONS`.
+        gone: takes why each entry was dropped; and the options, under `OPTIONS` and `options_of(scenario)`.
         timings: of this very bundle, if it was timed already.
 
     Raises:
@@ -35,29 +35,31 @@ def time_until_never_slower(
     latest = {timing.scenario: timing for timing in timings or time_scenarios(context, bundle, names)}
     _require_bundle(latest.values())
     gone |= _unused(bundle, list(latest.values()))
+    for part in bundle.scenario_options:
+        if latest[part.scenario].products != part.products:
+            gone[options_of(part.scenario)] = "the whole model's graph has other products than the one that was measured"
     bundle = without(bundle, gone)
     slower = _slower(latest, bundle)
     changed = bool(slower)
     if slower and bundle.graph_options:
         gone[OPTIONS] = _why(slower[0])
-        bundle = replace(bundle, graph_options={})
+        bundle = without(bundle, gone)
         latest = {timing.scenario: timing for timing in time_scenarios(context, bundle, names)}
         _require_bundle(latest.values())
         slower = _slower(latest, bundle)
-    for result in slower:
-        # shapes differ between scenarios, so a scenario's own entries are what can slow it down
-        for entry in bundle.entries:
-            if entry.scenario == result.scenario:
-                gone[entry.key] = _why(result)
-    if slower:
-        dropped = {entry.key for entry in bundle.entries if entry.key in gone}
+    for own in (_own_options, _own_entries):
+        found = {key: _why(result) for result in slower for key in own(bundle, result.scenario)}
+        if not found:
+            continue
+        gone |= found
+        changing = {result.scenario for result in slower if own(bundle, result.scenario)}
+        # entries that others share are missing there, too
+        changing |= {name for name, timing in latest.items() if any(timing.hits.get(BUNDLE, {}).get(key) for key in found)}
         bundle = without(bundle, gone)
-        # those that others share are missing there, too
-        changing = {result.scenario for result in slower}
-        changing |= {name for name, timing in latest.items() if any(timing.hits.get(BUNDLE, {}).get(key) for key in dropped)}
         again = time_scenarios(context, bundle, tuple(name for name in names if name in changing))
         _require_bundle(again)
         latest |= {timing.scenario: timing for timing in again}
+        slower = _slower(latest, bundle)
     return [latest[name] for name in names], bundle, changed
 
 
@@ -103,8 +105,26 @@ def time_scenarios(context: RunContext, bundle: Bundle, scenarios: Sequence[str]
 
 
 def without(bundle: Bundle, gone: Mapping[str, str]) -> Bundle:
-    """The bundle with no entries of these keys."""
-    return replace(bundle, entries=tuple(entry for entry in bundle.entries if entry.key not in gone))
+    """The bundle without the entries and options of these keys."""
+    entries = tuple(entry for entry in bundle.entries if entry.key not in gone)
+    parts = tuple(part for part in bundle.scenario_options if options_of(part.scenario) not in gone and OPTIONS not in gone)
+    return replace(
+        bundle, entries=entries, scenario_options=parts, graph_options={} if OPTIONS in gone else bundle.graph_options
+    )
+
+
+def options_of(scenario: str) -> str:
+    """The name of a scenario's own options among what was dropped."""
+    return f"{OPTIONS} of {scenario}"
+
+
+def _own_options(bundle: Bundle, scenario: str) -> list[str]:
+    return [options_of(scenario) for part in bundle.scenario_options if part.scenario == scenario]
+
+
+def _own_entries(bundle: Bundle, scenario: str) -> list[str]:
+    """Shapes differ between scenarios, so a scenario's own entries are what can slow it down."""
+    return [entry.key for entry in bundle.entries if entry.scenario == scenario]
 
 
 def _slower(timings: Mapping[str, ScenarioTiming], bundle: Bundle) -> list[ScenarioResult]:
@@ -130,7 +150,8 @@ def _unused(bundle: Bundle, timings: Sequence[ScenarioTiming]) -> dict[str, str]
         for key, count in timing.hits.get(BUNDLE, {}).items():
             hits[key] = hits.get(key, 0) + count
     # e.g. coordinate descent lowers products of one row as reductions, and freezing merges on its own
-    names = ", ".join(bundle.graph_options)
+    own = [name for part in bundle.scenario_options for name in part.options]
+    names = ", ".join(dict.fromkeys([*bundle.graph_options, *own]))
     options = f", or the graph options ({names}) turn them into something else" if names else ""
     return {
         entry.key: f"nothing in the compiled model is built from it: its GEMMs are merged with others, or "

@@ -11,7 +11,7 @@ from typing import Any
 import autokernel
 from autokernel.errors import WorkerError
 from autokernel.events import Exported, ModelValidated, Proved
-from autokernel.export.bundle import Bundle, Entry, write_bundle
+from autokernel.export.bundle import Bundle, Entry, ScenarioOptions, write_bundle
 from autokernel.export.prove import BUNDLE, DEFAULT, Proof, Prove
 from autokernel.records import ConfigValue
 from autokernel.stages.context import RunContext
@@ -25,6 +25,7 @@ def make_bundle(
     context: RunContext,
     entries: Sequence[Entry],
     graph_options: Mapping[str, ConfigValue],
+    scenario_options: Sequence[ScenarioOptions] = (),
     validated: ModelValidated | None = None,
 ) -> Bundle:
     """A bundle of this run; with its evidence once the model was validated."""
@@ -36,6 +37,7 @@ def make_bundle(
         environment=context.environment,
         entries=tuple(entries),
         graph_options=dict(graph_options),
+        scenario_options=tuple(scenario_options),
         results=results,
         provenance={
             "run_id": context.run_id,

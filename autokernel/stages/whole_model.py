@@ -68,7 +68,8 @@ def size_of(found: Footprint, scenario: str, bundle: Bundle | None) -> int:
     if scenario not in found.scenarios:
         return found.device
     copies = 0
-    if bundle is not None and bundle.graph_options.get("freezing") == "all":
+    own = [part.options for part in bundle.scenario_options if part.scenario == scenario] if bundle is not None else []
+    if bundle is not None and "all" in [options.get("freezing") for options in (bundle.graph_options, *own)]:
         copies = found.copies
     elif bundle is not None:
         merged = [e.problem for e in bundle.entries if e.scenario == scenario and e.problem.op == "merged_mm"]

@@ -9,17 +9,19 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gated_layers import BATCHES, BOTH, BOTH_BIASED, DOWN, GATE, HIDDEN, Gated, K, M, bf16, bundle_of, entry
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
 
 import autokernel
 from autokernel.errors import BundleError
 from autokernel.export.apply import BundleBackend, stock_backend
-from autokernel.export.bundle import Bundle, Entry, write_bundle
+from autokernel.export.bundle import Bundle, Entry, ScenarioOptions, write_bundle
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +104,26 @@ def test_factors_for_other_threads_fall_back_and_say_so(caplog: pytest.LogCaptur
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     assert next(iter(backend.usage().values())).hits == 0
     assert "do not multiply to this process's" in caplog.text
+
+
+def test_options_of_a_scenario_reach_its_graph_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def compile_and_tell(*args: Any, config_patches: dict[str, Any]) -> Any:
+        seen.append(config_patches.get("epilogue_fusion"))
+        return compile_fx(*args, config_patches=config_patches)
+
+    monkeypatch.setattr("autokernel.export.apply.compile_fx", compile_and_tell)
+    products = (f"float32 {M}x{HIDDEN}x{K}", f"float32 {M}x{K}x{HIDDEN}")
+    part = ScenarioOptions(scenario="s", products=tuple(sorted(products)), options={"epilogue_fusion": False})
+    bundle = replace(bundle_of(), scenario_options=(part,))
+    model = Gated()
+    for rows, expected in ((M, False), (M + 1, None)):
+        torch.compiler.reset()
+        compiled, backend = compiled_with(model, bundle)
+        x = torch.randn(rows, K)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)  # type: ignore[operator]
+        assert seen.pop() is expected, backend.graphs
 
 
 def test_other_shapes_get_stock_code() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from autokernel.environment import Environment
 from autokernel.errors import BundleError
-from autokernel.export.bundle import Bundle, Entry, read_bundle, write_bundle
+from autokernel.export.bundle import Bundle, Entry, ScenarioOptions, read_bundle, write_bundle
 from autokernel.records import Problem, Speedup, TensorSpec
 
 ENVIRONMENT = Environment(device="cpu", device_name="A CPU", isa="AVX2", num_units=2, torch="2.13.0")
@@ -38,9 +38,23 @@ def a_bundle(*entries: Entry) -> Bundle:
     )
 
 
+def test_options_of_a_scenario_are_for_its_products_alone() -> None:
+    part = ScenarioOptions(scenario="s", products=("bfloat16 1x32x64",), options={"combo_kernels": True})
+    bundle = replace(a_bundle(), scenario_options=(part,))
+    assert bundle.options_of(["bfloat16 1x32x64"]) == {"freezing": "all", "combo_kernels": True}
+    for others in ([], ["bfloat16 2x32x64"], ["bfloat16 1x32x64", "bfloat16 2x32x64"]):
+        assert bundle.options_of(others) == {"freezing": "all"}
+    assert bundle.applied_digest != a_bundle().applied_digest
+    assert not replace(bundle, graph_options={}).stock
+    assert bundle.without_options("other") == bundle
+    assert bundle.without_options("s") == a_bundle()
+    assert bundle.without_options().stock
+
+
 @pytest.mark.parametrize("form", ["folder", "archive", "document"])
 def test_what_is_written_is_read(tmp_path: Path, form: str) -> None:
-    bundle = a_bundle(an_entry(1), an_entry(8, template="cpp_gemm", threads_m=1))
+    part = ScenarioOptions(scenario="s", products=("float32 1x32x64",), options={"freezing": "all"})
+    bundle = replace(a_bundle(an_entry(1), an_entry(8, template="cpp_gemm", threads_m=1)), scenario_options=(part,))
     folder, archive = write_bundle(bundle, tmp_path / "bundle")
     path = {"folder": folder, "archive": archive, "document": folder / "bundle.json"}[form]
     assert read_bundle(path) == bundle.sealed()
@@ -64,7 +78,7 @@ def test_an_unknown_format_version_is_refused_with_a_cure(tmp_path: Path) -> Non
     folder, _ = write_bundle(a_bundle(), tmp_path / "bundle")
     data = json.loads((folder / "bundle.json").read_text())
     (folder / "bundle.json").write_text(json.dumps({**data, "format_version": 99}))
-    with pytest.raises(BundleError, match=r"format_version is 99, but this autokernel reads 1; install"):
+    with pytest.raises(BundleError, match=r"format_version is 99, but this autokernel reads 2; install"):
         read_bundle(folder)
 
 
@@ -74,8 +88,8 @@ def test_an_unknown_format_version_is_refused_with_a_cure(tmp_path: Path) -> Non
         ("{", "not a readable bundle"),
         ("[]", "not a bundle"),
         ('{"format": "something"}', "not a bundle"),
-        ('{"format": "autokernel-bundle", "format_version": 1, "nmae": 1}', "no field"),
-        ('{"format": "autokernel-bundle", "format_version": 1, "name": "x"}', "damaged"),
+        ('{"format": "autokernel-bundle", "format_version": 2, "nmae": 1}', "no field"),
+        ('{"format": "autokernel-bundle", "format_version": 2, "name": "x"}', "damaged"),
     ],
 )
 def test_damage_is_a_clear_error(tmp_path: Path, content: str, message: str) -> None:

@@ -83,7 +83,7 @@ def generate(
     counters.clear()
     entry = Entry(problem=problem, backend="inductor", config=config)
     plan = Plan(Bundle(name="t", created="", version="", environment=H200, entries=(entry,)))
-    code = generated_code(function, specs, inductor_options(plan, frozen=False))
+    code = generated_code(function, specs, inductor_options(plan, {}, frozen=False))
     assert counters["inductor"]["select_algorithm_autotune"] == 0
     return code, plan.usage[entry.key]
 
@@ -205,4 +205,4 @@ def test_code_from_the_graph_cache_is_never_taken_where_its_entries_must_be_coun
     problem = Problem(op="mm", inputs=(spec(16, 256), weight(256, 512)), device="cuda", constants=(1,))
     entry = Entry(problem=problem, backend=backend, config={**config, "merge": merge})
     plan = Plan(Bundle(name="t", created="", version="", environment=H200, entries=(entry,)))
-    assert inductor_options(plan, frozen=merge == "concat")["fx_graph_cache"] is False
+    assert inductor_options(plan, {}, frozen=merge == "concat")["fx_graph_cache"] is False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 
 from autokernel.errors import ConfigError
 from autokernel.evaluate.end_to_end import ScenarioTiming
+from autokernel.events import GraphTrial, event_from_json, event_to_json
+from autokernel.export.bundle import ScenarioOptions
 from autokernel.records import Speedup
 from autokernel.search.graph_options import Options, load_graph_options, merged, spelled
-from autokernel.stages.graph import _judge, _unions
+from autokernel.stages.graph import _decided, _for_single_scenarios, _judge, _unions
 
 OPTIONS = {"cpp.min_chunk_size": 2048}
 
@@ -47,6 +50,23 @@ def test_options_that_tune_in_production_are_measured_and_not_accepted() -> None
     assert trial.score == pytest.approx(1.1)
     assert set(trial.speedups) == {"a"}, "other jobs tried other sets"
     assert "coordinate_descent_tuning has production time kernels" in trial.reason
+
+
+def test_what_hurts_somewhere_is_kept_for_the_scenarios_it_helps() -> None:
+    products = {"a": ("float32 1x2x3",), "b": ("float32 9x2x3",), "c": (), "d": ("float32 4x2x3",)}
+
+    def trial(ratios: Mapping[str, float], **options: bool) -> GraphTrial:
+        speedups = {name: Speedup(ratio=r, low=r - 0.002, high=r + 0.002, num_rounds=11) for name, r in ratios.items()}
+        return GraphTrial(options=options, speedups=speedups, score=1, accepted=False, reason="slower on b", products=products)
+
+    combo = trial({"a": 1.02, "b": 0.99, "c": 1.1, "d": 1.0025}, combo_kernels=True)
+    freezing = trial({"a": 1.01, "b": 1.001, "c": 1.0, "d": 0.99}, freezing=True)
+    tuning = trial({"a": 1.5, "b": 1.5, "c": 1.5, "d": 1.5}, coordinate_descent_tuning=True)
+    found = _for_single_scenarios([combo, freezing, tuning])
+    assert [one.accepted_for for one in found] == [("a",), (), ()], "c has no products, b and d no clear gain"
+    assert "kept for a" in found[0].reason
+    part = ScenarioOptions(scenario="a", products=products["a"], options={"combo_kernels": True})
+    assert _decided([event_from_json(event_to_json(one)) for one in found]) == ({}, (part,))
 
 
 def test_what_helps_is_tried_together_and_in_pairs() -> None:

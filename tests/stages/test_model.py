@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from autokernel.events import (
     event_from_json,
     event_to_json,
 )
-from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.bundle import Bundle, Entry, ScenarioOptions
 from autokernel.records import Check, Problem, Speedup, TensorSpec, Verdict
 from autokernel.stages.context import RunContext
 from autokernel.stages.model import CheckModel, Quality, validate
@@ -79,7 +80,7 @@ class Answers:
         self.timed.append(job.scenario)
         bundle = next(c.bundle for c in job.contenders if c.bundle is not None)
         ratio = 0.8 if self.slower(bundle, job.scenario) else 1.2
-        hits = {e.key: int(e not in self.unused) for e in bundle.entries}
+        hits = {e.key: int(e not in self.unused and e.scenario == job.scenario) for e in bundle.entries}
         modes = [ModeTiming(mode=mode, median_us=100, spread_us=1) for mode in STOCK_MODES]
         return ScenarioTiming(
             scenario=job.scenario,
@@ -87,6 +88,7 @@ class Answers:
             modes=(*modes, ModeTiming(mode=BUNDLE, median_us=100 / ratio, spread_us=1)),
             speedups={BUNDLE: Speedup(ratio=ratio, low=ratio - 0.01, high=ratio + 0.01, num_rounds=11)},
             hits={BUNDLE: hits},
+            products=("x",),
         )
 
 
@@ -190,6 +192,28 @@ def test_options_that_slow_a_scenario_go_before_its_entries() -> None:
     validated, bundle = run(answers, bundle_of(*ENTRIES, freezing="all"))
     assert bundle.entries == ENTRIES
     assert list(validated.dropped) == ["graph options"]
+
+
+def test_a_slower_scenario_loses_its_own_options_first() -> None:
+    parts = tuple(ScenarioOptions(scenario=s, products=("x",), options={"combo_kernels": True}) for s in ("one", "four"))
+    full = replace(bundle_of(*ENTRIES), scenario_options=parts)
+    answers = Answers(slower=lambda b, s: s == "four" and len(b.scenario_options) == 2)
+    validated, bundle = run(answers, full)
+    assert bundle.entries == ENTRIES
+    assert bundle.scenario_options == parts[:1]
+    assert list(validated.dropped) == ["graph options of four"]
+    assert answers.timed == ["one", "four", "four"], "the other scenario is not timed again"
+    worse = Answers(slower=lambda b, s: s == "four" and any(e.scenario == "four" for e in b.entries))
+    validated, bundle = run(worse, full)
+    assert {e.scenario for e in bundle.entries} == {"one"}
+    assert worse.timed == ["one", "four", "four", "four"]
+
+
+def test_options_measured_on_another_graph_are_dropped() -> None:
+    part = ScenarioOptions(scenario="one", products=("y",), options={"combo_kernels": True})
+    validated, bundle = run(Answers(), replace(bundle_of(*ENTRIES), scenario_options=(part,)))
+    assert bundle.scenario_options == ()
+    assert "other products" in validated.dropped["graph options of one"]
 
 
 def test_entries_that_nothing_is_built_from_are_dropped() -> None:
