@@ -83,6 +83,7 @@ CATCH_ALL = {
     "evaluate.candidate",
     "evaluate.confirm",
     "workers.child",
+    "workers.pool",
     "workers.worker",
     "tracking.mlflow_follower",
     "display.session",

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from autokernel.errors import ConfigError, JobLost, WorkerError
+from autokernel.errors import ConfigError, JobCrashed, JobLost, JobTimeout, WorkerError
 from autokernel.workers.pool import QueuedPool
 from autokernel.workers.worker import Reply, Worker, module_path
 
@@ -181,6 +181,8 @@ class _ActorRunner:
                 raise WorkerError(f"a cluster node cannot set up the workers' environment: {error}") from error
             except ray.exceptions.RayError as error:
                 self._discard()
+                if self._closed:
+                    raise JobLost("the pool is closed") from error
                 failures += 1
                 _log.warning("a new worker was lost while it started: %s", _first_line(error))
                 if failures >= _MAX_FAILED_STARTS:
@@ -219,6 +221,8 @@ class _ActorRunner:
             _log.warning("a worker was lost: %s", _first_line(error))
             raise JobLost(f"the worker or its node went away while the job ran: {_first_line(error)}") from error
         if isinstance(reply, WorkerError):
+            if not isinstance(reply, JobTimeout | JobCrashed):  # not the job but the actor failed; a new one may do better
+                self._discard()
             raise reply
         return reply  # type: ignore[no-any-return]
 

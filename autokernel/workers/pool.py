@@ -147,8 +147,8 @@ class QueuedPool:
             problem: WorkerError | None = None
             try:
                 runner.start()
-            except WorkerError as error:
-                problem = error
+            except BaseException as error:  # noqa: BLE001  without this thread, futures would never end
+                problem = _as_worker_error(error)
             task = self._tasks.get()
             if task is None:
                 return
@@ -159,8 +159,8 @@ class QueuedPool:
                 continue
             try:
                 value, problem_of_job = runner.run_pickled(task.job, task.timeout_s).open()
-            except WorkerError as error:
-                value, problem_of_job = None, error
+            except BaseException as error:  # noqa: BLE001  likewise
+                value, problem_of_job = None, _as_worker_error(error)
             if problem_of_job is not None:
                 task.future.set_exception(problem_of_job)
             else:
@@ -253,6 +253,15 @@ def open_pool(
         memory_limit_bytes=memory_limit_bytes,
         preload=preload,
     )
+
+
+def _as_worker_error(error: BaseException) -> WorkerError:
+    """What a runner raised; what is no WorkerError was not foreseen."""
+    if isinstance(error, WorkerError):
+        return error
+    failure = WorkerError(f"the worker itself failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def _check_workers(num_workers: int) -> None:

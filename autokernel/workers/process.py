@@ -7,8 +7,10 @@ it. What it prints goes through a pipe into a short tail kept here: no file, and
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import resource
 import selectors
 import signal
 import subprocess
@@ -17,10 +19,11 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
-from autokernel.errors import JobCrashed, JobTimeout, WorkerError
+from autokernel.errors import JobCrashed, JobLost, JobTimeout, WorkerError
 from autokernel.workers.child import DUMP_SIGNAL, HEADER
 from autokernel.workers.device_lock import forget_session, waits_for_device
 
@@ -53,10 +56,9 @@ class ChildProcess:
         self._log = bytearray()
         with contextlib.ExitStack() as undo:
             try:
-                ends = [*os.pipe(), *os.pipe(), *os.pipe()]
-                for fd in ends:
-                    undo.callback(os.close, fd)
-                request_read, self._request, self._reply, reply_write, self._output, output_write = ends
+                request_read, self._request = _pipe(undo)
+                self._reply, reply_write = _pipe(undo)
+                self._output, output_write = _pipe(undo)
                 self._process = subprocess.Popen(
                     # -P: the working directory must not shadow this package or the standard library
                     [sys.executable, "-P", "-m", "autokernel.workers.child", str(request_read), str(reply_write)],
@@ -68,7 +70,7 @@ class ChildProcess:
                     start_new_session=True,
                 )
             except OSError as error:
-                raise WorkerError(f"a worker's child process cannot be started: {error}") from error
+                raise WorkerError(f"a worker's child process cannot be started: {error}; {_cure(error)}") from error
             undo.pop_all()
         for fd in (request_read, reply_write, output_write):
             os.close(fd)
@@ -84,14 +86,23 @@ class ChildProcess:
 
         Raises:
             JobTimeout: no answer in time; the process group was killed.
-            JobCrashed: the process died, or was killed for its memory. Messages end with the log's tail.
+            JobCrashed: the process died, or was killed for its memory.
+            JobLost: this process cannot go on (no file descriptor is left, say); the process group was killed.
+
+        Messages end with the log's tail.
         """
         self._log.clear()
+        try:
+            return self._send_and_receive(request, timeout_s)
+        except OSError as error:
+            self._give_up(error)
+
+    def _send_and_receive(self, request: bytes, timeout_s: float) -> bytes:
         started = looked = time.monotonic()
         outgoing = memoryview(HEADER.pack(len(request)) + request)
         frame = bytearray()
         next_memory_check = started
-        with selectors.DefaultSelector() as selector:
+        with selectors.PollSelector() as selector:  # unlike epoll, it needs no file descriptor, of which none may be left
             selector.register(self._request, selectors.EVENT_WRITE)
             selector.register(self._reply, selectors.EVENT_READ)
             selector.register(self._output, selectors.EVENT_READ)
@@ -180,15 +191,27 @@ class ChildProcess:
         with self._lock:
             if self._reaped:
                 return
-            strays = [p for p in _descendants(self.pid) if _session(p.pid) != self.pid]  # they left the session
+            strays: list[psutil.Process] = []
+            members: list[int] = []
+            unseen: OSError | None = None
+            try:
+                strays = [p for p in _descendants(self.pid) if _session(p.pid) != self.pid]  # they left the session
+            except OSError as error:
+                unseen = error
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
-            for pid in _members(self.pid):  # they left the group only
+            try:
+                members = _members(self.pid)  # they left the group only
+            except OSError as error:
+                unseen = error
+            for pid in members:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             for stray in strays:
-                with contextlib.suppress(psutil.Error):
+                with contextlib.suppress(psutil.Error, OSError):
                     stray.kill()
+            if unseen is not None:
+                _log.warning("process %d was killed; what it started in other groups may live on: %s", self.pid, unseen)
             try:
                 self._process.wait(_REAP_S)
             except subprocess.TimeoutExpired:
@@ -201,7 +224,7 @@ class ChildProcess:
             if not self._reaped:
                 os.kill(self.pid, DUMP_SIGNAL)
         end = time.monotonic() + _LAST_WORDS_S
-        with selectors.DefaultSelector() as selector:
+        with selectors.PollSelector() as selector:
             selector.register(self._output, selectors.EVENT_READ)
             while (left := end - time.monotonic()) > 0 and (not selector.select(left) or self._read_log(_CHUNK)):
                 continue
@@ -218,6 +241,18 @@ class ChildProcess:
         self._read_log(1 << 20)
         how = "closed its pipe" if not exited else _cause(self._process.returncode)
         raise JobCrashed(self._with_log(f"the process that ran the job {how}"))
+
+    def _give_up(self, error: OSError) -> NoReturn:
+        """Kill a child that cannot be watched any longer, even when no file can be opened."""
+        with contextlib.suppress(OSError):
+            self._read_log(1 << 20)
+        if self._reply >= 0:  # the place of its descriptor is what looking for the job's processes takes
+            fd, self._reply = self._reply, -1
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._kill_group()
+        text = f"the process that ran the job could not be watched any longer and was killed: {error}; {_cure(error)}"
+        raise JobLost(self._with_log(text)) from error
 
     def _check_memory(self, limit_bytes: int) -> float:
         """Kill if above the limit; otherwise seconds until it could be reached."""
@@ -241,6 +276,21 @@ def _importable(env: Mapping[str, str]) -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     return {**env, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def _pipe(undo: contextlib.ExitStack) -> tuple[int, int]:
+    """A reading and a writing end, which `undo` will close."""
+    ends = os.pipe()
+    for fd in ends:
+        undo.callback(os.close, fd)
+    return ends
+
+
+def _cure(error: OSError) -> str:
+    if error.errno == errno.EMFILE:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"this process may open {limit} files: raise that limit (`ulimit -n`) or use fewer workers"
+    return "try again; `ulimit -a` and `dmesg` may tell what this machine is short of"
 
 
 def _session(pid: int) -> int:

@@ -115,7 +115,7 @@ class Worker:
         Raises:
             JobTimeout: it ran past `timeout_s`, counted from its start.
             JobCrashed: the child died: a signal, an exit, the memory limit.
-            JobLost: `kill` or `close` was called meanwhile.
+            JobLost: `kill` or `close` was called meanwhile, or the child could not be watched any longer.
             WorkerError: the machinery failed; the message says how.
             Exception: whatever the job raised, with the child's traceback as a note.
         """
@@ -171,8 +171,8 @@ class Worker:
             self._discard()
         if self._child is not None:
             return self._child
-        child = self._new_child()
         hello = pickle.dumps((self._sys_path if self._sys_path is not None else module_path(), self._preload))
+        child = self._new_child()
         try:
             reply = self._exchange(child, hello, self._start_timeout_s)
         except (JobTimeout, JobCrashed) as error:
@@ -192,21 +192,21 @@ class Worker:
             return self._child
 
     def _exchange(self, child: ChildProcess, request: bytes, timeout_s: float) -> Reply:
+        keep = False
         try:
             kind, payload, message, trace = marshal.loads(child.exchange(request, timeout_s))
+            # why it asks for the end of its process (a dead CUDA context) must not meet the next job
+            keep = kind not in (EXIT, LAST)
         except (JobTimeout, JobCrashed) as error:
-            killed = child.killed
-            self._discard()
-            if killed:
+            if child.killed:
                 raise JobLost("the worker was killed from outside while the job ran") from error
             raise
         except (ValueError, EOFError, TypeError) as error:  # not a marshalled answer
-            self._discard()
             raise JobCrashed("the job wrote into the worker's own pipe") from error
         finally:
             self._log_tail = child.log_tail()
-        if kind in (EXIT, LAST):  # why it asks for the end of its process (a dead CUDA context) must not meet the next job
-            self._discard()
+            if not keep:  # whatever was raised: a child that still runs this job would answer the next one with its result
+                self._discard()
         return Reply(kind=kind, payload=payload, message=message, trace=trace, log_tail=self._log_tail if message else "")
 
     def _discard(self) -> None:

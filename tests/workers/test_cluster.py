@@ -133,6 +133,27 @@ def test_an_environment_that_no_node_can_set_up_is_named(cluster: Any, caplog: p
     assert package in str(error)
 
 
+def test_closing_while_a_worker_starts_is_no_loss(
+    cluster: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    eventually: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The child's first import takes long; closing kills the actor that waits for it."""
+    begun = tmp_path / "begun"
+    (tmp_path / "takes_long.py").write_text(f"""
+import pathlib, time
+pathlib.Path({str(begun)!r}).write_text("")
+time.sleep(60)
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = open_pool(section(cluster), device="cpu", num_workers=1, env={}, preload=("takes_long",))
+    eventually(begun.exists, GENEROUS_S, "the import")
+    pool.close()
+    assert "lost" not in caplog.text
+
+
 def test_a_worker_that_fails_costs_its_job_and_is_replaced(
     cluster: Any, tmp_path: Path, all_gone: Callable[[list[int]], None]
 ) -> None:
@@ -141,14 +162,46 @@ def test_a_worker_that_fails_costs_its_job_and_is_replaced(
     opened = open_pool(section(cluster), device="cpu", num_workers=1, env={}, memory_limit_bytes=1 << 30)
     with contextlib.closing(opened) as pool:
         error = pool.submit(jobs.StarveTheOwner(str(begun)), GENEROUS_S).exception(GENEROUS_S)
-        assert type(error) is WorkerError
-        assert str(error).startswith("the worker itself failed: ")
-        assert "OSError: [Errno 24] Too many open files" in str(error)
+        assert type(error) is JobLost
+        assert "could not be watched any longer and was killed: [Errno 24] Too many open files" in str(error)
         child, owner, num_files = map(int, begun.read_text().split())
         with contextlib.suppress(psutil.NoSuchProcess):  # else Ray cannot reach it and takes 5 s to kill it
             psutil.Process(owner).rlimit(psutil.RLIMIT_NOFILE, (num_files, num_files))
         all_gone([child, owner])  # else the next job would go to a child that still runs this one, and get its result
         assert pool.submit(jobs.ParentPid(), GENEROUS_S).result() != owner
+
+
+def test_an_actor_that_fails_unforeseen_costs_its_job_and_is_replaced(
+    cluster: Any, all_gone: Callable[[list[int]], None]
+) -> None:
+    """One place of a pool, whose actor raises what no worker of ours is known to raise."""
+    import ray
+
+    from autokernel.workers.cluster import _ActorRunner, _Fleet, _Host
+    from autokernel.workers.worker import module_path, pickle_job
+
+    class Failing(_Host):
+        def run(self, job: bytes, timeout_s: float) -> Any:
+            reply = super().run(job, timeout_s)
+            raise SystemError(f"not foreseen, in {os.getpid()}, after {reply}") from None
+
+    def create() -> Any:
+        return ray.remote(num_cpus=1)(Failing).remote({}, None, (), module_path(), True)
+
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env={"py_modules": [str(ROOT / "autokernel")]})
+    try:
+        runner = _ActorRunner(create, _Fleet())
+        owners = []
+        for _ in range(2):
+            runner.start()
+            with pytest.raises(WorkerError, match=r"\Athe worker itself failed: ") as caught:
+                runner.run_pickled(pickle_job(jobs.ParentPid()), GENEROUS_S)
+            (owner,) = re.findall(r"not foreseen, in (\d+), after", str(caught.value))[:1]
+            owners.append(int(owner))
+        assert owners[0] != owners[1]
+        all_gone(owners)
+    finally:
+        ray.shutdown()
 
 
 def test_closing_does_not_wait_for_room(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import worker_jobs as jobs
 
 from autokernel.config import ClusterSection
 from autokernel.errors import JobCrashed, JobLost, JobTimeout, WorkerError
-from autokernel.workers.pool import InlinePool, LocalPool, Pool, open_pool
+from autokernel.workers.pool import InlinePool, LocalPool, Pool, QueuedPool, open_pool
+from autokernel.workers.worker import Reply, Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 GENEROUS_S = 60.0
@@ -169,6 +171,131 @@ def test_a_job_that_cannot_be_pickled_is_refused_at_once() -> None:
     pool = LocalPool(1)
     with pytest.raises(WorkerError, match="must be picklable"):
         pool.submit(lambda: 1, GENEROUS_S)
+    pool.close()
+
+
+_STARVED = """
+import contextlib, json, os, pathlib, resource, sys, time
+sys.path[:0] = {paths!r}
+import worker_jobs as jobs
+from concurrent.futures import wait
+from autokernel.workers.pool import LocalPool
+
+@contextlib.contextmanager
+def no_descriptor_left():
+    taken = []
+    with contextlib.suppress(OSError):
+        while True:
+            taken.append(os.dup(0))
+    yield
+    for fd in taken:
+        os.close(fd)
+
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+begun = pathlib.Path({begun!r})
+
+def num_files():
+    return len(os.listdir("/proc/self/fd"))
+
+pool = LocalPool(1, memory_limit_bytes={memory_limit_bytes!r})
+first = pool.submit(jobs.Pid(), 60).result(60)
+"""
+
+
+def _starved(script: str, tmp_path: Path, memory_limit_bytes: int | None) -> Any:
+    """What a driver prints, as JSON, that may open 64 files; its pool has one worker, whose child is there."""
+    paths = [str(ROOT), str(Path(__file__).parent)]
+    setup = _STARVED.format(paths=paths, begun=str(tmp_path / "begun"), memory_limit_bytes=memory_limit_bytes)
+    command = [sys.executable, "-c", setup + script + "\npool.close()\n"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, check=True, timeout=60)
+    return json.loads(done.stdout)
+
+
+def test_a_job_that_cannot_be_watched_is_lost_and_its_process_with_it(
+    tmp_path: Path, all_gone: Callable[[list[int]], None]
+) -> None:
+    """The memory of a job is looked up in files, and in the middle of the job none can be opened any more."""
+    script = """
+before = num_files()
+lost = pool.submit(jobs.HangWithFamily(str(begun)), 60)
+while not begun.exists() or not begun.read_text():
+    time.sleep(0.01)
+with no_descriptor_left():
+    error = lost.exception(20)
+    not_started = [pool.submit(jobs.Add(0, 0), 20)]
+    wait(not_started)
+not_started.append(pool.submit(jobs.Add(0, 0), 20))  # the worker may have failed to start before there was room again
+wait(not_started)
+after = [pool.submit(jobs.Add(i, i), 20).result(20) for i in (1, 2)]
+second = pool.submit(jobs.Pid(), 20).result(20)
+print(json.dumps([type(error).__name__, str(error), first, second, after, num_files() - before]))
+"""
+    name, message, first, second, after, leaked = _starved(script, tmp_path, 1 << 30)
+    assert name == "JobLost"
+    assert "could not be watched any longer and was killed: [Errno 24] Too many open files" in message
+    assert "this process may open 64 files: raise that limit (`ulimit -n`) or use fewer workers" in message
+    assert after == [2, 4], "each job gets its own result"
+    assert second != first
+    assert leaked == 0
+    pids = [int(pid) for pid in (tmp_path / "begun").read_text().split()]
+    assert len(pids) == 3
+    all_gone(pids)
+
+
+def test_not_even_a_list_of_processes_keeps_a_child_alive_that_cannot_be_watched(
+    tmp_path: Path, all_gone: Callable[[list[int]], None]
+) -> None:
+    """The limit is below what is open: closing a file makes no room either."""
+    script = """
+lost = pool.submit(jobs.Touch(str(begun), 60), 60)
+while not begun.exists() or not begun.read_text():
+    time.sleep(0.01)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, most))
+errors = [lost.exception(20), pool.submit(jobs.Add(1, 1), 20).exception(20)]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+wait([pool.submit(jobs.Add(0, 0), 20)])  # the worker may have failed to start once more before there was room
+print(json.dumps([[(type(error).__name__, str(error)) for error in errors], pool.submit(jobs.Add(2, 2), 20).result(20)]))
+"""
+    errors, after = _starved(script, tmp_path, 1 << 30)
+    assert [name for name, _ in errors] == ["JobLost", "WorkerError"]
+    assert errors[1][1].startswith("a worker's child process cannot be started: [Errno 24] Too many open files; this process")
+    assert after == 4
+    all_gone([int((tmp_path / "begun").read_text())])
+
+
+def test_a_job_without_memory_limit_needs_no_file_of_its_driver(tmp_path: Path) -> None:
+    script = """
+with no_descriptor_left():
+    second = pool.submit(jobs.Pid(), 60).result(20)
+print(json.dumps([first, second]))
+"""
+    first, second = _starved(script, tmp_path, None)
+    assert first == second
+
+
+def test_no_failure_of_a_worker_leaves_a_future_open() -> None:
+    """An environment that no process can have, which is found out when the child starts."""
+    pool = LocalPool(1, env={"AK_TEST": "a\0b"})
+    for _ in range(2):
+        error = pool.submit(jobs.Add(1, 1), GENEROUS_S).exception(10)
+        assert (type(error), str(error)) == (WorkerError, "the worker itself failed: ValueError: embedded null byte")
+    pool.close()
+
+
+def test_no_failure_in_the_middle_of_a_job_leaves_a_future_open() -> None:
+    class Failing(Worker):
+        def run_pickled(self, job: bytes, timeout_s: float) -> Reply:
+            reply = super().run_pickled(job, timeout_s)
+            if reply.open() == (13, None):
+                raise SystemError("not foreseen")
+            return reply
+
+    pool = QueuedPool([Failing()])
+    error = pool.submit(jobs.Add(12, 1), GENEROUS_S).exception(10)
+    assert (type(error), str(error)) == (WorkerError, "the worker itself failed: SystemError: not foreseen")
+    assert isinstance(error.__cause__, SystemError)
+    assert pool.submit(jobs.Add(1, 1), GENEROUS_S).result(10) == 2
     pool.close()
 
 

@@ -286,6 +286,40 @@ def test_a_child_that_died_while_idle_is_replaced(worker: Worker, all_gone: Call
     assert worker.run(jobs.Add(1, 1), GENEROUS_S) == 2
 
 
+def test_an_interrupted_job_leaves_no_result_to_the_next(worker: Worker, all_gone: Callable[[list[int]], None]) -> None:
+    """As Ctrl-C does, in the middle of an exchange."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = worker.run(jobs.Pid(), GENEROUS_S)
+    usual = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            worker.run(jobs.SleepAndPid(0.6), GENEROUS_S)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, usual)
+    assert worker.run(jobs.Add(1, 1), GENEROUS_S) == 2
+    all_gone([before])
+
+
+def test_a_folder_that_is_gone_does_not_leave_a_child_half_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: Worker
+) -> None:
+    """The working directory is on the module path, and then is removed."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.syspath_prepend("")
+    with monkeypatch.context() as inside:
+        inside.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(FileNotFoundError):
+            worker.run(jobs.Add(1, 1), GENEROUS_S)
+        assert worker.pid is None
+    assert worker.run(jobs.Add(1, 1), GENEROUS_S) == 2
+
+
 def test_closed_for_good(worker: Worker, all_gone: Callable[[list[int]], None]) -> None:
     pid = worker.run(jobs.Pid(), GENEROUS_S)
     worker.close()
