@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
@@ -64,6 +64,7 @@ class ScenarioTiming(Record):
     products: tuple[str, ...] = ()  # of the graph, as `ScenarioOptions` has them
     spread: float = 0.0  # how far the baseline was from itself, timed as two contenders: the far end of the interval
     peak_bytes: int = 0  # of GPU memory that the job had reserved
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of the job on a GPU: in all, waiting for it, having it
 
 
 def scenario_result(timing: ScenarioTiming, stock: bool = False) -> ScenarioResult:
@@ -151,8 +152,13 @@ class TimeScenario(ModelJob):
         Raises:
             WorkerError: no baseline runs.
         """
+        start = time.monotonic()
         with model_job(self.device, self.threads) as turns:
-            return self._on_gpu(turns) if self.device == "cuda" else self._on_cpu(turns)
+            if self.device != "cuda":
+                return self._on_cpu(turns)
+            timing = self._on_gpu(turns)
+        seconds = {"all": time.monotonic() - start, "waiting": turns.waited_s, "on the device": turns.held_s}
+        return replace(timing, seconds={name: round(value, 1) for name, value in seconds.items()})
 
     def _on_cpu(self, turns: JobTurns) -> ScenarioTiming:
         from autokernel.profiling.workload import load_model

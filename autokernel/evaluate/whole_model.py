@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -32,6 +33,9 @@ class JobTurns:
         self._lock = ExitStack()
         self._holder: int | None = None  # the thread that has the device
         self._patient = False  # others may have it in between
+        self.waited_s = 0.0  # for the device, so far
+        self.held_s = 0.0
+        self._since = 0.0
 
     @contextmanager
     def alone(self, *, patient: bool = False) -> Iterator[None]:
@@ -65,11 +69,15 @@ class JobTurns:
             self._take()
 
     def _take(self) -> None:
+        asked = time.monotonic()
         self._lock.enter_context(device_lock(self.device, exclusive=True))
+        self._since = time.monotonic()
+        self.waited_s += self._since - asked
         self._holder = threading.get_ident()
 
     def _leave(self) -> None:
         self._holder = None
+        self.held_s += time.monotonic() - self._since
         self._lock.close()
 
     def _finish(self) -> None:

@@ -61,14 +61,22 @@ class Trees:
 
     def predict(self, rows: Floats) -> Floats:
         """Predictions [n] for features [n, len(FEATURES)]."""
+        columns = np.ascontiguousarray(rows.T)
         total = np.full(len(rows), self.base)
-        index = np.arange(len(rows))
-        for root in self.roots:
-            at = np.full(len(rows), root)
-            for _ in range(self.depth):
-                goes_left = rows[index, self.feature[at]] <= self.threshold[at]
-                at = np.where(goes_left, self.left[at], self.right[at])
-            total += self.value[at]
+        everyone = np.arange(len(rows), dtype=np.int32)
+        left, right, feature = self.left.tolist(), self.right.tolist(), self.feature.tolist()
+        threshold, value = self.threshold.tolist(), self.value.tolist()
+        for root in self.roots.tolist():
+            groups = [(root, everyone)]  # a node, and the rows that come by it
+            while groups:
+                node, where = groups.pop()
+                if left[node] == right[node]:
+                    total[where] += value[node]
+                    continue
+                goes_left = columns[feature[node]].take(where) <= threshold[node]
+                for child, there in ((left[node], where[goes_left]), (right[node], where[~goes_left])):
+                    if len(there):
+                        groups.append((child, there))
         return total
 
     def to_json(self) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class Domain:
 
     def present(self, values: Mapping[str, ConfigValue]) -> bool:
         """Whether the parameter is part of a config that starts with these values."""
-        if self.when is None:
+        if self.when is None or self.when.always:
             return True
         return all(name in values for name in self.when.names) and bool(self.when.evaluate(values))
 
@@ -149,14 +149,24 @@ class BoundSpace:
         if section is None:
             return
         self.domains = tuple(
-            Domain(name=p.name, choices=p.choices(names), ordered=p.ordered, when=p.when) for p in section.parameters
+            Domain(
+                name=p.name,
+                choices=p.choices(names),
+                ordered=p.ordered,
+                when=p.when.given(self.names) if p.when is not None else None,
+            )
+            for p in section.parameters
         )
         position = {domain.name: i for i, domain in enumerate(self.domains)}
         # each constraint is checked as soon as its last parameter is chosen
         self._due: list[list[Expression]] = [[] for _ in self.domains]
         for constraint in section.constraints:
             due = [position[name] for name in constraint.names if name in position]
-            (self._due[max(due)] if due else self._always).append(constraint)
+            bound = constraint.given(self.names)
+            if due and not bound.always:
+                self._due[max(due)].append(bound)
+            elif not due:
+                self._always.append(constraint)
         self.empty = not all(constraint.evaluate(self.names) for constraint in self._always)
 
     def violations(self, config: Mapping[str, ConfigValue]) -> list[str]:
@@ -208,7 +218,7 @@ class BoundSpace:
             for domain in self.domains:
                 if domain.present(values):
                     config[domain.name] = values[domain.name] = rng.choice(domain.choices)
-            if all(self._holds(constraint, values) for constraint in self._constraints):
+            if all(self._holds(constraint, values) for due in self._due for constraint in due):
                 return config
         return next(self._walk(lambda domain: rng.sample(domain.choices, len(domain.choices))), None)
 
@@ -255,34 +265,48 @@ class BoundSpace:
 
     def _walk(self, order: Callable[[Domain], Sequence[ConfigValue]]) -> Iterator[Config]:
         """Every legal config once, depth first; branches end where a constraint fails."""
+        if self.empty:
+            return
         values: dict[str, ConfigValue] = dict(self.names)
         chosen: Config = {}
-
-        def descend(depth: int) -> Iterator[Config]:
-            if depth == len(self.domains):
-                yield dict(chosen)
-                return
+        last = len(self.domains) - 1
+        left: list[Iterator[ConfigValue | None]] = []  # choices not yet made, by depth; None: the parameter is absent
+        entered = True
+        while left or entered:
+            depth = len(left) - 1
+            if entered:
+                depth += 1
+                domain = self.domains[depth]
+                left.append(iter(order(domain) if domain.present(values) else (None,)))
+                entered = False
             domain = self.domains[depth]
-            if not domain.present(values):
-                if self._due_hold(depth, values):
-                    yield from descend(depth + 1)
-                return
-            for choice in order(domain):
-                chosen[domain.name] = values[domain.name] = choice
-                if self._due_hold(depth, values):
-                    yield from descend(depth + 1)
-                del chosen[domain.name], values[domain.name]
-
-        if not self.empty:
-            yield from descend(0)
+            chosen.pop(domain.name, None)
+            values.pop(domain.name, None)
+            for choice in left[depth]:
+                if choice is not None:
+                    chosen[domain.name] = values[domain.name] = choice
+                if not self._due_hold(depth, values):
+                    continue
+                if depth == last:
+                    yield dict(chosen)
+                    continue
+                entered = True
+                break
+            else:
+                chosen.pop(domain.name, None)
+                values.pop(domain.name, None)
+                left.pop()
 
     def _due_hold(self, depth: int, values: Mapping[str, ConfigValue]) -> bool:
-        return all(self._holds(constraint, values) for constraint in self._due[depth])
+        for constraint in self._due[depth]:  # noqa: SIM110 (a hundred thousand times, without a generator)
+            if not self._holds(constraint, values):
+                return False
+        return True
 
     @staticmethod
     def _holds(constraint: Expression, values: Mapping[str, ConfigValue]) -> bool:
         # a constraint says nothing about a config that lacks one of its parameters
-        return not all(name in values for name in constraint.names) or bool(constraint.evaluate(values))
+        return not values.keys() >= constraint.names or bool(constraint.evaluate(values))
 
 
 def _among(value: ConfigValue, choices: Sequence[ConfigValue]) -> bool:

@@ -237,7 +237,8 @@ def open_hunts(context: RunContext, profiled: Profiled) -> dict[str, Hunt]:
     names: dict[str, Names] = {
         key: names_for(get_op(hotspot.problem.op).dims(hotspot.problem), facts) for key, hotspot in chosen.items()
     }
-    sizes = {key: sum(space.count(names[key], 10_000) for space in spaces[key].values()) for key in chosen}
+    # nobody gets more trials than there are
+    sizes = {key: sum(space.count(names[key], settings.trials) for space in spaces[key].values()) for key in chosen}
     trials = allocate(list(chosen.values()), settings.trials, settings.seconds, settings.min_trials, sizes)
     known = list(context.state.evaluations.values()) if context.state is not None else []
     here = context.environment
