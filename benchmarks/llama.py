@@ -75,7 +75,7 @@ def results_of_run(folder: Path) -> tuple[dict[str, Any], RunSummary]:
         "read_gb_per_s": profiled.read_gb_per_s,
         "peak_tflops": dict(profiled.peak_tflops),
         "conditions": {name: list(limits) for name, limits in summary.conditions.items()},
-        "scenarios": [scenario.to_json() for scenario in validated.scenarios] if validated is not None else [],
+        "scenarios": [scenario.to_json() for scenario in summary.scenarios],
         "profiled_us": dict(profiled.scenario_us),
         "dropped": dict(validated.dropped) if validated is not None else {},
         "confirmed": confirmed,

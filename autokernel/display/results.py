@@ -146,7 +146,7 @@ def result_json(summary: RunSummary, folder: Path) -> dict[str, Any]:
         "hotspots": [hotspot_json(row) for row in hotspot_rows(summary)],
         "graph_options": graph_options(summary),
         "scenario_options": scenario_options(summary),
-        "scenarios": [s.to_json() for s in validated.scenarios] if validated is not None else [],
+        "scenarios": [s.to_json() for s in summary.scenarios],
         "evals": [e.to_json() for e in validated.evals] if validated is not None else [],
         "dropped": dict(validated.dropped) if validated is not None else {},
         "conditions": {name: list(span) for name, span in summary.conditions.items()},

@@ -261,8 +261,9 @@ def result_view(summary: RunSummary, folder: Path, runs_folder: Path) -> Rendera
         parts.append(hotspot_table(summary) if summary.trials else profile_table(summary))
         if summary.by_scenario and "confirm" in summary.stage_seconds:
             parts.append(kernels_table(summary))
+    if summary.scenarios:
+        parts.append(scenario_table(summary.scenarios))
     if summary.validated is not None:
-        parts.append(scenario_table(summary.validated.scenarios))
         if summary.validated.evals:
             parts.append(eval_table(summary.validated))
         parts.append(_checks(summary.validated))

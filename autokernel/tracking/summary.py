@@ -19,6 +19,8 @@ from autokernel.events import (
     Proved,
     RunFinished,
     RunStarted,
+    ScenarioResult,
+    ScenarioTimed,
     StageFinished,
 )
 from autokernel.export.matching import gemm_of
@@ -194,6 +196,16 @@ class RunSummary:
     proved: Proved | None
     finished: RunFinished | None
     stage_seconds: Mapping[str, float]
+    timed: Mapping[str, ScenarioTimed] = field(default_factory=dict)  # the last time of each scenario
+
+    @property
+    def scenarios(self) -> tuple[ScenarioResult, ...]:
+        """End-to-end times: those of the verdict, or of a run without one the last that were taken."""
+        if self.validated is not None:
+            return self.validated.scenarios
+        order = self.profiled.scenario_us if self.profiled is not None else self.timed
+        results = (self.timed[name].result for name in order if name in self.timed)
+        return tuple(result for result in results if result is not None)
 
     @property
     def trials(self) -> tuple[Evaluated, ...]:
@@ -252,7 +264,7 @@ class RunSummary:
     @property
     def end_to_end(self) -> Mapping[str, Speedup]:
         """Scenario -> speed-up of the bundle over the best stock mode."""
-        return {s.scenario: s.speedup for s in self.validated.scenarios} if self.validated is not None else {}
+        return {s.scenario: s.speedup for s in self.scenarios}
 
     @property
     def sentence(self) -> str:
@@ -280,6 +292,7 @@ def summarize(events: Iterable[Event]) -> RunSummary:
     trials: dict[str, Evaluated] = {}
     confirmed: dict[str, Confirmed] = {}
     graph_trials: list[GraphTrial] = []
+    timed: dict[str, ScenarioTimed] = {}
     seconds: Counter[str] = Counter()
     num_starts = 0
     for event in events:
@@ -293,6 +306,8 @@ def summarize(events: Iterable[Event]) -> RunSummary:
                 confirmed[event.candidate.id] = event
             case GraphTrial():
                 graph_trials.append(event)
+            case ScenarioTimed():
+                timed[event.scenario] = event
             case StageFinished():
                 seconds[event.stage] += int(event.seconds * 1000)
             case _:
@@ -310,6 +325,7 @@ def summarize(events: Iterable[Event]) -> RunSummary:
         proved=_get(last, Proved),
         finished=_get(last, RunFinished),
         stage_seconds={k: v / 1000 for k, v in seconds.items()},
+        timed=timed,
     )
     return replace(summary, problems=_problems(summary, trials.values(), confirmed.values()))
 
