@@ -163,8 +163,8 @@ def mean_lines(gemms: Iterable[Mapping[str, Any]]) -> str:
 
 
 def confirmed_table(run: Mapping[str, Any]) -> str:
-    """What a run confirmed, GEMM by GEMM: the fastest stock choice against the winner, in pairs."""
-    lines = ["| scenario | GEMM | stock us | tuned us | speed-up [95 %] | kernel |", "|" + "---|" * 6]
+    """What a run confirmed, GEMM by GEMM, in pairs: stock against the winner; for merged GEMMs, the best found for them apart."""
+    lines = ["| scenario | GEMM | baseline us | winner us | speed-up [95 %] | kernel |", "|" + "---|" * 6]
     for item in run["confirmed"]:
         if item["winner"] is None:
             continue
