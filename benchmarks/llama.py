@@ -163,7 +163,7 @@ def mean_lines(gemms: Iterable[Mapping[str, Any]]) -> str:
 
 
 def confirmed_table(run: Mapping[str, Any]) -> str:
-    """What a run confirmed, GEMM by GEMM, in pairs: stock against the winner; for merged GEMMs, the best found for them apart."""
+    """What a run confirmed, GEMM by GEMM: winners against stock, or, if merged, against the best found for the parts."""
     lines = ["| scenario | GEMM | baseline us | winner us | speed-up [95 %] | kernel |", "|" + "---|" * 6]
     for item in run["confirmed"]:
         if item["winner"] is None:

@@ -65,6 +65,7 @@ HOMES = {
     "scipy": ("tracking", "search"),
     "torch._inductor": (
         "export.apply",
+        "export.one_row",
         "export.passes",
         "export.pins",
         "export.substitution",

@@ -24,7 +24,7 @@ _COMPILER_MODES = {
     "max-autotune": "max-autotune-no-cudagraphs",  # a CUDA graph is captured by hand, as for the others
     "reduce-overhead": "reduce-overhead",
 }
-_OWN_OPTIONS = ("freezing", "blas_library")  # graph options that are autokernel's own
+_OWN_OPTIONS = ("freezing", "blas_library", "one_row")  # graph options that are autokernel's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

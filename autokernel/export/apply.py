@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from autokernel.environment import current_environment
 from autokernel.errors import BundleError
@@ -22,6 +23,7 @@ from autokernel.export.blas import with_blas_library
 from autokernel.export.bundle import Bundle, read_bundle
 from autokernel.export.chain import PassChain
 from autokernel.export.freezing import Frozen, FrozenGraph, freeze_inputs, graph_products, needs_constant, weights_to_freeze
+from autokernel.export.one_row import ALL, OPTION, OneRowPass
 from autokernel.export.passes import MergePass, SitePass
 from autokernel.export.pins import install
 from autokernel.export.plan import Plan, Usage, mismatch
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 OnMismatch = Literal["stock", "apply", "error"]
 
-_OWN_OPTIONS = ("freezing", "blas_library")  # graph options that are ours, not Inductor's
+_OWN_OPTIONS = ("freezing", "blas_library", "one_row")  # graph options that are ours, not Inductor's
 
 
 class BundleBackend:
@@ -122,7 +124,14 @@ def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: b
         options["max_autotune_gemm_backends"] = "ATEN,CPP"
     else:
         # Inductor's default for every GEMM but those with an entry
-        options["post_grad_custom_post_pass"] = PassChain(plan, [TemplatePass(plan), SubstitutionPass(plan)])
+        in_place: list[CustomGraphPass] = [TemplatePass(plan), SubstitutionPass(plan)]
+        if OPTION in chosen:
+            one_row = OneRowPass(plan, chosen[OPTION])
+            if one_row.value == ALL:
+                options["joint_custom_post_pass"] = PassChain(plan, [one_row, MergePass(plan)])
+            else:
+                in_place.append(one_row)
+        options["post_grad_custom_post_pass"] = PassChain(plan, in_place)
     if any(has_template(entry) for entry in plan.bundle.entries):
         # what runs in front of a product was part of no measurement, and inside a template it runs once per column of tiles
         options["prologue_fusion"] = False
