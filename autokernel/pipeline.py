@@ -168,7 +168,7 @@ def open_run(
             device=device,
             num_workers=experiment.search.workers,
             env=worker_env(threads),
-            memory_limit_bytes=memory_limit(experiment.search.workers),
+            memory_limit_bytes=memory_limit(experiment.search.workers, loaded.checkpoint_bytes),
             preload=("torch",),
         )
         try:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 OVERDUE_EXIT_CODE = 124  # of a process that kept the device too long
+_ALL_WORKERS = 0.8  # of the machine's memory
+_CHECKPOINT = 1.25  # of its size, while it is read: the file's pages, or the tensors, and the largest of them once more
 _LEAST_WITH_GPU = 8 << 30  # CUDA, its libraries and Triton take two to three, and a large model's file is mapped besides
 
 
@@ -30,11 +32,19 @@ def worker_env(threads: int) -> dict[str, str]:
     return {name: os.environ.get(name, value) if name.startswith("TORCHINDUCTOR") else value for name, value in env.items()}
 
 
-def memory_limit(num_workers: int) -> int:
-    """Bytes that one worker may take: a candidate that allocates without end must not take the machine along."""
+def memory_limit(num_workers: int, model_bytes: int = 0) -> int:
+    """Bytes that one worker may take: a candidate that allocates without end must not take the machine along.
+
+    Args:
+        num_workers: that share the machine.
+        model_bytes: size of a checkpoint that jobs load, one at a time on a GPU: it goes through the host's memory.
+    """
     import psutil
 
-    share = int(psutil.virtual_memory().total * 0.8 / num_workers)
+    most = int(psutil.virtual_memory().total * _ALL_WORKERS)
+    share = most // num_workers
+    if model_bytes:
+        share = max(share, min(most, int(_CHECKPOINT * model_bytes) + _LEAST_WITH_GPU))
     # hosts of GPUs have memory, but a virtual one may say so only once it is used
     return max(share, _LEAST_WITH_GPU) if Path("/proc/driver/nvidia").exists() else share
 
