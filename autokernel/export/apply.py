@@ -124,14 +124,13 @@ def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: b
         options["max_autotune_gemm_backends"] = "ATEN,CPP"
     else:
         # Inductor's default for every GEMM but those with an entry
-        in_place: list[CustomGraphPass] = [TemplatePass(plan), SubstitutionPass(plan)]
+        passes: list[CustomGraphPass] = [TemplatePass(plan), SubstitutionPass(plan)]
         if OPTION in chosen:
-            one_row = OneRowPass(plan, chosen[OPTION])
-            if one_row.value == ALL:
-                options["joint_custom_post_pass"] = PassChain(plan, [one_row, MergePass(plan)])
-            else:
-                in_place.append(one_row)
-        options["post_grad_custom_post_pass"] = PassChain(plan, in_place)
+            first = chosen[OPTION] == ALL
+            passes.insert(0 if first else len(passes), OneRowPass(plan, chosen[OPTION]))
+            if first:
+                options["joint_custom_post_pass"] = MergePass(plan, min_rows=2)
+        options["post_grad_custom_post_pass"] = PassChain(plan, passes)
     if any(has_template(entry) for entry in plan.bundle.entries):
         # what runs in front of a product was part of no measurement, and inside a template it runs once per column of tiles
         options["prologue_fusion"] = False

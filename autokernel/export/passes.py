@@ -22,13 +22,17 @@ aten = torch.ops.aten
 
 
 class MergePass(CustomGraphPass):
-    """mm(x, w1), mm(x, w2), ... -> split(mm(x, cat(w1, w2, ...))) where the plan says so."""
+    """mm(x, w1), mm(x, w2), ... -> split(mm(x, cat(w1, w2, ...))) where the plan says so.
 
-    def __init__(self, plan: Plan) -> None:
+    GEMMs of fewer than `min_rows` rows are left alone.
+    """
+
+    def __init__(self, plan: Plan, min_rows: int = 1) -> None:
         self.plan = plan
+        self.min_rows = min_rows
 
     def uuid(self) -> str:
-        return f"autokernel-merge-1-{self.plan.digest}"
+        return f"autokernel-merge-1-{self.min_rows}-{self.plan.digest}"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         if not self.plan.active:
@@ -36,6 +40,8 @@ class MergePass(CustomGraphPass):
         for shared, gemms in _gemms_by_input(graph).items():
             left = gemms
             m, k = shared.meta["val"].shape
+            if m < self.min_rows:
+                continue
             for entry, gemm in self.plan.groups(dtype_name(shared.meta["val"].dtype), int(m), int(k)):
                 if entry.config.get("merge") != "concat":
                     continue
