@@ -225,14 +225,6 @@ class LoadedExperiment(_Section):
     path: Path
     text: str = Field(description="the file as read, for the record")
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Size of the weights in the model's checkpoint folder; 0 without one."""
-        if self.experiment.model.checkpoint is None:
-            return 0
-        folder = self.resolve(self.experiment.model.checkpoint)
-        return sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
-
     def resolve(self, path: Path | str) -> Path:
         """A path of the experiment as an absolute path."""
         return (self.path.parent / Path(path).expanduser()).resolve()

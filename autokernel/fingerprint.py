@@ -33,6 +33,14 @@ def experiment_digest(loaded: LoadedExperiment) -> str:
     return digest_of([experiment.model_dump(mode="json"), prints])
 
 
+def checkpoint_bytes(loaded: LoadedExperiment) -> int:
+    """Size of the weights in the model's checkpoint folder; 0 without one."""
+    if loaded.experiment.model.checkpoint is None:
+        return 0
+    folder = loaded.resolve(loaded.experiment.model.checkpoint)
+    return sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
+
+
 def _fingerprint(path: Path) -> list[str]:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     prints = []

@@ -15,7 +15,7 @@ from autokernel.environment import current_environment, physical_cores
 from autokernel.errors import AutokernelError, ConfigError
 from autokernel.events import ModelValidated, Recorder, RunFinished, RunStarted
 from autokernel.export.bundle import Bundle
-from autokernel.fingerprint import experiment_digest
+from autokernel.fingerprint import checkpoint_bytes, experiment_digest
 from autokernel.stages.context import RunContext, close_all
 from autokernel.tracking.state import RunState, find_resumable
 
@@ -168,7 +168,7 @@ def open_run(
             device=device,
             num_workers=experiment.search.workers,
             env=worker_env(threads),
-            memory_limit_bytes=memory_limit(experiment.search.workers, loaded.checkpoint_bytes),
+            memory_limit_bytes=memory_limit(experiment.search.workers, checkpoint_bytes(loaded)),
             preload=("torch",),
         )
         try:

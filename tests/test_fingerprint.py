@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autokernel.config import load_experiment
-from autokernel.fingerprint import experiment_digest
+from autokernel.fingerprint import checkpoint_bytes, experiment_digest
 
 DATA = Path(__file__).parent / "data"
 
@@ -45,3 +45,13 @@ def test_a_folder_that_is_named_counts_with_its_files(experiment: Path) -> None:
     space = experiment.parent / "spaces" / "mm.yaml"
     space.write_text(space.read_text() + "\n# touched\n")
     assert experiment_digest(load_experiment(experiment, overrides)) != before
+
+
+def test_a_checkpoint_is_as_large_as_its_weights(tmp_path: Path) -> None:
+    for name, size in (("config.json", 2), ("model-00001-of-00002.safetensors", 300), ("model-00002-of-00002.safetensors", 44)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    loaded = load_experiment(DATA / "gated.yaml")
+    assert checkpoint_bytes(loaded) == 0
+    model = loaded.experiment.model.model_copy(update={"factory": None, "checkpoint": tmp_path})
+    changed = loaded.experiment.model_copy(update={"model": model})
+    assert checkpoint_bytes(loaded.model_copy(update={"experiment": changed})) == 344
