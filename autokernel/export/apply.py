@@ -126,6 +126,8 @@ def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: b
         # Inductor's default for every GEMM but those with an entry
         passes: list[CustomGraphPass] = [TemplatePass(plan), SubstitutionPass(plan)]
         if OPTION in chosen:
+            # else Inductor would time a second block size of such a reduction in every new process
+            options["dynamic_scale_rblock"] = False
             first = chosen[OPTION] == ALL
             passes.insert(0 if first else len(passes), OneRowPass(plan, chosen[OPTION]))
             if first:

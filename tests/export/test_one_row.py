@@ -182,6 +182,9 @@ def test_products_are_fused_with_what_is_beside_and_behind_them(value: str) -> N
     assert len(re.findall(r"\(r0_1 \+ 4096\*x0\), .*\)\.to\(tl\.float32\)", first)) == 2
     assert len(re.findall(r"_tmp\d+ = tl\.full\(\[XBLOCK, R0_BLOCK\], 0, tl\.float32\)", first)) == 2
     assert code.count("reduction_hint=ReductionHint.INNER") == 2
+    # of which Inductor has one config, and so nothing to time
+    assert code.count("'dynamic_scale_rblock': False") == 2
+    assert "'add_persistent_rblock'" not in code
     # down and the residual; what feeds it is read, not computed again in each program
     assert (second.count("tl.sum("), second.count("libdevice.exp("), second.count("tl.store(")) == (1, 0, 1)
     assert "r0_1 + 14336*x0)" in second
