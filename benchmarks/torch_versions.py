@@ -30,7 +30,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import autokernel
-from autokernel.export.bundle import Bundle, Entry, read_bundle, write_bundle
+from autokernel.export.bundle import Bundle, Entry, ScenarioOptions, read_bundle, write_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -116,6 +116,24 @@ def options() -> str | None:
     return wrong or (None if packed else "nothing was packed")
 
 
+def of_one_scenario() -> str | None:
+    """Packing everything, for graphs of M rows alone."""
+    products = (f"float32 {M}x{HIDDEN}x{K}", f"float32 {M}x{K}x{HIDDEN}")
+    part = ScenarioOptions(scenario="s", products=tuple(sorted(products)), options={"freezing": "all"})
+    model, packed = Gated(), []
+    for rows in (M, M + 1):
+        torch.compiler.reset()
+        before = counters["inductor"]["mkldnn_linear_weight_pack_matcher_count"]
+        x = torch.randn(rows, K)
+        compiled = torch.compile(
+            model, backend=autokernel.backend(replace(bundle_of(), scenario_options=(part,))), fullgraph=True
+        )
+        if wrong := differs(compiled(x), model(x)):
+            return wrong
+        packed.append(counters["inductor"]["mkldnn_linear_weight_pack_matcher_count"] - before)
+    return None if packed[0] and not packed[1] else f"packed with {packed} matches, not only the first"
+
+
 def foreign() -> str | None:
     made = bundle_of(entry(GATE, "aten", prepack=True))
     backend = autokernel.backend(replace(made, environment=replace(made.environment, torch="1.0")))
@@ -195,6 +213,7 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     ),
     "C++ template of batches": batches,
     "graph options": lambda: serves(Gated(), entry(GATE, "aten", prepack=True), hits=[2], epilogue_fusion=False),
+    "graph options of one scenario": of_one_scenario,
     "everything packed": lambda: serves(Gated(), hits=[], freezing="all"),
     "weights changed and exchanged": changed_weights,
     "gradients": gradients,

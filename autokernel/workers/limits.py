@@ -11,7 +11,8 @@ from pathlib import Path
 OVERDUE_EXIT_CODE = 124  # of a process that kept the device too long
 _ALL_WORKERS = 0.8  # of the machine's memory
 _CHECKPOINT = 1.25  # of its size, while it is read: the file's pages, or the tensors, and the largest of them once more
-_LEAST_WITH_GPU = 8 << 30  # CUDA, its libraries and Triton take two to three, and a large model's file is mapped besides
+# CUDA, its libraries and Triton take three, the graph of a large model several, and the proof starts a compiler per core
+_LEAST_WITH_GPU = 16 << 30
 
 
 def worker_env(threads: int) -> dict[str, str]:
