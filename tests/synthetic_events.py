@@ -20,6 +20,7 @@ from autokernel.events import (
     RunFinished,
     RunStarted,
     ScenarioResult,
+    ScenarioTimed,
     SearchPlanned,
     StageFinished,
     StageProgress,
@@ -269,6 +270,7 @@ def final_events(folder: Path, *, outcome: str = "won") -> list[Event]:
     return [
         GraphTrial(options={"cpp.enable_kernel_profile": False}, speedups={}, score=0.98, accepted=False, reason="slower"),
         StageFinished(stage="graph", seconds=14.0),
+        *(ScenarioTimed(scenario=s.scenario, applied_digest="d", result=s, timing={"scenario": s.scenario}) for s in scenarios),
         ModelValidated(verdict=PASSED, evals=(metric,), scenarios=scenarios, dropped=dropped),
         StageFinished(stage="validate", seconds=40.5),
         Exported(folder=str(bundle), archive=f"{bundle}.zip", digest="f" * 64, num_entries=1 if won else 0, stock=not won),

@@ -23,7 +23,7 @@ from autokernel.display.progress import LiveProgress, PlainProgress, panel
 from autokernel.display.results import failure_json, hotspot_rows, result_json
 from autokernel.display.state import STAGES, ProgressState
 from autokernel.display.tables import profile_table, result_view, search_table
-from autokernel.events import Evaluated, RunFinished, StageFinished, StageProgress, StageStarted
+from autokernel.events import Evaluated, ModelValidated, RunFinished, StageFinished, StageProgress, StageStarted
 from autokernel.records import Candidate, Problem, Speedup, Status, TensorSpec
 from autokernel.tracking.summary import RunSummary, summarize
 from autokernel.tracking.titles import config_title, problem_title
@@ -308,10 +308,21 @@ def test_plain_lines_name_stages_bests_and_the_end() -> None:
     best = "  prefill mm 512×1280×384 bf16: 561.5 us, 1.52× stock (inductor template=cpp_gemm cache_blocking=4,2,6 prepack"
     assert best in text
     assert "search done in 1:42; failed: 1 INVALID, 1 WRONG, 1 CRASHED" in text
+    assert "  prefill: bundle 9.610 ms, 1.270× default [1.240, 1.300]" in text
     assert "won: Faster than the best stock mode: prefill 1.26x." in text
     assert "waiting until MLflow" in lines[-1]
     assert all("\n" not in line for line in lines)
     assert len(lines) < 30
+
+
+def test_times_of_a_run_without_a_verdict_are_shown() -> None:
+    events = synthetic.whole_run(FOLDER)
+    until = next(i for i, event in enumerate(events) if isinstance(event, ModelValidated))
+    summary = summarize(events[:until])
+    assert summary.validated is None
+    assert summary.scenarios == summarize(events).scenarios
+    assert set(summary.end_to_end) == {"prefill", "decode"}
+    assert "End to end, us per step" in text_of(result_view(summary, FOLDER, FOLDER.parent))
 
 
 def test_plain_progress_gives_signs_of_life_without_events() -> None:

@@ -83,7 +83,7 @@ def test_bad_candidates_and_killed_processes_cost_one_candidate_each(tmp_path: P
     monkeypatch.setattr("autokernel.workers.limits.memory_limit", lambda num_workers, model_bytes=0: 2 << 30)
     worker, child = Killer(tmp_path / "lose the worker.pids", 1), Killer(tmp_path / "lose the child.pids", 0)
     overrides = ("cluster.address=local", "search.workers=2", "search.trial_timeout_s=10")
-    outcome = run(EXPERIMENT, overrides=overrides, runs_folder=tmp_path / "runs")
+    outcome = run(EXPERIMENT, overrides=overrides, runs_folder=tmp_path / "runs", until="export")
     assert worker.killed
     assert child.killed
     found: dict[str, list[Evaluation]] = {}
