@@ -221,6 +221,8 @@ class _ActorRunner:
             _log.warning("a worker was lost: %s", _first_line(error))
             raise JobLost(f"the worker or its node went away while the job ran: {_first_line(error)}") from error
         if isinstance(reply, WorkerError):
+            if self._closed and isinstance(reply, JobCrashed):  # of the two that Ray kills, the child may go first
+                raise JobLost("the pool was closed while the job ran") from reply
             if not isinstance(reply, JobTimeout | JobCrashed):  # not the job but the actor failed; a new one may do better
                 self._discard()
             raise reply

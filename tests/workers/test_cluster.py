@@ -219,6 +219,35 @@ def test_closing_does_not_wait_for_room(
     assert [(type(error), str(error)) for error in errors] == [(JobLost, "the pool was closed while the job ran")] * 2
 
 
+def test_a_child_that_closing_killed_before_its_actor_is_a_lost_job(
+    cluster: Any, tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    """One place of a pool: Ray kills the actor and what that started, in no order. Here the child goes first."""
+    import ray
+
+    from autokernel.workers.cluster import _ActorRunner, _Fleet, _Host
+    from autokernel.workers.worker import module_path, pickle_job
+
+    def create() -> Any:
+        return ray.remote(num_cpus=1)(_Host).remote({}, None, (), module_path(), True)
+
+    file = tmp_path / "pid"
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env={"py_modules": [str(ROOT / "autokernel")]})
+    try:
+        runner = _ActorRunner(create, _Fleet())
+        runner.start()
+        with ThreadPoolExecutor(1) as executor:
+            running = executor.submit(runner.run_pickled, pickle_job(jobs.Touch(str(file), 600)), 600)
+            eventually(lambda: file.exists() and file.read_text(), GENEROUS_S)
+            runner._closed = True  # `close`, before it reaches the actor
+            os.kill(int(file.read_text()), signal.SIGKILL)
+            error = running.exception(GENEROUS_S)
+        assert (type(error), str(error)) == (JobLost, "the pool was closed while the job ran")
+        runner.close()
+    finally:
+        ray.shutdown()
+
+
 def test_a_closed_place_waits_for_no_worker_and_asks_for_none(cluster: Any, eventually: Callable[..., None]) -> None:
     """One place of a pool, without the pool: once that is closed, it has no job left to tell of it.
 
