@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
 from autokernel.evaluate.whole_model import JobTurns, stock_backend, unknown_options
-from autokernel.export.bundle import Bundle
+from autokernel.export.bundle import OWN_OPTIONS, Bundle
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,6 @@ _COMPILER_MODES = {
     "max-autotune": "max-autotune-no-cudagraphs",  # a CUDA graph is captured by hand, as for the others
     "reduce-overhead": "reduce-overhead",
 }
-_OWN_OPTIONS = ("freezing", "blas_library", "one_row")  # graph options that are autokernel's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +102,7 @@ def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | No
     compiled: list[Any] = []
     if contender.bundle is not None:
         parts = [contender.bundle.graph_options, *(part.options for part in contender.bundle.scenario_options)]
-        missing = unknown_options([name for options in parts for name in options if name not in _OWN_OPTIONS])
+        missing = unknown_options([name for options in parts for name in options if name not in OWN_OPTIONS])
         if missing:
             raise NotImplementedError(f"torch {torch.__version__} has no option {', '.join(missing)}")
         backend = BundleBackend(contender.bundle)

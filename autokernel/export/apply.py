@@ -20,7 +20,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from autokernel.environment import current_environment
 from autokernel.errors import BundleError
 from autokernel.export.blas import with_blas_library
-from autokernel.export.bundle import Bundle, read_bundle
+from autokernel.export.bundle import OWN_OPTIONS, Bundle, read_bundle
 from autokernel.export.chain import PassChain
 from autokernel.export.freezing import Frozen, FrozenGraph, freeze_inputs, graph_products, needs_constant, weights_to_freeze
 from autokernel.export.one_row import ALL, OPTION, OneRowPass
@@ -34,8 +34,6 @@ from autokernel.records import ConfigValue
 log = logging.getLogger(__name__)
 
 OnMismatch = Literal["stock", "apply", "error"]
-
-_OWN_OPTIONS = ("freezing", "blas_library", "one_row")  # graph options that are ours, not Inductor's
 
 
 class BundleBackend:
@@ -147,7 +145,7 @@ def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: b
         options["freezing"] = True
         options["cpp.weight_prepack"] = True
     for name, value in chosen.items():
-        if name not in _OWN_OPTIONS:
+        if name not in OWN_OPTIONS:
             options[name] = value
     return options
 

@@ -22,6 +22,7 @@ from autokernel.records import ConfigValue, Problem, Record, Speedup, digest_of
 FORMAT = "autokernel-bundle"
 FORMAT_VERSION = 2
 DOCUMENT = "bundle.json"
+OWN_OPTIONS = ("freezing", "blas_library", "one_row")  # graph options that are autokernel's own, not Inductor's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

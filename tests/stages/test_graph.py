@@ -11,7 +11,7 @@ import pytest
 from autokernel.errors import ConfigError
 from autokernel.evaluate.end_to_end import ScenarioTiming
 from autokernel.events import GraphTrial, event_from_json, event_to_json
-from autokernel.export.bundle import ScenarioOptions
+from autokernel.export.bundle import OWN_OPTIONS, ScenarioOptions
 from autokernel.records import Speedup
 from autokernel.search.graph_options import Options, load_graph_options, merged, spelled
 from autokernel.stages.graph import _decided, _for_single_scenarios, _judge, _unions
@@ -91,7 +91,7 @@ def test_the_package_s_own_sets_name_real_options() -> None:
     for device in ("cpu", "cuda"):
         for options in load_graph_options(device):
             for name in options:
-                if name not in ("freezing", "blas_library", "one_row"):  # ours
+                if name not in OWN_OPTIONS:
                     assert name in config._config, f"{name} is no option of this torch"
 
 
