@@ -32,6 +32,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 from llama_gemms import BUNDLE, CUBLAS, PICK, STOCK, GemmCase, MeasureGemm, cases_of  # noqa: E402
 
 from autokernel.config import LoadedExperiment, load_experiment  # noqa: E402
+from autokernel.display.results import graph_options, scenario_options  # noqa: E402
 from autokernel.errors import WorkerError  # noqa: E402
 from autokernel.export.bundle import Bundle, read_bundle  # noqa: E402
 from autokernel.tracking.journal import read_entries  # noqa: E402
@@ -79,8 +80,8 @@ def results_of_run(folder: Path) -> tuple[dict[str, Any], RunSummary]:
         "profiled_us": dict(profiled.scenario_us),
         "dropped": dict(validated.dropped) if validated is not None else {},
         "confirmed": confirmed,
-        "graph_options": next((dict(t.options) for t in reversed(summary.graph_trials) if t.accepted), {}),
-        "scenario_options": {name: dict(t.options) for t in summary.graph_trials for name in t.accepted_for},
+        "graph_options": graph_options(summary),
+        "scenario_options": scenario_options(summary),
         "fresh_process": proved.to_json() if proved is not None else None,
     }
     return run, summary

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from autokernel.display.results import graph_options, scenario_options
 from autokernel.tracking.journal import find_runs, read_entries
 from autokernel.tracking.summary import summarize
 
@@ -72,8 +73,8 @@ def results_of(run_folder: Path) -> dict[str, Any]:
             for winner in (problem.winner for problem in summary.winners)
             if winner is not None
         ],
-        "graph_options": next((dict(t.options) for t in reversed(summary.graph_trials) if t.accepted), {}),
-        "scenario_options": {name: dict(t.options) for t in summary.graph_trials for name in t.accepted_for},
+        "graph_options": graph_options(summary),
+        "scenario_options": scenario_options(summary),
         "fresh_process": proved.to_json() if proved is not None else None,
     }
 
