@@ -93,12 +93,6 @@ class Bundle(Record):
         fitting = (part.options for part in self.scenario_options if tuple(products) == part.products)
         return {**self.graph_options, **next(fitting, {})}
 
-    def without_options(self, scenario: str = "") -> Self:
-        """The same without graph options, or only without those of one scenario."""
-        if not scenario:
-            return replace(self, graph_options={}, scenario_options=())
-        return replace(self, scenario_options=tuple(part for part in self.scenario_options if part.scenario != scenario))
-
     @property
     def applied_digest(self) -> str:
         """Hash of what decides the compiled code; part of Inductor's cache key."""

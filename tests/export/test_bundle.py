@@ -46,9 +46,6 @@ def test_options_of_a_scenario_are_for_its_products_alone() -> None:
         assert bundle.options_of(others) == {"freezing": "all"}
     assert bundle.applied_digest != a_bundle().applied_digest
     assert not replace(bundle, graph_options={}).stock
-    assert bundle.without_options("other") == bundle
-    assert bundle.without_options("s") == a_bundle()
-    assert bundle.without_options().stock
 
 
 @pytest.mark.parametrize("form", ["folder", "archive", "document"])
