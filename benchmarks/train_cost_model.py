@@ -112,7 +112,6 @@ def export_trees(model: Any) -> Trees:
     right: list[int] = []
     value: list[float] = []
     roots: list[int] = []
-    depth = 0
     for (predictor,) in model._predictors:
         start = len(feature)
         roots.append(start)
@@ -123,10 +122,9 @@ def export_trees(model: Any) -> Trees:
             left.append(start + (i if leaf else int(node["left"])))
             right.append(start + (i if leaf else int(node["right"])))
             value.append(float(node["value"]) if leaf else 0.0)
-            depth = max(depth, int(node["depth"]))
     whole = [np.array(column, dtype=np.int64) for column in (feature, left, right, roots)]
     base = float(np.asarray(model._baseline_prediction).ravel()[0])
-    return Trees(whole[0], np.array(threshold), whole[1], whole[2], np.array(value), whole[3], depth, base)
+    return Trees(whole[0], np.array(threshold), whole[1], whole[2], np.array(value), whole[3], base)
 
 
 def main() -> None:

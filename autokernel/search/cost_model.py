@@ -45,10 +45,7 @@ FEATURES = (
 
 @dataclass(frozen=True, slots=True)
 class Trees:
-    """A sum of regression trees as flat arrays; nodes of all trees lie one behind the other.
-
-    A leaf's children are itself, so that walking the deepest tree's depth is enough for all.
-    """
+    """A sum of regression trees as flat arrays; nodes of all trees lie one behind the other. A leaf's children are itself."""
 
     feature: npt.NDArray[np.int64]
     threshold: Floats
@@ -56,7 +53,6 @@ class Trees:
     right: npt.NDArray[np.int64]
     value: Floats
     roots: npt.NDArray[np.int64]
-    depth: int
     base: float
 
     def predict(self, rows: Floats) -> Floats:
@@ -84,7 +80,7 @@ class Trees:
         return {
             "feature": self.feature.tolist(), "threshold": [float(f"{t:.6g}") for t in self.threshold],
             "left": self.left.tolist(), "right": self.right.tolist(), "value": [float(f"{v:.4g}") for v in self.value],
-            "roots": self.roots.tolist(), "depth": self.depth, "base": self.base,
+            "roots": self.roots.tolist(), "base": self.base,
         }  # fmt: skip
 
     @classmethod
@@ -96,15 +92,14 @@ class Trees:
         feature, threshold = (np.concatenate([getattr(part, name) for part in parts]) for name in ("feature", "threshold"))
         value = np.concatenate([part.value for part in parts]) / len(parts)
         base = sum(part.base for part in parts) / len(parts)
-        return cls(feature, threshold, left, right, value, roots, max(part.depth for part in parts), base)
+        return cls(feature, threshold, left, right, value, roots, base)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trees:
         """Inverse of `to_json`."""
         feature, left, right, roots = (np.asarray(data[name], dtype=np.int64) for name in ("feature", "left", "right", "roots"))
         threshold, value = (np.asarray(data[name], dtype=np.float64) for name in ("threshold", "value"))
-        depth, base = int(data["depth"]), float(data["base"])
-        return cls(feature, threshold, left, right, value, roots, depth, base)
+        return cls(feature, threshold, left, right, value, roots, float(data["base"]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,7 +54,7 @@ def stump(name: str, threshold: float, low: float, high: float, base: float = 0.
     """One tree with one split."""
     return Trees(
         feature=np.array([FEATURES.index(name), 0, 0]), threshold=np.array([threshold, 0.0, 0.0]), left=np.array([1, 1, 2]),
-        right=np.array([2, 1, 2]), value=np.array([0.0, low, high]), roots=np.array([0]), depth=1, base=base,
+        right=np.array([2, 1, 2]), value=np.array([0.0, low, high]), roots=np.array([0]), base=base,
     )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_trees_add_up() -> None:
     trees = stump("log_block_m", 5.5, low=-1.0, high=2.0, base=10.0)
     both = Trees(
         feature=np.tile(trees.feature, 2), threshold=np.tile(trees.threshold, 2), left=np.array([1, 1, 2, 4, 4, 5]),
-        right=np.array([2, 1, 2, 5, 4, 5]), value=np.tile(trees.value, 2), roots=np.array([0, 3]), depth=1, base=10.0,
+        right=np.array([2, 1, 2, 5, 4, 5]), value=np.tile(trees.value, 2), roots=np.array([0, 3]), base=10.0,
     )  # fmt: skip
     rows = features(names(64, 64, 64), [{**CONFIG, "BLOCK_M": 32}, {**CONFIG, "BLOCK_M": 64}])
     assert trees.predict(rows).tolist() == [9.0, 12.0]

@@ -31,7 +31,7 @@ def prefers(name: str, threshold: float) -> CostModel:
     """A model that finds configs at or below a threshold of one feature a third faster."""
     trees = Trees(
         feature=np.array([FEATURES.index(name), 0, 0]), threshold=np.array([threshold, 0.0, 0.0]), left=np.array([1, 1, 2]),
-        right=np.array([2, 1, 2]), value=np.array([0.0, 0.0, 0.4]), roots=np.array([0]), depth=1, base=0.0,
+        right=np.array([2, 1, 2]), value=np.array([0.0, 0.0, 0.4]), roots=np.array([0]), base=0.0,
     )  # fmt: skip
     kinds = ("mm", "mm_persistent_tma", "decompose_k")
     return CostModel(cost={"inductor": trees}, failure={}, kinds={"inductor": kinds}, origin={})
