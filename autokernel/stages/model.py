@@ -184,7 +184,7 @@ def _drop_harmful(context: RunContext, bundle: Bundle, quality: Quality, gone: d
         quality = check(context, bundle)
         if quality.passed:
             return bundle, quality
-        del gone[OPTIONS]  # they were not the reason; but without them the entries are easier to tell apart
+        # they were not the reason; but without them the entries are easier to tell apart
         gone[OPTIONS] = "left out while the entries were bisected"
     kept: list[Entry] = []
 
