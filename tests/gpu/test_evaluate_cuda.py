@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from autokernel.errors import JobCrashed
 from autokernel.evaluate.candidate import EvaluateCandidate
 from autokernel.evaluate.probes import make_constants
 from autokernel.evaluate.roofline import Ceilings, measure_ceilings, physics_check
-from autokernel.evaluate.turns import leave
 from autokernel.ops import get_op
 from autokernel.records import Candidate, Evaluation, Measurement, Status
 from autokernel.workers.limits import worker_env
@@ -26,18 +24,12 @@ from autokernel.workers.pool import LocalPool
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("own_locks_and_clean_device"),
 ]
 
 if torch.cuda.is_available():
     from gpu import cuda_problems
     from gpu.cuda_problems import TILE, FunctionBackend, Kernel, merged_problem, mm_problem
-
-
-@pytest.fixture(autouse=True)
-def _own_locks_and_clean_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    yield
-    leave("cuda")
 
 
 @pytest.fixture(scope="module")

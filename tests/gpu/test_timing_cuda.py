@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from autokernel.evaluate.call_graphs import CaptureError, graph_of
 from autokernel.evaluate.confirm import ConfirmCandidates
 from autokernel.evaluate.roofline import measure_ceilings
 from autokernel.evaluate.timing import conditions, measure, timer
-from autokernel.evaluate.turns import leave
 from autokernel.records import Candidate, ConfigValue
 from autokernel.workers.limits import worker_env
 from autokernel.workers.pool import LocalPool
@@ -24,17 +22,11 @@ from autokernel.workers.pool import LocalPool
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("own_locks_and_clean_device"),
 ]
 
 if torch.cuda.is_available():
     from gpu.cuda_problems import TILE, CaptureOfWait, mm_problem
-
-
-@pytest.fixture(autouse=True)
-def _own_locks_and_clean_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    yield
-    leave("cuda")
 
 
 def idle(cycles: int, num_copies: int = 4) -> Built:
