@@ -22,7 +22,15 @@ from autokernel.errors import BundleError
 from autokernel.export.blas import with_blas_library
 from autokernel.export.bundle import OWN_OPTIONS, Bundle, read_bundle
 from autokernel.export.chain import PassChain
-from autokernel.export.freezing import Frozen, FrozenGraph, freeze_inputs, graph_products, needs_constant, weights_to_freeze
+from autokernel.export.freezing import (
+    FrozenGraph,
+    Product,
+    freeze_inputs,
+    graph_products,
+    names_of,
+    needs_constant,
+    weights_to_freeze,
+)
 from autokernel.export.one_row import ALL, OPTION, OneRowPass
 from autokernel.export.passes import MergePass, SitePass
 from autokernel.export.pins import install
@@ -60,28 +68,32 @@ class BundleBackend:
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         products = graph_products(gm, inputs)
-        self.graphs.append(products)
+        names = names_of(products)
+        self.graphs.append(names)
         if not self.plan.active:
             return _inductor(gm, inputs, {})
-        chosen = self.plan.bundle.options_of(products)
-        compiled = self._compile(gm, inputs, chosen)
+        chosen = self.plan.bundle.options_of(names)
+        compiled = self._compile(gm, inputs, products, chosen)
         library = chosen.get("blas_library")
         return compiled if library is None else with_blas_library(compiled, str(library))
 
     def _compile(
-        self, gm: torch.fx.GraphModule, inputs: Sequence[Any], chosen: Mapping[str, ConfigValue]
+        self, gm: torch.fx.GraphModule, inputs: Sequence[Any], products: Sequence[Product], chosen: Mapping[str, ConfigValue]
     ) -> Callable[..., Any]:
         plan = self.plan
         install()
-        frozen = Frozen(positions=())
-        if not torch.is_grad_enabled():
-            frozen = weights_to_freeze(gm, inputs, plan, everything=chosen.get("freezing") == "all")
-        positions = frozen.positions
+
+        def compile_stock() -> Callable[..., Any]:
+            return _inductor(gm, inputs, inductor_options(plan, chosen, frozen=False))
+
         if torch.is_grad_enabled():
             for entry in plan.bundle.entries:
                 plan.skip(entry, "gradients are enabled; compile and call under torch.inference_mode() or torch.no_grad()")
+            return compile_stock()
+        frozen = weights_to_freeze(products, inputs, plan, everything=chosen.get("freezing") == "all")
+        positions = frozen.positions
         if not positions:
-            return _inductor(gm, inputs, inductor_options(plan, chosen, frozen=False))
+            return compile_stock()
 
         def compile_frozen(weights: Sequence[Any]) -> Callable[..., Any]:
             for entry, num_bytes in frozen.copied:
@@ -89,9 +101,6 @@ class BundleBackend:
             module = freeze_inputs(gm, weights, positions)
             rest = [value for i, value in enumerate(inputs) if i not in set(positions)]
             return _inductor(module, rest, inductor_options(plan, chosen, frozen=True))
-
-        def compile_stock() -> Callable[..., Any]:
-            return _inductor(gm, inputs, inductor_options(plan, chosen, frozen=False))
 
         return FrozenGraph(compile_frozen, compile_stock, positions, len(inputs), inputs)
 

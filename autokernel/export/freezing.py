@@ -15,7 +15,7 @@ import logging
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,19 +39,41 @@ def needs_constant(entry: Entry) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """A product by a weight: of what, and the positions of the weight and, if that is an input too, of the bias."""
+
+    x: torch.fx.Node
+    constants: tuple[int, ...]
+    dtype: str
+    m: int
+    n: int
+    k: int
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Frozen:
     """Positions of the inputs to freeze, and for which entry how many bytes of them are copied."""
 
     positions: tuple[int, ...]
-    copied: tuple[tuple[Entry, int], ...] = ()
+    copied: tuple[tuple[Entry, int], ...]
 
 
-def weights_to_freeze(gm: torch.fx.GraphModule, inputs: Sequence[Any], plan: Plan, *, everything: bool = False) -> Frozen:
-    """The inputs that are parameters used by a GEMM with an entry that needs them constant; or every parameter."""
+def weights_to_freeze(products: Iterable[Product], inputs: Sequence[Any], plan: Plan, *, everything: bool = False) -> Frozen:
+    """The inputs that are parameters used by a GEMM with an entry that needs them constant; or every parameter.
+
+    Only for graphs without gradients: a constant takes none.
+
+    Args:
+        products: of the graph, from `graph_products`.
+        inputs: of the graph.
+        plan: the entries.
+        everything: every parameter.
+    """
     chosen: set[int] = set()
     copied: list[tuple[Entry, int]] = []
-    by_input: dict[Any, list[_Product]] = {}  # by shared input
-    for product in _products(gm, inputs):
+    by_input: dict[Any, list[Product]] = {}  # by shared input
+    for product in products:
         entry = plan.find(Gemm(product.dtype, 1, product.m, (product.n,), product.k, product.bias))
         if entry is not None and needs_constant(entry):
             chosen.update(product.constants)
@@ -66,17 +88,17 @@ def weights_to_freeze(gm: torch.fx.GraphModule, inputs: Sequence[Any], plan: Pla
                 copied.append((entry, _num_bytes(inputs, constants)))
     if everything:
         chosen.update(i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter))
-    if torch.is_grad_enabled():
-        chosen = {i for i in chosen if not inputs[i].requires_grad}
     return Frozen(positions=tuple(sorted(chosen)), copied=tuple(copied))
 
 
-def graph_products(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> tuple[str, ...]:
-    """The graph's products by a weight, as "dtype MxNxK", each once, sorted: what tells one scenario from another."""
-    return tuple(sorted({f"{p.dtype} {p.m}x{p.n}x{p.k}" for p in _products(gm, inputs)}))
+def names_of(products: Iterable[Product]) -> tuple[str, ...]:
+    """Products as "dtype MxNxK", each once, sorted: what tells the graph of one scenario from another's."""
+    return tuple(sorted({f"{p.dtype} {p.m}x{p.n}x{p.k}" for p in products}))
 
 
-def _products(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Iterator[_Product]:
+def graph_products(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> list[Product]:
+    """The graph's products by a weight, in the order in which they are computed."""
+    products: list[Product] = []
     position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     for node in gm.graph.nodes:
         linear = _linear(node)
@@ -90,7 +112,7 @@ def _products(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Iterator[_Prod
         if not isinstance(value, torch.Tensor) or not all(isinstance(n, int) for n in value.shape):
             continue
         bias_index = position.get(bias) if isinstance(bias, torch.fx.Node) else None
-        yield _Product(
+        product = Product(
             x=x,
             constants=(index, *(() if bias_index is None else (bias_index,))),
             dtype=dtype_name(value.dtype),
@@ -99,26 +121,15 @@ def _products(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Iterator[_Prod
             k=int(value.shape[-1]),
             bias=bias is not None,
         )
+        products.append(product)
+    return products
 
 
 def _num_bytes(inputs: Sequence[Any], positions: Sequence[int]) -> int:
     return sum(inputs[i].numel() * inputs[i].element_size() for i in positions)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Product:
-    """A product by a weight: of what, and the positions of the weight and, if that is an input too, of the bias."""
-
-    x: torch.fx.Node
-    constants: tuple[int, ...]
-    dtype: str
-    m: int
-    n: int
-    k: int
-    bias: bool
-
-
-def _covers(members: list[_Product], ns: tuple[int, ...]) -> bool:
+def _covers(members: list[Product], ns: tuple[int, ...]) -> bool:
     have = [product.n for product in members]
     return all(have.count(n) >= ns.count(n) for n in ns)
 
