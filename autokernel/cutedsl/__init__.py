@@ -1,0 +1,12 @@
+"""CuTe DSL GEMMs for Hopper and Blackwell: what they may be, how they are compiled ahead of time, kept, loaded and launched.
+
+    config.py    the parameters, and which of them go together
+    spec.py      what decides the machine code of one kernel, and the record that travels with its shared object
+    operators.py, quack.py   the two sources: nvidia-cutlass-operators and quack-kernels (the only imports of either)
+    compiler.py  one kernel, in this process, to a shared object
+    cache.py     shared objects on disk, under their specs' keys
+    objects.py   loading and launching: all that production needs, and the only import of tvm_ffi
+    op.py        torch.ops.autokernel.cute_gemm
+
+Kernels are compiled for any size: dtypes, majors, config and epilogue decide a shared object, rows and columns do not.
+"""

@@ -1,0 +1,132 @@
+"""Parameters of a CuTe DSL GEMM, under the names of search_spaces/, and the rules between them. Imports neither source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+OPERATORS, QUACK = "operators", "quack"
+SOURCES = (OPERATORS, QUACK)
+ROWS, COLUMNS = "rows", "columns"
+ALIGNMENT_BYTES = 16  # of what is contiguous: TMA reads and writes nothing narrower
+DTYPE_LETTERS: Mapping[str, str] = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float8_e4m3fn": "e4m3",
+    "float8_e5m2": "e5m2",
+    "int8": "i8",
+}
+DTYPES = tuple(DTYPE_LETTERS)
+
+# tiles (M, N) of quack's two kinds of kernel on SM90: one tile by two warpgroups, or one by each in turns
+COOPERATIVE_TILES = (
+    (256, 128),
+    (256, 160),
+    (256, 192),
+    (256, 208),
+    (128, 224),
+    (128, 256),
+    (128, 128),
+    (128, 64),
+    (64, 128),
+    (64, 64),
+)
+PINGPONG_TILES = ((128, 128), (128, 160), (128, 192), (128, 208), (192, 128), (64, 128), (64, 256), (64, 64))
+OPERATORS_TILES = ((64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CuteConfig:
+    """One kernel of one source.
+
+    Args:
+        source: "operators" (nvidia-cutlass-operators' persistent kernel) or "quack" (quack-kernels' GEMM).
+        tile_m: rows of a tile of the product as the kernel sees it (columns of the caller's with `swap`).
+        tile_n: its columns.
+        cluster_m: thread blocks of a cluster along M, which share loads of B.
+        cluster_n: along N, which share loads of A.
+        pingpong: two warpgroups with a tile each, of which one computes while the other stores; else both share one. quack.
+        swap: computes the transpose, weights as rows: for few rows.
+        split_k: parts of K, summed in fp32 by the last one to finish. quack.
+        ordered: parts are summed in their order, so that results repeat to the bit; else in that of their arrival.
+        swizzle: most tiles that run side by side before the next row of them, so that they find each other's operands in L2.
+        raster: which neighbours follow each other, "rows" or "columns" of tiles. operators; quack decides it by the shape.
+        fuse: compute the problem's epilogue in the kernel; else it stays behind it. quack.
+    """
+
+    source: str
+    tile_m: int
+    tile_n: int
+    cluster_m: int = 1
+    cluster_n: int = 1
+    pingpong: bool = False
+    swap: bool = False
+    split_k: int = 1
+    ordered: bool = True
+    swizzle: int = 8
+    raster: str = ROWS
+    fuse: bool = False
+
+    def problem(self) -> str | None:
+        """The rule that the parameters break, None if a kernel has them."""
+        tile, cluster = (self.tile_m, self.tile_n), (self.cluster_m, self.cluster_n)
+        if self.source == OPERATORS:
+            if tile not in OPERATORS_TILES:
+                return f"operators has tiles {_listed(OPERATORS_TILES)}, not {tile[0]}x{tile[1]}"
+            if self.pingpong or self.split_k != 1 or self.fuse:
+                return "operators has neither pingpong nor split_k nor fuse on SM90: leave them off"
+        elif self.source == QUACK:
+            tiles = PINGPONG_TILES if self.pingpong else COOPERATIVE_TILES
+            if tile not in tiles:
+                kind = "pingpong" if self.pingpong else "cooperative"
+                return f"quack has {kind} tiles {_listed(tiles)}, not {tile[0]}x{tile[1]}"
+            if self.raster != ROWS:
+                return "quack orders tiles by the shape of the problem: leave raster at rows"
+        else:
+            return f"source must be one of {', '.join(SOURCES)}, not {self.source!r}"
+        if any(size not in (1, 2) for size in cluster):
+            return f"clusters have 1 or 2 blocks along an axis, not {cluster[0]}x{cluster[1]}"
+        if self.split_k < 1 or self.swizzle not in (1, 2, 4, 8) or self.raster not in (ROWS, COLUMNS):
+            given = f"split_k={self.split_k}, swizzle={self.swizzle}, raster={self.raster}"
+            return f"split_k is 1 or more, swizzle 1, 2, 4 or 8, raster rows or columns, not {given}"
+        if self.split_k == 1 and not self.ordered:
+            return "ordered says how parts of K are summed: leave it on with split_k=1"
+        return None
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether two runs agree to the bit."""
+        return self.split_k == 1 or self.ordered
+
+    @classmethod
+    def from_entry(cls, config: Mapping[str, object]) -> CuteConfig:
+        """From a candidate's config, whose names are those of search_spaces/.
+
+        Raises:
+            ValueError: a parameter is missing, not one of ours, or breaks a rule.
+        """
+        given = {name: value for name, value in config.items() if name not in _OF_ENTRIES}
+        names = {field.name for field in fields(cls)}
+        unknown, missing = sorted(set(given) - names), sorted({"source", "tile_m", "tile_n"} - set(given))
+        if unknown or missing:
+            raise ValueError(
+                f"a CuTe DSL kernel takes {', '.join(sorted(names))}; "
+                f"unknown: {', '.join(unknown) or 'none'}, missing: {', '.join(missing) or 'none'}"
+            )
+        values: dict[str, Any] = {
+            name: str(value) if name in ("source", "raster") else bool(value) if name in _FLAGS else int(str(value))
+            for name, value in given.items()
+        }
+        made = cls(**values)
+        if wrong := made.problem():
+            raise ValueError(wrong)
+        return made
+
+
+_FLAGS = ("pingpong", "swap", "ordered", "fuse")
+_OF_ENTRIES = ("merge",)  # what a config says beside the kernel's parameters
+
+
+def _listed(tiles: tuple[tuple[int, int], ...]) -> str:
+    return ", ".join(f"{m}x{n}" for m, n in tiles)

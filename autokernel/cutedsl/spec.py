@@ -1,0 +1,77 @@
+"""What decides the machine code of one kernel (`KernelSpec`), and what is known of its shared object (`ObjectInfo`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from autokernel.cutedsl.config import CuteConfig
+from autokernel.records import ConfigValue, Record, digest_of
+
+REVISION = 1  # of our own part in a shared object: raised, every one is compiled again
+BIAS = "bias"  # first in an epilogue: a vector of N elements, added to each row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelSpec(Record):
+    """A kernel for every problem with these dtypes, majors, config and epilogue; the sizes are its arguments.
+
+    A is [M, K], B [K, N], the result [M, N] row by row; batched ones have a dimension in front. `a_major` and `b_major` name
+    the dimension that is contiguous. `epilogue` names the steps between accumulator and result in order: "bias" first if
+    there is one, then names of `ops.epilogue`.
+    """
+
+    config: Mapping[str, ConfigValue]  # of `CuteConfig.from_entry`
+    dtype: str
+    out_dtype: str
+    a_major: str  # "m" or "k"
+    b_major: str  # "k" or "n"
+    batched: bool = False
+    epilogue: tuple[str, ...] = ()
+    arch: str = "sm_90a"
+    num_units: int = 132  # multiprocessors: some kernels keep in their code how many tiles run at once
+
+    @property
+    def cute(self) -> CuteConfig:
+        """The config, checked."""
+        return CuteConfig.from_entry(self.config)
+
+    def key(self, versions: Mapping[str, str]) -> str:
+        """Names the shared object: hash of the spec, of the compilers' versions, and of our own part in it."""
+        return digest_of([REVISION, self.to_json(), dict(versions)], length=32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch(Record):
+    """How the object's function is called.
+
+    `arguments` is a template of nested lists: strings are the names of tensors ("a", "b", "out", "operand0", ..., with "^T"
+    behind for a transposed view, "semaphore", "workspace", "stream"), numbers and None stand for themselves.
+    `scratch_tile` is given for a kernel that splits K: per tile of the product as the kernel sees it, one int32 that is zero,
+    and tile_m x tile_n fp32 elements, zero unless parts are summed in order. Tiles are counted in whole clusters.
+    """
+
+    function: str
+    arguments: tuple[object, ...]
+    scratch_tile: tuple[int, ...] = ()  # tile_m, tile_n, cluster_m, cluster_n
+    transposed: bool = False  # the kernel's M is the caller's N
+    zeroed_workspace: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo(Record):
+    """One compiled kernel: its spec and key, how to call it, and what must hold before it is loaded."""
+
+    key: str
+    spec: KernelSpec
+    launch: Launch
+    sha256: str  # of the shared object's bytes
+    num_bytes: int
+    machine: str  # of the host code: "x86_64"
+    cuda_major: int  # of the CUDA runtime that it calls
+    versions: Mapping[str, str] = field(default_factory=dict)  # of the compilers: distribution -> version
+    compile_s: float = 0.0
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.key}.so"
