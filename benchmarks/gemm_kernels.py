@@ -49,7 +49,7 @@ class Gemm:
     @property
     def dims(self) -> dict[str, int]:
         """The names that constraints of search spaces read."""
-        dims = {"m": self.m, "n": self.n, "k": self.k, "dtype_bytes": 2}
+        dims = {"m": self.m, "n": self.n, "k": self.k, "dtype_bytes": 2, "num_epilogue": 0}
         return {**dims, "batch": self.batch} if self.op == "bmm" else {**dims, "has_constant_weight": 1}
 
     def stride_a(self) -> tuple[int, ...]:

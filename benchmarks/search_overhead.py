@@ -75,7 +75,9 @@ def run(
         inputs=(TensorSpec.contiguous((512, 4096), "bfloat16"), TensorSpec.contiguous((4096, 4096), "bfloat16")),
         constants=(1,),
     )
-    names = names_for({"m": 512, "n": 4096, "k": 4096, "dtype_bytes": 2, "has_constant_weight": 1}, DEVICES[device])
+    names = names_for(
+        {"m": 512, "n": 4096, "k": 4096, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0}, DEVICES[device]
+    )
     spaces = load_space("mm")
     start = time.perf_counter()
     tuner = Tuner(

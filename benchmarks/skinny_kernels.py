@@ -57,7 +57,7 @@ def key_of(config: Mapping[str, Any]) -> Key:
 def space_of(gemm: Gemm) -> BoundSpace:
     """The package's own search space, bound to a problem on an H200."""
     facts = DeviceFacts(device="cuda", isa="sm_90", num_units=NUM_UNITS, smem_bytes=SHARED_BYTES, l2_bytes=L2_BYTES)
-    dims = {"m": gemm.m, "n": gemm.n, "k": gemm.k, "dtype_bytes": 2, "has_constant_weight": 1}
+    dims = {"m": gemm.m, "n": gemm.n, "k": gemm.k, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0}
     return load_space("mm", ROOT / "search_spaces")["triton"].bind(names_for(dims, facts))
 
 

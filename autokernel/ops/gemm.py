@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autokernel.ops.base import Site
 from autokernel.ops.epilogue import apply_epilogue, find_epilogue
 from autokernel.ops.matching import consumers_of, is_constant, op_name, producers_of, site_name, tensor_spec
-from autokernel.records import DTYPE_BYTES, ConfigValue, Problem
+from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +24,16 @@ class Gemm:
     name: str
     num_operands: int  # 2, or 3 with what is added
 
+    @property
+    def target(self) -> str:
+        """What a graph calls it."""
+        return f"aten.{self.name}"
+
     def dims(self, problem: Problem) -> Mapping[str, int]:
-        """`batch`, `m`, `n`, `k`, `dtype_bytes`, and `has_constant_weight` (1 if the right matrix is a constant)."""
+        """`batch`, `m`, `n`, `k`, `dtype_bytes`, `has_constant_weight` (1 if the right matrix is a constant), and `num_epilogue`.
+
+        The last is how many steps follow the product, what is added by the op itself included.
+        """
         left, right = problem.inputs[self.num_operands - 2 : self.num_operands]
         return {
             "batch": left.shape[0] if len(left.shape) == 3 else 1,
@@ -34,6 +42,7 @@ class Gemm:
             "k": left.shape[-1],
             "dtype_bytes": DTYPE_BYTES[left.dtype],
             "has_constant_weight": int(self.num_operands - 1 in problem.constants),
+            "num_epilogue": self.num_operands - 2 + len(problem.epilogue),
         }
 
     def flops(self, problem: Problem) -> int:
@@ -50,34 +59,66 @@ class Gemm:
     def find(self, graph: Graph, constants: frozenset[str], device: str) -> list[Site]:
         """Sites of this op, each with the longest epilogue that can be fused (see `Op.find`)."""
         order = {node: position for position, node in enumerate(graph.nodes)}
-        sites = (self._site(node, order, constants, device) for node in graph.nodes if op_name(node) == f"aten.{self.name}")
+        sites = (
+            make_site(self.name, node, node.args[: self.num_operands], scalars_of(node), order, constants, device)  # type: ignore[arg-type]
+            for node in graph.nodes
+            if op_name(node) == self.target and self._fits(node)
+        )
         return [site for site in sites if site is not None]
 
-    def _site(self, node: Node, order: Mapping[Node, int], constants: frozenset[str], device: str) -> Site | None:
-        operands = list(node.args[: self.num_operands])
-        epilogue = find_epilogue(node, order)
-        specs = [tensor_spec(operand) for operand in operands]  # type: ignore[arg-type]
-        known = [spec for spec in specs if spec is not None]
-        if len(known) != len(specs) or tensor_spec(node) is None or not _same_dtype(node):
-            return None
-        nodes: list[Node] = [*operands, *epilogue.operands]  # type: ignore[list-item]
-        problem = Problem(
-            op=self.name,
-            inputs=(*known, *epilogue.operand_specs),
-            device=device,
-            constants=tuple(i for i, operand in enumerate(nodes) if is_constant(operand, constants)),
-            scalars=scalars_of(node),
-            epilogue=epilogue.names,
-        )
-        return Site(
-            problem=problem,
-            name=site_name(node),
-            producers=producers_of(nodes, constants),
-            consumers=consumers_of(epilogue.last),
-        )
+    def _fits(self, node: Node) -> bool:
+        """Whether operands and result have the dtypes of this op."""
+        return _same_dtype(node)
 
     def _finish(self, problem: Problem, value: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (apply_epilogue(problem.epilogue, value, inputs[self.num_operands :]),)
+
+
+def make_site(
+    op: str,
+    node: Node,
+    operands: Sequence[Node],
+    scalars: tuple[tuple[str, ConfigValue], ...],
+    order: Mapping[Node, int],
+    constants: frozenset[str],
+    device: str,
+) -> Site | None:
+    """The site of a GEMM with the longest epilogue that can be fused; None where sizes are not known.
+
+    Args:
+        op: name of the op.
+        node: the GEMM.
+        operands: its inputs in the order of the problem's.
+        scalars: of the problem.
+        order: position of every node in the graph.
+        constants: names of placeholder nodes that are parameters or buffers.
+        device: "cpu" or "cuda".
+    """
+    epilogue = find_epilogue(node, order)
+    specs = [tensor_spec(operand) for operand in operands]
+    known = [spec for spec in specs if spec is not None]
+    if len(known) != len(specs) or tensor_spec(node) is None:
+        return None
+    nodes = [*operands, *epilogue.operands]
+    problem = Problem(
+        op=op,
+        inputs=(*known, *epilogue.operand_specs),
+        device=device,
+        constants=tuple(i for i, operand in enumerate(nodes) if is_constant(operand, constants)),
+        scalars=scalars,
+        epilogue=epilogue.names,
+    )
+    return Site(
+        problem=problem,
+        name=site_name(node),
+        producers=producers_of(nodes, constants),
+        consumers=consumers_of(epilogue.last),
+    )
+
+
+def k_major(left: TensorSpec, right: TensorSpec) -> bool:
+    """Whether K is the contiguous dimension of both matrices, [M, K] and [K, N]."""
+    return left.stride[1] == 1 and right.stride[0] == 1
 
 
 def scalars_of(node: Node) -> tuple[tuple[str, ConfigValue], ...]:

@@ -35,7 +35,9 @@ class MergedMm:
         return tuple([torch.mm(x, weight) for weight in weights])
 
     def dims(self, problem: Problem) -> Mapping[str, int]:
-        """As of one product with `n` columns in all; `num_parts` weights, the narrowest with `min_n` columns."""
+        """As of one product with `n` columns in all; `num_parts` weights, the narrowest with `min_n` columns. `num_epilogue` is
+        the number of steps behind it; biases are the parts' own.
+        """
         x, columns = problem.inputs[0], [weight.shape[1] for weight in weights_of(problem)]
         return {
             "batch": 1,
@@ -46,6 +48,7 @@ class MergedMm:
             "has_constant_weight": 1,
             "num_parts": len(columns),
             "min_n": min(columns),
+            "num_epilogue": len(problem.epilogue),
         }
 
     def flops(self, problem: Problem) -> int:

@@ -69,7 +69,7 @@ def test_illegal_configs_are_refused(problem: Problem, changes: dict[str, Config
 @pytest.mark.parametrize("op", ["mm", "addmm", "merged_mm"])
 @pytest.mark.parametrize("m", [1, 17, 128])
 def test_every_config_of_the_space_is_one_that_the_kernel_takes(op: str, m: int) -> None:
-    dims = {"m": m, "n": N, "k": K, "dtype_bytes": 2, "has_constant_weight": 1}
+    dims = {"m": m, "n": N, "k": K, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0}
     bound = load_space(op)["triton"].bind(names_for(dims, H200))
     default = bound.default()
     assert default is not None
@@ -83,5 +83,5 @@ def test_every_config_of_the_space_is_one_that_the_kernel_takes(op: str, m: int)
 
 @pytest.mark.parametrize("changed", [{"m": 129}, {"dtype_bytes": 4}, {"n": 2**20}], ids=str)
 def test_there_is_nothing_to_search_for_other_problems(changed: dict[str, int]) -> None:
-    dims = {"m": 16, "n": N, "k": K, "dtype_bytes": 2, "has_constant_weight": 1, **changed}
+    dims = {"m": 16, "n": N, "k": K, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0, **changed}
     assert not list(load_space("mm")["triton"].bind(names_for(dims, H200)).enumerate(1))

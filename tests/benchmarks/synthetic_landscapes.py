@@ -39,7 +39,7 @@ def made_up_landscape(name: str, m: int, n: int, k: int, count: int = 400) -> La
     from autokernel.search.space import names_for
     from autokernel.search.space_file import load_space
 
-    names = names_for({"m": m, "n": n, "k": k, "batch": 1, "dtype_bytes": 2, "has_constant_weight": 1}, H200)
+    names = names_for({"m": m, "n": n, "k": k, "batch": 1, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0}, H200)
     configs = [c for c in load_space("mm", ROOT / "search_spaces")["inductor"].enumerate(names) if c["template"] == "mm"]
     chosen = random.Random(name).sample(configs, min(count, len(configs)))
     rows = []

@@ -74,7 +74,7 @@ def test_costs() -> None:
         constants=(1,),
     )
     op = get_op("mm")
-    assert op.dims(mm) == {"batch": 1, "m": 4, "n": 6, "k": 8, "dtype_bytes": 2, "has_constant_weight": 1}
+    assert op.dims(mm) == {"batch": 1, "m": 4, "n": 6, "k": 8, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0}
     assert op.flops(mm) == 2 * 4 * 6 * 8
     assert op.num_bytes(mm) == 2 * (4 * 8 + 8 * 6 + 4 * 6)
     broadcast = Problem(

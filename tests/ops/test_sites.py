@@ -141,7 +141,7 @@ def test_biased_products_merge_with_their_biases_and_not_with_others(post_grad: 
     assert [spec.shape for spec in merged.problem.inputs] == [(4, 32), (32, 64), (32, 16), (64,), (16,)]
     assert merged.problem.constants == (1, 2, 3, 4)
     assert get_op("merged_mm").dims(merged.problem) | {"min_n": 16} == {
-        "batch": 1, "m": 4, "n": 80, "k": 32, "dtype_bytes": 2, "has_constant_weight": 1, "num_parts": 2, "min_n": 16,
+        "batch": 1, "m": 4, "n": 80, "k": 32, "dtype_bytes": 2, "has_constant_weight": 1, "num_parts": 2, "min_n": 16, "num_epilogue": 0,
     }  # fmt: skip
 
 

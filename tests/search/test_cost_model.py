@@ -17,7 +17,9 @@ CONFIG = {"template": "mm", "BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_s
 
 
 def names(m: int, n: int, k: int, batch: int = 1) -> dict[str, int | str]:
-    return dict(names_for({"m": m, "n": n, "k": k, "batch": batch, "dtype_bytes": 2, "has_constant_weight": 1}, H200))
+    return dict(
+        names_for({"m": m, "n": n, "k": k, "batch": batch, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0}, H200)
+    )
 
 
 def feature(name: str, m: int = 2048, n: int = 4096, k: int = 4096, **changed: int | str) -> float:

@@ -32,7 +32,7 @@ def problem(m: int, n: int, k: int, dtype: str = "bfloat16", device: str = "cpu"
 
 def context(p: Problem, facts: DeviceFacts, history: tuple[Evaluation, ...] = ()) -> SeedContext:
     (m, k), n = p.inputs[-2].shape[-2:], p.inputs[-1].shape[-1]
-    dims = {"m": m, "n": n, "k": k, "dtype_bytes": DTYPE_BYTES[p.inputs[-1].dtype]}
+    dims = {"m": m, "n": n, "k": k, "dtype_bytes": DTYPE_BYTES[p.inputs[-1].dtype], "num_epilogue": int(p.op == "addmm")}
     dims |= {"batch": 8} if p.op == "bmm" else {"has_constant_weight": 1}
     return SeedContext(problem=p, spaces=load_space(p.op), names=names_for(dims, facts), history=history)
 

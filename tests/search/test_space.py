@@ -77,7 +77,15 @@ def test_random_and_nearest_are_legal_everywhere() -> None:
         for space in load_space(op).values():
             for _ in range(12):
                 m, n, k = (rng.choice((1, 3, 16, 100, 512, 4096)) for _ in range(3))
-                sizes = {"m": m, "n": n, "k": k, "batch": 4, "dtype_bytes": rng.choice((2, 4)), "has_constant_weight": 1}
+                sizes = {
+                    "m": m,
+                    "n": n,
+                    "k": k,
+                    "batch": 4,
+                    "dtype_bytes": rng.choice((2, 4)),
+                    "has_constant_weight": 1,
+                    "num_epilogue": 0,
+                }
                 names = names_for(sizes, rng.choice((CPU, GPU)))
                 config = space.random(rng, names)
                 assert (config is None) == (space.count(names, limit=1) == 0)
@@ -203,13 +211,13 @@ def test_the_packages_own_spaces() -> None:
         assert "aten" in spaces
         for threads in (1, 2, 96):
             names = names_for(
-                {"m": 8, "n": 256, "k": 512, "batch": 2, "dtype_bytes": 2, "has_constant_weight": 1},
+                {"m": 8, "n": 256, "k": 512, "batch": 2, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0},
                 DeviceFacts(device="cpu", threads=threads),
             )
             for config in itertools.islice(spaces.get("inductor", spaces["aten"]).enumerate(names), 500):
                 factors = [config.get(f"threads_{axis}", 0) for axis in "mnk"]
                 assert factors == [0, 0, 0] or factors[0] * factors[1] * factors[2] == threads  # type: ignore[operator]
-    names = names_for({"m": 8, "n": 8, "k": 8, "dtype_bytes": 2, "has_constant_weight": 0}, CPU)
+    names = names_for({"m": 8, "n": 8, "k": 8, "dtype_bytes": 2, "has_constant_weight": 0, "num_epilogue": 0}, CPU)
     assert list(load_space("mm")["aten"].enumerate(names)) == [{"prepack": False}]
     assert load_space("mm")["inductor"].count(names) == 0  # the C++ template needs a constant weight
 
@@ -220,7 +228,7 @@ def test_the_packages_own_spaces() -> None:
 )
 def test_templates_of_a_gpu_are_hundreds_and_fit(op: str, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
-    names = names_for({"m": m, "n": n, "k": k, "batch": 8, "dtype_bytes": 2, "has_constant_weight": 1}, GPU)
+    names = names_for({"m": m, "n": n, "k": k, "batch": 8, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0}, GPU)
     configs = list(load_space(op)["inductor"].enumerate(names))
     tiles = [config for config in configs if config["template"] != "decompose_k"]
     assert 140 <= len(tiles) <= 1500

@@ -18,7 +18,8 @@ PROBLEM = Problem(
     constants=(1,),
 )
 NAMES = names_for(
-    {"m": 8, "n": 512, "k": 256, "dtype_bytes": 2, "has_constant_weight": 1}, DeviceFacts(device="cpu", threads=2)
+    {"m": 8, "n": 512, "k": 256, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0},
+    DeviceFacts(device="cpu", threads=2),
 )
 
 

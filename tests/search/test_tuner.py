@@ -32,7 +32,7 @@ PROBLEM = Problem(
     inputs=(TensorSpec.contiguous((128, 256), "bfloat16"), TensorSpec.contiguous((256, 512), "bfloat16")),
     constants=(1,),
 )
-NAMES = names_for({"m": 128, "n": 512, "k": 256, "dtype_bytes": 2, "has_constant_weight": 1}, CPU)
+NAMES = names_for({"m": 128, "n": 512, "k": 256, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0}, CPU)
 
 
 def spaces() -> dict[str, Space]:
@@ -358,7 +358,8 @@ def test_a_changed_space_starts_a_study_beside_the_old_one(tmp_path: Path, evalu
     t = tuner(storage=url, study_name="s", max_trials=5)
     drive(t, evaluate)
     other = names_for(
-        {"m": 1, "n": 512, "k": 256, "dtype_bytes": 2, "has_constant_weight": 1}, DeviceFacts(device="cpu", threads=2)
+        {"m": 1, "n": 512, "k": 256, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0},
+        DeviceFacts(device="cpu", threads=2),
     )
     changed = tuner(storage=url, study_name="s", names=other)
     assert changed.num_finished == 0

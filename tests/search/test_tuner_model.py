@@ -24,7 +24,9 @@ PROBLEM = Problem(
     ),
     constants=(1,),
 )
-NAMES = names_for({"m": 16, "n": 4096, "k": 4096, "batch": 1, "dtype_bytes": 2, "has_constant_weight": 1}, H200)
+NAMES = names_for(
+    {"m": 16, "n": 4096, "k": 4096, "batch": 1, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0}, H200
+)
 
 
 def prefers(name: str, threshold: float) -> CostModel:
