@@ -19,6 +19,10 @@ class BundleError(AutokernelError):
     """A bundle is missing, damaged, or of a format this version does not read."""
 
 
+class CompileError(AutokernelError):
+    """A kernel could not be compiled: it is refused, or what it takes is not installed."""
+
+
 class StorageError(AutokernelError):
     """The run's folder, journal or study cannot be read or written."""
 

@@ -9,7 +9,10 @@ from autokernel.cutedsl.config import CuteConfig
 from autokernel.records import ConfigValue, Record, digest_of
 
 REVISION = 1  # of our own part in a shared object: raised, every one is compiled again
-BIAS = "bias"  # first in an epilogue: a vector of N elements, added to each row
+BIAS = "bias"  # a vector of N elements, added to each row
+SCALE_A, SCALE_B = "scale_a", "scale_b"  # fp32 vectors of M and of N elements, by which rows and columns are multiplied
+TENSOR_SCALE_A, TENSOR_SCALE_B = "tensor_scale_a", "tensor_scale_b"  # fp32 tensors of one element, [1]
+MATRICES = ("add", "mul")  # names of `ops.epilogue` with an operand like the result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,8 +20,8 @@ class KernelSpec(Record):
     """A kernel for every problem with these dtypes, majors, config and epilogue; the sizes are its arguments.
 
     A is [M, K], B [K, N], the result [M, N] row by row; batched ones have a dimension in front. `a_major` and `b_major` name
-    the dimension that is contiguous. `epilogue` names the steps between accumulator and result in order: "bias" first if
-    there is one, then names of `ops.epilogue`.
+    the dimension that is contiguous. `epilogue` names the steps between accumulator and result in order: scales first if
+    there are any, then "bias", then names of `ops.epilogue`. Operands have the result's dtype, scales are fp32.
     """
 
     config: Mapping[str, ConfigValue]  # of `CuteConfig.from_entry`
@@ -35,6 +38,11 @@ class KernelSpec(Record):
     def cute(self) -> CuteConfig:
         """The config, checked."""
         return CuteConfig.from_entry(self.config)
+
+    def operands(self) -> dict[str, str]:
+        """What the epilogue's operands are called in a `Launch` -> the epilogue's name that takes it, in order."""
+        takers = (BIAS, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, *MATRICES)
+        return {f"operand{i}": name for i, name in enumerate(name for name in self.epilogue if name in takers)}
 
     def key(self, versions: Mapping[str, str]) -> str:
         """Names the shared object: hash of the spec, of the compilers' versions, and of our own part in it."""

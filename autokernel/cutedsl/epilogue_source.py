@@ -1,0 +1,141 @@
+"""What quack computes between accumulator and result: a function made of a spec's epilogue names, and its operands' kinds.
+
+Everything is fp32. The function is composed, not written out: quack traces it, and fingerprints what it is composed of.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cutlass import Float32, cute
+from cutlass._mlir.dialects import arith
+from quack import activation
+from quack.compile_utils import make_fake_tensor
+from quack.epilogue import gemm_epilogue
+from quack.epilogue.math import F2
+from quack.epilogue.ops import ColVecLoad, EpiOp, RowVecLoad, TileLoad
+
+from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, KernelSpec
+
+_SUMS = (BIAS, "add")
+_VECTORS = {BIAS: RowVecLoad, SCALE_A: ColVecLoad, SCALE_B: RowVecLoad}
+
+
+class OneElement(EpiOp):  # type: ignore[misc]
+    """A tensor of one fp32 element as a number, read on the device. quack's own takes an address, which holds no tensor."""
+
+    fn_port = "scalar"
+
+    def host_fake_arg(self, key: Any, fctx: Any) -> Any:
+        dtype, _ = key
+        return make_fake_tensor(dtype, (1,), leading_dim=0, divisibility=1)
+
+    def param_fields(self) -> list[tuple[str, object, None]]:
+        return [(self.name, object, None)]
+
+    def to_params(self, gemm: Any, args: Any) -> dict[str, Any]:
+        return {self.name: getattr(args, self.name)}
+
+    def begin(self, gemm: Any, param: Any, smem_tensor: Any, ctx: Any) -> Any:
+        return param[0]
+
+
+def epilogue_of(spec: KernelSpec, *, swapped: bool = False) -> Any:
+    """quack's epilogue for a spec.
+
+    Args:
+        spec: whose epilogue is asked for.
+        swapped: the kernel is given the transposed problem, so that its rows are the caller's columns.
+    """
+    pins: dict[str, Any] = {}
+    for operand, name in spec.operands().items():
+        if name in MATRICES:
+            pins[operand] = TileLoad(operand)  # which quack would not recognise in a kernel that swaps
+        elif name in (TENSOR_SCALE_A, TENSOR_SCALE_B):
+            pins[operand] = OneElement(operand)
+        elif name in _VECTORS:
+            along_n = (_VECTORS[name] is RowVecLoad) != swapped
+            pins[operand] = (RowVecLoad if along_n else ColVecLoad)(operand)
+    return gemm_epilogue(ops=pins)(composed(spec, ACTIVATIONS))
+
+
+def composed(spec: KernelSpec, activations: Mapping[str, Callable[[Any], Any]]) -> Callable[..., dict[str, Any]]:
+    """The function of the accumulator and, by name, the operands that quack traces.
+
+    Args:
+        spec: whose epilogue is asked for.
+        activations: what the names without an operand do.
+    """
+    unnamed = iter(spec.operands())
+    steps = tuple((name, activations.get(name) or next(unnamed)) for name in spec.epilogue)
+
+    def function(acc: Any, **operands: Any) -> dict[str, Any]:
+        value = acc
+        for name, step in steps:
+            if callable(step):
+                value = step(value)
+            elif name in _SUMS:
+                value = value + operands[step]
+            else:
+                value = value * operands[step]
+        return {"D": value}
+
+    # quack asks the signature for operands. It knows a function of an installed package by its name alone, so that the name
+    # has to tell epilogues apart.
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in ("acc", *spec.operands())]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__name__ = function.__qualname__ = "_".join(spec.epilogue) or "plain"
+    return function
+
+
+def gelu_tanh(x: Any, sigmoid: Callable[[Any], Any]) -> Any:
+    """x (1 + tanh z) / 2 as x sigmoid(2 z): the hardware's tanh is good to 11 bits only, which 1 + tanh z loses below -2."""
+    z = (x * x * x * 0.044715 + x) * math.sqrt(2 / math.pi)
+    return x * sigmoid(z + z)
+
+
+def _relu(x: Any) -> Any:
+    """Unlike quack's it hands NaN on, as torch does."""
+    if isinstance(x, tuple):
+        return F2(*(_relu(lane) for lane in x))
+    return Float32(arith.maximumf(Float32(x).ir_value(), Float32(0.0).ir_value()))
+
+
+def _tanh(x: Any) -> Any:
+    """Without `fastmath`, which is the hardware's."""
+    return F2(*(cute.math.tanh(lane) for lane in x)) if isinstance(x, tuple) else cute.math.tanh(x)
+
+
+def _sigmoid(x: Any) -> Any:
+    return _lanes(activation.sigmoid(x))
+
+
+def _silu(x: Any) -> Any:
+    return _lanes(activation.silu(x))
+
+
+def _gelu(x: Any) -> Any:
+    return _lanes(activation.gelu_erf(x))
+
+
+def _gelu_tanh(x: Any) -> Any:
+    return gelu_tanh(x, _sigmoid)
+
+
+def _lanes(value: Any) -> Any:
+    """On SM100 values are pairs: quack's functions return plain tuples, on which arithmetic is that of tuples."""
+    return F2(*value) if isinstance(value, tuple) else value
+
+
+ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
+    "relu": _relu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+    "sigmoid": _sigmoid,
+    "tanh": _tanh,
+}

@@ -1,0 +1,93 @@
+"""Kernels of quack-kernels: the only import of it, with `epilogue_source`. Import it with `compiler.environment` set.
+
+quack compiles through its epilogue frontend for any sizes; what it would pass at each call is written down as a `Launch`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from quack.cute_dsl_utils import get_max_active_clusters
+from quack.gemm_config import SplitKMode, cta_tile_shape_m
+
+from autokernel.cutedsl.epilogue_source import epilogue_of
+from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, KernelSpec, Launch
+
+
+def compile_spec(
+    spec: KernelSpec, matrices: tuple[torch.Tensor, torch.Tensor, torch.Tensor], function: str
+) -> tuple[Any, Launch]:
+    """One kernel on SM90 or SM100.
+
+    Args:
+        spec: whose config fits its architecture.
+        matrices: a, b and the result, of any legal size: examples.
+        function: what the kernel is to be called.
+
+    Returns:
+        What has `export_to_c`, and how to call it.
+    """
+    config = spec.cute
+    a, b, out = matrices
+    # quack swaps when it traces, so that nothing is transposed at a call; with parts of K it does not: there we do
+    by_hand = config.swap and config.split_k > 1
+    if by_hand:
+        a, b, out = b.mT, a.mT, out.mT
+    plan = epilogue_of(spec, swapped=by_hand).gemm(
+        a,
+        b,
+        out,
+        epi_args=_operands(spec, matrices[2], by_hand),
+        tile_M=config.tile_m,
+        tile_N=config.tile_n,
+        cluster_M=config.cluster_m,
+        cluster_N=config.cluster_n,
+        pingpong=config.pingpong,
+        max_swizzle_size=config.swizzle,
+        b_kn=True,
+        swap_ab=config.swap and not by_hand,
+        split_k=config.split_k,
+        split_k_mode=SplitKMode.SERIAL if config.ordered else SplitKMode.PARALLEL,
+        _launch=False,
+    )
+    return plan.compiled_fn, _launch(spec, plan.gemm_cls.EpilogueArguments._fields, function, by_hand)
+
+
+def _operands(spec: KernelSpec, out: torch.Tensor, transposed: bool) -> dict[str, torch.Tensor]:
+    """Examples of the epilogue's operands, [M, N] as the caller has it unless `transposed`."""
+    made: dict[str, torch.Tensor] = {}
+    for operand, name in spec.operands().items():
+        if name in MATRICES:
+            made[operand] = torch.empty_like(out.mT if transposed else out)
+        elif name == BIAS:
+            made[operand] = torch.empty(out.shape[-1], dtype=out.dtype)
+        else:
+            size = {SCALE_A: out.shape[-2], "scale_b": out.shape[-1]}.get(name, 1)
+            made[operand] = torch.empty(size, dtype=torch.float32)
+    return made
+
+
+def _launch(spec: KernelSpec, fields: tuple[str, ...], function: str, by_hand: bool) -> Launch:
+    """How quack's own `run_gemm_epi_plan` would call the kernel."""
+    config = spec.cute
+    mark = "^T" if by_hand else ""
+    first, second = ("b", "a") if config.swap else ("a", "b")
+    epilogue: list[object] = []
+    for field in fields:
+        if field in spec.operands():
+            epilogue.append(field + mark)
+        else:
+            scratch = {"split_k_semaphore": "semaphore", "split_k_workspace": "workspace"}
+            epilogue.append(scratch[field] if config.split_k > 1 else None)
+    clusters = get_max_active_clusters(config.cluster_m * config.cluster_n)
+    scheduler = (clusters, None, config.swizzle, None, None, None)
+    arguments = (first + mark, second + mark, "out" + mark, None, tuple(epilogue), scheduler, None, None, None)
+    tile_m = cta_tile_shape_m(config.tile_m, config.cluster_m, int(spec.arch[3:-2]))
+    return Launch(
+        function=function,
+        arguments=arguments,
+        scratch_tile=(tile_m, config.tile_n, config.cluster_m, config.cluster_n) if config.split_k > 1 else (),
+        transposed=config.swap,
+        zeroed_workspace=config.split_k > 1 and not config.ordered,
+    )
