@@ -14,7 +14,7 @@ from autokernel.backends import Built, Refused
 from autokernel.backends.compiled import build, refuse_without_constant_weight
 from autokernel.records import Candidate, ConfigValue, Problem
 
-GEMM_OPS = ("mm", "addmm", "bmm", "baddbmm", "merged_mm")
+GEMM_OPS = ("mm", "addmm", "bmm", "baddbmm", "merged_mm", "scaled_mm", "int_mm")
 
 
 class AtenBackend:

@@ -185,7 +185,7 @@ def _example(problem: Problem, index: int) -> torch.Tensor:
     out = torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=problem.device)
     if problem.device == "cuda":  # filling it would launch a kernel, and nothing is going to read it
         return out
-    return out.normal_() if dtype.is_floating_point else out.zero_()
+    return out.normal_() if dtype.is_floating_point and dtype.itemsize > 1 else out.zero_()  # 8 bits have no random numbers
 
 
 def _first_line(error: BaseException) -> str:

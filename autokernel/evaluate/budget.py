@@ -59,8 +59,10 @@ class Errors:
 def expectation_bytes(op: Op, problem: Problem, num_references: int) -> int:
     """Least memory that this many references of a problem take."""
     dtype = problem.inputs[0].dtype
-    outputs = max(0, op.num_bytes(problem) - sum(spec.num_bytes for spec in problem.inputs)) // DTYPE_BYTES[dtype]
-    return num_references * outputs * (8 if DTYPE_BYTES[dtype] > 2 else 4)
+    out_bytes = op.dims(problem).get("out_bytes", DTYPE_BYTES[dtype])
+    outputs = max(0, op.num_bytes(problem) - sum(spec.num_bytes for spec in problem.inputs)) // out_bytes
+    kept_bytes = (8 if out_bytes > 2 else 4) if dtype.startswith(("float", "bfloat")) else out_bytes
+    return num_references * outputs * kept_bytes
 
 
 def run_reference(op: Op, problem: Problem, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

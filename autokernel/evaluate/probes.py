@@ -2,6 +2,9 @@
 
 Non-constant inputs vary by draw; constants (weights) are drawn once per copy. Copy 0's constants repeat their first half
 along the contraction, so that the draw "cancellation" really cancels there and a lost fp32 accumulation shows.
+
+Where matrices have scales (8-bit floating point), these are positive and finite in every draw, and it is they that keep the
+result as large as the activations: the matrices themselves are as a quantizer leaves them, well within what 8 bits can hold.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autokernel.evaluate.caches import cache_bytes
+from autokernel.ops.scaled_mm import scales_of
 from autokernel.records import Problem, TensorSpec
 
 if TYPE_CHECKING:
@@ -150,12 +154,16 @@ def _constant(problem: Problem, position: int, seed: int, device: str | None, *,
     generator = _Generator(spec, derived_seed(seed, "constant", position), device or problem.device)
     if not _is_float(spec):
         return generator.place(generator.integers(problem, "model"))
-    values = generator.normal()
     k = contraction_size(problem)
+    scales = scales_of(problem)
+    if position in scales:
+        return generator.place(generator.positive() / (math.sqrt(k) if position == max(scales) else 1))
+    values = generator.normal()
     if len(spec.shape) < 2:
         values = values / 2  # biases and gains of norms
     else:
-        values = values / math.sqrt(k if k in spec.shape else spec.shape[-1])
+        if not scales or position > max(scales):
+            values = values / math.sqrt(k if k in spec.shape else spec.shape[-1])
         if paired:
             values = _pair(values, k)
     return generator.place(values)
@@ -166,6 +174,8 @@ def _variable(problem: Problem, position: int, seed: int, draw: str, device: str
     generator = _Generator(spec, derived_seed(seed, draw, "input", position), device or problem.device)
     if not _is_float(spec):
         return generator.place(generator.integers(problem, draw))
+    if position in scales_of(problem):
+        return generator.place(generator.positive() * scale)
     values = generator.normal() * scale
     first = next((i for i in range(len(problem.inputs)) if i not in problem.constants), position)
     if draw == "zero_rows":
@@ -219,6 +229,10 @@ class _Generator:
         import torch
 
         return torch.randn(self._distinct, generator=self._random, device=self._device, dtype=torch.float32)
+
+    def positive(self) -> torch.Tensor:
+        """Around one, mostly within a factor of two."""
+        return self.normal().mul_(0.5).exp2_()
 
     def integers(self, problem: Problem, draw: str) -> torch.Tensor:
         """Integers of the dtype's range; those wide enough for indices stay within every table of the problem."""

@@ -2,6 +2,7 @@
 
 Inside Inductor a GEMM has lost its epilogue and its weight may already be packed, so an entry is looked up by what
 survives: dtype, sizes, and whether there is a bias. When two entries share that, the first one (the heavier hotspot) wins.
+Products of 8 bits are told from plain ones, and from each other by what is done with their sums (`Gemm.kind`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from autokernel.export.bundle import Entry
+from autokernel.ops.scaled_mm import has_bias, scaling_of
 from autokernel.records import Problem, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Gemm:
-    """What identifies a GEMM during compilation: `ns` has one N per output (several where GEMMs share their input)."""
+    """What identifies a GEMM during compilation: `ns` has one N per output (several where GEMMs share their input).
+
+    `kind` is empty for a plain product, whose factors and result share one dtype; see `INTEGER` and `scaled_kind`.
+    """
 
     dtype: str
     batch: int
@@ -23,10 +28,27 @@ class Gemm:
     ns: tuple[int, ...]
     k: int
     bias: bool
+    kind: str = ""
 
     def __str__(self) -> str:
         shape = f"{self.batch}x" if self.batch != 1 else ""
-        return f"{self.dtype} {shape}{self.m}x{'+'.join(map(str, self.ns))}x{self.k}{' + bias' if self.bias else ''}"
+        kind = f" {self.kind}" if self.kind else ""
+        return f"{self.dtype} {shape}{self.m}x{'+'.join(map(str, self.ns))}x{self.k}{kind}{' + bias' if self.bias else ''}"
+
+
+INTEGER = "-> int32"  # kind of a product of int8 matrices
+
+
+def scaled_kind(right_dtype: str, scaling: str, out_dtype: str, use_fast_accum: bool) -> str:
+    """The kind of a scaled product of 8-bit floating-point matrices.
+
+    Args:
+        right_dtype: of the right matrix; the left one's is the GEMM's.
+        scaling: "tensor" or "row" (`ops.scaled_mm`).
+        out_dtype: of the result.
+        use_fast_accum: whether sums may have fewer bits than fp32 has.
+    """
+    return f"x {right_dtype}, scaled by {scaling} -> {out_dtype}{', fast' if use_fast_accum else ''}"
 
 
 def gemm_of(problem: Problem) -> Gemm | None:
@@ -48,6 +70,15 @@ def gemm_of(problem: Problem) -> Gemm | None:
         m, k = specs[0].shape
         weights = weights_of_merged(problem)
         return Gemm(specs[0].dtype, 1, m, tuple(spec.shape[1] for spec in weights), k, len(weights) < len(specs) - 1)
+    if problem.op == "int_mm":
+        (m, k), (_, n) = specs[0].shape, specs[1].shape
+        return Gemm(specs[0].dtype, 1, m, (n,), k, False, INTEGER)
+    if problem.op == "scaled_mm":
+        (m, k), (_, n) = specs[0].shape, specs[1].shape
+        scalars = dict(problem.scalars)
+        scaling, out_dtype, fast = scaling_of(*specs[:4]), str(scalars["out_dtype"]), bool(scalars["use_fast_accum"])
+        kind = scaled_kind(specs[1].dtype, str(scaling), out_dtype, fast)
+        return Gemm(specs[0].dtype, 1, m, (n,), k, has_bias(problem), kind)
     return None
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class SubstitutionPass(CustomGraphPass):
         sites = []
         for node in graph.nodes:
             gemm = gemm_of_node(node)
-            entry = find_entry(self.plan, gemm) if gemm is not None else None
+            entry = find_entry(self.plan, gemm) if gemm is not None and not gemm.kind else None
             site = self._site(node, gemm, entry) if gemm is not None and entry is not None else None
             if site is not None:
                 sites.append(site)
@@ -113,7 +113,7 @@ def find_entry(plan: Plan, gemm: Gemm) -> Entry | None:
     for entry, known in plan.ranged():
         n = (sum(known.ns),) if entry.config.get("merge") == "concat" else known.ns
         first, last = int(entry.config["m_min"]), int(entry.config["m_max"])
-        same = (known.dtype, known.batch, n, known.k, known.bias) == (gemm.dtype, gemm.batch, gemm.ns, gemm.k, gemm.bias)
+        same = replace(known, m=gemm.m, ns=n) == gemm
         if same and first <= gemm.m <= last and is_substituted(entry):
             return entry
     return None

@@ -21,9 +21,10 @@ from torch._inductor.select_algorithm import NoValidChoicesError, TritonTemplate
 from torch._inductor.virtualized import V
 
 from autokernel.export.bundle import Entry
-from autokernel.export.matching import Gemm, is_transposed
+from autokernel.export.matching import INTEGER, Gemm, is_transposed, scaled_kind
 from autokernel.export.pins import dtype_name
 from autokernel.export.plan import Plan
+from autokernel.ops.scaled_mm import ScaledCall
 from autokernel.records import ConfigValue
 
 aten = torch.ops.aten
@@ -49,7 +50,7 @@ class TemplatePass(CustomGraphPass):
             return
         for node in list(graph.nodes):
             gemm = gemm_of_node(node)
-            entry = self.plan.find_or_merged(gemm) if gemm is not None else None
+            entry = self.plan.find_or_merged(gemm) if gemm is not None and not gemm.kind else None
             if entry is None or not has_template(entry):
                 continue
             if not _same_layout(entry, node):
@@ -78,8 +79,10 @@ def template_of(name: str) -> Any:
 
 def gemm_of_node(node: torch.fx.Node) -> Gemm | None:
     """The GEMM of a node of a post-grad graph on a GPU, None for anything else and for sizes that are not known."""
-    if node.op != "call_function" or node.target not in OPS:
+    if node.op != "call_function" or node.target not in (*OPS, aten._int_mm.default, aten._scaled_mm.default):
         return None
+    if node.target is aten._scaled_mm.default:
+        return _scaled_gemm(node)
     values: list[Any] = [argument.meta.get("val") if isinstance(argument, torch.fx.Node) else None for argument in node.args]
     if not all(isinstance(value, torch.Tensor) and value.is_cuda for value in values):
         return None
@@ -87,9 +90,21 @@ def gemm_of_node(node: torch.fx.Node) -> Gemm | None:
     if not all(isinstance(size, int) for value in values for size in (*value.shape, *value.stride())):
         return None
     # as `gemm_of` has it: a full matrix that is added may as well come behind the product
-    bias = OPS[node.target] == "baddbmm" or any(value.dim() == 1 for value in added)
+    bias = node.target is aten.baddbmm.default or any(value.dim() == 1 for value in added)
     batch = left.shape[0] if left.dim() == 3 else 1
-    return Gemm(dtype_name(left.dtype), batch, left.shape[-2], (right.shape[-1],), left.shape[-1], bias)
+    kind = INTEGER if node.target is aten._int_mm.default else ""
+    return Gemm(dtype_name(left.dtype), batch, left.shape[-2], (right.shape[-1],), left.shape[-1], bias, kind)
+
+
+def _scaled_gemm(node: torch.fx.Node) -> Gemm | None:
+    call = ScaledCall.of(node)
+    if call is None:
+        return None
+    left, right = (operand.meta["val"] for operand in call.operands[:2])
+    if not (left.is_cuda and right.is_cuda):
+        return None
+    kind = scaled_kind(dtype_name(right.dtype), call.scaling, call.out_dtype, call.use_fast_accum)
+    return Gemm(dtype_name(left.dtype), 1, left.shape[0], (right.shape[1],), left.shape[1], call.has_bias, kind)
 
 
 def _same_layout(entry: Entry, node: torch.fx.Node) -> bool:

@@ -10,11 +10,13 @@ from autokernel.ops.baddbmm import Baddbmm
 from autokernel.ops.base import Op, Site
 from autokernel.ops.bmm import Bmm
 from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, apply_epilogue
+from autokernel.ops.int_mm import IntMm
 from autokernel.ops.merged_mm import MergedMm
 from autokernel.ops.mm import Mm
+from autokernel.ops.scaled_mm import ScaledMm
 
 # In order of precedence: an opportunity that spans several GEMMs comes before the GEMMs themselves.
-OPS: tuple[Op, ...] = (MergedMm(), Mm(), Addmm(), Bmm(), Baddbmm())
+OPS: tuple[Op, ...] = (MergedMm(), Mm(), Addmm(), Bmm(), Baddbmm(), ScaledMm(), IntMm())
 
 
 def get_op(name: str) -> Op:

@@ -271,6 +271,8 @@ _MATRICES: Mapping[str, tuple[int, int]] = {
     "aten::addmm": (1, 2),
     "aten::bmm": (0, 1),
     "aten::baddbmm": (1, 2),
+    "aten::_scaled_mm": (0, 1),
+    "aten::_int_mm": (0, 1),
 }
 
 

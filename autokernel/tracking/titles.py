@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from autokernel.records import Candidate, Problem
 
-_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+_DTYPES = {
+    "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2",
+}  # fmt: skip
 _FIRST_KEYS = ("template", "kernel", "merge")  # of a config: what kind of kernel it is
 _TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
-_FIRST_MATRIX = {"mm": 0, "bmm": 0, "linear": 0, "merged_mm": 0, "addmm": 1, "baddbmm": 1}
+_FIRST_MATRIX = {"mm": 0, "bmm": 0, "linear": 0, "merged_mm": 0, "addmm": 1, "baddbmm": 1, "scaled_mm": 0, "int_mm": 0}
 
 
 def problem_title(problem: Problem) -> str:
