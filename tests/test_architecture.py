@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("events",), ("config",)),
     (("fingerprint",),),
     (("ops",),),
-    (("kernels",),),  # GPU kernels of our own
+    (("kernels",), ("cutedsl",)),  # GPU kernels: of our own; of CuTe DSL, compiled ahead of time
     (("export",),),  # bundle, matching, plan, pins, passes, freezing, apply: production
     (("backends",),),
     (("workers",),),
@@ -45,6 +45,7 @@ UPWARD: dict[tuple[str, str], str] = {}  # (module, what it imports from a highe
 # Packages that look their plug-ins up, which import the protocol from them: inside a function, so nothing loads twice.
 LOOKUPS = {
     ("backends", "backends.aten"),
+    ("backends", "backends.cutedsl"),
     ("backends", "backends.inductor"),
     ("backends", "backends.triton"),
     ("workers.pool", "workers.cluster"),
@@ -296,7 +297,14 @@ def test_production_imports_torch_alone() -> None:
     assert not (loaded & needless) - _modules_after("import torch._inductor.compile_fx, torch._inductor.select_algorithm")
     assert not loaded & {"ray", "optuna", "mlflow", "pydantic", "typer", "rich", "transformers"}
     own = {name for name in loaded if name.startswith("autokernel.")}
-    allowed = ("autokernel.export", "autokernel.kernels", "autokernel.records", "autokernel.errors", "autokernel.environment")
+    allowed = (
+        "autokernel.export",
+        "autokernel.kernels",
+        "autokernel.ops",
+        "autokernel.records",
+        "autokernel.errors",
+        "autokernel.environment",
+    )
     assert all(_within(name, allowed) for name in own), f"production needs {sorted(own)}"
 
 

@@ -77,7 +77,8 @@ def get_backend(name: str) -> Backend:
 def all_backends() -> tuple[Backend, ...]:
     """Every backend, in order of precedence: of two equal candidates the simpler one wins."""
     from autokernel.backends.aten import AtenBackend
+    from autokernel.backends.cutedsl import CuteDslBackend
     from autokernel.backends.inductor import InductorBackend
     from autokernel.backends.triton import TritonBackend
 
-    return (AtenBackend(), InductorBackend(), TritonBackend())
+    return (AtenBackend(), InductorBackend(), TritonBackend(), CuteDslBackend())

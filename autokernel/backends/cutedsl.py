@@ -1,0 +1,182 @@
+"""CuTe DSL kernels for Hopper, compiled ahead of time: those of nvidia-cutlass-operators and of quack-kernels.
+
+Config: the parameters that `cutedsl/config.py` explains; `merge` ("concat", or "none") where GEMMs share an input. Kernels are
+compiled here, into the machine's cache of objects, so that a compiler's failure is the build's; `export/cutedsl.py` then finds
+them there and puts them in the place of the GEMM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from autokernel.backends import BuildError, Built, Refused
+from autokernel.backends.compiled import build, expanded, refuse_without_constant_weight
+from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig
+from autokernel.cutedsl.spec import KernelSpec
+from autokernel.errors import CompileError
+from autokernel.export.bundle import Entry
+from autokernel.export.cutedsl import arch_of, expected_epilogue, matrices, specs_of
+from autokernel.export.matching import weights_of_merged
+from autokernel.records import DTYPE_BYTES, Candidate, ConfigValue, Problem, TensorSpec
+
+_OPS = ("mm", "addmm", "bmm", "merged_mm")
+_CAPABILITY = (9, 0)  # what the kernels of the space are for
+
+
+class CuteDslBackend:
+    """Persistent GEMM kernels with TMA and warpgroup instructions, with what follows the GEMM fused into them."""
+
+    name = "cutedsl"
+
+    def unavailable(self, device: str) -> str | None:
+        if device != "cuda":
+            return "the CuTe DSL kernels are for NVIDIA GPUs: tune with `device: cuda`"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device: install the NVIDIA driver, or a CUDA build of torch"
+        if (found := torch.cuda.get_device_capability()) != _CAPABILITY:
+            return (
+                f"the CuTe DSL kernels are for Hopper (compute capability 9.0), this GPU has {found[0]}.{found[1]}: "
+                "leave cutedsl out of `backends`"
+            )
+        from autokernel.cutedsl import compiler
+
+        return compiler.unavailable()
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.op not in _OPS:
+            return f"there is no CuTe DSL kernel for {problem.op}"
+        if problem.device != "cuda":
+            return f"the CuTe DSL kernels are for NVIDIA GPUs, not for {problem.device}"
+        if problem.scalars:
+            return f"the CuTe DSL kernels do not scale: {', '.join(f'{name} is {value}' for name, value in problem.scalars)}"
+        factors = list(_factors(problem))
+        dtypes = {spec.dtype for _, spec in factors}
+        if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+            return (
+                f"the CuTe DSL kernels multiply two matrices of one of {', '.join(DTYPES)}, not {' and '.join(sorted(dtypes))}"
+            )
+        return next((f"the {name} {wrong}" for name, spec in factors if (wrong := _layout_problem(name, spec))), None)
+
+    def build(self, candidate: Candidate, constants: list[list[torch.Tensor]]) -> Built:
+        _refuse_illegal(candidate)
+        _refuse_misplaced(constants)
+        from autokernel.cutedsl.cache import ObjectCache
+
+        cache = ObjectCache()
+        for spec in kernels_of(candidate):
+            try:
+                cache.get_or_compile(spec)
+            except CompileError as error:
+                raise BuildError(str(error)) from error
+        return build(candidate, constants, stock=False)
+
+    def export(self, candidate: Candidate) -> Mapping[str, ConfigValue]:
+        return dict(candidate.config)
+
+
+def kernels_of(candidate: Candidate) -> list[KernelSpec]:
+    """The kernels that a candidate may need on this process's GPU, each once.
+
+    Raises:
+        Refused: there is none for this problem with this config.
+    """
+    from autokernel.cutedsl.compiler import refusal
+
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    arch = arch_of((device.major, device.minor))
+    specs: list[KernelSpec] = []
+    for entry in _entries(candidate):
+        try:
+            wanted = specs_of(entry, arch=arch, num_units=device.multi_processor_count)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        specs += [spec for spec in wanted if spec not in specs]
+    if (wrong := next(filter(None, map(refusal, specs)), None)) is not None:
+        raise Refused(wrong)
+    return specs
+
+
+def _entries(candidate: Candidate) -> tuple[Entry, ...]:
+    return expanded(Entry(problem=candidate.problem, backend=candidate.backend, config=dict(candidate.config)))
+
+
+def _factors(problem: Problem) -> Iterator[tuple[str, TensorSpec]]:
+    """The matrices that are multiplied, by name."""
+    if problem.op == "merged_mm":
+        yield "left matrix", problem.inputs[0]
+        yield from (("right matrix", weight) for weight in weights_of_merged(problem))
+    else:
+        yield from zip(("left matrix", "right matrix"), matrices(problem), strict=True)
+
+
+def _layout_problem(name: str, spec: TensorSpec) -> str | None:
+    """The rule about its layout that a factor breaks, None if the kernels read it."""
+    *batch, rows, columns = spec.stride
+    row_major = columns == 1
+    if not row_major and rows != 1:
+        return f"has strides {spec.stride}: its rows or its columns must be contiguous"
+    along_k = row_major == (name == "left matrix")
+    if DTYPE_BYTES[spec.dtype] == 1 and not along_k:
+        return f"has strides {spec.stride}: matrices of {spec.dtype} must be contiguous along K"
+    # strides of dimensions of one element say nothing
+    steps = [step for step, size in zip((*batch, rows, columns), spec.shape, strict=True) if size > 1 and step != 1]
+    contiguous = spec.shape[-1] if row_major else spec.shape[-2]
+    if any(size * DTYPE_BYTES[spec.dtype] % ALIGNMENT_BYTES for size in (contiguous, *steps)):
+        return (
+            f"has {contiguous} contiguous {spec.dtype} and strides {spec.stride}: "
+            f"all must be multiples of {ALIGNMENT_BYTES} bytes, which TMA reads"
+        )
+    return None
+
+
+def _refuse_illegal(candidate: Candidate) -> None:
+    """Raises Refused if no kernel has this config, or not for this problem."""
+    problem = candidate.problem
+    if wrong := CuteDslBackend().supports(problem):
+        raise Refused(wrong)
+    try:
+        config = CuteConfig.from_entry(candidate.config)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if candidate.config.get("merge") == "concat":
+        refuse_without_constant_weight(candidate)
+    for part in (entry.problem for entry in _entries(candidate)):
+        x, w = matrices(part)
+        if w.shape[-1] * DTYPE_BYTES[x.dtype] % ALIGNMENT_BYTES:
+            raise Refused(f"the result has rows of {w.shape[-1]} {x.dtype}: TMA writes multiples of {ALIGNMENT_BYTES} bytes")
+        if config.fuse:
+            _refuse_unfusible(part, m=x.shape[-2], n=w.shape[-1])
+
+
+def _refuse_unfusible(problem: Problem, *, m: int, n: int) -> None:
+    """Raises Refused if what follows a product cannot be computed in its kernel."""
+    steps = expected_epilogue(problem)
+    if not steps:
+        raise Refused("fuse computes in the kernel what follows the product, and nothing follows this one: leave fuse off")
+    x, _ = matrices(problem)
+    if DTYPE_BYTES[x.dtype] == 1:
+        raise Refused(f"fuse is for 16-bit dtypes: what follows a product of {x.dtype} stays behind the kernel; leave fuse off")
+    added = problem.inputs[:1] if problem.op == "addmm" else ()
+    behind = problem.inputs[3 if problem.op == "addmm" else 2 :]
+    for spec in (*added, *behind):
+        vector = spec.shape == (n,)
+        if not (vector or spec.shape[-2:] == (m, n)) or spec.stride[-1] != 1:
+            raise Refused(f"fuse reads vectors [{n}] and matrices [{m}, {n}] row by row, not {spec}: leave fuse off")
+        steps_of = spec.stride[:-1]
+        if any(step == 0 or step * DTYPE_BYTES[spec.dtype] % ALIGNMENT_BYTES for step in steps_of):
+            raise Refused(
+                f"fuse reads rows that begin at multiples of {ALIGNMENT_BYTES} bytes, none twice, not {spec}: leave fuse off"
+            )
+
+
+def _refuse_misplaced(constants: list[list[torch.Tensor]]) -> None:
+    """Raises Refused if a constant begins where TMA cannot read it."""
+    for tensor in (tensor for copy in constants for tensor in copy):
+        offset = tensor.data_ptr() % ALIGNMENT_BYTES
+        if offset:
+            raise Refused(
+                f"a constant of {tuple(tensor.shape)} begins {offset} bytes behind a multiple of {ALIGNMENT_BYTES}: "
+                "TMA reads from such multiples; clone it"
+            )
