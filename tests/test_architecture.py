@@ -64,6 +64,7 @@ HOMES = {
     "matplotlib": ("tracking.plots",),
     "jinja2": ("tracking.report",),
     "scipy": ("tracking", "search"),
+    "tvm_ffi": ("cutedsl.compiler", "cutedsl.objects"),
     "torch._inductor": (
         "export.apply",
         "export.one_row",
@@ -71,6 +72,7 @@ HOMES = {
         "export.pins",
         "export.substitution",
         "export.templates",
+        "export.cutedsl",
         "export.chain",
         "export.aoti",
         "export.prove",
@@ -291,6 +293,7 @@ def test_light_modules_import_no_torch(module: str) -> None:
 
 def test_production_imports_torch_alone() -> None:
     needless = {"ray", "optuna", "mlflow", "pydantic", "typer", "rich", "transformers", "yaml", "scipy", "matplotlib", "psutil"}
+    needless |= {"cutlass", "quack", "tvm_ffi"}
     loaded = _modules_after("import autokernel.export.apply")
     assert "torch" in loaded
     # torch's compiler takes some of them itself where they are installed
@@ -300,6 +303,7 @@ def test_production_imports_torch_alone() -> None:
     allowed = (
         "autokernel.export",
         "autokernel.kernels",
+        "autokernel.cutedsl",
         "autokernel.ops",
         "autokernel.records",
         "autokernel.errors",

@@ -9,6 +9,7 @@ and one log line says why.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,8 +21,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from autokernel.environment import current_environment
 from autokernel.errors import BundleError
 from autokernel.export.blas import with_blas_library
-from autokernel.export.bundle import OWN_OPTIONS, Bundle, read_bundle
+from autokernel.export.bundle import OWN_OPTIONS, Bundle, read_bundle, read_objects
 from autokernel.export.chain import PassChain
+from autokernel.export.cutedsl import CutePass, is_cute
 from autokernel.export.freezing import (
     FrozenGraph,
     Product,
@@ -47,7 +49,8 @@ OnMismatch = Literal["stock", "apply", "error"]
 class BundleBackend:
     """A `torch.compile` backend: Inductor, with a bundle's kernel choices. Safe to use from several threads."""
 
-    def __init__(self, bundle: Bundle, on_mismatch: OnMismatch = "stock") -> None:
+    def __init__(self, bundle: Bundle, on_mismatch: OnMismatch = "stock", where: Path | str | None = None) -> None:
+        """`where` the bundle lies is asked for its compiled kernels; without it they come from this machine's cache."""
         here = current_environment(bundle.environment.device) if _device_there(bundle.environment.device) else None
         why_not = f"there is no {bundle.environment.device} device" if here is None else mismatch(bundle.environment, here)
         if why_not and on_mismatch == "error":
@@ -55,7 +58,10 @@ class BundleBackend:
         if why_not and on_mismatch == "apply":
             log.warning("autokernel: bundle %s is applied although %s", bundle.name, why_not)
             why_not = None
-        self.plan = Plan(bundle, why_not)
+        # from an archive they are unpacked, for as long as the plan lives
+        unpacked = tempfile.TemporaryDirectory(prefix="autokernel-objects-") if bundle.objects and where else None
+        files = read_objects(where, bundle, Path(unpacked.name)) if unpacked and where else {}
+        self.plan = Plan(bundle, why_not, files, unpacked)
         self.graphs: list[tuple[str, ...]] = []  # the products of each graph that was compiled
 
     @property
@@ -132,6 +138,8 @@ def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: b
     else:
         # Inductor's default for every GEMM but those with an entry
         passes: list[CustomGraphPass] = [TemplatePass(plan), SubstitutionPass(plan)]
+        if any(is_cute(entry) for entry in plan.bundle.entries):
+            passes.append(CutePass(plan))
         if OPTION in chosen:
             # else Inductor would time a second block size of such a reduction in every new process
             options["dynamic_scale_rblock"] = False
@@ -144,7 +152,7 @@ def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: b
         # what runs in front of a product was part of no measurement, and inside a template it runs once per column of tiles
         options["prologue_fusion"] = False
     if any(
-        (entry.config.get("template") or is_substituted(entry)) and not (on_cpu and needs_constant(entry))
+        (entry.config.get("template") or is_substituted(entry) or is_cute(entry)) and not (on_cpu and needs_constant(entry))
         for entry in plan.bundle.entries
     ):
         # what comes from the cache is the right code, but nobody could count that the entry is in it (graphs with weights that
@@ -164,6 +172,11 @@ def load_bundle(bundle: Bundle | Path | str) -> Bundle:
     return bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
 
 
+def _backend_of(bundle: Bundle | Path | str, on_mismatch: OnMismatch) -> BundleBackend:
+    where = None if isinstance(bundle, Bundle) else bundle
+    return BundleBackend(load_bundle(bundle), on_mismatch, where)
+
+
 def backend(bundle: Bundle | Path | str, *, on_mismatch: OnMismatch = "stock") -> BundleBackend:
     """A backend for `torch.compile`.
 
@@ -175,7 +188,7 @@ def backend(bundle: Bundle | Path | str, *, on_mismatch: OnMismatch = "stock") -
     Raises:
         BundleError: the bundle cannot be read, or does not fit and `on_mismatch` is "error".
     """
-    return BundleBackend(load_bundle(bundle), on_mismatch)
+    return _backend_of(bundle, on_mismatch)
 
 
 def options(bundle: Bundle | Path | str, *, on_mismatch: OnMismatch = "stock") -> Mapping[str, Any]:
@@ -186,7 +199,7 @@ def options(bundle: Bundle | Path | str, *, on_mismatch: OnMismatch = "stock") -
     `blas_library` among a bundle's graph options is for calls, not for compilation: here it must be set by hand. Options for
     the graphs of one scenario stay out, for nobody sees here which graph is compiled.
     """
-    plan = BundleBackend(load_bundle(bundle), on_mismatch).plan
+    plan = _backend_of(bundle, on_mismatch).plan
     if not plan.active:
         return {}
     if "blas_library" in plan.bundle.graph_options:

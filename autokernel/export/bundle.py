@@ -1,10 +1,12 @@
 """The bundle: what a run found, as one versioned JSON document that people can read and production can load.
 
-A bundle is a folder with `bundle.json`, or a `.zip` of it. Needs neither torch nor any part of the search stack.
+A bundle is a folder with `bundle.json` (and `objects/`, where it has compiled kernels), or a `.zip` of it. Needs neither torch
+nor any part of the search stack.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -15,13 +17,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from autokernel.cutedsl.spec import ObjectInfo
 from autokernel.environment import Environment
 from autokernel.errors import BundleError
 from autokernel.records import ConfigValue, Problem, Record, Speedup, digest_of
 
 FORMAT = "autokernel-bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DOCUMENT = "bundle.json"
+OBJECTS = "objects"  # folder of compiled kernels, each with its record beside it
 OWN_OPTIONS = ("freezing", "blas_library", "one_row")  # graph options that are autokernel's own, not Inductor's
 
 
@@ -72,6 +76,7 @@ class Bundle(Record):
     entries: tuple[Entry, ...] = ()
     graph_options: Mapping[str, ConfigValue] = field(default_factory=dict)
     scenario_options: tuple[ScenarioOptions, ...] = ()
+    objects: tuple[ObjectInfo, ...] = ()
     results: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     format: str = FORMAT
@@ -98,7 +103,8 @@ class Bundle(Record):
         """Hash of what decides the compiled code; part of Inductor's cache key."""
         entries = [[e.key, e.backend, dict(e.config)] for e in self.entries]
         parts = [[list(part.products), dict(part.options)] for part in self.scenario_options]
-        return digest_of([entries, dict(self.graph_options), parts, self.environment.to_json()])
+        objects = [[item.key, item.sha256] for item in self.objects]
+        return digest_of([entries, dict(self.graph_options), parts, objects, self.environment.to_json()])
 
     def sealed(self) -> Self:
         """The same bundle with its digest filled in."""
@@ -118,23 +124,56 @@ class Bundle(Record):
             )
 
 
-def write_bundle(bundle: Bundle, folder: Path) -> tuple[Path, Path]:
-    """Write the folder and the `.zip` beside it, each atomically. Returns both paths."""
+def write_bundle(bundle: Bundle, folder: Path, objects: Mapping[str, Path] | None = None) -> tuple[Path, Path]:
+    """Write the folder and the `.zip` beside it, each file atomically. Returns both paths.
+
+    Args:
+        bundle: what to write.
+        folder: where; its name with `.zip` is the archive's.
+        objects: the files of the bundle's compiled kernels, by key.
+
+    Raises:
+        BundleError: it cannot be written, or a kernel is missing or not the one that the bundle speaks of.
+    """
     bundle = bundle.sealed()
     text = json.dumps(bundle.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     archive = folder.with_name(folder.name + ".zip")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace_file(folder / DOCUMENT, text.encode())
+        files = {DOCUMENT: text.encode(), **_object_files(bundle, objects or {})}
+        (folder / OBJECTS if bundle.objects else folder).mkdir(parents=True, exist_ok=True)
+        for name, data in reversed(files.items()):  # the document last: what it speaks of is there before it
+            _replace_file(folder / name, data)
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as members:
-            # a fixed date makes equal bundles equal archives
-            members.writestr(zipfile.ZipInfo(DOCUMENT, (1980, 1, 1, 0, 0, 0)), text)
+            for name, data in files.items():
+                # a fixed date makes equal bundles equal archives
+                members.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
         _replace_file(archive, packed.getvalue())
+        for old in (folder / OBJECTS).glob("*"):
+            if f"{OBJECTS}/{old.name}" not in files:
+                old.unlink()  # of an earlier export into this folder
     except OSError as error:
         cure = "free some space there, or make the folder writable, then run the same command again"
         raise BundleError(f"{folder}: the bundle cannot be written: {error}; the journal has every result: {cure}") from error
     return folder, archive
+
+
+def _object_files(bundle: Bundle, objects: Mapping[str, Path]) -> dict[str, bytes]:
+    """Names in the bundle and contents: each kernel, and its record.
+
+    Raises:
+        BundleError: a kernel is missing, or another than the bundle speaks of.
+    """
+    files: dict[str, bytes] = {}
+    for info in bundle.objects:
+        data = objects[info.key].read_bytes() if info.key in objects else b""
+        if hashlib.sha256(data).hexdigest() != info.sha256:
+            raise BundleError(
+                f"compiled kernel {info.file_name} is not the one that was recorded: clear the cache, export again"
+            )
+        files[f"{OBJECTS}/{info.file_name}"] = data
+        files[f"{OBJECTS}/{info.key}.json"] = (json.dumps(info.to_json(), indent=1, ensure_ascii=False) + "\n").encode()
+    return files
 
 
 def _replace_file(path: Path, data: bytes) -> None:
@@ -183,3 +222,28 @@ def read_bundle(path: Path | str, *, check: bool = True) -> Bundle:
     if check:
         bundle.check_digest(str(document))
     return bundle
+
+
+def read_objects(path: Path | str, bundle: Bundle, folder: Path) -> dict[str, Path]:
+    """The files of a bundle's compiled kernels, by key; from an archive they are unpacked into a folder.
+
+    Args:
+        path: where the bundle lies.
+        bundle: what was read from there.
+        folder: for what has to be unpacked.
+
+    Raises:
+        BundleError: the archive cannot be read.
+    """
+    path = Path(path)
+    if not zipfile.is_zipfile(path):
+        where = (path if path.is_dir() else path.parent) / OBJECTS
+        return {info.key: where / info.file_name for info in bundle.objects}
+    try:
+        with zipfile.ZipFile(path) as packed:
+            for info in bundle.objects:
+                for name in (info.file_name, f"{info.key}.json"):
+                    (folder / name).write_bytes(packed.read(f"{OBJECTS}/{name}"))
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path}: its compiled kernels cannot be unpacked into {folder}: {error}") from None
+    return {info.key: folder / info.file_name for info in bundle.objects}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from autokernel.environment import Environment
 from autokernel.export.bundle import Bundle, Entry
@@ -53,9 +55,24 @@ class Usage:
 class Plan:
     """A bundle in use: entries by GEMM, and what happened to each. Compilations of several threads share one plan."""
 
-    def __init__(self, bundle: Bundle, why_not: str | None = None) -> None:
-        """`why_not` given means that nothing of the bundle applies here, for that reason."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        why_not: str | None = None,
+        files: Mapping[str, Path] | None = None,
+        kept: object = None,
+    ) -> None:
+        """What of a bundle applies.
+
+        Args:
+            bundle: the bundle.
+            why_not: given, nothing of it applies here, for that reason.
+            files: of its compiled kernels, by key.
+            kept: what has to live as long as the plan: the folder of these files.
+        """
         self.bundle = bundle
+        self._kept = kept
+        self.files: Mapping[str, Path] = files or {}
         self.why_not = why_not
         self._lock = threading.Lock()
         self._index: dict[Gemm, Entry] = {} if why_not else index_entries(bundle.entries)

@@ -75,7 +75,7 @@ def test_an_unknown_format_version_is_refused_with_a_cure(tmp_path: Path) -> Non
     folder, _ = write_bundle(a_bundle(), tmp_path / "bundle")
     data = json.loads((folder / "bundle.json").read_text())
     (folder / "bundle.json").write_text(json.dumps({**data, "format_version": 99}))
-    with pytest.raises(BundleError, match=r"format_version is 99, but this autokernel reads 2; install"):
+    with pytest.raises(BundleError, match=r"format_version is 99, but this autokernel reads 3; install"):
         read_bundle(folder)
 
 
@@ -85,8 +85,8 @@ def test_an_unknown_format_version_is_refused_with_a_cure(tmp_path: Path) -> Non
         ("{", "not a readable bundle"),
         ("[]", "not a bundle"),
         ('{"format": "something"}', "not a bundle"),
-        ('{"format": "autokernel-bundle", "format_version": 2, "nmae": 1}', "no field"),
-        ('{"format": "autokernel-bundle", "format_version": 2, "name": "x"}', "damaged"),
+        ('{"format": "autokernel-bundle", "format_version": 3, "nmae": 1}', "no field"),
+        ('{"format": "autokernel-bundle", "format_version": 3, "name": "x"}', "damaged"),
     ],
 )
 def test_damage_is_a_clear_error(tmp_path: Path, content: str, message: str) -> None:

@@ -1,0 +1,310 @@
+"""CuTe DSL kernels in place of GEMMs: which kernels an entry needs, where their objects are, and the graph pass.
+
+`CutePass` runs where Inductor's graph is final. A GEMM with an entry of backend "cutedsl", and what follows it where the entry
+fuses that, becomes one call of `torch.ops.autokernel.cute_gemm` with the file of a compiled kernel. Where no object is to be
+had, or the matrices are not laid out as it needs, stock code stays and the plan is told why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.virtualized import V
+
+from autokernel.cutedsl import op
+from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig
+from autokernel.cutedsl.objects import ObjectError, load, read_info
+from autokernel.cutedsl.spec import BIAS, KernelSpec, ObjectInfo
+from autokernel.errors import CompileError
+from autokernel.export.bundle import Entry
+from autokernel.export.matching import Gemm, is_transposed, weights_of_merged
+from autokernel.export.pins import dtype_name
+from autokernel.export.plan import Plan
+from autokernel.export.templates import gemm_of_node
+from autokernel.ops.epilogue import Epilogue, find_epilogue
+from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec, canonical_json
+
+aten = torch.ops.aten
+
+BACKEND = "cutedsl"
+_ADD = "add"
+_KERNEL_PARAMETERS = tuple(field.name for field in fields(CuteConfig) if field.name != "fuse")  # of the object itself
+
+Resolver = Callable[[KernelSpec], Path]  # raises ObjectError, CompileError
+
+
+def is_cute(entry: Entry) -> bool:
+    """Whether the entry is a CuTe DSL kernel."""
+    return entry.backend == BACKEND
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """The architecture that kernels are compiled for: with the features of exactly this one, from Hopper on."""
+    major, minor = capability
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def specs_of(entry: Entry, *, arch: str, num_units: int) -> tuple[KernelSpec, ...]:
+    """All kernels that an entry may need: with its problem's epilogue if it fuses that, and plain, for sites with another.
+
+    Raises:
+        ValueError: the config is none of a CuTe DSL kernel's, or the problem none that it solves.
+    """
+    x, w = matrices(entry.problem)
+    plain = spec_for(entry.config, x, w, arch=arch, num_units=num_units)
+    steps = expected_epilogue(entry.problem)
+    if not CuteConfig.from_entry(entry.config).fuse or not steps:
+        return (plain,)
+    return (spec_for(entry.config, x, w, epilogue=steps, arch=arch, num_units=num_units), plain)
+
+
+def matrices(problem: Problem) -> tuple[TensorSpec, TensorSpec]:
+    """The two factors; weights that share an input count as one, side by side."""
+    if problem.op == "merged_mm":
+        weights = weights_of_merged(problem)
+        k, n = weights[0].shape[0], sum(spec.shape[1] for spec in weights)
+        transposed = is_transposed(weights[0].shape, weights[0].stride)
+        return problem.inputs[0], TensorSpec(shape=(k, n), dtype=weights[0].dtype, stride=(1, k) if transposed else (n, 1))
+    first = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}.get(problem.op)
+    if first is None:
+        raise ValueError(f"there is no CuTe DSL kernel for {problem.op}")
+    return problem.inputs[first], problem.inputs[first + 1]
+
+
+def expected_epilogue(problem: Problem) -> tuple[str, ...]:
+    """What follows the product in a problem, what is added by the op itself included."""
+    if problem.op in ("addmm", "baddbmm"):
+        return (BIAS if len(problem.inputs[0].shape) == 1 else _ADD, *problem.epilogue)
+    return problem.epilogue
+
+
+def spec_for(
+    config: Mapping[str, ConfigValue],
+    x: TensorSpec,
+    w: TensorSpec,
+    *,
+    epilogue: tuple[str, ...] = (),
+    arch: str,
+    num_units: int,
+) -> KernelSpec:
+    """The kernel for two matrices of this layout.
+
+    Raises:
+        ValueError: the config or the layout is not one that a kernel has; the message says which rule.
+    """
+    CuteConfig.from_entry(config)
+    if x.dtype != w.dtype or x.dtype not in DTYPES:
+        raise ValueError(
+            f"CuTe DSL kernels multiply two matrices of one dtype of {', '.join(DTYPES)}, not {x.dtype} and {w.dtype}"
+        )
+    for name, spec in (("left", x), ("right", w)):
+        if wrong := layout_problem(spec):
+            raise ValueError(f"the {name} matrix {wrong}")
+    if w.shape[-1] * DTYPE_BYTES[x.dtype] % ALIGNMENT_BYTES:
+        raise ValueError(f"the result's rows are {w.shape[-1]} {x.dtype}, no multiple of {ALIGNMENT_BYTES} bytes")
+    return KernelSpec(
+        config={name: config[name] for name in _KERNEL_PARAMETERS if name in config},
+        dtype=x.dtype,
+        out_dtype=x.dtype,
+        a_major="k" if x.stride[-1] == 1 else "m",
+        b_major="n" if w.stride[-1] == 1 else "k",
+        batched=len(x.shape) == 3,
+        epilogue=epilogue,
+        arch=arch,
+        num_units=num_units,
+    )
+
+
+def layout_problem(spec: TensorSpec) -> str | None:
+    """The rule about layouts that a matrix breaks, None if TMA can read it."""
+    *_, rows, columns = spec.stride
+    if columns != 1 and rows != 1:
+        return f"has strides {spec.stride}: neither its rows nor its columns are contiguous"
+    step = rows if columns == 1 else columns
+    batch = spec.stride[0] if len(spec.shape) == 3 and spec.shape[0] > 1 else 0
+    if step * DTYPE_BYTES[spec.dtype] % ALIGNMENT_BYTES or batch * DTYPE_BYTES[spec.dtype] % ALIGNMENT_BYTES:
+        return f"has strides {spec.stride} of {spec.dtype}: they must be multiples of {ALIGNMENT_BYTES} bytes"
+    return None
+
+
+def objects_of(plan: Plan) -> Resolver:
+    """Finds the objects of kernels: among those of the plan's bundle, else in this machine's cache, compiled where need be."""
+    shipped = {canonical_json(info.spec.to_json()): info for info in plan.bundle.objects}
+
+    def resolve(spec: KernelSpec) -> Path:
+        info = shipped.get(canonical_json(spec.to_json()))
+        if info is None:
+            return compiled_object(spec)[1]
+        file = plan.files.get(info.key)
+        if file is None or read_info(file) != info:
+            raise ObjectError(
+                f"compiled kernel {info.file_name} is not beside the bundle: load the bundle from where it was exported"
+            )
+        return file
+
+    return resolve
+
+
+def compiled_object(spec: KernelSpec) -> tuple[ObjectInfo, Path]:
+    """A kernel from this machine's cache, compiled if it is not there.
+
+    Raises:
+        CompileError: it cannot be compiled; the message says why, with the cure.
+    """
+    from autokernel.cutedsl.cache import ObjectCache
+
+    return ObjectCache().get_or_compile(spec)
+
+
+def bundle_objects(entries: Iterable[Entry], *, arch: str, num_units: int) -> list[tuple[ObjectInfo, Path]]:
+    """The objects of all kernels that entries may need, each once, from this machine's cache.
+
+    Raises:
+        ValueError, CompileError: one cannot be had.
+    """
+    found = [
+        compiled_object(spec) for entry in entries if is_cute(entry) for spec in specs_of(entry, arch=arch, num_units=num_units)
+    ]
+    return list({info.key: (info, path) for info, path in found}.values())
+
+
+class CutePass(CustomGraphPass):
+    """Puts compiled kernels in the place of GEMMs that have an entry of backend "cutedsl"."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._resolve = objects_of(plan)
+
+    def uuid(self) -> str:
+        return f"autokernel-cutedsl-1-{self.plan.digest}"
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if not self.plan.active or not any(is_cute(entry) for entry in self.plan.bundle.entries):
+            return
+        if V.aot_compilation:
+            for entry in filter(is_cute, self.plan.bundle.entries):
+                self.plan.skip(entry, "a package runs without Python, which CuTe DSL kernels are called from")
+            return
+        order = {node: position for position, node in enumerate(graph.nodes)}
+        for node in list(graph.nodes):
+            gemm = gemm_of_node(node)
+            entry = self.plan.find_or_merged(gemm) if gemm is not None else None
+            if gemm is None or entry is None or not is_cute(entry):
+                continue
+            try:
+                site = self._site(node, gemm, entry, order)
+            except (ValueError, ObjectError, CompileError) as error:
+                self.plan.skip(entry, f"{error} (at {node.name})")
+                continue
+            site.replace(graph, order)
+            self.plan.hit(entry)
+
+    def _site(self, node: torch.fx.Node, gemm: Gemm, entry: Entry, order: Mapping[torch.fx.Node, int]) -> Site:
+        """What to put in the place of a GEMM.
+
+        Raises:
+            ValueError, ObjectError, CompileError: stock code has to stay; the message says why.
+        """
+        if node.kwargs:
+            raise ValueError("the product is scaled")
+        *added, x, w = (argument for argument in node.args if isinstance(argument, torch.fx.Node))
+        device = x.meta["val"].device
+        facts: dict[str, Any] = {
+            "arch": arch_of(torch.cuda.get_device_capability(device)),
+            "num_units": torch.cuda.get_device_properties(device).multi_processor_count,
+        }
+        left, right = (spec_of_value(operand.meta["val"]) for operand in (x, w))
+        fused = self._fused(node, added, entry, order)
+        steps = () if fused is None else expected_epilogue(entry.problem)
+        path = self._resolve(spec_for(entry.config, left, right, epilogue=steps, **facts))
+        load(str(path))  # what cannot be loaded is found out here, where stock code is still to be had
+        operands = (*added, *fused.operands) if fused is not None else ()
+        last = fused.last if fused is not None else node
+        return Site(node=node, x=x, w=w, operands=operands, last=last, added=() if fused else tuple(added), path=str(path))
+
+    def _fused(
+        self, node: torch.fx.Node, added: Sequence[torch.fx.Node], entry: Entry, order: Mapping[torch.fx.Node, int]
+    ) -> Epilogue | None:
+        """What follows the product here, if the entry fuses exactly that; None where it stays behind the kernel."""
+        expected = expected_epilogue(entry.problem)
+        if not expected or not CuteConfig.from_entry(entry.config).fuse:
+            return None
+        found = find_epilogue(node, order)
+        own = tuple(BIAS if argument.meta["val"].dim() == 1 else _ADD for argument in added)
+        values = [argument.meta["val"] for argument in (*added, *found.operands)]
+        readable = all(value.stride(-1) == 1 and value.storage_offset() % ALIGNMENT_BYTES == 0 for value in values)
+        return found if (*own, *found.names) == expected and readable else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A GEMM of the graph that a compiled kernel takes over, from its node to the last that is fused into it.
+
+    `operands` go into the kernel; `added` is what the GEMM's own node adds, where that is left to Inductor.
+    """
+
+    node: torch.fx.Node
+    x: torch.fx.Node
+    w: torch.fx.Node
+    operands: tuple[torch.fx.Node, ...]
+    last: torch.fx.Node
+    added: tuple[torch.fx.Node, ...]
+    path: str
+
+    def replace(self, graph: torch.fx.Graph, order: Mapping[torch.fx.Node, int]) -> None:
+        """Put the kernel's call in the place of all of it."""
+        value = self.node.meta["val"]
+        with graph.inserting_before(self.node):
+            operands = [self._viewed(graph, operand, value) for operand in self.operands]
+            arguments = (self.x, self.w, operands, value.dtype, self.path)
+            result = graph.call_function(op.OVERLOAD, arguments)
+            result.meta["val"] = value.new_empty(value.shape)
+            for extra in self.added:
+                result = _call(graph, aten.add.Tensor, result, extra)
+            result = self._viewed(graph, result, self.last.meta["val"])
+        self.last.replace_all_uses_with(result)
+        _erase(graph, self.last, order[self.node], order)
+
+    @staticmethod
+    def _viewed(graph: torch.fx.Graph, node: torch.fx.Node, like: torch.Tensor) -> torch.fx.Node:
+        """The node in another shape with as many elements; itself where it has that shape, and vectors as they are."""
+        value = node.meta["val"]
+        if value.dim() == 1 or value.shape == like.shape:
+            return node
+        return _call(graph, aten.reshape.default, node, list(like.shape))
+
+
+def spec_of_value(value: torch.Tensor) -> TensorSpec:
+    """Shape, dtype and strides of a (fake) tensor whose start is aligned.
+
+    Raises:
+        ValueError: its first element does not lie where TMA could read it.
+    """
+    if value.storage_offset() * value.element_size() % ALIGNMENT_BYTES:
+        raise ValueError(
+            f"a matrix begins {value.storage_offset()} elements into its memory, no multiple of {ALIGNMENT_BYTES} bytes"
+        )
+    return TensorSpec(shape=tuple(value.shape), dtype=dtype_name(value.dtype), stride=tuple(value.stride()))
+
+
+def _call(graph: torch.fx.Graph, target: Any, *args: Any) -> torch.fx.Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
+def _erase(graph: torch.fx.Graph, last: torch.fx.Node, first: int, order: Mapping[torch.fx.Node, int]) -> None:
+    """Take a node that nobody uses any more out of the graph, and what only it needed, back to a position."""
+    waiting = [last]
+    while waiting:
+        node = waiting.pop()
+        if node.users or order.get(node, -1) < first:
+            continue
+        sources = node.all_input_nodes
+        graph.erase_node(node)
+        waiting += [source for source in sources if source not in waiting]

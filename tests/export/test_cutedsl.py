@@ -1,0 +1,306 @@
+"""GEMMs with an entry of backend "cutedsl" become calls of compiled kernels. No GPU, and no compiler: objects are stand-ins.
+
+What is in an object, and that it can be called as its record says, is for tests/cutedsl.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from export.pretended_h200 import H200, generated_code
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from autokernel.cutedsl.spec import KernelSpec, Launch, ObjectInfo
+from autokernel.errors import BundleError
+from autokernel.export import cutedsl
+from autokernel.export.apply import BundleBackend, inductor_options
+from autokernel.export.bundle import Bundle, Entry, read_bundle, read_objects, write_bundle
+from autokernel.export.cutedsl import CutePass, specs_of
+from autokernel.export.plan import Plan
+from autokernel.records import ConfigValue, Problem, TensorSpec
+
+M, N, K = 16, 512, 256
+BYTES = b"no kernel"
+QUACK: dict[str, ConfigValue] = {"source": "quack", "tile_m": 128, "tile_n": 128, "cluster_n": 2, "pingpong": True}
+FUSED: dict[str, ConfigValue] = {**QUACK, "fuse": True}
+Graph = Callable[..., torch.Tensor]
+
+
+def spec(*shape: int, dtype: str = "bfloat16") -> TensorSpec:
+    return TensorSpec.contiguous(shape, dtype)
+
+
+WEIGHT = TensorSpec(shape=(K, N), dtype="bfloat16", stride=(1, K))
+MM = Problem(op="mm", inputs=(spec(M, K), WEIGHT), device="cuda", constants=(1,))
+SILU_ADD = Problem(op="mm", inputs=(spec(M, K), WEIGHT, spec(M, N)), device="cuda", constants=(1,), epilogue=("silu", "add"))
+ADDMM = Problem(op="addmm", inputs=(spec(N), spec(M, K), WEIGHT), device="cuda", constants=(0, 2))
+BIAS_RELU = Problem(op="addmm", inputs=(spec(N), spec(M, K), WEIGHT), device="cuda", constants=(0, 2), epilogue=("relu",))
+
+
+def entry(problem: Problem, config: dict[str, ConfigValue]) -> Entry:
+    return Entry(problem=problem, backend="cutedsl", config=config)
+
+
+def info_of(kernel: KernelSpec, data: bytes = BYTES) -> ObjectInfo:
+    return ObjectInfo(
+        key=kernel.key({}),
+        spec=kernel,
+        launch=Launch(function="k", arguments=("a", "b", "out")),
+        sha256=hashlib.sha256(data).hexdigest(),
+        num_bytes=len(data),
+        machine="x86_64",
+        cuda_major=13,
+    )
+
+
+def with_objects(folder: Path, *entries: Entry) -> Plan:
+    """The plan of a bundle that brings the objects of all its entries."""
+    folder.mkdir(exist_ok=True)
+    kernels = [kernel for e in entries for kernel in specs_of(e, arch="sm_90a", num_units=132)]
+    infos = {info.key: info for info in map(info_of, kernels)}
+    for info in infos.values():
+        (folder / info.file_name).write_bytes(BYTES)
+        (folder / f"{info.key}.json").write_text(json.dumps(info.to_json()))
+    bundle = Bundle(name="b", created="", version="", environment=H200, entries=entries, objects=tuple(infos.values()))
+    return Plan(bundle, None, {key: folder / info.file_name for key, info in infos.items()})
+
+
+@pytest.fixture(autouse=True)
+def h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, as far as the pass asks, whose loader takes anything."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    properties = type("Properties", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    monkeypatch.setattr(cutedsl, "load", lambda path: path)
+
+
+def traced(function: Graph, *sizes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> torch.fx.GraphModule:
+    """A graph as Inductor has it, with tensors that claim to be on a GPU."""
+    with FakeTensorMode():
+        return make_fx(function)(*(torch.empty(size, dtype=dtype, device="cuda") for size in sizes))
+
+
+def targets(module: torch.fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+
+
+def calls(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    return [node for node in module.graph.nodes if "cute_gemm" in str(node.target)]
+
+
+def reasons(plan: Plan) -> str:
+    return "; ".join(reason for usage in plan.usage.values() for reason in usage.reasons)
+
+
+def hits(plan: Plan) -> list[int]:
+    return [usage.hits for usage in plan.usage.values()]
+
+
+def epilogue_of(plan: Plan, node: torch.fx.Node) -> tuple[str, ...]:
+    """What the object of a call computes behind the product."""
+    (found,) = [info.spec.epilogue for info in plan.bundle.objects if info.file_name == Path(str(node.args[4])).name]
+    return found
+
+
+def test_a_product_becomes_one_call_of_its_object(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path, entry(MM, QUACK))
+    module = traced(
+        lambda x, w, v: torch.relu(x @ w.t()) + torch.as_strided(x @ v.t(), (M, N), (2 * N, 1)), (M, K), (N, K), (2 * N, K)
+    )
+    CutePass(plan)(module.graph)
+    module.graph.lint()
+    (call,) = calls(module)
+    assert targets(module).count("aten.mm.default") == 1  # the other product
+    assert call.args[3] is torch.bfloat16
+    assert Path(str(call.args[4])).read_bytes() == BYTES
+    assert call.meta["val"].shape == (M, N)
+    assert call.meta["val"].is_contiguous()
+    assert hits(plan) == [1]
+
+
+def test_what_follows_is_fused_with_its_operands(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path, entry(SILU_ADD, FUSED))
+    module = traced(lambda x, w, r: torch.nn.functional.silu(x @ w.t()) + r, (M, K), (N, K), (M, N))
+    CutePass(plan)(module.graph)
+    module.graph.lint()
+    (call,) = calls(module)
+    assert epilogue_of(plan, call) == ("silu", "add")
+    assert [node.name for node in call.args[2]] == ["r_1"]  # type: ignore[union-attr]
+    assert targets(module) == ["aten.t.default", "autokernel.cute_gemm.default"]
+
+
+def test_operands_and_result_in_another_shape_are_seen_through_views(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path, entry(SILU_ADD, FUSED))
+
+    def block(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu((x @ w.t()).view(1, M, N)) + r
+
+    module = traced(block, (M, K), (N, K), (1, M, N))
+    CutePass(plan)(module.graph)
+    module.graph.lint()
+    (call,) = calls(module)
+    (operand,) = call.args[2]  # type: ignore[misc]
+    assert operand.meta["val"].shape == (M, N)
+    (result,) = next(node for node in module.graph.nodes if node.op == "output").args
+    assert result.meta["val"].shape == (1, M, N)
+    assert not {"aten.silu.default", "aten.add.Tensor", "aten.mm.default"} & set(targets(module))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x, w, r: torch.tanh(x @ w.t()) + r, id="another function"),
+        pytest.param(lambda x, w, r: (torch.nn.functional.silu(x @ w.t()) + r, x @ w.t()), id="both kinds"),
+        pytest.param(lambda x, w, r: torch.nn.functional.silu(x @ w.t()) + torch.as_strided(r, (M, N), (1, M)), id="columns"),
+    ],
+)
+def test_a_product_with_another_epilogue_keeps_it_behind_a_plain_kernel(tmp_path: Path, function: Graph) -> None:
+    plan = with_objects(tmp_path, entry(SILU_ADD, FUSED))
+    module = traced(function, (M, K), (N, K), (M, N))
+    CutePass(plan)(module.graph)
+    module.graph.lint()
+    assert () in {epilogue_of(plan, call) for call in calls(module)}
+    assert "aten.mm.default" not in targets(module)
+    assert any(name in targets(module) for name in ("aten.tanh.default", "aten.silu.default", "autokernel.cute_gemm.default"))
+
+
+def test_a_bias_goes_into_the_kernel_or_behind_it(tmp_path: Path) -> None:
+    def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.relu(torch.addmm(b, x, w.t()))
+
+    inside = with_objects(tmp_path / "inside", entry(BIAS_RELU, FUSED))
+    module = traced(linear, (M, K), (N, K), (N,))
+    CutePass(inside)(module.graph)
+    (call,) = calls(module)
+    assert epilogue_of(inside, call) == ("bias", "relu")
+    assert targets(module) == ["aten.t.default", "autokernel.cute_gemm.default"]
+    behind = with_objects(tmp_path / "behind", entry(ADDMM, QUACK))
+    module = traced(linear, (M, K), (N, K), (N,))
+    CutePass(behind)(module.graph)
+    module.graph.lint()
+    assert epilogue_of(behind, calls(module)[0]) == ()
+    assert targets(module)[1:] == ["autokernel.cute_gemm.default", "aten.add.Tensor", "aten.relu.default"]
+
+
+def test_a_residual_that_inductor_has_put_into_the_product(tmp_path: Path) -> None:
+    residual = Problem(op="mm", inputs=(spec(M, K), WEIGHT, spec(M, N)), device="cuda", constants=(1,), epilogue=("add",))
+    plan = with_objects(tmp_path, entry(residual, FUSED))
+    module = traced(lambda x, w, r: torch.addmm(r, x, w.t()), (M, K), (N, K), (M, N))
+    CutePass(plan)(module.graph)
+    (call,) = calls(module)
+    assert epilogue_of(plan, call) == ("add",)
+    assert [node.name for node in call.args[2]] == ["r_1"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("function", "strides", "offset", "reason"),
+    [
+        (lambda x, w, r: torch.addmm(r, x, w.t(), beta=2), (), 0, "the product is scaled"),
+        (lambda x, w, r: x @ w.t(), (2 * K, 2), 0, "neither its rows nor its columns are contiguous"),
+        (lambda x, w, r: x @ w.t(), (K + 8, 1), 4, "begins 4 elements into its memory"),
+        (lambda x, w, r: x @ w.t(), (K + 4, 1), 0, "must be multiples of 16 bytes"),
+    ],
+)
+def test_what_no_kernel_takes_stays_stock_and_says_why(
+    tmp_path: Path, function: Graph, strides: tuple[int, ...], offset: int, reason: str
+) -> None:
+    plan = with_objects(tmp_path, entry(MM, QUACK))
+
+    def viewed(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return function(torch.as_strided(x, (M, K), strides or (K, 1), offset), w, r)
+
+    module = traced(viewed, (M, 3 * K), (N, K), (M, N))
+    before = targets(module)
+    CutePass(plan)(module.graph)
+    assert targets(module) == before
+    assert reason in reasons(plan)
+    assert hits(plan) == [0]
+
+
+def test_an_object_that_is_not_with_the_bundle_leaves_stock_code(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path, entry(MM, QUACK))
+    for path in tmp_path.glob("*.json"):
+        path.unlink()
+    module = traced(lambda x, w: x @ w.t(), (M, K), (N, K))
+    CutePass(plan)(module.graph)
+    assert not calls(module)
+    assert "no readable record of a compiled kernel" in reasons(plan)
+
+
+def test_merged_weights_are_one_matrix() -> None:
+    inputs = (spec(M, K), WEIGHT, TensorSpec(shape=(K, 64), dtype="bfloat16", stride=(1, K)))
+    merged = Problem(op="merged_mm", inputs=inputs, device="cuda", constants=(1, 2))
+    (kernel,) = specs_of(entry(merged, {**QUACK, "merge": "concat"}), arch="sm_90a", num_units=132)
+    assert (kernel.a_major, kernel.b_major, kernel.epilogue) == ("k", "k", ())
+    assert "merge" not in kernel.config
+
+
+def test_entries_that_differ_in_merging_and_fusing_alone_share_an_object() -> None:
+    keys = {
+        kernel.key({})
+        for config in (QUACK, {**QUACK, "fuse": False}, {**QUACK, "merge": "none"})
+        for kernel in specs_of(entry(MM, config), arch="sm_90a", num_units=132)
+    }
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (Problem(op="mm", inputs=(spec(M, 100), spec(100, 60)), device="cuda"), "multiples of 16 bytes"),
+        (Problem(op="mm", inputs=(spec(M, K, dtype="float32"), spec(K, N, dtype="float32")), device="cuda"), "of one dtype of"),
+    ],
+)
+def test_problems_that_no_kernel_solves(problem: Problem, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        specs_of(entry(problem, QUACK), arch="sm_90a", num_units=132)
+
+
+def test_inductor_calls_the_object_with_the_strides_of_the_graph(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path, entry(SILU_ADD, FUSED))
+
+    def block(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(torch.sin(x) @ w.t()) + r
+
+    code = generated_code(block, [spec(M, K), spec(N, K), spec(M, N)], inductor_options(plan, {}, frozen=False))
+    assert code.count("torch.ops.autokernel.cute_gemm.default(") == 1
+    assert f"reinterpret_tensor(arg1_1, ({K}, {N}), (1, {K}), 0)" in code
+    assert str(tmp_path) in code
+    assert "extern_kernels.mm" not in code
+    assert hits(plan) == [1]
+
+
+def test_a_bundle_carries_its_objects_in_folder_and_archive(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path / "cache", entry(SILU_ADD, FUSED), entry(ADDMM, QUACK))
+    assert len(plan.bundle.objects) == 2  # the plain kernel serves both
+    folder, archive = write_bundle(plan.bundle, tmp_path / "bundle", plan.files)
+    for where in (folder, archive, folder / "bundle.json"):
+        bundle = read_bundle(where)
+        assert bundle == plan.bundle.sealed()
+        (tmp_path / "unpacked").mkdir(exist_ok=True)
+        files = read_objects(where, bundle, tmp_path / "unpacked")
+        assert {key: path.read_bytes() for key, path in files.items()} == dict.fromkeys(plan.files, BYTES)
+    assert BundleBackend(bundle, "apply", archive).plan.files.keys() == plan.files.keys()
+    write_bundle(plan.bundle.__class__(name="b", created="", version="", environment=H200), folder)
+    assert not list((folder / "objects").iterdir())
+
+
+def test_a_kernel_that_is_not_the_recorded_one_is_not_exported(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path / "cache", entry(MM, QUACK))
+    (path,) = plan.files.values()
+    path.write_bytes(b"another")
+    with pytest.raises(BundleError, match="is not the one that was recorded"):
+        write_bundle(plan.bundle, tmp_path / "bundle", plan.files)
+
+
+def test_objects_decide_the_digest_of_what_is_applied(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path, entry(MM, QUACK))
+    (info,) = plan.bundle.objects
+    other = Bundle.from_json({**plan.bundle.to_json(), "objects": [info_of(info.spec, b"other").to_json()]})
+    assert other.applied_digest != plan.bundle.applied_digest
