@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import cutlass
 import torch
 from cutlass import operators
 from cutlass.operators.providers.cutedsl.gemm.implementations.sm90_static_persistent_impl import Sm90StaticPersistentGemmKernel
