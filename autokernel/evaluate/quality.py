@@ -13,6 +13,7 @@ from autokernel.evaluate.outputs import Run, ScenarioCheck, Trio, check_trio, co
 from autokernel.evaluate.statistics import paired_relative_difference
 from autokernel.evaluate.whole_model import JobTurns
 from autokernel.events import EvalResult
+from autokernel.profiling.precision import convert
 from autokernel.records import Verdict
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def check_model(loaded: LoadedExperiment, bundle: Bundle, device: str, seed: int
     torch.compiler.reset()
     model = load_model(loaded, device)
     higher = torch.float64 if loaded.experiment.model.dtype == "float32" else torch.float32
-    reference = copy.deepcopy(model).to(higher)
+    reference = convert(copy.deepcopy(model), higher)
     trios = [_trio(loaded, bundle, name, model, reference, higher, device, seed) for name in loaded.experiment.scenarios]
     verdict = compare_outputs(trios, loaded.experiment.validation.min_top1_agreement)
     del trios, reference
@@ -105,7 +106,9 @@ def check_program(
     scenario = loaded.experiment.scenarios[name]
     higher = torch.float64 if loaded.experiment.model.dtype == "float32" else torch.float32
     is_language = not isinstance(scenario, CallScenario)
-    own_reference = _in_higher_precision(program, model, higher) if is_language else copy.deepcopy(program.module).to(higher)
+    own_reference = (
+        _in_higher_precision(program, model, higher) if is_language else convert(copy.deepcopy(program.module), higher)
+    )
     trio = Trio(
         name=name,
         contender=_resetting(program, forward),

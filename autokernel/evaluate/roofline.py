@@ -14,7 +14,7 @@ from autokernel.evaluate.call_graphs import graph_of
 from autokernel.evaluate.timing import pin_threads, quiet, timer
 from autokernel.evaluate.turns import leave
 from autokernel.ops import Op
-from autokernel.records import Check, Measurement, Problem, Record
+from autokernel.records import DTYPE_BYTES, Check, Measurement, Problem, Record
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,7 @@ _COLD_FACTOR = {"cpu": 4, "cuda": 2}
 _READ_BYTES_LIMIT = 1 << 30
 _SECOND_LOOK_S = 1.0
 _GRAPH_US, _MAX_GRAPH_CALLS = 1000.0, 64
+EIGHT_BIT_DTYPES = ("float8_e4m3fn", "int8")  # what quantized models multiply in, on a GPU with twice the peak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +60,14 @@ class Ceilings(Record):
         return speed
 
     def peak_tflops(self, dtype: str) -> float:
-        """TFLOP/s of a dtype; for one that was not measured, the best of all (so nothing is called too fast by mistake)."""
-        return self.tflops.get(dtype) or max(self.tflops.values(), default=math.inf)
+        """TFLOP/s of a dtype; for one that was not measured, the best of those as wide, or else of all.
+
+        So little is called too fast by mistake, and looked at again before it is (`sound_physics_check`).
+        """
+        if dtype in self.tflops:
+            return self.tflops[dtype]
+        alike = [peak for name, peak in self.tflops.items() if DTYPE_BYTES[name] == DTYPE_BYTES[dtype]]
+        return max(alike or self.tflops.values(), default=math.inf)
 
     def best_with(self, other: Ceilings) -> Ceilings:
         """The higher of each pair: whatever either measurement saw is possible. Sizes stay."""
@@ -141,7 +148,7 @@ def measure_ceilings(
     Args:
         device: "cpu" or "cuda".
         threads: CPU threads; default: what torch is set to.
-        dtypes: floating dtypes to multiply in; those that do not run are left out.
+        dtypes: to multiply in; those that do not run are left out.
         budget_s: about how long it may take; three runs of everything at least.
     """
     import torch
@@ -203,7 +210,7 @@ def _gemm_tflops(device: str, dtype: str, budget_s: float) -> float:
     best = 0.0
     for m, n, k in shapes:
         try:
-            x, w = torch.randn(m, k, device=device).to(kind), torch.randn(n, k, device=device).to(kind)
+            x, w = _matrix(m, k, device, kind), _matrix(n, k, device, kind)
             for product in _products(x, w):
                 us = _best_us(device, product, budget_s / len(shapes) / 2)
                 best = max(best, 2 * m * n * k / (us * 1e6))
@@ -212,10 +219,32 @@ def _gemm_tflops(device: str, dtype: str, budget_s: float) -> float:
     return best
 
 
-def _products(x: torch.Tensor, w: torch.Tensor) -> Sequence[Callable[[], object]]:
-    """Ways to compute x [M, K] times w [N, K] transposed: torch's own, and oneDNN's with prepacked weights."""
+def _matrix(rows: int, columns: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """Random numbers; integers of all their bits."""
     import torch
 
+    if dtype.is_floating_point:
+        return torch.randn(rows, columns, device=device).to(dtype)
+    info = torch.iinfo(dtype)
+    return torch.randint(info.min, info.max + 1, (rows, columns), device=device, dtype=dtype)
+
+
+def _products(x: torch.Tensor, w: torch.Tensor) -> Sequence[Callable[[], object]]:
+    """Ways to compute x [M, K] times w [N, K] transposed: torch's own, and oneDNN's with prepacked weights.
+
+    8-bit matrices are multiplied to wider results: integers exactly, floating-point ones with one scale each.
+    """
+    import torch
+
+    if x.dtype == torch.int8:
+        return [lambda: torch._int_mm(x, w.t())]
+    if x.dtype.itemsize == 1:
+        # cuBLAS multiplies no two matrices of e5m2
+        scale, w = torch.ones((), device=x.device), w.to(torch.float8_e4m3fn)
+        return [
+            lambda: torch._scaled_mm(x, w.t(), scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True),
+            lambda: torch._scaled_mm(x, w.t(), scale, scale, out_dtype=torch.bfloat16),
+        ]
     ways: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(x, w)]
     if x.device.type == "cpu":
         try:

@@ -320,6 +320,7 @@ def _attribute(
 def calls_of(problem: Problem) -> list[Call]:
     """The GEMM calls that a problem's reference makes, without running them."""
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
     calls: list[Call] = []
@@ -332,9 +333,11 @@ def calls_of(problem: Problem) -> list[Call]:
                 calls.append(_call(name, [(x.shape, x.stride()) for x in matrices]))
             return func(*args, **(kwargs or {}))
 
-    inputs = [
-        torch.empty_strided(spec.shape, spec.stride, dtype=getattr(torch, spec.dtype), device="meta") for spec in problem.inputs
-    ]
-    with torch.no_grad(), Watch():  # type: ignore[no-untyped-call]
+    # fake tensors of the problem's own device: of a GPU's products more is asked than of a CPU's
+    with torch.no_grad(), FakeTensorMode(), Watch():  # type: ignore[no-untyped-call]
+        inputs = [
+            torch.empty_strided(spec.shape, spec.stride, dtype=getattr(torch, spec.dtype), device=problem.device)
+            for spec in problem.inputs
+        ]
         get_op(problem.op).reference(problem, *inputs)
     return calls

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autokernel.errors import WorkloadError
+from autokernel.profiling.precision import is_quantized
 
 _CACHE_ROOM = 16  # tokens behind the context
 _MAX_PROMPTS = 8  # distinct contexts in a cache; the rows of a larger batch repeat them
@@ -122,7 +123,8 @@ def raised(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Within the block the model computes in a higher precision, from the very same weights.
 
     Each module's own parameters and buffers are raised for the time of its call, so that no second copy of the model is
-    needed. For eager calls only: modules that use the weights of others, without calling them, keep their precision.
+    needed. For eager calls only: modules that use the weights of others, without calling them, keep their precision, and so
+    do quantized ones.
     """
     kept: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}
 
@@ -140,7 +142,7 @@ def raised(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         module._parameters.update(parameters)
         module._buffers.update(buffers)
 
-    owners = [m for m in model.modules() if m._parameters or m._buffers]
+    owners = [m for m in model.modules() if (m._parameters or m._buffers) and not is_quantized(m)]
     handles = [handle for m in owners for handle in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
     try:
         yield

@@ -15,6 +15,7 @@ from autokernel.config import CallScenario, DecodeScenario, LoadedExperiment, Pr
 from autokernel.errors import ConfigError, JobLost, WorkloadError
 from autokernel.profiling.corpus import Corpus, load_corpus
 from autokernel.profiling.functions import load_function
+from autokernel.profiling.precision import convert
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ def load_model(loaded: LoadedExperiment, device: str) -> nn.Module:
     # transformers has built it in its dtype already, with the buffers in theirs: a GPU's rotary frequencies stay float32
     as_built = device != "cpu" and section.factory is None
     try:
-        model = model.to(device=device) if as_built else model.to(device=device, dtype=dtype)
+        model = (model if as_built else convert(model, dtype)).to(device=device)
     except torch.OutOfMemoryError as error:
         raise _no_room(error) from None
     return model.eval().requires_grad_(False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
 from autokernel.evaluate.modes import Contender, build_program, compile_errors, failure_of, prepare
-from autokernel.evaluate.roofline import MeasureCeilings
+from autokernel.evaluate.roofline import EIGHT_BIT_DTYPES, MeasureCeilings
 from autokernel.evaluate.whole_model import JobTurns, ModelJob, model_job
 from autokernel.events import Profiled
 from autokernel.stages.context import RunContext
@@ -109,7 +109,8 @@ def profile(context: RunContext) -> Profiled:
 
     experiment = context.experiment
     with context.stage("profile", total=len(experiment.scenarios) + 1):
-        dtypes = tuple(dict.fromkeys(("float32", experiment.model.dtype)))
+        eight_bit = EIGHT_BIT_DTYPES if context.device == "cuda" else ()  # a CPU may take seconds for one such product
+        dtypes = tuple(dict.fromkeys(("float32", experiment.model.dtype, *eight_bit)))
         jobs: list[tuple[str, str, Callable[[], Any]]] = [
             (
                 f"scenario {name}",
