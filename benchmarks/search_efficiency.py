@@ -78,7 +78,8 @@ def uniform(case: Case, seed: int) -> Times:
 
 def nvmatmul(case: Case, _seed: int) -> Times:
     """nvMatmulHeuristics' proposals from the first to the last, each as the nearest config of the landscape."""
-    from autokernel.search.nvmatmul import ask_library, query_for
+    from autokernel.search.nvmatmul import ask_library
+    from autokernel.search.nvmatmul_library import query_for
 
     query = query_for(case.replay.problem, dict(case.replay.names))
     if isinstance(query, str):

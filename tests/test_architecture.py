@@ -56,7 +56,7 @@ HOMES = {
     "ray": ("workers.cluster",),
     "optuna": ("search.tuner",),
     "mlflow": ("tracking",),
-    "nvMatmulHeuristics": ("search.nvmatmul",),
+    "nvMatmulHeuristics": ("search.nvmatmul_library",),
     "typer": ("cli", "display.session"),
     "rich": ("cli", "display"),
     "pydantic": ("config", "search.space_file"),

@@ -30,6 +30,7 @@ class DeviceFacts(Record):
     device: str  # "cpu" or "cuda"
     threads: int = 1  # CPU threads the model runs with
     isa: str = ""  # "AVX512", "sm_90"
+    device_name: str = ""  # "NVIDIA H200"
     l2_bytes: int = 0
     smem_bytes: int = 0  # shared memory one block may use; GPU only
     num_units: int = 1  # cores or multiprocessors

@@ -188,6 +188,7 @@ def device_facts(context: RunContext, profiled: Profiled) -> DeviceFacts:
         device=context.device,
         threads=context.threads,
         isa=environment.isa,
+        device_name=environment.device_name,
         l2_bytes=int(profiled.ceilings.get("l2_bytes", 0)),
         smem_bytes=smem,
         num_units=environment.num_units,
@@ -203,7 +204,7 @@ def spaces_for(context: RunContext, hotspot: Hotspot) -> dict[str, Space]:
     for backend in all_backends():
         if backend.name not in context.experiment.backends or backend.name not in spaces:
             continue
-        why_not = backend.supports(hotspot.problem)
+        why_not = backend.unavailable(context.device) or backend.supports(hotspot.problem)
         if why_not:
             log.info("%s: no candidates from %s: %s", hotspot.problem.key, backend.name, why_not)
             continue

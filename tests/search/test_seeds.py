@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Problem, Status, TensorSpec
-from autokernel.search import inductor_lists, nvmatmul
+from autokernel.search import inductor_lists, nvmatmul, nvmatmul_cute, nvmatmul_library
 from autokernel.search.seeds import SeedContext, history_seeds, seeds_from, stock_seeds
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
@@ -101,7 +102,7 @@ def test_history_is_moved_to_a_legal_config(evaluate: Evaluate) -> None:
 def test_nvmatmul_gives_legal_triton_tiles(dtype: str, op: str, template: str, shape: tuple[int, int, int]) -> None:
     ctx = context(problem(*shape, dtype=dtype, device="cuda", op=op), H200)
     everything = nvmatmul.nvmatmul_seeds(ctx)
-    assert {s.candidate.backend for s in everything} <= {"inductor", "triton"}
+    assert {s.candidate.backend for s in everything} <= {"inductor", "triton", "cutedsl"}
     for seed in everything:
         assert seed.origin == "nvmatmul"
         assert ctx.spaces[seed.candidate.backend].violations(seed.candidate.config, ctx.names) == []
@@ -122,8 +123,8 @@ def test_nvmatmul_gives_legal_triton_tiles(dtype: str, op: str, template: str, s
 def test_nvmatmul_knows_small_and_large_rows() -> None:
     def first(m: int) -> Any:
         p = problem(m, 4096, 4096, device="cuda")
-        query = nvmatmul.query_for(p, dict(context(p, H200).names))
-        assert isinstance(query, nvmatmul.Query)
+        query = nvmatmul_library.query_for(p, dict(context(p, H200).names))
+        assert isinstance(query, nvmatmul_library.Query)
         assert query.layout == "TN_ROW_MAJOR"  # rows times a transposed weight, as in nn.Linear
         rows = nvmatmul.ask_library(query)
         assert all(a.runtime_s <= b.runtime_s for a, b in itertools.pairwise(rows) if a.split_k == b.split_k == 1)
@@ -155,6 +156,104 @@ def test_nvmatmul_absent(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
 
 def test_nvmatmul_is_for_gpus(caplog: pytest.LogCaptureFixture) -> None:
     assert nvmatmul.nvmatmul_seeds(context(problem(64, 512, 512), CPU)) == []
+
+
+@pytest.mark.parametrize("op", ["mm", "addmm", "bmm"])
+@pytest.mark.parametrize("shape", [(1, 4096, 4096), (16, 4096, 14336), (256, 4096, 4096), (2048, 28672, 4096)])
+def test_nvmatmul_gives_legal_cute_configs_of_both_sources(op: str, shape: tuple[int, int, int]) -> None:
+    ctx = context(problem(*shape, device="cuda", op=op), H200)
+    configs = [s.candidate.config for s in nvmatmul.nvmatmul_seeds(ctx) if s.candidate.backend == "cutedsl"]
+    for config in configs:
+        assert ctx.spaces["cutedsl"].violations(config, ctx.names) == []
+        assert config.get("fuse", op == "addmm") == (op == "addmm")
+    assert len({tuple(sorted(config.items())) for config in configs}) == len(configs)
+    of_source = {source: [c for c in configs if c["source"] == source] for source in ("operators", "quack")}
+    assert all(1 <= len(found) <= nvmatmul_cute.MAX_SEEDS for found in of_source.values())
+    assert {config["source"] for config in configs[:2]} == {"operators", "quack"}  # by turns
+    swapped = {config["swap"] for config in configs}
+    assert swapped == ({False, True} if shape[0] <= 512 else {False})
+    if shape == (2048, 28672, 4096):
+        first = of_source["operators"][0]  # what was the fastest on the card
+        assert (first["tile_m"], first["tile_n"], first["cluster_m"], first["cluster_n"]) == (128, 256, 2, 1)
+        assert {config["pingpong"] for config in of_source["quack"]} == {False, True}
+    if shape[1:] == (4096, 14336):
+        assert any(int(config.get("split_k", 1)) > 1 for config in of_source["quack"]) == (op != "bmm")
+
+
+def test_what_a_space_lacks_is_moved_only_where_nothing_fits() -> None:
+    """With one row of 300 columns no tile of the best rows is legal everywhere; the answer is then the nearest that is."""
+    names = context(problem(1, 304, 64, device="cuda"), H200).names
+    space = load_space("mm")["cutedsl"].bind(names)
+    row = nvmatmul_cute.CuteRow(
+        tile_m=128, tile_n=256, cluster_m=4, cluster_n=1, split_k=3, swizzle=2, raster="columns", swap=False, runtime_s=1e-5
+    )
+    kept = dataclasses.replace(row, tile_m=64, tile_n=64)
+    (moved,) = nvmatmul_cute._legal("operators", [row], space)
+    assert space.violations(moved) == []
+    assert moved["tile_m"] == 64
+    (only,) = nvmatmul_cute._legal("operators", [row, kept], space)
+    assert (only["tile_m"], only["tile_n"]) == (64, 64)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_transpose_is_asked_as_the_library_spells_it(swapped: bool) -> None:
+    p = problem(16, 4096, 14336, device="cuda")
+    query = nvmatmul_library.query_for(p, dict(context(p, H200).names))
+    assert isinstance(query, nvmatmul_library.Query)
+    asked = query.transposed if swapped else query
+    assert (asked.m, asked.n, asked.layout) == ((4096, 16, "TN_COL_MAJOR") if swapped else (16, 4096, "TN_ROW_MAJOR"))
+    assert query.transposed.transposed == query
+    rows = nvmatmul_cute.ask_cute(query, [(64, 64), (128, 64), (64, 128), (128, 128)])
+    assert all(a.runtime_s <= b.runtime_s for a, b in itertools.pairwise(rows))
+    assert {row.swap for row in rows} == {False, True}
+    assert any(row.split_k > 1 for row in rows)
+    whole = nvmatmul_cute.ask_cute(query, [(64, 64), (128, 64), (64, 128), (128, 128)], split=False)
+    assert {row.split_k for row in whole} == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "isa", "gpu"),
+    [
+        ("NVIDIA H200", "sm_90", "H200_SXM"),
+        ("NVIDIA H100 80GB HBM3", "sm_90", "H100_SXM"),
+        ("NVIDIA H100 PCIe", "sm_90", "H100_PCIE"),
+        ("NVIDIA H100 NVL", "sm_90", "H100_NVL"),
+        ("NVIDIA H20", "sm_90", "H20_SXM"),
+        ("NVIDIA B200", "sm_100", "B200"),
+        ("NVIDIA GB200", "sm_100", "GB200_NVL"),
+        ("NVIDIA A100-SXM4-80GB", "sm_80", "A100_SXM_80GB"),
+        ("NVIDIA A100 80GB PCIe", "sm_80", "A100_PCIE_80GB"),
+        ("NVIDIA L40S", "sm_89", "L40S"),
+        ("NVIDIA RTX 6000 Ada Generation", "sm_89", "RTX_6000_ADA"),
+        ("", "sm_90", "H200_SXM"),
+        ("NVIDIA of the future", "sm_90a", "H200_SXM"),
+        ("Tesla V100", "sm_70", None),
+    ],
+)
+def test_a_card_is_asked_about_by_its_own_name(name: str, isa: str, gpu: str | None) -> None:
+    assert nvmatmul_library.gpu_for(name, isa) == gpu
+
+
+def test_every_model_of_a_card_is_the_librarys() -> None:
+    library = pytest.importorskip("nvMatmulHeuristics", reason="pip install nvidia-matmul-heuristics")
+    known = {gpu.name for gpu in library.NvMatmulHeuristicsNvidiaGpu}
+    assert {gpu for _, gpu in nvmatmul_library.CARDS} | set(nvmatmul_library.ARCHITECTURES.values()) <= known
+
+
+@pytest.mark.parametrize("letters", [nvmatmul_library.PRECISIONS[d] for d in ("bfloat16", "float8_e4m3fn", "float8_e5m2")])
+@pytest.mark.parametrize(("m", "n", "k"), [(16, 4096, 4096), (4096, 4096, 14336)])
+def test_blackwell_has_seeds_without_a_card(letters: str, m: int, n: int, k: int) -> None:
+    rows = nvmatmul_cute.blackwell_rows(m, n, k, letters)
+    assert len(rows) >= 4
+    assert {row.swap for row in rows} == {False, True}
+    assert all((row.tile_m, row.tile_n) in nvmatmul_cute.BLACKWELL_TILES for row in rows)
+    assert all(a.runtime_s <= b.runtime_s for a, b in itertools.pairwise(rows))
+    if m == 4096:
+        assert (rows[0].tile_m, rows[0].tile_n) == (128, 256)
+        hopper = nvmatmul_library.Query(m=m, n=n, k=k, precision=letters, gpu="H200_SXM")
+        assert rows[0].runtime_s < nvmatmul_cute.ask_cute(hopper, nvmatmul_cute.BLACKWELL_TILES)[0].runtime_s
+    else:
+        assert rows[0].tile_n < 64  # tiles that Hopper's kernels do not have
 
 
 @pytest.mark.parametrize(("op", "templates"), [("mm", {"mm", "mm_persistent_tma"}), ("bmm", {"bmm"})])
