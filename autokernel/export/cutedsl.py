@@ -7,8 +7,9 @@ had, or the matrices are not laid out as it needs, stock code stays and the plan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig
 from autokernel.cutedsl.objects import ObjectError, load, read_info
 from autokernel.cutedsl.spec import BIAS, KernelSpec, ObjectInfo
 from autokernel.errors import CompileError
-from autokernel.export.bundle import Entry
+from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.matching import Gemm, is_transposed, weights_of_merged
 from autokernel.export.pins import dtype_name
 from autokernel.export.plan import Plan
@@ -29,6 +30,7 @@ from autokernel.export.templates import gemm_of_node
 from autokernel.ops.epilogue import Epilogue, find_epilogue
 from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec, canonical_json
 
+log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 BACKEND = "cutedsl"
@@ -141,7 +143,7 @@ def objects_of(plan: Plan) -> Resolver:
         if info is None:
             return compiled_object(spec)[1]
         file = plan.files.get(info.key)
-        if file is None or read_info(file) != info:
+        if file is None or read_info(file).to_json() != info.to_json():
             raise ObjectError(
                 f"compiled kernel {info.file_name} is not beside the bundle: load the bundle from where it was exported"
             )
@@ -161,16 +163,25 @@ def compiled_object(spec: KernelSpec) -> tuple[ObjectInfo, Path]:
     return ObjectCache().get_or_compile(spec)
 
 
-def bundle_objects(entries: Iterable[Entry], *, arch: str, num_units: int) -> list[tuple[ObjectInfo, Path]]:
-    """The objects of all kernels that entries may need, each once, from this machine's cache.
+def with_objects(bundle: Bundle) -> tuple[Bundle, dict[str, Path]]:
+    """A bundle with the objects of all kernels that its entries may need, and their files by key.
 
-    Raises:
-        ValueError, CompileError: one cannot be had.
+    They come from this machine's cache. One that cannot be compiled here is left out, with a warning: where the bundle is used
+    it will be compiled, or stock code runs in its place.
     """
-    found = [
-        compiled_object(spec) for entry in entries if is_cute(entry) for spec in specs_of(entry, arch=arch, num_units=num_units)
-    ]
-    return list({info.key: (info, path) for info, path in found}.values())
+    number = bundle.environment.isa.removeprefix("sm_")
+    found: dict[str, tuple[ObjectInfo, Path]] = {}
+    for entry in filter(is_cute, bundle.entries):
+        arch = arch_of((int(number[:-1]), int(number[-1])))
+        for spec in specs_of(entry, arch=arch, num_units=bundle.environment.num_units):
+            try:
+                info, path = compiled_object(spec)
+            except CompileError as error:
+                log.warning("autokernel: the bundle has no compiled kernel for %s: %s", entry.key, error)
+                continue
+            found[info.key] = info, path
+    objects = tuple(info for info, _ in found.values())
+    return replace(bundle, objects=objects), {key: path for key, (_, path) in found.items()}
 
 
 class CutePass(CustomGraphPass):

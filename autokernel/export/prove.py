@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from autokernel.export.apply import BundleBackend
     from autokernel.profiling.workload import ScenarioProgram
 
-SEARCH_STACK = ("ray", "optuna", "mlflow")
+SEARCH_STACK = ("ray", "optuna", "mlflow", "cutlass", "quack")
 DEFAULT, BUNDLE = "default", "bundle"
 MAX_TURNS = 2  # compilations of each kind: the second only where the first says that the bundle is slow to compile
 _NUM_TOKENS = 64  # outputs to compare per scenario, at least, but in no more than so many draws
@@ -103,7 +103,10 @@ class Prove:
         with tempfile.TemporaryDirectory(prefix="autokernel-prove-") as name:
             folder = Path(name)
             if self.bundle is not None:
-                write_bundle(self.bundle, folder / "bundle")
+                from autokernel.export.cutedsl import with_objects
+
+                bundle, files = with_objects(self.bundle)
+                write_bundle(bundle, folder / "bundle", files)
             request = {
                 "loaded": self.loaded.model_dump(mode="json"),
                 "scenarios": self.scenarios,

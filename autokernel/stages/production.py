@@ -49,9 +49,12 @@ def make_bundle(
 
 
 def export_bundle(context: RunContext, bundle: Bundle) -> Exported:
-    """Write the folder and the archive into the run's folder."""
+    """Write the folder and the archive into the run's folder, compiled kernels included."""
+    from autokernel.export.cutedsl import with_objects
+
     with context.stage("export"):
-        folder, archive = write_bundle(bundle, context.folder / "bundle")
+        bundle, files = with_objects(bundle)
+        folder, archive = write_bundle(bundle, context.folder / "bundle", files)
         exported = Exported(
             folder=str(folder),
             archive=str(archive),
