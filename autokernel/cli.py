@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import os
 import shlex
 import signal
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import autokernel
-from autokernel.errors import BundleError, ConfigError, StorageError
+from autokernel.errors import BundleError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -44,6 +43,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done (also if nothing beat stock), 1 failed, 2 wrong input, 130 interrupted.",
 )
+
+cache_app = typer.Typer(invoke_without_command=True)
+app.add_typer(cache_app, name="cache")
 
 ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="An experiment's YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -220,6 +222,29 @@ def doctor(runs: Runs = _RUNS, as_json: AsJson = False, verbose: Verbose = False
             raise typer.Exit(1)
 
 
+@cache_app.callback()
+def cache(context: typer.Context, as_json: AsJson = False) -> None:
+    """Show the compiled CuTe DSL kernels that are kept on this machine, or clear them."""
+    if context.invoked_subcommand is None:
+        with _command(verbose=False):
+            from autokernel.display.kernels import ObjectCache, cache_view
+
+            found = ObjectCache().statistics()
+            _print_json(found.to_json()) if as_json else _print(cache_view(found))
+
+
+@cache_app.command("clear")
+def clear_cache(
+    older_than: Annotated[float, typer.Option("--older-than", metavar="DAYS", min=0, help="Only what was unused so long.")] = 0,
+) -> None:
+    """Delete compiled kernels; they are compiled again where they are needed. Bundles have their own."""
+    with _command(verbose=False):
+        from autokernel.display.kernels import ObjectCache, megabytes
+
+        count, num_bytes = ObjectCache().clear(older_than * 86400)
+        _print(f"Deleted {count:,} compiled kernels, {megabytes(num_bytes)}.")
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON schema of experiments, for editors."""
@@ -272,7 +297,7 @@ def _run(request: _Request) -> None:
     """Run the pipeline up to a stage, with live progress, then show what came of it."""
     with _command(request.verbose) as (terminal, session):
         from autokernel.config import load_experiment
-        from autokernel.display.logs import LogFile
+        from autokernel.display.logs import LogFile, write_report_of
         from autokernel.display.lookup import summary_of
         from autokernel.display.results import result_json
 
@@ -296,7 +321,7 @@ def _run(request: _Request) -> None:
         session.on_failure = None
         summary = summary_of(outcome.folder)
         if request.until in ("prove", "export"):
-            _write_report(outcome.folder)
+            write_report_of(outcome.folder)
         if request.as_json:
             _print_json(
                 {
@@ -356,18 +381,6 @@ def _dry_run(request: _Request) -> None:
         else:
             _print(plan_table(plan))
             _print("Dry run: the experiment is in order; nothing was started.")
-
-
-def _write_report(folder: Path) -> None:
-    """The HTML report beside the journal; a run does not fail for want of it."""
-    from autokernel.display.tables import REPORT_NAME
-    from autokernel.tracking.journal import read_journal
-    from autokernel.tracking.report import write_report
-
-    try:
-        write_report(read_journal(folder), folder / REPORT_NAME)
-    except (OSError, StorageError) as error:
-        logging.getLogger("autokernel").warning("the report was not written: %s", error)
 
 
 def _console(stream: Any) -> Console:

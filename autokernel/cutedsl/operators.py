@@ -13,12 +13,11 @@ import torch
 from cutlass import operators
 from cutlass.operators.providers.cutedsl.gemm.implementations.sm90_static_persistent_impl import Sm90StaticPersistentGemmKernel
 from cutlass.operators.providers.cutedsl.gemm.sm90_static_persistent import Sm90StaticPersistentGemmOperator
+from cutlass.operators.providers.cutedsl.gemm.sm100_persistent import PersistentDenseGemmOperator
 
 from autokernel.cutedsl.config import ROWS, CuteConfig
 from autokernel.cutedsl.spec import KernelSpec, Launch
 from autokernel.errors import CompileError
-
-_TILE_K = 64  # what Operators calls every tile; its kernel decides by the dtype
 
 
 class TunedSm90Operator(Sm90StaticPersistentGemmOperator):  # type: ignore[misc]
@@ -77,12 +76,13 @@ def compile_spec(
 
 
 def _with_shape(config: CuteConfig, target: str) -> Callable[[Any], bool]:
-    """Of the operators with a config's tile and cluster: on SM90 the persistent kernel."""
+    """Of the operators with a config's tile and cluster, the persistent kernel of the architecture."""
+    of_class = Sm90StaticPersistentGemmOperator if target.startswith("9") else PersistentDenseGemmOperator
 
     def wanted(metadata: Any) -> bool:
         design = metadata.design
         shape = (tuple(design.tile_shape[:2]), tuple(design.cluster_shape[:2]))
         fits = shape == ((config.tile_m, config.tile_n), (config.cluster_m, config.cluster_n))
-        return fits and (not target.startswith("9") or metadata.operator_class is Sm90StaticPersistentGemmOperator)
+        return fits and metadata.operator_class is of_class
 
     return wanted

@@ -1,4 +1,7 @@
-"""Where log records go during a command: warnings as single lines to the terminal, everything to the run's `autokernel.log`."""
+"""Where log records go during a command: warnings as single lines to the terminal, everything to the run's `autokernel.log`.
+
+The report, which is written beside it when a run ends, too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from autokernel.display.words import one_line
+from autokernel.errors import StorageError
 from autokernel.events import Event, RunStarted
 
 LOG_NAME = "autokernel.log"
@@ -90,3 +94,15 @@ class LogFile:
             if handler is not None:
                 self._logger.removeHandler(handler)
                 handler.close()
+
+
+def write_report_of(folder: Path) -> None:
+    """The HTML report beside a run's journal; a run does not fail for want of it."""
+    from autokernel.display.tables import REPORT_NAME
+    from autokernel.tracking.journal import read_journal
+    from autokernel.tracking.report import write_report
+
+    try:
+        write_report(read_journal(folder), folder / REPORT_NAME)
+    except (OSError, StorageError) as error:
+        logging.getLogger("autokernel").warning("the report was not written: %s", error)
