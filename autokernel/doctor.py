@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -18,11 +17,12 @@ from typing import Any
 from autokernel.environment import cpu_name, physical_cores
 from autokernel.records import Record
 from autokernel.requirements import declared_ranges, installed_version, out_of_range
+from autokernel.torch_facts import ask_torch
 
 OK, ADVICE, MISSING = "ok", "advice", "missing"
 
 _LEAST_DISK_GB = 2.0
-_HEURISTICS = "nvidia-matmul-heuristics"
+_HEURISTICS, _CUTE_DSL = "nvidia-matmul-heuristics", "nvidia-cutlass-dsl"
 _TAKEN_GPU_MEMORY = 0.1  # part of a GPU's memory: more than contexts take, so somebody works there
 _TIMEOUT_S = 120
 
@@ -30,58 +30,15 @@ _TIMEOUT_S = 120
 _ESSENTIAL = ("torch", "numpy", "scipy", "optuna", "ray", "mlflow", "pydantic", "typer", "rich", "pyyaml", "psutil", "jinja2")
 _SHOWN = (
     "torch", "ray", "optuna", "mlflow", "transformers", "safetensors", "triton", "nvidia-matmul-heuristics",
-    "nvidia-cutlass-dsl", "nvidia-cutlass-operators", "quack-kernels", "matplotlib",
+    _CUTE_DSL, "nvidia-cutlass-operators", "quack-kernels", "apache-tvm-ffi", "matplotlib",
 )  # fmt: skip
 _GPU_ONLY = {
     "triton": "Triton kernels",
-    "nvidia-cutlass-dsl": "CuTe DSL kernels",
+    _CUTE_DSL: "CuTe DSL kernels",
     "nvidia-cutlass-operators": "CuTe DSL kernels",
     "quack-kernels": "CuTe DSL kernels",
+    "apache-tvm-ffi": "CuTe DSL kernels",
 }
-
-# Run by a child: importing a broken torch can end a process.
-_ASK_TORCH = """
-import json, platform, torch
-facts = {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "gpus": [], "error": ""}
-facts["isa"] = torch.backends.cpu.get_cpu_capability()
-facts["onednn"] = torch.backends.mkldnn.is_available()
-facts["bf16"] = bool(facts["onednn"] and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-try:
-    if torch.version.cuda and torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            p = torch.cuda.get_device_properties(i)
-            memory_gb, arch = round(p.total_memory / 2**30, 1), f"sm_{p.major}{p.minor}"
-            free_gb = round(torch.cuda.mem_get_info(i)[0] / 2**30, 1)
-            facts["gpus"].append({
-                "name": p.name, "memory_gb": memory_gb, "free_gb": free_gb, "arch": arch,
-                "num_sms": p.multi_processor_count, "l2_mb": p.L2_cache_size / 2**20,
-            })
-except RuntimeError as error:
-    facts["error"] = str(error)
-if facts["gpus"]:
-    x = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
-    facts["cublas"] = ""
-    try:
-        facts["cublas"] = "" if float((x @ x).sum()) == 64**3 else "a product of ones is wrong"
-    except RuntimeError as error:
-        facts["cublas"] = str(error).splitlines()[0]
-    try:
-        import triton
-        facts["triton"] = triton.__version__
-        facts["triton_error"] = ""
-        out = torch.compile(lambda v: (v * 2 + 1).relu(), dynamic=False)(x)  # builds and launches a kernel
-        facts["triton_error"] = "" if float(out.sum()) == 3 * 64**2 else "a compiled kernel is wrong"
-    except Exception as error:
-        facts["triton_error"] = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    try:
-        import pynvml
-        pynvml.nvmlInit()
-        pynvml.nvmlDeviceGetClockInfo(pynvml.nvmlDeviceGetHandleByIndex(0), pynvml.NVML_CLOCK_SM)
-        facts["nvml"] = ""
-    except Exception as error:
-        facts["nvml"] = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-print("\\n" + json.dumps(facts))
-"""
 
 # What Inductor's CPU kernels need: OpenMP, and Python's own headers.
 _PROGRAM = """#include <Python.h>
@@ -133,21 +90,6 @@ def examine(runs_folder: Path) -> DoctorReport:
     return DoctorReport(
         findings=tuple(findings), devices=tuple(devices), can_run=bool(devices) and not blocked, torch=torch_facts
     )
-
-
-def ask_torch() -> dict[str, Any]:
-    """What torch says of itself and this machine; {"error": ...} alone if it cannot be imported."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"error": str(error)}
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        return {"error": lines[-1] if lines else f"its process ended with code {done.returncode}"}
-    facts: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return facts
 
 
 def check_python() -> Finding:
@@ -327,6 +269,13 @@ def check_gpu_software(facts: Mapping[str, Any]) -> list[Finding]:
     reinstall = install("torch").replace("install", "install --force-reinstall", 1)
     heuristics = installed_version(_HEURISTICS)
     missing = "" if heuristics else "not installed"
+    archs = {gpu["arch"] for gpu in facts.get("gpus", ())}
+    why_no_cute, _, cute_fix = facts.get("cutedsl", "").rpartition(": ")
+    if archs - {"sm_90"}:
+        why_no_cute, cute_fix = (
+            f"its kernels are for sm_90, not for {', '.join(sorted(archs))}",
+            "leave cutedsl out of `backends`",
+        )
     return [
         tried(
             "cuBLAS",
@@ -342,6 +291,13 @@ def check_gpu_software(facts: Mapping[str, Any]) -> list[Finding]:
             f"{facts.get('triton', '?')} builds kernels: backends inductor and triton can be used",
             "no backends inductor and triton",
             f"{reinstall}, which brings its own triton; that needs a C compiler as well: {_install('g++')}",
+        ),
+        tried(
+            "CuTe DSL",
+            why_no_cute,
+            f"{installed_version(_CUTE_DSL)} compiles kernels: backend cutedsl can be used",
+            "no backend cutedsl",
+            cute_fix,
         ),
         tried(
             "NVML",

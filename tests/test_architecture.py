@@ -22,7 +22,7 @@ PACKAGE = ROOT / "autokernel"
 # docs/architecture.md has the same table. The longest matching name decides, so a package can lie in two rows.
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("records",), ("errors",)),
-    (("environment",), ("requirements",)),
+    (("environment",), ("requirements",), ("torch_facts",)),
     (("events",), ("config",)),
     (("fingerprint",),),
     (("ops",),),
