@@ -198,8 +198,8 @@ class CutePass(CustomGraphPass):
         if not self.plan.active or not any(is_cute(entry) for entry in self.plan.bundle.entries):
             return
         if V.aot_compilation:
-            for entry in filter(is_cute, self.plan.bundle.entries):
-                self.plan.skip(entry, "a package runs without Python, which CuTe DSL kernels are called from")
+            for unused in filter(is_cute, self.plan.bundle.entries):
+                self.plan.skip(unused, "a package runs without Python, which CuTe DSL kernels are called from")
             return
         order = {node: position for position, node in enumerate(graph.nodes)}
         for node in list(graph.nodes):
