@@ -250,7 +250,7 @@ class _Generator:
         return torch.zeros_like(values) if draw == "zero_rows" and low < 0 else values
 
     def spoil(self, values: torch.Tensor) -> torch.Tensor:
-        """One NaN, one +Inf and one -Inf, in rows of their own where there are enough rows."""
+        """One NaN, one +Inf and one -Inf, in rows of their own where there are enough rows. e4m3 has no infinity: NaN alone."""
         import torch
 
         rows = values.clone().reshape(-1, values.shape[-1] if values.dim() else 1)
@@ -260,7 +260,7 @@ class _Generator:
         kinds = torch.randperm(3, generator=self._random, device=self._device).tolist()
         for row, kind in zip(chosen, kinds, strict=False):
             column = int(torch.randint(rows.shape[1], (1,), generator=self._random, device=self._device))
-            rows[row, column] = (math.nan, math.inf, -math.inf)[kind]
+            rows[row, column] = (math.nan, math.inf, -math.inf)[kind] if self._spec.dtype != "float8_e4m3fn" else math.nan
         return rows.reshape(values.shape)
 
     def place(self, values: torch.Tensor) -> torch.Tensor:
