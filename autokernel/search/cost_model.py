@@ -25,14 +25,18 @@ from autokernel.search.space import Config, Names
 Floats = npt.NDArray[np.float64]
 
 MODEL_FILE = Path(__file__).with_name("cost_model.json.gz")
-KINDS = ("mm", "mm_persistent_tma", "bmm", "decompose_k", "rows", "swap", "vector")  # a template or a mode
+# a template, a mode, or the kind of a CuTe DSL kernel; new ones are appended, for models know them by their place
+KINDS = ("mm", "mm_persistent_tma", "bmm", "decompose_k", "rows", "swap", "vector", "operators", "cooperative", "pingpong")
 
 _FORMAT = 1
 _KIND_MISSING = -1.0
 _SMEM_PER_UNIT, _SMEM_PER_BLOCK, _SMEM_RESERVED = 233472, 232448, 1024  # bytes; sm_90
 _WARPS_PER_UNIT, _REGISTERS_PER_UNIT = 64, 65536
+_PERSISTENT = tuple(KINDS.index(kind) for kind in ("mm_persistent_tma", "operators", "cooperative", "pingpong"))
+_CUTE_DEPTH_BYTES, _CUTE_EPILOGUE_BYTES = 128, 16384  # of a tile along K; of shared memory that is kept for results
 _READ_BYTES_PER_US, _FLOP_PER_US = 4.26e6, 0.79e9  # measured on an H200; they only set the scale of two features
 
+# In this order; new ones are appended, and trees that were trained before do not ask for them.
 FEATURES = (
     "log_m", "log_n", "log_k", "log_batch", "log_intensity",
     "kind", "tma", "log_block_m", "log_block_n", "log_block_k", "stages", "log_warps", "log_group", "log_split", "waves",
@@ -40,6 +44,7 @@ FEATURES = (
     "smem_share", "log_accumulators", "log_bytes_in_flight", "log_bytes_in_flight_all", "log_stage_bytes",
     "log_steps", "stages_over_steps", "fill_m", "fill_n", "fill_k",
     "log_tile_intensity", "log_traffic", "log_group_rows", "wgmma", "log_rows_per_warp", "log_split_traffic",
+    "log_cluster_m", "log_cluster_n", "swapped", "ordered", "fused",
 )  # fmt: skip
 
 
@@ -136,7 +141,7 @@ def load_model(path: Path = MODEL_FILE) -> CostModel | None:
     if not path.is_file():
         return None
     data = json.loads(gzip.decompress(path.read_bytes()))
-    if data["format"] != _FORMAT or tuple(data["features"]) != FEATURES:
+    if data["format"] != _FORMAT or tuple(data["features"]) != FEATURES[: len(data["features"])]:
         raise ValueError(f"{path}: made for other features; run benchmarks/train_cost_model.py again")
     trees = {part: {b: Trees.from_json(t) for b, t in data[part].items()} for part in ("cost", "failure")}
     kinds = {backend: tuple(found) for backend, found in data["kinds"].items()}
@@ -162,8 +167,9 @@ def features(names: Names, configs: Sequence[Config]) -> Floats:
 
     Args:
         names: of the problem and device: m, n, k, dtype_bytes, num_units, and batch where there is one.
-        configs: with Triton tiles; parameters that one lacks count as 1.
+        configs: with Triton's tiles or CuTe's; parameters that one lacks count as 1.
     """
+    configs = [_in_tritons_terms(config, float(names["dtype_bytes"])) if "source" in config else config for config in configs]
     m, n, k = float(names["m"]), float(names["n"]), float(names["k"])
     batch, size = float(names.get("batch", 1)), float(names["dtype_bytes"])
     units = max(float(names["num_units"]), 1.0)
@@ -174,7 +180,7 @@ def features(names: Names, configs: Sequence[Config]) -> Floats:
         _column(configs, "waves", 0.0),
     )
     kind, tma = np.array([_kind(config) for config in configs]), _column(configs, "tma", 0.0)
-    swapped = kind == KINDS.index("swap")
+    swapped = (kind == KINDS.index("swap")) | (_column(configs, "swap", 0.0) > 0)
     tiles_m, tiles_n = np.ceil(m / block_m), np.ceil(n / block_n)
     tiles = tiles_m * tiles_n * batch
     blocks = np.where(waves > 0, waves * units, tiles * split)  # programs that are launched
@@ -188,7 +194,7 @@ def features(names: Names, configs: Sequence[Config]) -> Floats:
     ])  # fmt: skip
     limits[0] = np.where(kind == KINDS.index("vector"), 32, limits[0])  # no shared memory
     resident = np.clip(limits.min(axis=0), 1, 32)  # blocks on a multiprocessor
-    resident = np.where(kind == KINDS.index("mm_persistent_tma"), 1.0, resident)  # a persistent kernel has one
+    resident = np.where(np.isin(kind, _PERSISTENT), 1.0, resident)  # a persistent kernel has one
     there = np.minimum(resident, np.ceil(blocks / units))
     in_flight = there * np.maximum(stages - 1, 0.5) * stage
     least = size * batch * (m * k + k * n + m * n)
@@ -207,8 +213,33 @@ def features(names: Names, configs: Sequence[Config]) -> Floats:
         np.log2(block_m * block_n / (block_m + block_n)), np.log2(traffic / least), np.log2(np.minimum(group, tiles_m)),
         ((np.where(swapped, block_n, block_m) >= 64) & (warps % 4 == 0)).astype(np.float64), np.log2(block_m / warps),
         np.log2(1 + np.where((split > 1) | (waves > 0), split * 8 * m * n * batch / least, 0.0)),
+        *(np.log2(_column(configs, name, 1.0)) for name in ("cluster_m", "cluster_n")),
+        swapped, *(_column(configs, name, missing) for name, missing in (("ordered", 1.0), ("fuse", 0.0))),
     ]  # fmt: skip
     return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
+
+
+def _in_tritons_terms(config: Config, size: float) -> Config:
+    """A CuTe DSL kernel's config under the names that features are made of: rows and columns are the caller's."""
+    tile_m, tile_n = float(config["tile_m"]), float(config["tile_n"])
+    kind = "operators" if config["source"] == "operators" else "pingpong" if config.get("pingpong") else "cooperative"
+    # two warpgroups share a tile, unless each has its own, or it is small
+    shared = kind != "pingpong" and tile_m > 64 and (kind == "cooperative" or tile_n > 128)
+    stage = (tile_m + tile_n) * _CUTE_DEPTH_BYTES
+    rows, columns = ("n", "m") if config.get("swap") else ("m", "n")
+    return {
+        **{name: value for name, value in config.items() if name in ("swap", "split_k", "ordered", "fuse")},
+        "template": kind,
+        f"BLOCK_{rows.upper()}": tile_m,
+        f"BLOCK_{columns.upper()}": tile_n,
+        f"cluster_{rows}": config["cluster_m"],
+        f"cluster_{columns}": config["cluster_n"],
+        "BLOCK_K": _CUTE_DEPTH_BYTES / size,
+        "num_stages": max(2.0, (_SMEM_PER_BLOCK - _CUTE_EPILOGUE_BYTES) // stage),  # as many as there is room for
+        "num_warps": 8 if shared else 4,
+        "GROUP_M": config["swizzle"],
+        "tma": True,
+    }
 
 
 def _kind(config: Config) -> float:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autokernel.search.cost_model import FEATURES, CostModel, Trees, features, load_model, save_model
+from autokernel.search.cost_model import FEATURES, KINDS, CostModel, Trees, features, load_model, save_model
 from autokernel.search.space import DeviceFacts, names_for
+from autokernel.search.space_file import load_space
 
 H200 = DeviceFacts(device="cuda", isa="sm_90", num_units=132, smem_bytes=232448, l2_bytes=60 << 20)
 CONFIG = {"template": "mm", "BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8, "GROUP_M": 8}
@@ -38,6 +39,40 @@ def test_features_by_hand() -> None:
     assert feature("wgmma") == 1.0
     assert feature("wgmma", BLOCK_M=32) == 0.0
     assert feature("log_resident", template="mm_persistent_tma") == 0.0
+
+
+CUTE: dict[str, int | str | bool] = {
+    "source": "quack", "tile_m": 128, "tile_n": 64, "pingpong": False, "swap": True, "cluster_m": 2, "cluster_n": 1,
+    "split_k": 4, "ordered": False, "swizzle": 8, "fuse": True,
+}  # fmt: skip
+
+
+def test_features_of_cute_kernels_are_in_the_callers_rows_and_columns() -> None:
+    def of(name: str, m: int = 16, **changed: int | str | bool) -> float:
+        return float(features(names(m, 4096, 4096), [{**CUTE, **changed}])[0, FEATURES.index(name)])
+
+    assert (of("log_block_m"), of("log_block_n"), of("log_block_k")) == (6.0, 7.0, 6.0)
+    assert (of("log_block_m", swap=False), of("log_block_n", swap=False)) == (7.0, 6.0)
+    assert (of("log_cluster_m"), of("log_cluster_n")) == (0.0, 1.0)
+    assert of("fill_m") == 16 / 64
+    assert of("log_blocks") == math.log2(32 * 4)
+    assert of("log_resident") == 0.0
+    assert (of("swapped"), of("ordered"), of("fused"), of("tma"), of("wgmma")) == (1.0, 0.0, 1.0, 1.0, 1.0)
+    assert of("stages") == (232448 - 16384) // ((128 + 64) * 128)
+    kinds = [of("kind"), of("kind", pingpong=True, tile_m=64), of("kind", source="operators")]
+    assert [KINDS[int(kind)] for kind in kinds] == ["cooperative", "pingpong", "operators"]
+    # a tile by two warpgroups, or by one
+    assert of("log_accumulators") == math.log2(128 * 64 / 256)
+    assert of("log_accumulators", pingpong=True) == math.log2(128 * 64 / 128)
+    plain = features(names(16, 4096, 4096), [{"template": "mm", "BLOCK_M": 64}])[0]
+    assert [plain[FEATURES.index(name)] for name in FEATURES[-5:]] == [0.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_every_cute_config_has_finite_features() -> None:
+    for m in (1, 512, 8192):
+        at = names(m, 4096, 4096)
+        configs = list(load_space("mm")["cutedsl"].enumerate(at))
+        assert np.isfinite(features(at, configs)).all()
 
 
 def test_features_are_finite_everywhere() -> None:
