@@ -473,13 +473,19 @@ def test_a_gpu_run_says_whose_kernels_won_and_how_near_the_roofline_they_are(wid
         r"^While confirming: 1,7\d\d–1,980 MHz, 3\d\d–69\d W, 4\d–5\d °C\.$",
         r"^The device was busy for 83 % of the search\.$",
         r"tile=\d+×\d+×\d+",
+        r"^triton +\d+ +\d+ +\+\d+\.\d % +",
     ):
         assert re.search(said, text, re.MULTILINE), f"{said}\nnot in\n{text}"
     assert max(map(len, text.splitlines())) <= width
     document = result_json(summary, FOLDER)
     row = next(h for h in document["hotspots"] if h["verdict"] == "won" and h["backend"] == "triton")
     assert set(row["by_backend_us"]) == {"aten", "inductor", "triton"}
+    assert row["runner_up"]["backend"] in ("aten", "inductor")
+    assert row["runner_up"]["takes"] == pytest.approx(
+        row["by_backend_us"][row["runner_up"]["backend"]] / row["by_backend_us"]["triton"]
+    )
     assert 0 < row["roofline_stock"] < row["roofline"]
+    assert sum(b["num_used"] for b in document["backends"]) == sum(h["num_trials"] > 0 for h in document["hotspots"])
     assert document["conditions"]["clock_mhz"][1] == 1980.0
     assert json.loads(json.dumps(document)) == document
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from autokernel.display.lookup import summary_of
 from autokernel.errors import StorageError
 from autokernel.events import Evaluated
 from autokernel.records import Candidate, Speedup
+from autokernel.tracking.backends import backend_summaries
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us
 from autokernel.tracking.titles import config_title, problem_title
 
@@ -34,6 +35,7 @@ class HotspotRow:
     why: str
     roofline: tuple[float | None, float | None]  # the part of it that stock reaches, and that the candidate does
     by_backend: Mapping[str, float]  # time of each backend's fastest, as screened, in us
+    runner_up: tuple[str, float] | None  # the best other backend, and its time over that of the one that is used
 
 
 def hotspot_rows(summary: RunSummary) -> list[HotspotRow]:
@@ -56,6 +58,7 @@ def _row(problem: ProblemSummary, judged: bool) -> HotspotRow:
     elif best is not None and baseline is not None and best.evaluation.candidate == baseline.evaluation.candidate:
         candidate = candidate_us = None  # stock itself is the fastest
     verdict, why = _verdict(problem, judged)
+    second = problem.runner_up
     return HotspotRow(
         key=problem.problem.key,
         problem=problem_title(problem.problem),
@@ -71,6 +74,7 @@ def _row(problem: ProblemSummary, judged: bool) -> HotspotRow:
         why=why,
         roofline=(problem.roofline_part(baseline_us), problem.roofline_part(candidate_us)),
         by_backend={name: latency_us(trial) for name, trial in problem.by_backend.items()},
+        runner_up=(second[0].evaluation.candidate.backend, second[1]) if second is not None else None,
     )
 
 
@@ -118,6 +122,7 @@ def hotspot_json(row: HotspotRow) -> dict[str, Any]:
         "roofline_stock": row.roofline[0],
         "roofline": row.roofline[1],
         "by_backend_us": dict(row.by_backend),
+        "runner_up": {"backend": row.runner_up[0], "takes": row.runner_up[1]} if row.runner_up is not None else None,
     }
 
 
@@ -149,6 +154,7 @@ def result_json(summary: RunSummary, folder: Path) -> dict[str, Any]:
         "scenarios": [s.to_json() for s in summary.scenarios],
         "evals": [e.to_json() for e in validated.evals] if validated is not None else [],
         "dropped": dict(validated.dropped) if validated is not None else {},
+        "backends": [asdict(row) for row in backend_summaries(summary)],
         "conditions": {name: list(span) for name, span in summary.conditions.items()},
         "device_busy": summary.device_busy,
         "proved": summary.proved.to_json() if summary.proved is not None else None,

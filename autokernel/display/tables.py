@@ -16,6 +16,7 @@ from autokernel.display.results import HotspotRow, graph_options, hotspot_rows, 
 from autokernel.display.words import duration, failures, microseconds, percent, ratio
 from autokernel.events import ModelValidated, ScenarioResult
 from autokernel.records import Hotspot
+from autokernel.tracking.backends import backend_summaries
 from autokernel.tracking.summary import ProblemSummary, RunSummary
 from autokernel.tracking.titles import config_title, problem_title
 
@@ -156,6 +157,22 @@ def kernels_table(summary: RunSummary) -> RenderableType:
     return Group(shown, Text("\n".join(["", *_machine_notes(summary)]), style="dim"))
 
 
+def backends_table(summary: RunSummary) -> RenderableType:
+    """Which backend is used for how many problems, and by how much the others lost."""
+    shown = table(
+        "backend", ("timed", "right"), ("used", "right"), ("runner-up takes", "right"), ("elsewhere it takes", "right"),
+        title="Backends",
+    )  # fmt: skip
+    for row in backend_summaries(summary):
+        shown.add_row(row.backend, str(row.num_timed), str(row.num_used), _behind(row.lead), _behind(row.behind))
+    note = "In problems, as screened. runner-up: of those it is used for; elsewhere: over the kernel that is used there."
+    return Group(shown, Text(f"\n{note}", style="dim"))
+
+
+def _behind(ratio: float | None) -> str:
+    return f"{100 * (ratio - 1):+.1f} %" if ratio is not None else ""
+
+
 def _roofline(problems: Sequence[ProblemSummary]) -> str:
     """`72 → 83 %`: stock and what is used now, of problems for which both are known, by their part of the time."""
     least = stock = now = 0.0
@@ -261,6 +278,8 @@ def result_view(summary: RunSummary, folder: Path, runs_folder: Path) -> Rendera
         parts.append(hotspot_table(summary) if summary.trials else profile_table(summary))
         if summary.by_scenario and "confirm" in summary.stage_seconds:
             parts.append(kernels_table(summary))
+            if len(summary.backends) > 1:
+                parts.append(backends_table(summary))
     if summary.scenarios:
         parts.append(scenario_table(summary.scenarios))
     if summary.validated is not None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from autokernel.events import EvalResult, Evaluated, Event, GraphTrial, ModelValidated, Profiled, Proved, RunStarted
 from autokernel.records import ConfigValue, Problem, Speedup, Status, digest_of
+from autokernel.tracking.backends import backend_summaries, best_of_each
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us, rounded
 from autokernel.tracking.titles import config_title, problem_title
 from autokernel.tracking.views import ChartedTrials
@@ -265,6 +266,10 @@ def _interval(speedup: Speedup) -> str:
     return f"{speedup.ratio:.3f}× [{speedup.low:.3f}, {speedup.high:.3f}]"
 
 
+def _behind(ratio: float | None) -> str:
+    return f"{100 * (ratio - 1):+.1f} %" if ratio is not None else "–"
+
+
 def experiment_note(started: RunStarted) -> str:
     """The description above the table of runs."""
     return (
@@ -291,6 +296,9 @@ def campaign_note(run: RunSummary) -> str:
     rows = [(r.scenario, r.num_searched, r.num_won, f"{r.geometric_mean:.3f}×") for r in run.by_scenario]
     head_of_scenarios = ("scenario", "searched", "won", "geometric mean over stock")
     parts += ["#### Kernels by scenario", _table(head_of_scenarios, rows)] if rows else []
+    rows = [(b.backend, b.num_timed, b.num_used, _behind(b.lead), _behind(b.behind)) for b in backend_summaries(run)]
+    head_of_backends = ("backend", "problems timed", "used for", "runner-up takes", "elsewhere it takes")
+    parts += ["#### Backends", _table(head_of_backends, rows)] if len(rows) > 1 else []
     if run.validated is not None:
         scenarios = run.validated.scenarios
         modes = list(dict.fromkeys(m.mode for s in scenarios for m in s.modes))
@@ -327,6 +335,10 @@ def hotspot_note(p: ProblemSummary) -> str:
             for h in p.hotspots
         ]
         parts.append(_table(head, rows))
+    best = best_of_each(p)
+    if len(best) > 1:
+        rows = [(name, config_title(b.candidate), f"{b.us:.4g}", _behind(b.behind)) for name, b in best.items()]
+        parts += [f"Of each backend, as screened ({p.backend} is used):", _table(("backend", "kernel", "µs", "takes"), rows)]
     fastest = sorted(p.timed, key=latency_us)[:5]
     if fastest:
         rows = [(f"#{e.number}", config_title(e.evaluation.candidate), f"{latency_us(e):.4g}", e.origin) for e in fastest]

@@ -7,8 +7,12 @@ from autokernel.records import Candidate, Problem
 _DTYPES = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2",
 }  # fmt: skip
-_FIRST_KEYS = ("template", "kernel", "merge")  # of a config: what kind of kernel it is
-_TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+_FIRST_KEYS = ("template", "kernel", "source", "merge")  # of a config: what kind of kernel it is
+_AS_ONE = (  # parameters that are one word
+    ("tile", ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    ("tile", ("tile_m", "tile_n")),
+    ("cluster", ("cluster_m", "cluster_n")),
+)
 _FIRST_MATRIX = {"mm": 0, "bmm": 0, "linear": 0, "merged_mm": 0, "addmm": 1, "baddbmm": 1, "scaled_mm": 0, "int_mm": 0}
 
 
@@ -46,8 +50,9 @@ def _gemm_shape(problem: Problem) -> str:
 def config_title(candidate: Candidate) -> str:
     """The backend and its config, a tile as one word, without what says nothing (`prepack=False`, `merge=none`, empty)."""
     config = dict(candidate.config)
-    if all(name in config for name in _TILE):
-        config["tile"] = "×".join(str(config.pop(name)) for name in _TILE)
+    for word, parts in _AS_ONE:
+        if all(name in config for name in parts):
+            config[word] = "×".join(str(config.pop(name)) for name in parts)
     order = (*_FIRST_KEYS, "tile")
     said = {k: v for k, v in config.items() if v not in (False, "", "none")}
     names = sorted(said, key=lambda name: (order.index(name) if name in order else len(order), name))
