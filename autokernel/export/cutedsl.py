@@ -8,7 +8,7 @@ had, or the matrices are not laid out as it needs, stock code stays and the plan
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,16 @@ from torch._inductor.virtualized import V
 from autokernel.cutedsl import op
 from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig
 from autokernel.cutedsl.objects import ObjectError, load, read_info
-from autokernel.cutedsl.spec import BIAS, KernelSpec, ObjectInfo
+from autokernel.cutedsl.spec import BIAS, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, KernelSpec, ObjectInfo
 from autokernel.errors import CompileError
 from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.matching import Gemm, is_transposed, weights_of_merged
+from autokernel.export.matching import is_transposed, weights_of_merged
 from autokernel.export.pins import dtype_name
 from autokernel.export.plan import Plan
 from autokernel.export.templates import gemm_of_node
 from autokernel.ops.epilogue import Epilogue, find_epilogue
+from autokernel.ops.int_mm import OUT_DTYPE
+from autokernel.ops.scaled_mm import ROW_WISE, TENSOR_WISE, ScaledCall, has_bias, scaling_of
 from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec, canonical_json
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ aten = torch.ops.aten
 
 BACKEND = "cutedsl"
 _ADD = "add"
+_SCALES = {TENSOR_WISE: (TENSOR_SCALE_A, TENSOR_SCALE_B), ROW_WISE: (SCALE_A, SCALE_B)}
 _KERNEL_PARAMETERS = tuple(field.name for field in fields(CuteConfig) if field.name != "fuse")  # of the object itself
 
 Resolver = Callable[[KernelSpec], Path]  # raises ObjectError, CompileError
@@ -58,11 +61,11 @@ def specs_of(entry: Entry, *, arch: str, num_units: int) -> tuple[KernelSpec, ..
         ValueError: the config is none of a CuTe DSL kernel's, or the problem none that it solves.
     """
     x, w = matrices(entry.problem)
-    plain = spec_for(entry.config, x, w, arch=arch, num_units=num_units)
-    steps = expected_epilogue(entry.problem)
-    if not CuteConfig.from_entry(entry.config).fuse or not steps:
-        return (plain,)
-    return (spec_for(entry.config, x, w, epilogue=steps, arch=arch, num_units=num_units), plain)
+    inside, behind = inner_epilogue(entry.problem), expected_epilogue(entry.problem)
+    fuses = bool(behind) and CuteConfig.from_entry(entry.config).fuse
+    facts: dict[str, Any] = {"out_dtype": out_dtype_of(entry.problem), "arch": arch, "num_units": num_units}
+    epilogues = ((*inside, *behind), inside) if fuses else (inside,)
+    return tuple(spec_for(entry.config, x, w, epilogue=epilogue, **facts) for epilogue in epilogues)
 
 
 def matrices(problem: Problem) -> tuple[TensorSpec, TensorSpec]:
@@ -72,17 +75,31 @@ def matrices(problem: Problem) -> tuple[TensorSpec, TensorSpec]:
         k, n = weights[0].shape[0], sum(spec.shape[1] for spec in weights)
         transposed = is_transposed(weights[0].shape, weights[0].stride)
         return problem.inputs[0], TensorSpec(shape=(k, n), dtype=weights[0].dtype, stride=(1, k) if transposed else (n, 1))
-    first = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}.get(problem.op)
+    first = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "scaled_mm": 0, "int_mm": 0}.get(problem.op)
     if first is None:
         raise ValueError(f"there is no CuTe DSL kernel for {problem.op}")
     return problem.inputs[first], problem.inputs[first + 1]
+
+
+def inner_epilogue(problem: Problem) -> tuple[str, ...]:
+    """What belongs to the product itself and is computed before the sums are rounded: scales."""
+    return _SCALES[str(scaling_of(*problem.inputs[:4]))] if problem.op == "scaled_mm" else ()
 
 
 def expected_epilogue(problem: Problem) -> tuple[str, ...]:
     """What follows the product in a problem, what is added by the op itself included."""
     if problem.op in ("addmm", "baddbmm"):
         return (BIAS if len(problem.inputs[0].shape) == 1 else _ADD, *problem.epilogue)
+    if problem.op == "scaled_mm" and has_bias(problem):
+        return (BIAS, *problem.epilogue)
     return problem.epilogue
+
+
+def out_dtype_of(problem: Problem) -> str:
+    """Of a problem's result."""
+    if problem.op == "int_mm":
+        return OUT_DTYPE
+    return str(dict(problem.scalars).get("out_dtype", problem.inputs[0].dtype))
 
 
 def spec_for(
@@ -90,6 +107,7 @@ def spec_for(
     x: TensorSpec,
     w: TensorSpec,
     *,
+    out_dtype: str,
     epilogue: tuple[str, ...] = (),
     arch: str,
     num_units: int,
@@ -107,12 +125,12 @@ def spec_for(
     for name, spec in (("left", x), ("right", w)):
         if wrong := layout_problem(spec):
             raise ValueError(f"the {name} matrix {wrong}")
-    if w.shape[-1] * DTYPE_BYTES[x.dtype] % ALIGNMENT_BYTES:
-        raise ValueError(f"the result's rows are {w.shape[-1]} {x.dtype}, no multiple of {ALIGNMENT_BYTES} bytes")
+    if w.shape[-1] * DTYPE_BYTES[out_dtype] % ALIGNMENT_BYTES:
+        raise ValueError(f"the result's rows are {w.shape[-1]} {out_dtype}, no multiple of {ALIGNMENT_BYTES} bytes")
     return KernelSpec(
         config={name: config[name] for name in _KERNEL_PARAMETERS if name in config},
         dtype=x.dtype,
-        out_dtype=x.dtype,
+        out_dtype=out_dtype,
         a_major="k" if x.stride[-1] == 1 else "m",
         b_major="n" if w.stride[-1] == 1 else "k",
         batched=len(x.shape) == 3,
@@ -205,51 +223,81 @@ class CutePass(CustomGraphPass):
         for node in list(graph.nodes):
             gemm = gemm_of_node(node)
             entry = self.plan.find_or_merged(gemm) if gemm is not None else None
-            if gemm is None or entry is None or not is_cute(entry):
+            if entry is None or not is_cute(entry):
                 continue
             try:
-                site = self._site(node, gemm, entry, order)
+                site = self._site(node, entry, order)
             except (ValueError, ObjectError, CompileError) as error:
                 self.plan.skip(entry, f"{error} (at {node.name})")
                 continue
             site.replace(graph, order)
             self.plan.hit(entry)
 
-    def _site(self, node: torch.fx.Node, gemm: Gemm, entry: Entry, order: Mapping[torch.fx.Node, int]) -> Site:
+    def _site(self, node: torch.fx.Node, entry: Entry, order: Mapping[torch.fx.Node, int]) -> Site:
         """What to put in the place of a GEMM.
 
         Raises:
             ValueError, ObjectError, CompileError: stock code has to stay; the message says why.
         """
-        if node.kwargs:
-            raise ValueError("the product is scaled")
-        *added, x, w = (argument for argument in node.args if isinstance(argument, torch.fx.Node))
-        device = x.meta["val"].device
-        facts: dict[str, Any] = {
-            "arch": arch_of(torch.cuda.get_device_capability(device)),
-            "num_units": torch.cuda.get_device_properties(device).multi_processor_count,
-        }
-        left, right = (spec_of_value(operand.meta["val"]) for operand in (x, w))
-        fused = self._fused(node, added, entry, order)
-        steps = () if fused is None else expected_epilogue(entry.problem)
-        path = self._resolve(spec_for(entry.config, left, right, epilogue=steps, **facts))
-        load(str(path))  # what cannot be loaded is found out here, where stock code is still to be had
-        operands = (*added, *fused.operands) if fused is not None else ()
-        last = fused.last if fused is not None else node
-        return Site(node=node, x=x, w=w, operands=operands, last=last, added=() if fused else tuple(added), path=str(path))
+        product = Product.of(node)
+        left, right = (spec_of_value(operand.meta["val"]) for operand in (product.x, product.w))
+        fused = self._fused(node, product, entry, order)
+        device = node.meta["val"].device
+        kernel = spec_for(
+            entry.config,
+            left,
+            right,
+            out_dtype=dtype_name(node.meta["val"].dtype),
+            epilogue=(*product.inside, *(() if fused is None else expected_epilogue(entry.problem))),
+            arch=arch_of(torch.cuda.get_device_capability(device)),
+            num_units=torch.cuda.get_device_properties(device).multi_processor_count,
+        )
+        path = str(self._resolve(kernel))
+        load(path)  # what cannot be loaded is found out here, where stock code is still to be had
+        if fused is None:
+            return Site(node=node, product=product, operands=(), added=product.added, last=node, path=path)
+        return Site(
+            node=node, product=product, operands=(*product.added, *fused.operands), added=(), last=fused.last, path=path
+        )
 
     def _fused(
-        self, node: torch.fx.Node, added: Sequence[torch.fx.Node], entry: Entry, order: Mapping[torch.fx.Node, int]
+        self, node: torch.fx.Node, product: Product, entry: Entry, order: Mapping[torch.fx.Node, int]
     ) -> Epilogue | None:
         """What follows the product here, if the entry fuses exactly that; None where it stays behind the kernel."""
         expected = expected_epilogue(entry.problem)
         if not expected or not CuteConfig.from_entry(entry.config).fuse:
             return None
         found = find_epilogue(node, order)
-        own = tuple(BIAS if argument.meta["val"].dim() == 1 else _ADD for argument in added)
-        values = [argument.meta["val"] for argument in (*added, *found.operands)]
+        own = tuple(BIAS if argument.meta["val"].dim() == 1 else _ADD for argument in product.added)
+        values = [argument.meta["val"] for argument in (*product.added, *found.operands)]
         readable = all(value.stride(-1) == 1 and value.storage_offset() % ALIGNMENT_BYTES == 0 for value in values)
         return found if (*own, *found.names) == expected and readable else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """A GEMM's node, taken apart: the matrices, the scales that belong to it, and what it adds."""
+
+    x: torch.fx.Node
+    w: torch.fx.Node
+    inside: tuple[str, ...] = ()  # names of the scales, as an epilogue has them
+    scales: tuple[torch.fx.Node, ...] = ()
+    added: tuple[torch.fx.Node, ...] = ()
+
+    @classmethod
+    def of(cls, node: torch.fx.Node) -> Product:
+        """The parts of a node for which `gemm_of_node` has an answer.
+
+        Raises:
+            ValueError: it is more than a product and a sum.
+        """
+        if (call := ScaledCall.of(node)) is not None:
+            x, w, *rest = call.operands
+            return cls(x=x, w=w, inside=_SCALES[call.scaling], scales=tuple(rest[:2]), added=tuple(rest[2:]))
+        if node.kwargs:
+            raise ValueError("the product is scaled")
+        *added, x, w = (argument for argument in node.args if isinstance(argument, torch.fx.Node))
+        return cls(x=x, w=w, added=tuple(added))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,34 +308,33 @@ class Site:
     """
 
     node: torch.fx.Node
-    x: torch.fx.Node
-    w: torch.fx.Node
+    product: Product
     operands: tuple[torch.fx.Node, ...]
-    last: torch.fx.Node
     added: tuple[torch.fx.Node, ...]
+    last: torch.fx.Node
     path: str
 
     def replace(self, graph: torch.fx.Graph, order: Mapping[torch.fx.Node, int]) -> None:
         """Put the kernel's call in the place of all of it."""
         value = self.node.meta["val"]
         with graph.inserting_before(self.node):
-            operands = [self._viewed(graph, operand, value) for operand in self.operands]
-            arguments = (self.x, self.w, operands, value.dtype, self.path)
+            operands = [_viewed(graph, scale, (scale.meta["val"].numel(),)) for scale in self.product.scales]
+            for operand in self.operands:
+                vector = operand.meta["val"].dim() == 1
+                operands.append(operand if vector else _viewed(graph, operand, tuple(value.shape)))
+            arguments = (self.product.x, self.product.w, operands, value.dtype, self.path)
             result = graph.call_function(op.OVERLOAD, arguments)
             result.meta["val"] = value.new_empty(value.shape)
             for extra in self.added:
                 result = _call(graph, aten.add.Tensor, result, extra)
-            result = self._viewed(graph, result, self.last.meta["val"])
+            result = _viewed(graph, result, tuple(self.last.meta["val"].shape))
         self.last.replace_all_uses_with(result)
         _erase(graph, self.last, order[self.node], order)
 
-    @staticmethod
-    def _viewed(graph: torch.fx.Graph, node: torch.fx.Node, like: torch.Tensor) -> torch.fx.Node:
-        """The node in another shape with as many elements; itself where it has that shape, and vectors as they are."""
-        value = node.meta["val"]
-        if value.dim() == 1 or value.shape == like.shape:
-            return node
-        return _call(graph, aten.reshape.default, node, list(like.shape))
+
+def _viewed(graph: torch.fx.Graph, node: torch.fx.Node, shape: tuple[int, ...]) -> torch.fx.Node:
+    """The node in another shape with as many elements; itself where it has that shape."""
+    return node if tuple(node.meta["val"].shape) == shape else _call(graph, aten.reshape.default, node, list(shape))
 
 
 def spec_of_value(value: torch.Tensor) -> TensorSpec:

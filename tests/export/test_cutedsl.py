@@ -29,6 +29,7 @@ M, N, K = 16, 512, 256
 BYTES = b"no kernel"
 QUACK: dict[str, ConfigValue] = {"source": "quack", "tile_m": 128, "tile_n": 128, "cluster_n": 2, "pingpong": True}
 FUSED: dict[str, ConfigValue] = {**QUACK, "fuse": True}
+OPERATORS: dict[str, ConfigValue] = {"source": "operators", "tile_m": 64, "tile_n": 128}
 Graph = Callable[..., torch.Tensor]
 
 
@@ -196,6 +197,54 @@ def test_a_residual_that_inductor_has_put_into_the_product(tmp_path: Path) -> No
     (call,) = calls(module)
     assert epilogue_of(plan, call) == ("add",)
     assert [node.name for node in call.args[2]] == ["r_1"]  # type: ignore[union-attr]
+
+
+E4M3 = {"dtype": "float8_e4m3fn"}
+OUT = (("out_dtype", "bfloat16"), ("use_fast_accum", True))
+
+
+def scaled(*scales: TensorSpec, bias: bool = False) -> Problem:
+    w = TensorSpec(shape=(K, N), dtype="float8_e4m3fn", stride=(1, K))
+    inputs = (spec(M, K, **E4M3), w, *scales, *((spec(N),) if bias else ()))
+    return Problem(op="scaled_mm", inputs=inputs, device="cuda", constants=(1,), scalars=OUT)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "inside"),
+    [(((1,), ()), ("tensor_scale_a", "tensor_scale_b")), (((M, 1), (1, N)), ("scale_a", "scale_b"))],
+    ids=["by tensors", "by rows"],
+)
+def test_scales_of_8_bit_products_go_into_the_kernel(
+    tmp_path: Path, sizes: tuple[tuple[int, ...], ...], inside: tuple[str, ...], fuse: bool
+) -> None:
+    scales = [spec(*size, dtype="float32") for size in sizes]
+    plan = with_objects(tmp_path, entry(scaled(*scales, bias=True), {**QUACK, "fuse": fuse}))
+
+    def linear(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        x, w = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+        return torch._scaled_mm(x, w.t(), a.float(), b.float(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    module = traced(linear, (M, K), (N, K), *sizes, (N,))
+    CutePass(plan)(module.graph)
+    module.graph.lint()
+    (call,) = calls(module)
+    assert epilogue_of(plan, call) == ((*inside, "bias") if fuse else inside)
+    shapes = [tuple(node.meta["val"].shape) for node in call.args[2]]  # type: ignore[union-attr]
+    assert shapes[:2] == ([(1,), (1,)] if "tensor" in inside[0] else [(M,), (N,)])
+    assert len(shapes) == (3 if fuse else 2)
+    assert ("aten.add.Tensor" in targets(module)) != fuse
+    assert call.meta["val"].dtype == torch.bfloat16
+
+
+def test_integer_products_have_integer_sums(tmp_path: Path) -> None:
+    inputs = (spec(M, K, dtype="int8"), TensorSpec(shape=(K, N), dtype="int8", stride=(1, K)))
+    plan = with_objects(tmp_path, entry(Problem(op="int_mm", inputs=inputs, device="cuda", constants=(1,)), OPERATORS))
+    module = traced(lambda x, w: torch._int_mm(x.to(torch.int8), w.to(torch.int8).t()), (M, K), (N, K))
+    CutePass(plan)(module.graph)
+    (call,) = calls(module)
+    assert (call.args[3], call.meta["val"].dtype) == (torch.int32, torch.int32)
+    assert hits(plan) == [1]
 
 
 @pytest.mark.parametrize(
