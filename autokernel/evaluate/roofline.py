@@ -62,12 +62,14 @@ class Ceilings(Record):
     def peak_tflops(self, dtype: str) -> float:
         """TFLOP/s of a dtype; for one that was not measured, the best of those as wide, or else of all.
 
-        So little is called too fast by mistake, and looked at again before it is (`sound_physics_check`).
+        So little is called too fast by mistake, and looked at again before it is (`sound_physics_check`). 8 bits may be
+        multiplied as what is wider: where the device knows no such product, that is faster.
         """
-        if dtype in self.tflops:
-            return self.tflops[dtype]
-        alike = [peak for name, peak in self.tflops.items() if DTYPE_BYTES[name] == DTYPE_BYTES[dtype]]
-        return max(alike or self.tflops.values(), default=math.inf)
+        width = DTYPE_BYTES[dtype]
+        alike = [dtype] if dtype in self.tflops else [name for name in self.tflops if DTYPE_BYTES[name] == width]
+        if not alike or width == 1:
+            alike += [name for name in self.tflops if DTYPE_BYTES[name] != width]
+        return max((self.tflops[name] for name in alike), default=math.inf)
 
     def best_with(self, other: Ceilings) -> Ceilings:
         """The higher of each pair: whatever either measurement saw is possible. Sizes stay."""

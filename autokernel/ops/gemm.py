@@ -30,7 +30,7 @@ class Gemm:
         return f"aten.{self.name}"
 
     def dims(self, problem: Problem) -> Mapping[str, int]:
-        """`batch`, `m`, `n`, `k`, `dtype_bytes`, `has_constant_weight` (1 if the right matrix is a constant), and `num_epilogue`.
+        """`batch`, `m`, `n`, `k`, `dtype_bytes`, `has_constant_weight` (1 if the right matrix is a constant), `num_epilogue`.
 
         The last is how many steps follow the product, what is added by the op itself included.
         """

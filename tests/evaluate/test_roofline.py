@@ -36,6 +36,17 @@ def test_roofline_is_the_slower_of_reading_and_computing() -> None:
     assert roofline_us(10**9, 10, "float16", CEILINGS) == pytest.approx(2_500)  # unknown: the best there is
 
 
+def test_a_dtype_that_was_not_measured_is_as_fast_as_those_as_wide() -> None:
+    eight_bit = {"float8_e4m3fn": 0.8, "int8": 0.9}
+    gpu = dataclasses.replace(CEILINGS, tflops={**CEILINGS.tflops, **eight_bit})
+    assert [gpu.peak_tflops(dtype) for dtype in ("float8_e4m3fn", "int8", "float8_e5m2")] == [0.8, 0.9, 0.9]
+    assert [gpu.peak_tflops(dtype) for dtype in ("bfloat16", "float16", "float32")] == [0.4, 0.4, 0.1]
+    assert gpu.peak_tflops("float64") == 0.9
+    # a CPU that emulates 8-bit floating point does better in 16 bits
+    cpu = dataclasses.replace(CEILINGS, tflops={**CEILINGS.tflops, "float8_e4m3fn": 0.05})
+    assert cpu.peak_tflops("float8_e4m3fn") == 0.4
+
+
 def test_faster_than_possible_fails_with_a_margin(linear: Any, ops: Any) -> None:
     problem = linear(m=512, k=1024, n=1024)  # 1.07 GFLOP: 10.7 ms at 0.1 TFLOP/s
     check = physics_check(taking(10_000), problem, ops["linear"], CEILINGS)
@@ -84,6 +95,13 @@ def test_measured_ceilings_are_plausible_and_survive_json(backend: Any) -> None:
     assert 0.001 < ceilings.tflops["float32"] < 50
     assert ceilings.cache_bytes >= ceilings.l2_bytes > 0
     assert Ceilings.from_json(ceilings.to_json()) == ceilings
+
+
+@pytest.mark.slow
+def test_8_bits_are_multiplied_by_their_own_products() -> None:
+    ceilings = measure_ceilings("cpu", 1, ("int8", "float8_e4m3fn", "float8_e5m2"), budget_s=0.1)
+    assert set(ceilings.tflops) == {"int8", "float8_e4m3fn", "float8_e5m2"}
+    assert all(0.0001 < peak < 100 for peak in ceilings.tflops.values())
 
 
 def test_a_dtype_that_does_not_multiply_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
