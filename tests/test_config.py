@@ -12,6 +12,7 @@ from autokernel.config import Experiment, load_experiment, parse_yaml_mapping
 from autokernel.errors import ConfigError
 
 MODEL = {"factory": "model.py:make"}
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 CALL = {"kind": "call", "inputs": "model.py:inputs"}
 GOOD: dict[str, Any] = {"name": "good", "model": MODEL, "scenarios": {"one": CALL}}
 LANGUAGE: dict[str, Any] = {
@@ -48,6 +49,22 @@ def message_of(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_experiment(path, overrides)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_packages_own_experiments_are_good(path: Path) -> None:
+    assert load_experiment(path).experiment.name == path.stem.replace("_", "-")
+
+
+def test_the_experiment_with_cute_kernels_is_the_other_one_with_more_to_try() -> None:
+    plain, more = (load_experiment(EXPERIMENTS / f"{name}.yaml").experiment.model_dump() for name in ("llama", "llama_cutedsl"))
+    assert {key for key in plain if plain[key] != more[key]} == {"name", "backends", "search"}
+    assert more["backends"] == (*plain["backends"], "cutedsl")
+    assert {key for key in plain["search"] if plain["search"][key] != more["search"][key]} == {
+        "trials",
+        "seconds",
+        "min_trials",
+    }
 
 
 def test_a_good_experiment_has_its_defaults(write: Any) -> None:
