@@ -1,0 +1,162 @@
+"""What the tests of CuTe DSL kernels do in a process of its own: compilers change the process that imports them.
+
+child.py compile FOLDER     JSON specs on standard input -> objects in a cache in FOLDER; JSON per spec on standard output
+child.py bind SIZES         JSON paths of objects -> how far a call with tensors that say they lie on a GPU gets
+child.py epilogues          JSON specs -> the largest errors of their functions, made of torch's activations
+child.py blackwell          JSON [[problem, position], ...] -> names and bytes of compiled operators of SM100
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autokernel.cutedsl import compiler
+from autokernel.cutedsl.cache import ObjectCache
+from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, KernelSpec
+from autokernel.errors import CompileError
+from autokernel.ops.epilogue import apply_epilogue
+
+SHAPE = (512, 768, 1024)
+
+
+def compile_all(folder: str) -> None:
+    cache = ObjectCache(Path(folder))
+    for given in json.load(sys.stdin):
+        try:
+            info, path = cache.get_or_compile(KernelSpec.from_json(given))
+            print(json.dumps({"path": str(path), "compile_s": info.compile_s}), flush=True)
+        except CompileError as error:
+            print(json.dumps({"error": str(error)}), flush=True)
+
+
+def bind_all(sizes: str) -> None:
+    """Each call in a process of its own: where the CUDA runtime is missing, it ends without a word to Python."""
+    for path in json.load(sys.stdin):
+        with tempfile.TemporaryFile() as said:
+            if (child := os.fork()) == 0:
+                os.dup2(said.fileno(), 2)
+                try:
+                    bind(path, sizes)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(1)
+            os.waitpid(child, 0)
+            said.seek(0)
+            print(json.dumps(said.read().decode()), flush=True)
+
+
+def bind(path: str, sizes: str) -> None:
+    """An argument that does not fit raises here."""
+    import tvm_ffi
+
+    from autokernel.cutedsl.objects import Kernel
+
+    found = ObjectCache(Path(path).parent).get(Path(path).stem)
+    assert found is not None
+    info = found[0]
+    function = tvm_ffi.load_module(path)[info.launch.function]
+    a, b, out = matrices(info.spec, (3,) if info.spec.batched else (), *json.loads(sizes))
+    operands = [example(name, out) for name in info.spec.operands().values()]
+    stream = type("Stream", (), {"cuda_stream": 0})
+    torch.cuda.current_stream = lambda device=None: stream
+    Kernel(info, lambda *arguments: function(*on_gpu(arguments)))(a, b, operands)
+
+
+def matrices(spec: KernelSpec, lead: tuple[int, ...], m: int, n: int, k: int) -> tuple[torch.Tensor, ...]:
+    dtype, out_dtype = getattr(torch, spec.dtype), getattr(torch, spec.out_dtype)
+    a = torch.empty(*lead, m, k, dtype=dtype) if spec.a_major == "k" else torch.empty(*lead, k, m, dtype=dtype).mT
+    b = torch.empty(*lead, k, n, dtype=dtype) if spec.b_major == "n" else torch.empty(*lead, n, k, dtype=dtype).mT
+    return a, b, torch.empty(*lead, m, n, dtype=out_dtype)
+
+
+def example(name: str, out: torch.Tensor) -> torch.Tensor:
+    """An operand of an epilogue's name."""
+    if name in MATRICES:
+        return torch.rand_like(out)
+    if name == BIAS:
+        return torch.rand(out.shape[-1]).to(out.dtype)
+    return torch.rand({SCALE_A: out.shape[-2], SCALE_B: out.shape[-1]}.get(name, 1))
+
+
+def on_gpu(value: Any) -> Any:
+    """Tensors with the same sizes that claim to lie on a GPU."""
+    import tvm_ffi
+
+    if isinstance(value, tuple):
+        return tuple(on_gpu(item) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    capsule = torch.utils.dlpack.to_dlpack(value)
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    device_type = pointer_of(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p)  # behind the address of the data
+    cuda = 2
+    ctypes.c_int32.from_address(device_type).value = cuda
+    holder = type("Holder", (), {"__dlpack__": lambda self, **_: capsule, "__dlpack_device__": lambda self: (cuda, 0)})
+    return tvm_ffi.from_dlpack(holder())
+
+
+def epilogues() -> None:
+    specs = [KernelSpec.from_json(given) for given in json.load(sys.stdin)]
+    with compiler.environment("sm_90a", 132):
+        from autokernel.cutedsl.epilogue_source import ACTIVATIONS, composed, epilogue_of, gelu_tanh
+        from quack.gemm_runtime import identity
+
+        by_torch = {name: lambda x, name=name: apply_epilogue((name,), x, ()) for name in ACTIVATIONS}
+        by_torch["gelu_tanh"] = lambda x: gelu_tanh(x, torch.sigmoid)
+        answer: dict[str, Any] = {"activations": sorted(ACTIVATIONS), "errors": [], "digests": [], "by_name": []}
+        for spec in specs:
+            acc = torch.randn(64, 96, dtype=torch.float64) * 4
+            operands = {name: example(taker, acc) for name, taker in spec.operands().items()}
+            got = composed(spec, by_torch)(acc, **{n: as_rows(spec.operands()[n], t) for n, t in operands.items()})["D"]
+            answer["errors"].append(float((got - expected(spec, acc, operands)).abs().max()))
+            answer["digests"].append(epilogue_of(spec).semantic_digest)
+        identity._is_extern_function = lambda function: True  # as for an installed autokernel
+        answer["by_name"] = [epilogue_of(spec).semantic_digest for spec in specs]
+    print(json.dumps(answer))
+
+
+def as_rows(name: str, operand: torch.Tensor) -> torch.Tensor:
+    return operand[:, None] if name == SCALE_A else operand
+
+
+def expected(spec: KernelSpec, acc: torch.Tensor, operands: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The epilogue by the op's own reference, what belongs to the product written out."""
+    takers = spec.operands()
+    value = acc
+    for operand, name in takers.items():
+        if name not in MATRICES:
+            rows = as_rows(name, operands[operand])
+            value = value + rows if name == BIAS else value * rows
+    rest = [name for name in spec.epilogue if name in MATRICES or name not in takers.values()]
+    return apply_epilogue(rest, value, [operands[o] for o, name in takers.items() if name in MATRICES])
+
+
+def blackwell() -> None:
+    asked = json.load(sys.stdin)
+    with compiler.environment("sm_100a", 148), tempfile.TemporaryDirectory() as folder:
+        from autokernel.cutedsl import blackwell as sm100
+
+        answer: dict[str, Any] = {"offered": {}, "compiled": [], "seeded": sm100.seeded((4096, 14336, 4096), 5)}
+        for problem, position in asked:
+            names = sm100.offered(problem, SHAPE)
+            answer["offered"][problem] = len(names)
+            content = compiler.link(sm100.compile_operator(names[position], problem, SHAPE), "kernel", Path(folder))
+            answer["compiled"].append([names[position], len(content)])
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    commands = {"compile": compile_all, "bind": bind_all, "epilogues": epilogues, "blackwell": blackwell}
+    commands[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,174 @@
+"""Kernels of both sources, compiled for a Hopper without one, down to the call that only a GPU could answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autokernel.cutedsl import compiler
+from autokernel.cutedsl.spec import KernelSpec, ObjectInfo
+from autokernel.errors import CompileError
+
+OPERATORS = {"source": "operators", "tile_m": 128, "tile_n": 128, "cluster_m": 1, "cluster_n": 2}
+COOPERATIVE = {"source": "quack", "tile_m": 256, "tile_n": 128, "cluster_m": 2, "cluster_n": 1}
+PINGPONG = {"source": "quack", "tile_m": 128, "tile_n": 192, "cluster_m": 1, "cluster_n": 2, "pingpong": True}
+FP8 = {"dtype": "float8_e4m3fn", "out_dtype": "bfloat16"}
+SIZES = (16, 64, 128)  # M, N, K at the call: others than at compilation
+QUICK = ("operators", "fused")
+
+
+def spec(config: dict[str, Any], **changed: Any) -> KernelSpec:
+    given = {"dtype": "bfloat16", "out_dtype": "bfloat16", "a_major": "k", "b_major": "k", **changed}
+    return KernelSpec(config=config, **given)
+
+
+SPECS = {
+    "operators": spec(OPERATORS),
+    "fused": spec({**PINGPONG, "fuse": True}, epilogue=("bias", "silu", "add")),
+    "swapped, swizzled, by columns": spec({**OPERATORS, "swap": True, "swizzle": 4, "raster": "columns"}),
+    "operators, any majors, batched": spec(OPERATORS, a_major="m", b_major="n", batched=True),
+    "operators, fp8 from Hopper's other format": spec(OPERATORS, dtype="float8_e5m2", out_dtype="float16"),
+    "operators, integers": spec(OPERATORS, dtype="int8", out_dtype="int32"),
+    "quack": spec(COOPERATIVE, b_major="n"),
+    "quack, swapped": spec({**PINGPONG, "swap": True}),
+    "quack, fp16 in fp32": spec(COOPERATIVE, dtype="float16", out_dtype="float32"),
+    "parts of K in order": spec({**COOPERATIVE, "split_k": 4}),
+    "parts of K as they come, swapped, fused": spec(
+        {**PINGPONG, "split_k": 3, "ordered": False, "swap": True}, epilogue=("bias", "gelu", "add")
+    ),
+    "fused, swapped": spec({**PINGPONG, "swap": True}, epilogue=("bias", "gelu_tanh", "mul")),
+    "all activations": spec(COOPERATIVE, epilogue=("gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "silu")),
+    "fp8, scaled by rows": spec(COOPERATIVE, **FP8, epilogue=("scale_a", "scale_b", "bias")),
+    "fp8, scaled as a whole, swapped": spec(
+        {**PINGPONG, "swap": True}, **FP8, epilogue=("tensor_scale_a", "tensor_scale_b", "silu")
+    ),
+    "batched, fused": spec(COOPERATIVE, batched=True, a_major="m", b_major="n", epilogue=("bias", "add")),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    info: ObjectInfo
+    path: Path
+    reached: str  # what a call said before it ended
+
+
+Kernels = dict[str, Compiled]
+
+
+def compiled(compile_all: Any, child: Any, names: tuple[str, ...], sizes: tuple[int, int, int] = SIZES) -> Kernels:
+    found = compile_all([SPECS[name] for name in names])
+    assert not [answer for answer in found if isinstance(answer, str)]
+    called = child("bind", json.dumps(sizes), given=[str(path) for _, path in found])
+    said = [json.loads(line) for line in called.stdout.splitlines()]
+    return {name: Compiled(*kernel, reached) for name, kernel, reached in zip(names, found, said, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def quick(compile_all: Any, child: Any) -> Kernels:
+    return compiled(compile_all, child, QUICK)
+
+
+@pytest.fixture(scope="module")
+def many(compile_all: Any, child: Any) -> Kernels:
+    return compiled(compile_all, child, tuple(name for name in SPECS if name not in QUICK))
+
+
+def check(kernel: Compiled) -> None:
+    """Our call fits the kernel's own checks of every argument: what is missing behind them is the CUDA runtime."""
+    assert kernel.info.key == kernel.info.spec.key(compiler.versions())
+    assert kernel.info.num_bytes == kernel.path.stat().st_size < 400_000
+    assert kernel.info.compile_s > 0
+    assert "undefined symbol: cuda" in kernel.reached
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_kernel_takes_its_arguments(quick: Kernels, name: str) -> None:
+    check(quick[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SPECS if name not in QUICK])
+def test_every_kind_of_kernel_takes_its_arguments(many: Kernels, name: str) -> None:
+    check(many[name])
+
+
+@pytest.mark.slow
+def test_a_call_that_does_not_fit_is_refused_by_the_kernel(quick: Kernels, child: Any) -> None:
+    """So that `check` proves something: 12 columns are no multiple of 16 bytes."""
+    done = child("bind", json.dumps((16, 12, 128)), given=[str(quick["fused"].path)])
+    said = json.loads(done.stdout)
+    assert "undefined symbol" not in said
+    assert "mD" in said
+
+
+def test_an_object_needs_no_compiler(quick: Kernels) -> None:
+    for kernel in quick.values():
+        done = subprocess.run(["readelf", "-d", str(kernel.path)], capture_output=True, text=True, check=True)
+        needed = [line.split("[")[1].rstrip("]") for line in done.stdout.splitlines() if "(NEEDED)" in line]
+        assert set(needed) <= {"libtvm_ffi.so", "libc.so.6", "libstdc++.so.6", "libgcc_s.so.1"}
+
+
+@pytest.mark.slow
+def test_scratch_memory_is_told_to_the_caller(many: Kernels) -> None:
+    ordered, free = many["parts of K in order"].info.launch, many["parts of K as they come, swapped, fused"].info.launch
+    assert (ordered.scratch_tile, ordered.zeroed_workspace, ordered.transposed) == ((256, 128, 2, 1), False, False)
+    assert (free.scratch_tile, free.zeroed_workspace, free.transposed) == ((128, 192, 1, 2), True, True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"config": {**OPERATORS, "tile_n": 192}}, "operators has tiles"),
+        ({"dtype": "float32"}, "CuTe DSL kernels take bfloat16"),
+        ({"arch": "sm_80"}, "sm_90a and sm_100a, not sm_80"),
+        ({**FP8, "b_major": "n"}, "contiguous along K: A is k-major, B n-major"),
+        ({"epilogue": ("bias",)}, "operators computes no epilogue"),
+        ({"config": COOPERATIVE, "epilogue": ("softmax",)}, "not softmax"),
+        ({"config": COOPERATIVE, "dtype": "int8"}, "use operators"),
+        ({"config": COOPERATIVE, "out_dtype": "int32"}, "quack makes bfloat16"),
+        ({"dtype": "int8", "out_dtype": "bfloat16"}, "operators makes int32"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said_without_compiling(changed: dict[str, Any], words: str) -> None:
+    refused = KernelSpec.from_json({**SPECS["operators"].to_json(), **changed})
+    assert words in (compiler.refusal(refused) or "")
+    if compiler.unavailable() is None:
+        with pytest.raises(CompileError, match=r"no such CuTe DSL kernel"):
+            compiler.compile_kernel(refused)
+
+
+def test_specs_here_are_legal() -> None:
+    assert {name: compiler.refusal(given) for name, given in SPECS.items()} == dict.fromkeys(SPECS)
+
+
+def test_operands_are_named_in_their_order() -> None:
+    given = spec(COOPERATIVE, epilogue=("scale_a", "bias", "silu", "add", "mul"))
+    assert given.operands() == {"operand0": "scale_a", "operand1": "bias", "operand2": "add", "operand3": "mul"}
+
+
+def test_missing_and_clashing_packages_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {
+        "nvidia-cutlass-dsl": "4.8.1", "nvidia-cutlass-operators": "0.3.0", "quack-kernels": "0.6.5",
+        "apache-tvm-ffi": "0.1.15",
+    }  # fmt: skip
+    monkeypatch.setattr(compiler, "installed_version", installed.get)
+    installed["quack-kernels"] = "0.7.0"
+    assert "quack-kernels 0.7.0 is too new" in (compiler.unavailable() or "")
+    del installed["quack-kernels"]
+    assert compiler.unavailable() == "quack-kernels is not installed: pip install 'autokernel[cutedsl]'"
+    installed["nvidia-cutlass"] = "4.2.0.0"
+    assert "pip uninstall nvidia-cutlass" in (compiler.unavailable() or "")
+
+
+def test_without_a_linker_there_is_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (reason := compiler.unavailable()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert "apt-get install gcc" in (compiler.unavailable() or "")

@@ -1,0 +1,53 @@
+"""What quack is given to compute, with torch's activations in place of the GPU's: steps, their order, their operands.
+
+The GPU's own activations exist on a GPU only: tests/gpu has them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from autokernel.cutedsl.spec import KernelSpec
+from autokernel.ops.epilogue import UNARY_EPILOGUES
+
+CONFIG = {"source": "quack", "tile_m": 128, "tile_n": 128}
+EPILOGUES = [
+    (),
+    ("bias",),
+    ("silu", "mul"),
+    ("mul", "silu"),
+    ("bias", "gelu", "add", "mul"),
+    ("gelu_tanh",),
+    ("scale_a", "scale_b", "bias", "relu"),
+    ("tensor_scale_a", "tensor_scale_b", "tanh", "sigmoid", "add"),
+]
+
+
+@pytest.fixture(scope="module")
+def answer(child: Any) -> dict[str, Any]:
+    specs = [
+        KernelSpec(config=CONFIG, dtype="bfloat16", out_dtype="bfloat16", a_major="k", b_major="k", epilogue=names)
+        for names in EPILOGUES
+    ]
+    done = child("epilogues", given=[spec.to_json() for spec in specs])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("position", range(len(EPILOGUES)), ids=["_".join(names) or "none" for names in EPILOGUES])
+def test_the_function_is_what_its_names_say(answer: dict[str, Any], position: int) -> None:
+    assert answer["errors"][position] < 1e-12
+
+
+def test_all_activations_are_there(answer: dict[str, Any]) -> None:
+    assert answer["activations"] == sorted(UNARY_EPILOGUES)
+
+
+def test_no_two_epilogues_are_taken_for_one(answer: dict[str, Any]) -> None:
+    """Neither by their sources nor by their names, by which quack knows functions of installed packages."""
+    assert len(set(answer["digests"])) == len(EPILOGUES)
+    assert len(set(answer["by_name"])) == len(EPILOGUES)
