@@ -17,11 +17,12 @@ from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig
 from autokernel.cutedsl.spec import KernelSpec
 from autokernel.errors import CompileError
 from autokernel.export.bundle import Entry
-from autokernel.export.cutedsl import arch_of, expected_epilogue, matrices, specs_of
+from autokernel.export.cutedsl import arch_of, compiled_object, expected_epilogue, matrices, out_dtype_of, specs_of
 from autokernel.export.matching import weights_of_merged
 from autokernel.records import DTYPE_BYTES, Candidate, ConfigValue, Problem, TensorSpec
 
-_OPS = ("mm", "addmm", "bmm", "merged_mm")
+_OPS = ("mm", "addmm", "bmm", "merged_mm", "scaled_mm", "int_mm")
+_FACTORS = ("alpha", "beta")
 _CAPABILITY = (9, 0)  # what the kernels of the space are for
 
 
@@ -49,8 +50,8 @@ class CuteDslBackend:
             return f"there is no CuTe DSL kernel for {problem.op}"
         if problem.device != "cuda":
             return f"the CuTe DSL kernels are for NVIDIA GPUs, not for {problem.device}"
-        if problem.scalars:
-            return f"the CuTe DSL kernels do not scale: {', '.join(f'{name} is {value}' for name, value in problem.scalars)}"
+        if scaled := [f"{name} is {value}" for name, value in problem.scalars if name in _FACTORS]:
+            return f"the CuTe DSL kernels do not scale: {', '.join(scaled)}"
         factors = list(_factors(problem))
         dtypes = {spec.dtype for _, spec in factors}
         if len(dtypes) > 1 or not dtypes <= set(DTYPES):
@@ -62,12 +63,9 @@ class CuteDslBackend:
     def build(self, candidate: Candidate, constants: list[list[torch.Tensor]]) -> Built:
         _refuse_illegal(candidate)
         _refuse_misplaced(constants)
-        from autokernel.cutedsl.cache import ObjectCache
-
-        cache = ObjectCache()
         for spec in kernels_of(candidate):
             try:
-                cache.get_or_compile(spec)
+                compiled_object(spec)
             except CompileError as error:
                 raise BuildError(str(error)) from error
         return build(candidate, constants, stock=False)
@@ -143,32 +141,36 @@ def _refuse_illegal(candidate: Candidate) -> None:
     if candidate.config.get("merge") == "concat":
         refuse_without_constant_weight(candidate)
     for part in (entry.problem for entry in _entries(candidate)):
-        x, w = matrices(part)
-        if w.shape[-1] * DTYPE_BYTES[x.dtype] % ALIGNMENT_BYTES:
-            raise Refused(f"the result has rows of {w.shape[-1]} {x.dtype}: TMA writes multiples of {ALIGNMENT_BYTES} bytes")
+        n, out_dtype = matrices(part)[1].shape[-1], out_dtype_of(part)
+        if n * DTYPE_BYTES[out_dtype] % ALIGNMENT_BYTES:
+            raise Refused(f"the result has rows of {n} {out_dtype}: TMA writes multiples of {ALIGNMENT_BYTES} bytes")
         if config.fuse:
-            _refuse_unfusible(part, m=x.shape[-2], n=w.shape[-1])
+            _refuse_unfusible(part)
 
 
-def _refuse_unfusible(problem: Problem, *, m: int, n: int) -> None:
+def _refuse_unfusible(problem: Problem) -> None:
     """Raises Refused if what follows a product cannot be computed in its kernel."""
-    steps = expected_epilogue(problem)
-    if not steps:
+    if not expected_epilogue(problem):
         raise Refused("fuse computes in the kernel what follows the product, and nothing follows this one: leave fuse off")
-    x, _ = matrices(problem)
-    if DTYPE_BYTES[x.dtype] == 1:
-        raise Refused(f"fuse is for 16-bit dtypes: what follows a product of {x.dtype} stays behind the kernel; leave fuse off")
-    added = problem.inputs[:1] if problem.op == "addmm" else ()
-    behind = problem.inputs[3 if problem.op == "addmm" else 2 :]
-    for spec in (*added, *behind):
+    if DTYPE_BYTES[out_dtype_of(problem)] == 1:
+        raise Refused(f"fuse is for wider results: what follows one of {out_dtype_of(problem)} stays behind; leave fuse off")
+    x, w = matrices(problem)
+    m, n = x.shape[-2], w.shape[-1]
+    for spec in _operands(problem):
         vector = spec.shape == (n,)
         if not (vector or spec.shape[-2:] == (m, n)) or spec.stride[-1] != 1:
             raise Refused(f"fuse reads vectors [{n}] and matrices [{m}, {n}] row by row, not {spec}: leave fuse off")
-        steps_of = spec.stride[:-1]
-        if any(step == 0 or step * DTYPE_BYTES[spec.dtype] % ALIGNMENT_BYTES for step in steps_of):
+        if any(step == 0 or step * DTYPE_BYTES[spec.dtype] % ALIGNMENT_BYTES for step in spec.stride[:-1]):
             raise Refused(
                 f"fuse reads rows that begin at multiples of {ALIGNMENT_BYTES} bytes, none twice, not {spec}: leave fuse off"
             )
+
+
+def _operands(problem: Problem) -> tuple[TensorSpec, ...]:
+    """What is read by the steps that follow a product."""
+    if problem.op == "addmm":
+        return (problem.inputs[0], *problem.inputs[3:])
+    return problem.inputs[4 if problem.op == "scaled_mm" else 2 :]
 
 
 def _refuse_misplaced(constants: list[list[torch.Tensor]]) -> None:

@@ -36,6 +36,15 @@ RESIDUAL = Problem(op="mm", inputs=(spec(M, K), weight(), spec(M, N)), device="c
 BMM = Problem(op="bmm", inputs=(spec(8, M, K), spec(8, K, N)), device="cuda")
 MERGED = Problem(op="merged_mm", inputs=(spec(M, K), weight(), weight(1024)), device="cuda", constants=(1, 2))
 FP8 = replace(MM, inputs=(spec(M, K, dtype="float8_e4m3fn"), weight(dtype="float8_e4m3fn")))
+SCALES = (spec(dtype="float32"), spec(dtype="float32"))
+SCALED = replace(
+    FP8,
+    op="scaled_mm",
+    inputs=(*FP8.inputs, *SCALES, spec(N)),
+    constants=(1, 3, 4),
+    scalars=(("out_dtype", "bfloat16"), ("use_fast_accum", True)),
+)
+INTEGER = replace(MM, op="int_mm", inputs=(spec(M, K, dtype="int8"), weight(dtype="int8")))
 PLAIN: dict[str, ConfigValue] = {"source": "quack", "tile_m": 128, "tile_n": 64, "swap": True}
 
 
@@ -43,7 +52,7 @@ def build(problem: Problem, config: Mapping[str, ConfigValue], constants: list[l
     get_backend("cutedsl").build(Candidate(problem=problem, backend="cutedsl", config=config), constants or [[]])
 
 
-@pytest.mark.parametrize("problem", [MM, ADDMM, RESIDUAL, BMM, MERGED, FP8], ids=str)
+@pytest.mark.parametrize("problem", [MM, ADDMM, RESIDUAL, BMM, MERGED, FP8, SCALED, INTEGER], ids=str)
 def test_it_takes_products_that_tma_can_read(problem: Problem) -> None:
     assert get_backend("cutedsl").supports(problem) is None
 
@@ -89,8 +98,10 @@ def test_strides_of_one_row_say_nothing() -> None:
         (
             replace(FP8, inputs=(*FP8.inputs, spec(M, N, dtype="float8_e4m3fn")), epilogue=("add",)),
             {**PLAIN, "fuse": True},
-            "16-bit",
+            "wider results",
         ),
+        (replace(SCALED, inputs=(*SCALED.inputs[:4], spec(M, 1))), {**PLAIN, "fuse": True}, "fuse reads vectors"),
+        (replace(INTEGER, inputs=(INTEGER.inputs[0], weight(101, dtype="int8"))), PLAIN, "rows of 101 int32"),
         (replace(ADDMM, inputs=(spec(M, 1), *ADDMM.inputs[1:])), {**PLAIN, "fuse": True}, "fuse reads vectors"),
         (
             replace(RESIDUAL, inputs=(*MM.inputs, TensorSpec(shape=(M, N), dtype="bfloat16", stride=(0, 1)))),
@@ -138,6 +149,11 @@ def test_kernels_are_compiled_before_the_graph_and_their_failure_is_the_builds(m
     apart = Candidate(problem=replace(MERGED, inputs=(spec(M, K), weight(), weight())), backend="cutedsl", config=PLAIN)
     assert len(cutedsl.kernels_of(apart)) == 1  # sizes decide nothing
     i8 = replace(MM, inputs=(spec(M, K, dtype="int8"), weight(dtype="int8")))
+    scaled = Candidate(problem=SCALED, backend="cutedsl", config={**PLAIN, "fuse": True})
+    cutedsl._refuse_illegal(scaled)
+    assert [len(kernel.epilogue) for kernel in cutedsl.kernels_of(scaled)] == [3, 2]
+    with pytest.raises(Refused, match="operators computes no epilogue"):
+        cutedsl.kernels_of(replace(scaled, config={"source": "operators", "tile_m": 128, "tile_n": 64}))
     with pytest.raises(Refused, match="int8"):
         cutedsl.kernels_of(Candidate(problem=i8, backend="cutedsl", config=PLAIN))
 

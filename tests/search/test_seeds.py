@@ -180,6 +180,20 @@ def test_nvmatmul_gives_legal_cute_configs_of_both_sources(op: str, shape: tuple
         assert any(int(config.get("split_k", 1)) > 1 for config in of_source["quack"]) == (op != "bmm")
 
 
+@pytest.mark.parametrize(
+    ("op", "dtype", "sources"), [("scaled_mm", "float8_e4m3fn", {"quack"}), ("int_mm", "int8", {"operators"})]
+)
+@pytest.mark.parametrize("m", [16, 2048])
+def test_nvmatmul_gives_legal_cute_configs_for_8_bits(op: str, dtype: str, sources: set[str], m: int) -> None:
+    p = problem(m, 4096, 4096, dtype, "cuda", op)
+    sizes = {"m": m, "n": 4096, "k": 4096, "dtype_bytes": 1, "out_bytes": 2, "k_major": 1, "num_epilogue": 0}
+    ctx = SeedContext(problem=p, spaces=load_space(op), names=names_for({**sizes, "has_constant_weight": 1, "batch": 1}, H200))
+    configs = [s.candidate.config for s in nvmatmul.nvmatmul_seeds(ctx)]
+    assert {config["source"] for config in configs} == sources
+    assert 1 <= len(configs) <= nvmatmul_cute.MAX_SEEDS
+    assert not any(ctx.spaces["cutedsl"].violations(config, ctx.names) for config in configs)
+
+
 def test_what_a_space_lacks_is_moved_only_where_nothing_fits() -> None:
     """With one row of 300 columns no tile of the best rows is legal everywhere; the answer is then the nearest that is."""
     names = context(problem(1, 304, 64, device="cuda"), H200).names
