@@ -21,6 +21,8 @@ from typer.testing import CliRunner, Result
 import autokernel
 from autokernel import pipeline
 from autokernel.cli import app
+from autokernel.cutedsl.cache import ObjectCache
+from autokernel.cutedsl.spec import KernelSpec, Launch, ObjectInfo
 from autokernel.errors import StorageError
 from autokernel.events import Recorder
 from autokernel.pipeline import RunOutcome
@@ -487,6 +489,28 @@ def test_ui_of_a_server_prints_its_address(runs: Path, monkeypatch: pytest.Monke
     assert asked == [("http://mlflow.invalid:5000", "invented")]
     assert done.stdout.startswith("http://mlflow.invalid:5000/#/experiments/7/runs?")
     assert len(done.stdout.splitlines()) == 1, "an address is never wrapped"
+
+
+def test_cache_is_shown_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOKERNEL_CACHE_DIR", str(tmp_path))
+    done = call("cache")
+    assert done.exit_code == 0, done.output
+    assert "0, 0.0 MB of 2,000.0 MB at most" in done.stdout
+    content = b"code" * 250_000
+    launch = Launch(function="f", arguments=("a",))
+    config = {"source": "quack", "tile_m": 128, "tile_n": 128}
+    spec = KernelSpec(config=config, dtype="bfloat16", out_dtype="bfloat16", a_major="k", b_major="k")
+    info = ObjectInfo(
+        key="0" * 32, spec=spec, launch=launch, sha256="", num_bytes=len(content), machine="x86_64", cuda_major=13
+    )
+    ObjectCache().put(info, content)
+    shown = call("cache").stdout
+    assert "1, 1.0 MB" in shown
+    assert "1 quack sm_90a" in shown
+    assert json.loads(call("cache", "--json").stdout)["num_objects"] == 1
+    assert call("cache", "clear", "--older-than", 1).stdout == "Deleted 0 compiled kernels, 0.0 MB.\n"
+    assert call("cache", "clear").stdout == "Deleted 1 compiled kernels, 1.0 MB.\n"
+    assert call("cache", "clear", "--older-than", -1).exit_code == 2
 
 
 def test_doctor_exits_by_what_it_finds(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,8 +81,8 @@ def _launch(spec: KernelSpec, fields: tuple[str, ...], function: str, by_hand: b
             scratch = {"split_k_semaphore": "semaphore", "split_k_workspace": "workspace"}
             epilogue.append(scratch[field] if config.split_k > 1 else None)
     clusters = get_max_active_clusters(config.cluster_m * config.cluster_n)
-    scheduler = (clusters, None, config.swizzle, None, None, None)
-    arguments = (first + mark, second + mark, "out" + mark, None, tuple(epilogue), scheduler, None, None, None)
+    scheduler = [clusters, None, config.swizzle, None, None, None]
+    arguments = (first + mark, second + mark, "out" + mark, None, epilogue, scheduler, None, None, None)
     tile_m = cta_tile_shape_m(config.tile_m, config.cluster_m, int(spec.arch[3:-2]))
     return Launch(
         function=function,

@@ -110,8 +110,9 @@ def on_gpu(value: Any) -> Any:
 def epilogues() -> None:
     specs = [KernelSpec.from_json(given) for given in json.load(sys.stdin)]
     with compiler.environment("sm_90a", 132):
-        from autokernel.cutedsl.epilogue_source import ACTIVATIONS, composed, epilogue_of, gelu_tanh
         from quack.gemm_runtime import identity
+
+        from autokernel.cutedsl.epilogue_source import ACTIVATIONS, composed, epilogue_of, gelu_tanh
 
         by_torch = {name: lambda x, name=name: apply_epilogue((name,), x, ()) for name in ACTIVATIONS}
         by_torch["gelu_tanh"] = lambda x: gelu_tanh(x, torch.sigmoid)

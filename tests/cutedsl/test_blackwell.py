@@ -47,13 +47,14 @@ def test_nvmatmulheuristics_ranks_them_for_a_b200(answer: dict[str, Any]) -> Non
 @pytest.mark.slow
 def test_both_sources_compile_our_configs_for_it(compile_all: Any) -> None:
     common = {"dtype": "bfloat16", "out_dtype": "bfloat16", "a_major": "k", "b_major": "k", "arch": "sm_100a", "num_units": 148}
+    epilogue = ("bias", "gelu", "gelu_tanh", "silu", "tanh", "relu", "add")
     found = compile_all(
         [
             KernelSpec(config=OPERATORS, **common),
-            KernelSpec(config={**QUACK, "swap": True}, epilogue=("bias", "gelu", "gelu_tanh", "silu", "tanh", "relu", "add"), **common),
+            KernelSpec(config={**QUACK, "swap": True}, epilogue=epilogue, **common),
             KernelSpec(config={**QUACK, "split_k": 2}, **common),
         ]
-    )  # fmt: skip
+    )
     assert [isinstance(answer, str) for answer in found] == [False] * 3
     assert found[2][0].launch.scratch_tile == (128, 128, 2, 1), "two blocks share a tile of 256 rows"
     assert all(b"sm_100a" in Path(path).read_bytes() for _, path in found)
