@@ -201,12 +201,12 @@ def test_what_a_space_lacks_is_moved_only_where_nothing_fits() -> None:
     row = nvmatmul_cute.CuteRow(
         tile_m=128, tile_n=256, cluster_m=4, cluster_n=1, split_k=3, swizzle=2, raster="columns", swap=False, runtime_s=1e-5
     )
-    kept = dataclasses.replace(row, tile_m=64, tile_n=64)
+    kept = dataclasses.replace(row, tile_m=64, tile_n=64, swap=True)
     (moved,) = nvmatmul_cute._legal("operators", [row], space)
     assert space.violations(moved) == []
     assert moved["tile_m"] == 64
     (only,) = nvmatmul_cute._legal("operators", [row, kept], space)
-    assert (only["tile_m"], only["tile_n"]) == (64, 64)
+    assert (only["tile_m"], only["tile_n"], only["swap"]) == (64, 64, True)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
