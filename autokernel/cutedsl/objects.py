@@ -34,9 +34,9 @@ class Kernel:
     """A loaded kernel.
 
     Call it with a [M, K], b [K, N] (batched: a dimension in front of each) and the epilogue's operands, all on one GPU, of the
-    spec's dtypes and majors; it returns [M, N], row by row. Launched on torch's current stream; nothing is waited for, and
-    result and scratch memory come from torch's allocator, so it can be captured in a graph. Sizes that it does not take are
-    the object's own errors: they name the argument.
+    spec's dtypes and majors; it returns [M, N] ([M, N / 2] if it is gated), row by row. Launched on torch's current stream;
+    nothing is waited for, and result and scratch memory come from torch's allocator, so it can be captured in a graph. Sizes
+    that it does not take are the object's own errors: they name the argument.
     """
 
     def __init__(self, info: ObjectInfo, function: Callable[..., Any]) -> None:
@@ -47,7 +47,7 @@ class Kernel:
         self._needs_stream = "stream" in _names(info.launch.arguments)
 
     def __call__(self, a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-        out = torch.empty((*a.shape[:-1], b.shape[-1]), dtype=self._dtype, device=a.device)
+        out = torch.empty((*a.shape[:-1], self.info.spec.num_columns(b.shape[-1])), dtype=self._dtype, device=a.device)
         tensors: dict[str, Any] = {"a": a, "b": b, "out": out}
         for i, operand in enumerate(operands):
             tensors[f"{_OPERAND}{i}"] = operand

@@ -16,7 +16,7 @@ NAME = "autokernel::cute_gemm"
 
 
 def cute_gemm(
-    a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor], out_dtype: torch.dtype, path: str
+    a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor], columns: int, out_dtype: torch.dtype, path: str
 ) -> torch.Tensor:
     """The product of two matrices, with the object's epilogue.
 
@@ -24,11 +24,12 @@ def cute_gemm(
         a: [M, K], or [batch, M, K].
         b: [K, N], or [batch, K, N].
         operands: of the epilogue, in its order: a bias [N], matrices [M, N].
+        columns: of the result: N, or half of it.
         out_dtype: of the result; the object's own.
         path: of the object.
 
     Returns:
-        [M, N] or [batch, M, N], row by row.
+        [M, columns] or [batch, M, columns], row by row.
 
     Raises:
         ObjectError: the object is missing, damaged, or not for this machine.
@@ -37,16 +38,16 @@ def cute_gemm(
 
 
 def _fake(
-    a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor], out_dtype: torch.dtype, path: str
+    a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor], columns: int, out_dtype: torch.dtype, path: str
 ) -> torch.Tensor:
-    return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=out_dtype)
+    return a.new_empty((*a.shape[:-1], columns), dtype=out_dtype)
 
 
 # Without the checks and wrappers of `torch.library.custom_op`, which take 10 us a call. Kernels are compiled for the strides
 # that the graph has: Inductor must not change them.
 _library: Any = torch.library.Library("autokernel", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
-    "cute_gemm(Tensor a, Tensor b, Tensor[] operands, ScalarType out_dtype, str path) -> Tensor",
+    "cute_gemm(Tensor a, Tensor b, Tensor[] operands, int columns, ScalarType out_dtype, str path) -> Tensor",
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 _library.impl("cute_gemm", cute_gemm, "CUDA")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autokernel.cutedsl.config import CuteConfig
+from autokernel.ops.epilogue import GATED_EPILOGUES
 from autokernel.records import ConfigValue, Record, digest_of
 
 REVISION = 1  # of our own part in a shared object: raised, every one is compiled again
@@ -21,7 +22,8 @@ class KernelSpec(Record):
 
     A is [M, K], B [K, N], the result [M, N] row by row; batched ones have a dimension in front. `a_major` and `b_major` name
     the dimension that is contiguous. `epilogue` names the steps between accumulator and result in order: scales first if
-    there are any, then "bias", then names of `ops.epilogue`. Operands have the result's dtype, scales are fp32.
+    there are any, then "bias", then names of `ops.epilogue`. Operands have the result's dtype, scales are fp32. One of its
+    `GATED_EPILOGUES` stands alone: B is two weights side by side, and the result [M, N / 2].
     """
 
     config: Mapping[str, ConfigValue]  # of `CuteConfig.from_entry`
@@ -43,6 +45,15 @@ class KernelSpec(Record):
         """What the epilogue's operands are called in a `Launch` -> the epilogue's name that takes it, in order."""
         takers = (BIAS, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, *MATRICES)
         return {f"operand{i}": name for i, name in enumerate(name for name in self.epilogue if name in takers)}
+
+    @property
+    def gated(self) -> bool:
+        """Whether pairs of columns, one of each half of B, become one."""
+        return self.epilogue[:1] != () and self.epilogue[0] in GATED_EPILOGUES
+
+    def num_columns(self, n: int) -> int:
+        """Of the result, for B of n columns."""
+        return n // 2 if self.gated else n
 
     def key(self, versions: Mapping[str, str]) -> str:
         """Names the shared object: hash of the spec, of the compilers' versions, and of our own part in it."""

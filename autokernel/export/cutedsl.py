@@ -8,6 +8,7 @@ had, or the matrices are not laid out as it needs, stock code stays and the plan
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from autokernel.export.matching import is_transposed, weights_of_merged
 from autokernel.export.pins import dtype_name
 from autokernel.export.plan import Plan
 from autokernel.export.templates import gemm_of_node
-from autokernel.ops.epilogue import Epilogue, find_epilogue
+from autokernel.ops.epilogue import GATED_EPILOGUES, Epilogue, find_epilogue, find_gated
 from autokernel.ops.int_mm import OUT_DTYPE
 from autokernel.ops.scaled_mm import ROW_WISE, TENSOR_WISE, ScaledCall, has_bias, scaling_of
 from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec, canonical_json
@@ -254,11 +255,11 @@ class CutePass(CustomGraphPass):
         )
         path = str(self._resolve(kernel))
         load(path)  # what cannot be loaded is found out here, where stock code is still to be had
+        columns = kernel.num_columns(int(node.meta["val"].shape[-1]))
         if fused is None:
-            return Site(node=node, product=product, operands=(), added=product.added, last=node, path=path)
-        return Site(
-            node=node, product=product, operands=(*product.added, *fused.operands), added=(), last=fused.last, path=path
-        )
+            return Site(node=node, product=product, operands=(), added=product.added, last=node, columns=columns, path=path)
+        operands = (*product.added, *fused.operands)
+        return Site(node=node, product=product, operands=operands, added=(), last=fused.last, columns=columns, path=path)
 
     def _fused(
         self, node: torch.fx.Node, product: Product, entry: Entry, order: Mapping[torch.fx.Node, int]
@@ -267,6 +268,9 @@ class CutePass(CustomGraphPass):
         expected = expected_epilogue(entry.problem)
         if not expected or not CuteConfig.from_entry(entry.config).fuse:
             return None
+        if expected[0] in GATED_EPILOGUES:
+            gated = _gated_halves(node)
+            return gated if gated is not None and gated.names == expected else None
         found = find_epilogue(node, order)
         own = tuple(BIAS if argument.meta["val"].dim() == 1 else _ADD for argument in product.added)
         values = [argument.meta["val"] for argument in (*product.added, *found.operands)]
@@ -304,7 +308,8 @@ class Product:
 class Site:
     """A GEMM of the graph that a compiled kernel takes over, from its node to the last that is fused into it.
 
-    `operands` go into the kernel; `added` is what the GEMM's own node adds, where that is left to Inductor.
+    `operands` go into the kernel, whose result has `columns`; `added` is what the GEMM's own node adds, where that is left to
+    Inductor.
     """
 
     node: torch.fx.Node
@@ -312,6 +317,7 @@ class Site:
     operands: tuple[torch.fx.Node, ...]
     added: tuple[torch.fx.Node, ...]
     last: torch.fx.Node
+    columns: int
     path: str
 
     def replace(self, graph: torch.fx.Graph, order: Mapping[torch.fx.Node, int]) -> None:
@@ -322,14 +328,28 @@ class Site:
             for operand in self.operands:
                 vector = operand.meta["val"].dim() == 1
                 operands.append(operand if vector else _viewed(graph, operand, tuple(value.shape)))
-            arguments = (self.product.x, self.product.w, operands, value.dtype, self.path)
+            columns = self.columns
+            arguments = (self.product.x, self.product.w, operands, columns, value.dtype, self.path)
             result = graph.call_function(op.OVERLOAD, arguments)
-            result.meta["val"] = value.new_empty(value.shape)
+            result.meta["val"] = value.new_empty((*value.shape[:-1], columns))
             for extra in self.added:
                 result = _call(graph, aten.add.Tensor, result, extra)
             result = _viewed(graph, result, tuple(self.last.meta["val"].shape))
         self.last.replace_all_uses_with(result)
         _erase(graph, self.last, order[self.node], order)
+
+
+def _gated_halves(node: torch.fx.Node) -> Epilogue | None:
+    """What becomes of a product of two weights side by side, if that is `f(first half) * second half` alone."""
+    (split,) = node.users if len(node.users) == 1 else (None,)
+    if split is None or split.target is not aten.split_with_sizes.default:
+        return None
+    halves = {user.args[1]: user for user in split.users if user.target is operator.getitem}
+    sizes = list(split.args[1])  # type: ignore[arg-type]
+    if len(split.users) != 2 or set(halves) != {0, 1} or len(set(sizes)) != 1:
+        return None
+    found = find_gated(halves[0], halves[1])
+    return None if found is None else Epilogue(names=(found[0],), operands=(), operand_specs=(), last=found[1])
 
 
 def _viewed(graph: torch.fx.Graph, node: torch.fx.Node, shape: tuple[int, ...]) -> torch.fx.Node:

@@ -94,8 +94,9 @@ def parts_of_merged(problem: Problem) -> tuple[Problem, ...]:
     biases = problem.inputs[1 + len(weights) :]
     if biases:
         pairs = zip(biases, weights, strict=True)
-        return tuple(replace(problem, op="addmm", inputs=(bias, x, weight), constants=(0, 2)) for bias, weight in pairs)
-    return tuple(replace(problem, op="mm", inputs=(x, weight), constants=(1,)) for weight in weights)
+        single = replace(problem, op="addmm", epilogue=())
+        return tuple(replace(single, inputs=(bias, x, weight), constants=(0, 2)) for bias, weight in pairs)
+    return tuple(replace(problem, op="mm", inputs=(x, weight), constants=(1,), epilogue=()) for weight in weights)
 
 
 def is_transposed(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

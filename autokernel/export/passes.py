@@ -50,7 +50,7 @@ class MergePass(CustomGraphPass):
                     continue
                 _concatenate(graph, shared, members)
                 # otherwise what takes the place of the concatenated GEMM counts
-                if entry.config.get("template") is None and entry.backend != "triton":
+                if entry.config.get("template") is None and entry.backend not in ("triton", "cutedsl"):
                     self.plan.hit(entry)
                 left = [gemm for gemm in left if gemm not in set(members)]
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 UNARY_EPILOGUES: tuple[str, ...] = ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
 BINARY_EPILOGUES: tuple[str, ...] = ("add", "mul")
+GATED_EPILOGUES: tuple[str, ...] = tuple(f"gated_{name}" for name in UNARY_EPILOGUES)  # of two products: f(first) * second
 
 _LARGEST_ACTIVATION = 14  # nodes; gelu_tanh has eleven and two conversions
 _POINTWISE = frozenset(
@@ -59,6 +60,11 @@ def apply_epilogue(names: Sequence[str], value: torch.Tensor, operands: Sequence
     for name in names:
         value = functions[name](value, next(rest)) if name in BINARY_EPILOGUES else functions[name](value)
     return value
+
+
+def apply_gated(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """One of `GATED_EPILOGUES` in plain torch."""
+    return _functions()[name.removeprefix("gated_")](gate) * up
 
 
 def _functions() -> Mapping[str, Callable[..., torch.Tensor]]:
@@ -103,6 +109,26 @@ def find_epilogue(gemm: Node, order: Mapping[Node, int]) -> Epilogue:
         else:
             return Epilogue(names=tuple(names), operands=tuple(operands), operand_specs=tuple(specs), last=value)
         value = _past_reshapes(value)
+
+
+def find_gated(gate: Node, up: Node) -> tuple[str, Node] | None:
+    """(name, result) if all that uses two products is `f(gate) * up` with an activation function f.
+
+    Args:
+        gate: the node of the first product.
+        up: of the second.
+    """
+    found = _activation(_past_reshapes(gate))
+    if found is None:
+        return None
+    (name, value), other = (found[0], _past_reshapes(found[1])), _past_reshapes(up)
+    users = set(value.users)
+    if users != set(other.users) or len(users) != 1:
+        return None
+    (product,) = users
+    if op_name(product) != "aten.mul" or set(product.all_input_nodes) != {value, other} or _dtype(product) != _dtype(gate):
+        return None
+    return f"gated_{name}", product
 
 
 def _past_reshapes(node: Node) -> Node:

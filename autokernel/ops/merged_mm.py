@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from autokernel.ops.base import Site
+from autokernel.ops.epilogue import apply_gated, find_gated
 from autokernel.ops.gemm import scalars_of
 from autokernel.ops.matching import consumers_of, identity, is_constant, op_name, producers_of, site_name, tensor_spec
 from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
@@ -19,7 +20,8 @@ class MergedMm:
     """Two or more `mm`, or `addmm` with a bias each, of one input with constant weights.
 
     Inputs: `x` of `[M, K]`, the weights of `[K, N_i]`, then one bias of `[N_i]` per weight, or none at all. All but `x` are
-    constants. There is one output of `[M, N_i]` per weight.
+    constants. There is one output of `[M, N_i]` per weight; of two on a GPU that are used as `f(first) * second` alone, which a
+    kernel may compute (an epilogue of `GATED_EPILOGUES`), it is that.
     """
 
     name = "merged_mm"
@@ -31,12 +33,14 @@ class MergedMm:
         num_parts = len(weights_of(problem))
         x, weights, biases = inputs[0], inputs[1 : 1 + num_parts], inputs[1 + num_parts :]
         if biases:
-            return tuple([torch.addmm(biases[i], x, weights[i]) for i in range(num_parts)])
-        return tuple([torch.mm(x, weight) for weight in weights])
+            outputs = tuple([torch.addmm(biases[i], x, weights[i]) for i in range(num_parts)])
+        else:
+            outputs = tuple([torch.mm(x, weight) for weight in weights])
+        return (apply_gated(problem.epilogue[0], *outputs),) if problem.epilogue else outputs
 
     def dims(self, problem: Problem) -> Mapping[str, int]:
         """As of one product with `n` columns in all; `num_parts` weights, the narrowest with `min_n` columns. `num_epilogue` is
-        the number of steps behind it; biases are the parts' own.
+        1 where two products become one output; biases are the parts' own.
         """
         x, columns = problem.inputs[0], [weight.shape[1] for weight in weights_of(problem)]
         return {
@@ -59,7 +63,8 @@ class MergedMm:
     def num_bytes(self, problem: Problem) -> int:
         """Every input read once (`x` too: that is what merging gains), every output written once."""
         dims = self.dims(problem)
-        return dims["m"] * dims["n"] * dims["dtype_bytes"] + sum(spec.num_bytes for spec in problem.inputs)
+        columns = dims["min_n"] if problem.epilogue else dims["n"]
+        return dims["m"] * columns * dims["dtype_bytes"] + sum(spec.num_bytes for spec in problem.inputs)
 
     def find(self, graph: Graph, constants: frozenset[str], device: str) -> list[Site]:
         """Groups of at least two, each with all products of its input (see `Op.find`)."""
@@ -98,15 +103,18 @@ def _site(nodes: list[Node], constants: frozenset[str], device: str) -> Site:
     x = parts[0][0]
     operands = [x, *(weight for _, weight, _ in parts), *(operand for _, _, bias in parts for operand in bias)]
     specs = [tensor_spec(operand) for operand in operands]
+    gated = find_gated(nodes[0], nodes[1]) if len(nodes) == 2 and device == "cuda" else None
     problem = Problem(
         op="merged_mm",
         inputs=tuple(spec for spec in specs if spec is not None),
         device=device,
         constants=tuple(range(1, len(operands))),
+        epilogue=(gated[0],) if gated is not None else (),
     )
+    last = nodes if gated is None else [gated[1]]
     return Site(
         problem=problem,
         name=" + ".join(site_name(node) for node in nodes),
         producers=producers_of([x], constants),
-        consumers=tuple(dict.fromkeys(name for node in nodes for name in consumers_of(node))),
+        consumers=tuple(dict.fromkeys(name for node in last for name in consumers_of(node))),
     )

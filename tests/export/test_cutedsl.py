@@ -105,7 +105,7 @@ def hits(plan: Plan) -> list[int]:
 
 def epilogue_of(plan: Plan, node: torch.fx.Node) -> tuple[str, ...]:
     """What the object of a call computes behind the product."""
-    (found,) = [info.spec.epilogue for info in plan.bundle.objects if info.file_name == Path(str(node.args[4])).name]
+    (found,) = [info.spec.epilogue for info in plan.bundle.objects if info.file_name == Path(str(node.args[5])).name]
     return found
 
 
@@ -118,8 +118,8 @@ def test_a_product_becomes_one_call_of_its_object(tmp_path: Path) -> None:
     module.graph.lint()
     (call,) = calls(module)
     assert targets(module).count("aten.mm.default") == 1  # the other product
-    assert call.args[3] is torch.bfloat16
-    assert Path(str(call.args[4])).read_bytes() == BYTES
+    assert call.args[3:5] == (N, torch.bfloat16)
+    assert Path(str(call.args[5])).read_bytes() == BYTES
     assert call.meta["val"].shape == (M, N)
     assert call.meta["val"].is_contiguous()
     assert hits(plan) == [1]
@@ -199,6 +199,34 @@ def test_a_residual_that_inductor_has_put_into_the_product(tmp_path: Path) -> No
     assert [node.name for node in call.args[2]] == ["r_1"]  # type: ignore[union-attr]
 
 
+GATE_UP = Problem(
+    op="merged_mm", inputs=(spec(M, K), WEIGHT, WEIGHT), device="cuda", constants=(1, 2), epilogue=("gated_silu",)
+)
+
+
+def gate_and_up(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(x @ w.t()) * (x @ v.t())
+
+
+def test_gate_and_up_become_one_kernel_with_half_the_columns(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path, entry(GATE_UP, {**FUSED, "merge": "concat"}))
+    assert sorted(info.spec.epilogue for info in plan.bundle.objects) == [(), ("gated_silu",)]
+    options = inductor_options(plan, {}, frozen=False)
+    code = generated_code(gate_and_up, [spec(M, K), spec(N, K), spec(N, K)], options)
+    assert code.count("torch.ops.autokernel.cute_gemm.default(") == 1
+    assert f", [], {N}, torch.bfloat16, " in code
+    assert "extern_kernels.mm" not in code
+    assert hits(plan) == [1]
+
+
+def test_gate_and_up_that_are_used_otherwise_get_the_plain_kernel(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path, entry(GATE_UP, {**FUSED, "merge": "concat"}))
+    options = inductor_options(plan, {}, frozen=False)
+    code = generated_code(lambda x, w, v: torch.tanh(x @ w.t()) * (x @ v.t()), [spec(M, K), spec(N, K), spec(N, K)], options)
+    assert code.count("torch.ops.autokernel.cute_gemm.default(") == 1
+    assert f", [], {2 * N}, torch.bfloat16, " in code
+
+
 E4M3 = {"dtype": "float8_e4m3fn"}
 OUT = (("out_dtype", "bfloat16"), ("use_fast_accum", True))
 
@@ -243,7 +271,7 @@ def test_integer_products_have_integer_sums(tmp_path: Path) -> None:
     module = traced(lambda x, w: torch._int_mm(x.to(torch.int8), w.to(torch.int8).t()), (M, K), (N, K))
     CutePass(plan)(module.graph)
     (call,) = calls(module)
-    assert (call.args[3], call.meta["val"].dtype) == (torch.int32, torch.int32)
+    assert (call.args[4], call.meta["val"].dtype) == (torch.int32, torch.int32)
     assert hits(plan) == [1]
 
 

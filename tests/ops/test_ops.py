@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,15 @@ def test_reference_is_eager(name: str) -> None:
     case, eager = CASES[name]
     (out,) = get_op(case.op).reference(case, *tensors(case))
     torch.testing.assert_close(out, eager(*tensors(case)))
+
+
+def test_gated_products_are_one_output_of_half_the_columns() -> None:
+    both = replace(problem("merged_mm", (4, 8), (8, 6), (8, 6)), epilogue=("gated_silu",))
+    x, a, b = torch.randn(4, 8), torch.randn(8, 6), torch.randn(8, 6)
+    (out,) = get_op("merged_mm").reference(both, x, a, b)
+    assert torch.equal(out, torch.nn.functional.silu(x @ a) * (x @ b))
+    assert get_op("merged_mm").num_bytes(both) == 4 * (4 * 8 + 8 * 12 + 4 * 6)
+    assert get_op("merged_mm").dims(both)["num_epilogue"] == 1
 
 
 def test_merged_reference_has_one_output_per_weight() -> None:

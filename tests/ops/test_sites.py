@@ -35,9 +35,9 @@ class Fn(nn.Module):
         return self._forward(self, *inputs)
 
 
-def sites(post_grad: Any, module: nn.Module, *inputs: torch.Tensor) -> dict[str, list[Site]]:
+def sites(post_grad: Any, module: nn.Module, *inputs: torch.Tensor, device: str = "cpu") -> dict[str, list[Site]]:
     graph, constants = post_grad(module, *inputs)
-    return {op.name: op.find(graph, constants, "cpu") for op in OPS}
+    return {op.name: op.find(graph, constants, device) for op in OPS}
 
 
 def linear(k: int, n: int, bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
@@ -134,6 +134,33 @@ def test_gate_and_up_share_no_epilogue_and_can_be_merged(post_grad: Any) -> None
     assert merged.name == "gate (mm) + up (mm_1)"
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_on_a_gpu_gate_and_up_may_become_one_output(post_grad: Any, name: str) -> None:
+    module = Fn(lambda m, x: ACTIVATIONS[name](m.gate(x)) * m.up(x) + 1, gate=linear(32, 96), up=linear(32, 96))
+    x = torch.randn(2, 8, 32).bfloat16()
+    (merged,) = sites(post_grad, module, x, device="cuda")["merged_mm"]
+    assert merged.problem.epilogue == (f"gated_{name}",)
+    assert merged.consumers == ("aten.add",)
+    (on_cpu,) = sites(post_grad, module, x)["merged_mm"]  # where no kernel computes it
+    assert on_cpu.problem.epilogue == ()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        pytest.param(lambda m, x: functional.silu(m.gate(x)) * (u := m.up(x)) + u, id="up is used twice"),
+        pytest.param(lambda m, x: functional.silu(g := m.gate(x)) * m.up(x) + g, id="gate is used twice"),
+        pytest.param(lambda m, x: functional.silu(m.gate(x)) - m.up(x), id="a difference"),
+        pytest.param(lambda m, x: m.gate(x) * m.up(x), id="no function"),
+        pytest.param(lambda m, x: m.gate(x) * functional.silu(m.up(x)), id="of the second"),
+    ],
+)
+def test_other_uses_of_gate_and_up_stay_two_outputs(post_grad: Any, forward: Any) -> None:
+    module = Fn(forward, gate=linear(32, 96), up=linear(32, 96))
+    (merged,) = sites(post_grad, module, torch.randn(16, 32).bfloat16(), device="cuda")["merged_mm"]
+    assert merged.problem.epilogue == ()
+
+
 def test_biased_products_merge_with_their_biases_and_not_with_others(post_grad: Any) -> None:
     layers = {"q": linear(32, 64, bias=True), "k": linear(32, 16, bias=True), "g": linear(32, 8)}
     module = Fn(lambda m, x, y: (m.q(x), m.k(x), m.g(x), m.q(y)), **layers)
@@ -141,7 +168,8 @@ def test_biased_products_merge_with_their_biases_and_not_with_others(post_grad: 
     assert [spec.shape for spec in merged.problem.inputs] == [(4, 32), (32, 64), (32, 16), (64,), (16,)]
     assert merged.problem.constants == (1, 2, 3, 4)
     assert get_op("merged_mm").dims(merged.problem) | {"min_n": 16} == {
-        "batch": 1, "m": 4, "n": 80, "k": 32, "dtype_bytes": 2, "has_constant_weight": 1, "num_parts": 2, "min_n": 16, "num_epilogue": 0,
+        "batch": 1, "m": 4, "n": 80, "k": 32, "dtype_bytes": 2, "has_constant_weight": 1, "num_parts": 2, "min_n": 16,
+        "num_epilogue": 0,
     }  # fmt: skip
 
 
