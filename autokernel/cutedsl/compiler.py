@@ -85,7 +85,9 @@ def refusal(spec: KernelSpec) -> str | None:
         return f"CuTe DSL kernels take {', '.join(DTYPES)}, not {spec.dtype}"
     if spec.dtype in _EIGHT_BITS and (spec.a_major, spec.b_major) != ("k", "k"):
         return f"8-bit operands must be contiguous along K: A is {spec.a_major}-major, B {spec.b_major}-major"
-    known = (*spec.operands().values(), *UNARY_EPILOGUES)
+    if spec.gated and (reason := _gated_refusal(spec)) is not None:
+        return reason
+    known = (*spec.operands().values(), *UNARY_EPILOGUES, *(spec.epilogue if spec.gated else ()))
     if unknown := [name for name in spec.epilogue if name not in known]:
         names = ", ".join((BIAS, *UNARY_EPILOGUES, *BINARY_EPILOGUES))
         return f"an epilogue is made of scales and {names}, not {', '.join(unknown)}"
@@ -99,6 +101,20 @@ def refusal(spec: KernelSpec) -> str | None:
             return "quack takes no int8: use operators"
     if spec.out_dtype not in outputs:
         return f"{config.source} makes {', '.join(outputs)} of {spec.dtype}, not {spec.out_dtype}"
+    return None
+
+
+def _gated_refusal(spec: KernelSpec) -> str | None:
+    """Rules of quack's kernels whose result has half the columns."""
+    config, name = spec.cute, spec.epilogue[0]
+    if config.source == OPERATORS or len(spec.epilogue) > 1:
+        return f"{name} is computed by quack alone, and with nothing before or behind it"
+    if config.swap or config.split_k > 1 or config.tile_n % 32 != 0:
+        return f"{name} takes tiles of a multiple of 32 columns, without swap and split_k"
+    if spec.b_major != "k":  # else quack would take every other row of B for a half of it, and say nothing
+        return f"{name} takes a B that is contiguous along K"
+    if spec.out_dtype not in ("bfloat16", "float16"):
+        return f"{name} makes bfloat16 or float16, not {spec.out_dtype}"
     return None
 
 
@@ -156,7 +172,7 @@ def example(spec: KernelSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     dtype, out_dtype = getattr(torch, spec.dtype), getattr(torch, spec.out_dtype)
     a = torch.empty((*lead, m, k) if spec.a_major == "k" else (*lead, k, m), dtype=dtype)
     b = torch.empty((*lead, k, n) if spec.b_major == "n" else (*lead, n, k), dtype=dtype)
-    out = torch.empty((*lead, m, n), dtype=out_dtype)
+    out = torch.empty((*lead, m, spec.num_columns(n)), dtype=out_dtype)
     return a if spec.a_major == "k" else a.mT, b if spec.b_major == "n" else b.mT, out
 
 

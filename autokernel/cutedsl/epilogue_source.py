@@ -15,11 +15,12 @@ from cutlass._mlir.dialects import arith
 from quack import activation
 from quack.compile_utils import make_fake_tensor
 from quack.epilogue import gemm_epilogue
-from quack.epilogue.math import F2
+from quack.epilogue.math import F2, unpack
 from quack.epilogue.ops import ColVecLoad, EpiOp, RowVecLoad, TileLoad
 
 from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, KernelSpec
 
+GATED_RESULT = "gated"  # what quack calls the result, which is not the product's D
 _SUMS = (BIAS, "add")
 _VECTORS = {BIAS: RowVecLoad, SCALE_A: ColVecLoad, SCALE_B: RowVecLoad}
 
@@ -50,6 +51,8 @@ def epilogue_of(spec: KernelSpec, *, swapped: bool = False) -> Any:
         spec: whose epilogue is asked for.
         swapped: the kernel is given the transposed problem, so that its rows are the caller's columns.
     """
+    if spec.gated:
+        return gemm_epilogue(outputs=(GATED_RESULT,), mode="acc_pair")(gated(spec.epilogue[0], ACTIVATIONS))
     pins: dict[str, Any] = {}
     for operand, name in spec.operands().items():
         if name in MATRICES:
@@ -89,6 +92,23 @@ def composed(spec: KernelSpec, activations: Mapping[str, Callable[[Any], Any]]) 
     parameters = [inspect.Parameter(name, kind) for name in ("acc", *spec.operands())]
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__name__ = function.__qualname__ = "_".join(spec.epilogue) or "plain"
+    return function
+
+
+def gated(name: str, activations: Mapping[str, Callable[[Any], Any]]) -> Callable[[Any], dict[str, Any]]:
+    """The function of two neighbouring accumulators, whose columns of B are the same of its two halves.
+
+    Args:
+        name: of `GATED_EPILOGUES`.
+        activations: what the names without an operand do.
+    """
+    activate = activations[name.removeprefix("gated_")]
+
+    def function(acc: Any) -> dict[str, Any]:
+        gate, up = unpack(acc)
+        return {GATED_RESULT: activate(gate) * up}
+
+    function.__name__ = function.__qualname__ = name
     return function
 
 

@@ -11,7 +11,7 @@ import torch
 from quack.cute_dsl_utils import get_max_active_clusters
 from quack.gemm_config import SplitKMode, cta_tile_shape_m
 
-from autokernel.cutedsl.epilogue_source import epilogue_of
+from autokernel.cutedsl.epilogue_source import GATED_RESULT, epilogue_of
 from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, KernelSpec, Launch
 
 
@@ -37,8 +37,8 @@ def compile_spec(
     plan = epilogue_of(spec, swapped=by_hand).gemm(
         a,
         b,
-        out,
-        epi_args=_operands(spec, matrices[2], by_hand),
+        None if spec.gated else out,
+        epi_args={GATED_RESULT: out} if spec.gated else _operands(spec, matrices[2], by_hand),
         tile_M=config.tile_m,
         tile_N=config.tile_n,
         cluster_M=config.cluster_m,
@@ -49,6 +49,7 @@ def compile_spec(
         swap_ab=config.swap and not by_hand,
         split_k=config.split_k,
         split_k_mode=SplitKMode.SERIAL if config.ordered else SplitKMode.PARALLEL,
+        concat_layout=("B",) if spec.gated else None,  # gate and up are B's halves, not every other column
         _launch=False,
     )
     return plan.compiled_fn, _launch(spec, plan.gemm_cls.EpilogueArguments._fields, function, by_hand)
@@ -75,14 +76,17 @@ def _launch(spec: KernelSpec, fields: tuple[str, ...], function: str, by_hand: b
     first, second = ("b", "a") if config.swap else ("a", "b")
     epilogue: list[object] = []
     for field in fields:
-        if field in spec.operands():
+        if field == GATED_RESULT:
+            epilogue.append("out")
+        elif field in spec.operands():
             epilogue.append(field + mark)
         else:
             scratch = {"split_k_semaphore": "semaphore", "split_k_workspace": "workspace"}
             epilogue.append(scratch[field] if config.split_k > 1 else None)
     clusters = get_max_active_clusters(config.cluster_m * config.cluster_n)
     scheduler = [clusters, None, config.swizzle, None, None, None]
-    arguments = (first + mark, second + mark, "out" + mark, None, epilogue, scheduler, None, None, None)
+    result = None if spec.gated else "out" + mark
+    arguments = (first + mark, second + mark, result, None, epilogue, scheduler, None, None, None)
     tile_m = cta_tile_shape_m(config.tile_m, config.cluster_m, int(spec.arch[3:-2]))
     return Launch(
         function=function,

@@ -23,7 +23,7 @@ from autokernel.cutedsl import compiler
 from autokernel.cutedsl.cache import ObjectCache
 from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, KernelSpec
 from autokernel.errors import CompileError
-from autokernel.ops.epilogue import apply_epilogue
+from autokernel.ops.epilogue import apply_epilogue, apply_gated
 
 SHAPE = (512, 768, 1024)
 
@@ -110,19 +110,25 @@ def on_gpu(value: Any) -> Any:
 def epilogues() -> None:
     specs = [KernelSpec.from_json(given) for given in json.load(sys.stdin)]
     with compiler.environment("sm_90a", 132):
+        from quack.epilogue.math import Pair
         from quack.gemm_runtime import identity
 
-        from autokernel.cutedsl.epilogue_source import ACTIVATIONS, composed, epilogue_of, gelu_tanh
+        from autokernel.cutedsl.epilogue_source import ACTIVATIONS, GATED_RESULT, composed, epilogue_of, gated, gelu_tanh
 
         by_torch = {name: lambda x, name=name: apply_epilogue((name,), x, ()) for name in ACTIVATIONS}
         by_torch["gelu_tanh"] = lambda x: gelu_tanh(x, torch.sigmoid)
         answer: dict[str, Any] = {"activations": sorted(ACTIVATIONS), "errors": [], "digests": [], "by_name": []}
         for spec in specs:
             acc = torch.randn(64, 96, dtype=torch.float64) * 4
+            answer["digests"].append(epilogue_of(spec).semantic_digest)
+            if spec.gated:
+                up = torch.randn(64, 96, dtype=torch.float64)
+                got = gated(spec.epilogue[0], by_torch)(Pair(acc, up))[GATED_RESULT]
+                answer["errors"].append(float((got - apply_gated(spec.epilogue[0], acc, up)).abs().max()))
+                continue
             operands = {name: example(taker, acc) for name, taker in spec.operands().items()}
             got = composed(spec, by_torch)(acc, **{n: as_rows(spec.operands()[n], t) for n, t in operands.items()})["D"]
             answer["errors"].append(float((got - expected(spec, acc, operands)).abs().max()))
-            answer["digests"].append(epilogue_of(spec).semantic_digest)
         identity._is_extern_function = lambda function: True  # as for an installed autokernel
         answer["by_name"] = [epilogue_of(spec).semantic_digest for spec in specs]
     print(json.dumps(answer))

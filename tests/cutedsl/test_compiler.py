@@ -47,6 +47,8 @@ SPECS = {
     "fp8, scaled as a whole, swapped": spec(
         {**PINGPONG, "swap": True}, **FP8, epilogue=("tensor_scale_a", "tensor_scale_b", "silu")
     ),
+    "gated": spec({**PINGPONG, "fuse": True}, epilogue=("gated_silu",)),
+    "gated, fp8, batched": spec(COOPERATIVE, **FP8, batched=True, epilogue=("gated_gelu_tanh",)),
     "batched, fused": spec(COOPERATIVE, batched=True, a_major="m", b_major="n", epilogue=("bias", "add")),
 }
 
@@ -132,6 +134,10 @@ def test_scratch_memory_is_told_to_the_caller(many: Kernels) -> None:
         ({"config": COOPERATIVE, "epilogue": ("softmax",)}, "not softmax"),
         ({"config": COOPERATIVE, "dtype": "int8"}, "use operators"),
         ({"config": COOPERATIVE, "out_dtype": "int32"}, "quack makes bfloat16"),
+        ({"config": COOPERATIVE, "epilogue": ("gated_silu",), "b_major": "n"}, "contiguous along K"),
+        ({"config": {**COOPERATIVE, "swap": True}, "epilogue": ("gated_silu",)}, "without swap and split_k"),
+        ({"config": COOPERATIVE, "epilogue": ("gated_silu", "add")}, "nothing before or behind it"),
+        ({"epilogue": ("gated_silu",)}, "quack alone"),
         ({"dtype": "int8", "out_dtype": "bfloat16"}, "operators makes int32"),
     ],
 )  # fmt: skip

@@ -22,6 +22,8 @@ EPILOGUES = [
     ("bias", "gelu", "add", "mul"),
     ("gelu_tanh",),
     ("scale_a", "scale_b", "bias", "relu"),
+    ("gated_silu",),
+    ("gated_gelu_tanh",),
     ("tensor_scale_a", "tensor_scale_b", "tanh", "sigmoid", "add"),
 ]
 
