@@ -64,6 +64,8 @@ HOMES = {
     "matplotlib": ("tracking.plots",),
     "jinja2": ("tracking.report",),
     "scipy": ("tracking", "search"),
+    "cutlass": ("cutedsl.blackwell", "cutedsl.compiler", "cutedsl.epilogue_source", "cutedsl.operators"),
+    "quack": ("cutedsl.compiler", "cutedsl.epilogue_source", "cutedsl.quack"),
     "tvm_ffi": ("cutedsl.compiler", "cutedsl.objects"),
     "torch._inductor": (
         "export.apply",
@@ -285,6 +287,7 @@ def _modules_after(statement: str) -> set[str]:
     [
         "autokernel", "autokernel.records", "autokernel.events", "autokernel.config", "autokernel.export.bundle",
         "autokernel.tracking.summary", "autokernel.search.space", "autokernel.workers.pool", "autokernel.cli",
+        "autokernel.cutedsl.cache",
     ],
 )  # fmt: skip
 def test_light_modules_import_no_torch(module: str) -> None:
