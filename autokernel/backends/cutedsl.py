@@ -168,6 +168,8 @@ def _refuse_unfusible(problem: Problem) -> None:
 
 def _operands(problem: Problem) -> tuple[TensorSpec, ...]:
     """What is read by the steps that follow a product."""
+    if problem.op == "merged_mm":
+        return ()  # of the products themselves
     if problem.op == "addmm":
         return (problem.inputs[0], *problem.inputs[3:])
     return problem.inputs[4 if problem.op == "scaled_mm" else 2 :]

@@ -269,7 +269,7 @@ class CutePass(CustomGraphPass):
         if not expected or not CuteConfig.from_entry(entry.config).fuse:
             return None
         if expected[0] in GATED_EPILOGUES:
-            gated = _gated_halves(node)
+            gated = _gated_halves(node) if not product.added else None  # its kernel adds nothing
             return gated if gated is not None and gated.names == expected else None
         found = find_epilogue(node, order)
         own = tuple(BIAS if argument.meta["val"].dim() == 1 else _ADD for argument in product.added)

@@ -20,8 +20,8 @@ class MergedMm:
     """Two or more `mm`, or `addmm` with a bias each, of one input with constant weights.
 
     Inputs: `x` of `[M, K]`, the weights of `[K, N_i]`, then one bias of `[N_i]` per weight, or none at all. All but `x` are
-    constants. There is one output of `[M, N_i]` per weight; of two on a GPU that are used as `f(first) * second` alone, which a
-    kernel may compute (an epilogue of `GATED_EPILOGUES`), it is that.
+    constants. There is one output of `[M, N_i]` per weight. Two `mm` on a GPU that are used as `f(first) * second` alone, which a
+    kernel may compute (an epilogue of `GATED_EPILOGUES`), have that as their only output.
     """
 
     name = "merged_mm"
@@ -103,7 +103,8 @@ def _site(nodes: list[Node], constants: frozenset[str], device: str) -> Site:
     x = parts[0][0]
     operands = [x, *(weight for _, weight, _ in parts), *(operand for _, _, bias in parts for operand in bias)]
     specs = [tensor_spec(operand) for operand in operands]
-    gated = find_gated(nodes[0], nodes[1]) if len(nodes) == 2 and device == "cuda" else None
+    plain_pair = len(nodes) == 2 and device == "cuda" and not parts[0][2]
+    gated = find_gated(nodes[0], nodes[1]) if plain_pair else None
     problem = Problem(
         op="merged_mm",
         inputs=tuple(spec for spec in specs if spec is not None),

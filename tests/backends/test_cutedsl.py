@@ -115,6 +115,19 @@ def test_illegal_configs_are_refused(problem: Problem, config: dict[str, ConfigV
         build(problem, config)
 
 
+def test_gate_and_up_are_fused_where_they_are_one_product() -> None:
+    gated = replace(MERGED, inputs=(spec(M, K), weight(), weight()), epilogue=("gated_silu",))
+    quack: dict[str, ConfigValue] = {"source": "quack", "tile_m": 128, "tile_n": 128, "fuse": True}
+    cutedsl._refuse_illegal(Candidate(problem=gated, backend="cutedsl", config={**quack, "merge": "concat"}))
+    with pytest.raises(Refused, match="nothing follows this one"):
+        build(gated, {**quack, "merge": "none"})
+    names = names_for(dict(get_op("merged_mm").dims(gated)), H200)
+    bound = load_space("merged_mm")["cutedsl"].bind(names)
+    fused = [config for config in bound.enumerate() if config.get("fuse")]
+    assert fused
+    assert all(config["merge"] == "concat" and config["tile_n"] % 32 == 0 and not config["swap"] for config in fused)  # type: ignore[operator]
+
+
 def test_one_of_the_parts_that_stay_apart_may_be_refused_where_the_whole_is_not() -> None:
     parts = (spec(M, K), weight(1020), weight(1028))
     with pytest.raises(Refused, match="rows of 1020"):

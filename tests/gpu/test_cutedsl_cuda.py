@@ -21,11 +21,12 @@ from autokernel.cutedsl.compiler import unavailable
 from autokernel.cutedsl.objects import Kernel, load
 from autokernel.cutedsl.spec import KernelSpec
 from autokernel.environment import current_environment
+from autokernel.evaluate.candidate import EvaluateCandidate
 from autokernel.export.apply import BundleBackend, backend
 from autokernel.export.bundle import Bundle, Entry, write_bundle
 from autokernel.export.cutedsl import with_objects
-from autokernel.ops import apply_epilogue
-from autokernel.records import ConfigValue, Problem, TensorSpec
+from autokernel.ops.epilogue import apply_epilogue, apply_gated
+from autokernel.records import Candidate, ConfigValue, Problem, Status, TensorSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,6 +87,8 @@ def operands(kernel: KernelSpec, m: int, n: int) -> list[torch.Tensor]:
 def expected(kernel: KernelSpec, a: torch.Tensor, b: torch.Tensor, given: list[torch.Tensor]) -> torch.Tensor:
     """In double precision, from the operands as they are."""
     value, rest = a.double() @ b.double(), iter(given)
+    if kernel.gated:
+        return apply_gated(kernel.epilogue[0], *value.chunk(2, dim=-1))
     for name in kernel.epilogue:
         if name == "scale_a":
             value = value * next(rest).double()[:, None]
@@ -144,6 +147,9 @@ def all_cases() -> dict[str, dict[str, Any]]:
     }
     for step in ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "add", "mul", "bias"):
         cases[f"fused {step}"] = {"config": PINGPONG, "epilogue": (step,)}
+    for name, config in (("cooperative", QUACK), ("pingpong", PINGPONG), ("large", {**QUACK, "tile_m": 256, "tile_n": 192})):
+        cases[f"gated, {name}"] = {"config": config, "epilogue": ("gated_silu",)}
+    cases["gated, batched"] = {"config": QUACK, "epilogue": ("gated_gelu_tanh",), "batched": True}
     for name, config in (("cooperative", QUACK), ("swap", SWAP), ("split_k, swap", {**SWAP, "split_k": 2})):
         cases[f"fused chain, {name}"] = {"config": config, "epilogue": ("bias", "silu", "mul", "add")}
     return cases
@@ -274,7 +280,9 @@ DOWN = Problem(
 
 
 def bundle_of(merged: bool, fuse: bool, config: dict[str, ConfigValue]) -> Bundle:
-    first = Entry(problem=MERGED, backend="cutedsl", config={**config, "merge": "concat"}) if merged else None
+    gated = replace(MERGED, epilogue=("gated_silu",)) if fuse else MERGED
+    both: dict[str, ConfigValue] = {**config, "merge": "concat", "fuse": fuse}
+    first = Entry(problem=gated, backend="cutedsl", config=both) if merged else None
     first = first or Entry(problem=GATE, backend="cutedsl", config=config)
     second = Entry(problem=DOWN, backend="cutedsl", config={**config, "fuse": fuse})
     return Bundle(name="cute", created="", version="", environment=current_environment("cuda"), entries=(first, second))
@@ -283,6 +291,34 @@ def bundle_of(merged: bool, fuse: bool, config: dict[str, ConfigValue]) -> Bundl
 @pytest.fixture
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("AUTOKERNEL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cute-cache"))
+
+
+EVALUATED: dict[str, tuple[Problem, dict[str, ConfigValue]]] = {
+    "mm": (GATE, PINGPONG),
+    "mm by operators": (GATE, {**OPERATORS, "swap": True}),
+    "mm with a residual": (replace(GATE, inputs=(*GATE.inputs, contiguous(16, 2048)), epilogue=("add",)), PINGPONG),
+    "fused residual": (replace(GATE, inputs=(*GATE.inputs, contiguous(16, 2048)), epilogue=("add",)), {**SWAP, "fuse": True}),
+    "bias and residual": (DOWN, {**PINGPONG, "fuse": True}),
+    "addmm of a matrix": (
+        replace(GATE, op="addmm", inputs=(contiguous(16, 2048), *GATE.inputs), constants=(2,)),
+        {**PINGPONG, "fuse": True},
+    ),
+    "merged": (MERGED, {**PINGPONG, "merge": "concat"}),
+    "apart": (MERGED, {**SWAP, "merge": "none"}),
+    "gated": (replace(MERGED, epilogue=("gated_silu",)), {**PINGPONG, "merge": "concat", "fuse": True}),
+    "gate and up, plain": (replace(MERGED, epilogue=("gated_silu",)), {**PINGPONG, "merge": "concat"}),
+    "split_k": (GATE, {**SWAP, "split_k": 4}),
+}
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("name", EVALUATED)
+def test_candidates_are_evaluated(name: str) -> None:
+    problem, config = EVALUATED[name]
+    candidate = Candidate(problem=problem, backend="cutedsl", config=config)
+    evaluation = EvaluateCandidate(candidate=candidate, seed=1, effort="quick")()
+    assert evaluation.status is Status.OK, evaluation.message
+    assert evaluation.deterministic
 
 
 def layer_and_input() -> tuple[torch.nn.Module, torch.Tensor]:
@@ -296,7 +332,7 @@ def layer_and_input() -> tuple[torch.nn.Module, torch.Tensor]:
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
 def test_compiled_models_use_a_bundles_kernels(merged: bool, fuse: bool) -> None:
     layer, x = layer_and_input()
-    used = BundleBackend(bundle_of(merged, fuse, {**SWAP, "pingpong": True}))
+    used = BundleBackend(bundle_of(merged, fuse, PINGPONG))
     with torch.no_grad():
         compiled = torch.compile(layer, backend=used, dynamic=False)
         y = compiled(x)
@@ -309,7 +345,7 @@ def test_compiled_models_use_a_bundles_kernels(merged: bool, fuse: bool) -> None
 @pytest.mark.usefixtures("own_cache")
 def test_production_loads_a_bundle_without_a_compiler(tmp_path: Path) -> None:
     bundle, files = with_objects(bundle_of(merged=True, fuse=True, config=PINGPONG))
-    assert len(files) == 3
+    assert len(files) == 3  # gate and up as one output, bias and residual behind down, and the plain kernel of both
     _, archive = write_bundle(bundle, tmp_path / "bundle", files)
     layer, x = layer_and_input()
     with torch.no_grad():
