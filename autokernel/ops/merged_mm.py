@@ -20,8 +20,8 @@ class MergedMm:
     """Two or more `mm`, or `addmm` with a bias each, of one input with constant weights.
 
     Inputs: `x` of `[M, K]`, the weights of `[K, N_i]`, then one bias of `[N_i]` per weight, or none at all. All but `x` are
-    constants. There is one output of `[M, N_i]` per weight. Two `mm` on a GPU that are used as `f(first) * second` alone, which a
-    kernel may compute (an epilogue of `GATED_EPILOGUES`), have that as their only output.
+    constants. There is one output of `[M, N_i]` per weight. Two `mm` on a GPU that are used as `f(first) * second` alone, as a
+    kernel may compute it (an epilogue of `GATED_EPILOGUES`), have that as their only output.
     """
 
     name = "merged_mm"
