@@ -182,7 +182,7 @@ def environment(arch: str, num_units: int) -> Iterator[None]:
 
     Args:
         arch: "sm_90a" or "sm_100a".
-        num_units: multiprocessors to count with where no GPU can be asked how many clusters run at once.
+        num_units: multiprocessors to count with where no such GPU can be asked how many clusters run at once.
     """
     os.environ.update(CUTE_DSL_ARCH=arch, QUACK_ARCH=arch[3:-1], QUACK_CACHE_ENABLED="0")
     from cutlass.cutlass_dsl import CuTeDSL
@@ -193,11 +193,13 @@ def environment(arch: str, num_units: int) -> Iterator[None]:
     CuTeDSL._get_dsl().envar.arch = arch
     cute_dsl_utils._get_device_capacity_cached.cache_clear()
     cute_dsl_utils.get_compile_target_capacity.cache_clear()
-    cute_dsl_utils.get_max_active_clusters.cache_clear()
     with contextlib.ExitStack() as undo:
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() == (int(arch[3:-2]), int(arch[-2])):
             torch.cuda.current_stream().synchronize()  # the query wants a context
         else:
+            forget = cute_dsl_utils.get_max_active_clusters.cache_clear
+            forget()
+            undo.callback(forget)
             for name, replacement in (
                 ("__init__", lambda self, device_id=0: None),
                 ("get_max_active_clusters", lambda self, cluster_size, stream=None: num_units // cluster_size),
