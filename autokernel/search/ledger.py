@@ -11,7 +11,7 @@ from autokernel.records import Candidate, ConfigValue, Evaluation, Problem, Stat
 from autokernel.search.space import BoundSpace, Config
 
 MAX_LOST = 2  # a candidate whose worker went away is tried again this often
-_COUNT_LIMIT = 5_000  # spaces beyond this are not counted, and never called exhausted
+_COUNT_LIMIT = 1_000  # spaces beyond this are not counted, and never called exhausted
 _MAX_MUTATIONS = 32
 _MAX_RANDOM = 64
 

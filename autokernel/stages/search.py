@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
@@ -195,11 +196,8 @@ def device_facts(context: RunContext, profiled: Profiled) -> DeviceFacts:
     )
 
 
-def spaces_for(context: RunContext, hotspot: Hotspot) -> dict[str, Space]:
-    """Spaces of the allowed backends that can serve the hotspot's problem."""
-    settings = context.experiment.search
-    folder = context.loaded.resolve(settings.spaces) if settings.spaces is not None else None
-    spaces = load_space(hotspot.problem.op, folder)
+def spaces_for(context: RunContext, hotspot: Hotspot, spaces: Mapping[str, Space]) -> dict[str, Space]:
+    """Of the spaces of the hotspot's op, those of allowed backends that can serve its problem."""
     usable: dict[str, Space] = {}
     for backend in all_backends():
         if backend.name not in context.experiment.backends or backend.name not in spaces:
@@ -233,7 +231,9 @@ def open_hunts(context: RunContext, profiled: Profiled) -> dict[str, Hunt]:
     settings = context.experiment.search
     facts = device_facts(context, profiled)
     chosen = {hotspot.problem.key: hotspot for hotspot in worth_searching(profiled, settings)}
-    spaces = {key: spaces_for(context, hotspot) for key, hotspot in chosen.items()}
+    folder = context.loaded.resolve(settings.spaces) if settings.spaces is not None else None
+    by_op = {op: load_space(op, folder) for op in {hotspot.problem.op for hotspot in chosen.values()}}
+    spaces = {key: spaces_for(context, hotspot, by_op[hotspot.problem.op]) for key, hotspot in chosen.items()}
     chosen = {key: hotspot for key, hotspot in chosen.items() if spaces[key]}
     names: dict[str, Names] = {
         key: names_for(get_op(hotspot.problem.op).dims(hotspot.problem), facts) for key, hotspot in chosen.items()
