@@ -50,6 +50,9 @@ class AffineOp(LinearOp):
     def reference(self, problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (inputs[0] * 2 + 1,)
 
+    def dims(self, problem: Problem) -> Mapping[str, int]:
+        return {"n": problem.inputs[0].num_elements}
+
     def flops(self, problem: Problem) -> int:
         return 2 * problem.inputs[0].num_elements
 
