@@ -24,7 +24,7 @@ import torch
 from autokernel.cutedsl.config import DTYPES, OPERATORS
 from autokernel.cutedsl.spec import BIAS, KernelSpec, Launch, ObjectInfo
 from autokernel.errors import CompileError
-from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES
+from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, scalar_step
 from autokernel.requirements import declared_ranges, installed_version, out_of_range
 
 _DSL, _OPERATORS, _QUACK, _FFI = "nvidia-cutlass-dsl", "nvidia-cutlass-operators", "quack-kernels", "apache-tvm-ffi"
@@ -88,9 +88,9 @@ def refusal(spec: KernelSpec) -> str | None:
     if spec.gated and (reason := _gated_refusal(spec)) is not None:
         return reason
     known = (*spec.operands().values(), *UNARY_EPILOGUES, *(spec.epilogue if spec.gated else ()))
-    if unknown := [name for name in spec.epilogue if name not in known]:
+    if unknown := [name for name in spec.epilogue if name not in known and scalar_step(name) is None]:
         names = ", ".join((BIAS, *UNARY_EPILOGUES, *BINARY_EPILOGUES))
-        return f"an epilogue is made of scales and {names}, not {', '.join(unknown)}"
+        return f"an epilogue is made of scales, sums with and products by numbers, and {names}, not {', '.join(unknown)}"
     if config.source == OPERATORS:
         outputs: tuple[str, ...] = ("int32", "float32", "int8") if spec.dtype == "int8" else (*DTYPES[:4], "float32")
         if spec.epilogue:

@@ -19,6 +19,7 @@ from quack.epilogue.math import F2, unpack
 from quack.epilogue.ops import ColVecLoad, EpiOp, RowVecLoad, TileLoad
 
 from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, KernelSpec
+from autokernel.ops.epilogue import scalar_step
 
 GATED_RESULT = "gated"  # what quack calls the result, which is not the product's D
 _SUMS = (BIAS, "add")
@@ -73,17 +74,16 @@ def composed(spec: KernelSpec, activations: Mapping[str, Callable[[Any], Any]]) 
         activations: what the names without an operand do.
     """
     unnamed = iter(spec.operands())
-    steps = tuple((name, activations.get(name) or next(unnamed)) for name in spec.epilogue)
+    steps = tuple(scalar_step(name) or (name, activations.get(name) or next(unnamed)) for name in spec.epilogue)
 
     def function(acc: Any, **operands: Any) -> dict[str, Any]:
         value = acc
         for name, step in steps:
             if callable(step):
                 value = step(value)
-            elif name in _SUMS:
-                value = value + operands[step]
             else:
-                value = value * operands[step]
+                other = step if isinstance(step, float) else operands[step]
+                value = value + other if name in _SUMS else value * other
         return {"D": value}
 
     # quack asks the signature for operands. It knows a function of an installed package by its name alone, so that the name

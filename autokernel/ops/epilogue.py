@@ -6,6 +6,8 @@ therefore renders what follows a value as an expression of it, conversions and r
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ UNARY_EPILOGUES: tuple[str, ...] = ("relu", "gelu", "gelu_tanh", "silu", "sigmoi
 BINARY_EPILOGUES: tuple[str, ...] = ("add", "mul")
 GATED_EPILOGUES: tuple[str, ...] = tuple(f"gated_{name}" for name in UNARY_EPILOGUES)  # of two products: f(first) * second
 
+_SCALAR = re.compile(r"(add|mul)\((.+)\)")  # "mul(0.125)": with a number in place of an operand
 _LARGEST_ACTIVATION = 14  # nodes; gelu_tanh has eleven and two conversions
 _POINTWISE = frozenset(
     f"aten.{name}" for name in ("add", "div", "erf", "exp", "gelu", "mul", "neg", "relu", "sigmoid", "silu", "tanh")
@@ -41,7 +44,7 @@ def apply_epilogue(names: Sequence[str], value: torch.Tensor, operands: Sequence
     """The epilogue in plain torch.
 
     Args:
-        names: of `UNARY_EPILOGUES` and `BINARY_EPILOGUES`, in order.
+        names: of `UNARY_EPILOGUES` and `BINARY_EPILOGUES`, or the latter with a number (`scalar_step`), in order.
         value: the GEMM's result.
         operands: one per binary name, in order, each of the shape of `value`.
 
@@ -49,7 +52,7 @@ def apply_epilogue(names: Sequence[str], value: torch.Tensor, operands: Sequence
         ValueError: an unknown name, or the number of operands does not fit the names.
     """
     functions = _functions()
-    unknown = [name for name in names if name not in functions]
+    unknown = [name for name in names if name not in functions and scalar_step(name) is None]
     num_binary = sum(name in BINARY_EPILOGUES for name in names)
     if unknown or num_binary != len(operands):
         raise ValueError(
@@ -58,8 +61,21 @@ def apply_epilogue(names: Sequence[str], value: torch.Tensor, operands: Sequence
         )
     rest = iter(operands)
     for name in names:
-        value = functions[name](value, next(rest)) if name in BINARY_EPILOGUES else functions[name](value)
+        if (step := scalar_step(name)) is not None:
+            value = functions[step[0]](value, step[1])
+        else:
+            value = functions[name](value, next(rest)) if name in BINARY_EPILOGUES else functions[name](value)
     return value
+
+
+def scalar_step(name: str) -> tuple[str, float] | None:
+    """("mul", 0.125) of the name "mul(0.125)", likewise with "add"; None for any other."""
+    parsed = _SCALAR.fullmatch(name)
+    try:
+        number = float(parsed[2]) if parsed is not None else math.nan
+    except ValueError:
+        return None
+    return None if parsed is None or not math.isfinite(number) else (parsed[1], number)
 
 
 def apply_gated(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -106,6 +122,9 @@ def find_epilogue(gemm: Node, order: Mapping[Node, int]) -> Epilogue:
             names.append(name)
             operands.append(operand)
             specs.append(spec)
+        elif (scaled := _scalar(value)) is not None:
+            name, value = scaled
+            names.append(name)
         else:
             return Epilogue(names=tuple(names), operands=tuple(operands), operand_specs=tuple(specs), last=value)
         value = _past_reshapes(value)
@@ -151,6 +170,20 @@ def _binary(value: Node, gemm: Node, order: Mapping[Node, int]) -> tuple[str, No
     if spec is None or order[operand] > order[gemm] or _dtype(user) != _dtype(gemm):
         return None
     return name, user, operand, spec
+
+
+def _scalar(value: Node) -> tuple[str, Node] | None:
+    """(name, result) if the only user adds a number, or multiplies by one."""
+    if len(value.users) != 1:
+        return None
+    user = next(iter(value.users))
+    name = op_name(user).removeprefix("aten.")
+    numbers = [argument for argument in user.args if type(argument) in (int, float)]
+    if name not in BINARY_EPILOGUES or user.kwargs or len(user.args) != 2 or len(numbers) != 1:
+        return None
+    if _dtype(user) != _dtype(value) or not math.isfinite(numbers[0]):  # type: ignore[arg-type]
+        return None
+    return f"{name}({float(numbers[0])!r})", user  # type: ignore[arg-type]
 
 
 def _as_shape_of(operand: Node, gemm: Node) -> TensorSpec | None:

@@ -22,6 +22,8 @@ EPILOGUES = [
     ("bias", "gelu", "add", "mul"),
     ("gelu_tanh",),
     ("scale_a", "scale_b", "bias", "relu"),
+    ("mul(0.125)", "silu", "add(-1.5)"),
+    ("mul(0.25)", "silu", "add(-1.5)"),
     ("gated_silu",),
     ("gated_gelu_tanh",),
     ("tensor_scale_a", "tensor_scale_b", "tanh", "sigmoid", "add"),

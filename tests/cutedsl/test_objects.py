@@ -72,6 +72,7 @@ CASES = {
     "parts, swapped": spec({**COOPERATIVE, "split_k": 4, "swap": True}),
     "batched": spec(COOPERATIVE, batched=True),
     "fused": spec(PINGPONG, epilogue=("bias", "silu", "mul", "add")),
+    "numbers": spec(PINGPONG, epilogue=("mul(0.125)", "gelu_tanh", "add(1.0)")),
     "fused, swapped": spec({**COOPERATIVE, "swap": True}, epilogue=("bias", "silu", "add")),
     "fused, parts, swapped": spec({**COOPERATIVE, "swap": True, "split_k": 2}, epilogue=("bias", "gelu", "add")),
     "scaled": spec(COOPERATIVE, dtype="float8_e4m3fn", epilogue=("scale_a", "scale_b", "bias")),

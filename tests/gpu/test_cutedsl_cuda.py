@@ -145,7 +145,7 @@ def all_cases() -> dict[str, dict[str, Any]]:
             "epilogue": ("tensor_scale_a", "tensor_scale_b", "bias"),
         },
     }
-    for step in ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "add", "mul", "bias"):
+    for step in ("mul(0.125)", "add(-1.5)", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "add", "mul", "bias"):
         cases[f"fused {step}"] = {"config": PINGPONG, "epilogue": (step,)}
     for name, config in (("cooperative", QUACK), ("pingpong", PINGPONG), ("large", {**QUACK, "tile_m": 256, "tile_n": 192})):
         cases[f"gated, {name}"] = {"config": config, "epilogue": ("gated_silu",)}

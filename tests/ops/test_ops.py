@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from autokernel.ops import OPS, apply_epilogue, get_op
+from autokernel.ops.epilogue import scalar_step
 from autokernel.records import Problem, TensorSpec
 
 
@@ -44,6 +45,14 @@ def test_reference_is_eager(name: str) -> None:
     case, eager = CASES[name]
     (out,) = get_op(case.op).reference(case, *tensors(case))
     torch.testing.assert_close(out, eager(*tensors(case)))
+
+
+@pytest.mark.parametrize("name", ["mul", "mul()", "mul(x)", "mul(inf)", "div(2)", "mul(1)(2)"])
+def test_what_is_no_number_is_no_step(name: str) -> None:
+    assert scalar_step(name) is None
+    assert scalar_step("mul(-2e-3)") == ("mul", -0.002)
+    with pytest.raises(ValueError, match="names must be of"):
+        apply_epilogue((name,), torch.ones(2, 2), [])
 
 
 def test_gated_products_are_one_output_of_half_the_columns() -> None:

@@ -47,11 +47,21 @@ def linear(k: int, n: int, bias: bool = False, dtype: torch.dtype = torch.bfloat
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_an_activation_behind_a_linear_layer_is_its_epilogue(post_grad: Any, name: str, dtype: torch.dtype) -> None:
-    module = Fn(lambda m, x: ACTIVATIONS[name](m.fc(x)) + 1, fc=linear(32, 64, dtype=dtype))
+    module = Fn(lambda m, x: ACTIVATIONS[name](m.fc(x)).sin(), fc=linear(32, 64, dtype=dtype))
     (site,) = sites(post_grad, module, torch.randn(4, 8, 32, dtype=dtype))["mm"]
     assert site.problem.epilogue == (name,)
     assert site.problem.inputs[0].shape == (32, 32)
-    assert site.consumers == ("aten.add",)
+    assert site.consumers == ("aten.sin",)
+
+
+def test_numbers_are_steps_of_an_epilogue(post_grad: Any) -> None:
+    module = Fn(lambda m, x, r: functional.silu((m.fc(x) * 0.125).view(4, 8, 64)) * r - 2 + 1.5, fc=linear(32, 64))
+    (site,) = sites(post_grad, module, torch.randn(32, 32).bfloat16(), torch.randn(4, 8, 64).bfloat16())["mm"]
+    assert site.problem.epilogue[:3] == ("mul(0.125)", "silu", "mul")
+    assert len(site.problem.inputs) == 3
+    for other in (lambda m, x: m.fc(x) * float("inf"), lambda m, x: m.fc(x) * torch.full((), 2.0)):
+        (site,) = sites(post_grad, Fn(other, fc=linear(32, 64)), torch.randn(32, 32).bfloat16())["mm"]
+        assert "inf" not in str(site.problem.epilogue)
 
 
 def test_a_linear_layer_is_an_mm_with_a_constant_transposed_weight(post_grad: Any) -> None:
