@@ -10,14 +10,7 @@ OPERATORS, QUACK = "operators", "quack"
 SOURCES = (OPERATORS, QUACK)
 ROWS, COLUMNS = "rows", "columns"
 ALIGNMENT_BYTES = 16  # of what is contiguous: TMA reads and writes nothing narrower
-DTYPE_LETTERS: Mapping[str, str] = {
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "float8_e4m3fn": "e4m3",
-    "float8_e5m2": "e5m2",
-    "int8": "i8",
-}
-DTYPES = tuple(DTYPE_LETTERS)
+DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 
 # tiles (M, N) of quack's two kinds of kernel on SM90: one tile by two warpgroups, or one by each in turns
 COOPERATIVE_TILES = (

@@ -137,9 +137,7 @@ def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: b
         options["max_autotune_gemm_backends"] = "ATEN,CPP"
     else:
         # Inductor's default for every GEMM but those with an entry
-        passes: list[CustomGraphPass] = [TemplatePass(plan), SubstitutionPass(plan)]
-        if any(is_cute(entry) for entry in plan.bundle.entries):
-            passes.append(CutePass(plan))
+        passes: list[CustomGraphPass] = [TemplatePass(plan), SubstitutionPass(plan), CutePass(plan)]
         if OPTION in chosen:
             # else Inductor would time a second block size of such a reduction in every new process
             options["dynamic_scale_rblock"] = False

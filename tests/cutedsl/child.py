@@ -8,7 +8,6 @@ child.py blackwell          JSON [[problem, position], ...] -> names and bytes o
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pretended_cuda import on_gpu
 
 from autokernel.cutedsl import compiler
 from autokernel.cutedsl.cache import ObjectCache
@@ -70,7 +70,7 @@ def bind(path: str, sizes: str) -> None:
     operands = [example(name, out) for name in info.spec.operands().values()]
     stream = type("Stream", (), {"cuda_stream": 0})
     torch.cuda.current_stream = lambda device=None: stream
-    Kernel(info, lambda *arguments: function(*on_gpu(arguments)))(a, b, operands)
+    Kernel(info, lambda *arguments: function(*map(on_gpu, arguments)))(a, b, operands)
 
 
 def matrices(spec: KernelSpec, lead: tuple[int, ...], m: int, n: int, k: int) -> tuple[torch.Tensor, ...]:
@@ -87,24 +87,6 @@ def example(name: str, out: torch.Tensor) -> torch.Tensor:
     if name == BIAS:
         return torch.rand(out.shape[-1]).to(out.dtype)
     return torch.rand({SCALE_A: out.shape[-2], SCALE_B: out.shape[-1]}.get(name, 1))
-
-
-def on_gpu(value: Any) -> Any:
-    """Tensors with the same sizes that claim to lie on a GPU."""
-    import tvm_ffi
-
-    if isinstance(value, tuple):
-        return tuple(on_gpu(item) for item in value)
-    if not isinstance(value, torch.Tensor):
-        return value
-    capsule = torch.utils.dlpack.to_dlpack(value)
-    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    device_type = pointer_of(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p)  # behind the address of the data
-    cuda = 2
-    ctypes.c_int32.from_address(device_type).value = cuda
-    holder = type("Holder", (), {"__dlpack__": lambda self, **_: capsule, "__dlpack_device__": lambda self: (cuda, 0)})
-    return tvm_ffi.from_dlpack(holder())
 
 
 def epilogues() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.cuda_problems import spec as contiguous
+from gpu.cuda_problems import weight
 
 from autokernel.cutedsl.cache import ObjectCache
 from autokernel.cutedsl.compiler import unavailable
@@ -26,7 +28,7 @@ from autokernel.export.apply import BundleBackend, backend
 from autokernel.export.bundle import Bundle, Entry, write_bundle
 from autokernel.export.cutedsl import with_objects
 from autokernel.ops.epilogue import apply_epilogue, apply_gated
-from autokernel.records import Candidate, ConfigValue, Problem, Status, TensorSpec
+from autokernel.records import Candidate, ConfigValue, Problem, Status
 
 pytestmark = [
     pytest.mark.gpu,
@@ -260,14 +262,6 @@ class Layer(torch.nn.Module):
         return out
 
 
-def contiguous(*shape: int) -> TensorSpec:
-    return TensorSpec.contiguous(shape, "bfloat16")
-
-
-def weight(k: int, n: int) -> TensorSpec:
-    return TensorSpec(shape=(k, n), dtype="bfloat16", stride=(1, k))
-
-
 GATE = Problem(op="mm", inputs=(contiguous(16, 1024), weight(1024, 2048)), device="cuda", constants=(1,))
 MERGED = replace(GATE, op="merged_mm", inputs=(*GATE.inputs, weight(1024, 2048)), constants=(1, 2))
 DOWN = Problem(
@@ -353,7 +347,7 @@ def test_production_loads_a_bundle_without_a_compiler(tmp_path: Path) -> None:
     script = f"""
 import json, os, sys, time
 os.environ["AUTOKERNEL_CACHE_DIR"] = {str(tmp_path / "nothing here")!r}
-sys.path[:0] = {[str(Path(__file__).parent)]!r}
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
 import torch
 from test_cutedsl_cuda import layer_and_input
 import autokernel
