@@ -28,6 +28,8 @@ from autokernel.events import Recorder
 from autokernel.pipeline import RunOutcome
 from autokernel.tracking.journal import Journal
 
+pytestmark = pytest.mark.clock
+
 EXPERIMENT = """\
 name: invented
 model: {factory: "model.py:make", dtype: float32}

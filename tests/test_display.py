@@ -28,6 +28,8 @@ from autokernel.records import Candidate, Problem, Speedup, Status, TensorSpec
 from autokernel.tracking.summary import RunSummary, summarize
 from autokernel.tracking.titles import config_title, problem_title
 
+pytestmark = pytest.mark.clock
+
 FOLDER = Path("/somewhere/runs/invented/20990101-000000-abcd")
 
 

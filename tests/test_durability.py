@@ -33,7 +33,7 @@ DATA = Path(__file__).parent / "data"
 EXPERIMENT = DATA / "tiny.yaml"
 PATIENCE_S = 120.0
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.clock]
 
 
 def named(candidate: Candidate) -> str:

@@ -16,6 +16,8 @@ from autokernel.pipeline import STAGES, RunOutcome, resolve_device, run
 from autokernel.records import Status
 from autokernel.tracking.journal import new_run_id, read_journal
 
+pytestmark = pytest.mark.clock
+
 DATA = Path(__file__).parent / "data"
 EXPERIMENT = DATA / "gated.yaml"
 

@@ -47,6 +47,7 @@ _ROUNDS_S = 10.0  # steps of hundreds of milliseconds get fewer rounds than aske
 _LEAST_ROUNDS = 11  # ... but no fewer than these
 _CAPTURES_ITSELF = ("reduce-overhead",)
 _AGAIN = "the baseline again"
+_MOST_NOISE = 0.1  # on a machine so busy that the same code differs by more from itself, anything could pass as equal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +71,9 @@ class ScenarioTiming(Record):
 def scenario_result(timing: ScenarioTiming, stock: bool = False) -> ScenarioResult:
     """The line of a results table: the bundle against the best stock mode.
 
-    It passes unless it is clearly slower: the interval is below 1, and by more than the same code differs from itself. A
-    stock bundle changes nothing, and passes. Where eager PyTorch beats all that is compiled, a bundle passes if it is no
-    slower than Inductor's default, which it replaces.
+    It passes unless it is clearly slower: the interval is below 1, and by more than the same code differs from itself (a
+    tenth at most). A stock bundle changes nothing, and passes. Where eager PyTorch beats all that is compiled, a bundle
+    passes if it is no slower than Inductor's default, which it replaces.
     """
     speedup = timing.speedups[BUNDLE]
     medians = {mode.mode: mode.median_us for mode in timing.modes}
@@ -82,7 +83,7 @@ def scenario_result(timing: ScenarioTiming, stock: bool = False) -> ScenarioResu
         modes=timing.modes,
         best_stock=timing.baseline,
         speedup=speedup,
-        passed=stock or speedup.high >= 1 or 1 - speedup.ratio <= timing.spread or replaces_slower,
+        passed=stock or speedup.high >= 1 or 1 - speedup.ratio <= min(timing.spread, _MOST_NOISE) or replaces_slower,
     )
 
 

@@ -19,6 +19,8 @@ from autokernel.cutedsl.cache import ObjectCache, default_folder
 from autokernel.cutedsl.spec import KernelSpec, Launch, ObjectInfo
 from autokernel.errors import StorageError
 
+pytestmark = pytest.mark.clock
+
 CONFIG = {"source": "operators", "tile_m": 128, "tile_n": 128}
 SPEC = KernelSpec(config=CONFIG, dtype="bfloat16", out_dtype="bfloat16", a_major="k", b_major="k")
 # a compiler that takes its time and leaves a line for each kernel

@@ -20,6 +20,8 @@ from autokernel.evaluate.probes import make_constants
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.records import Candidate, Check, Evaluation, Status
 
+pytestmark = pytest.mark.clock
+
 
 def job_for(problem: Any, **options: Any) -> EvaluateCandidate:
     return EvaluateCandidate(candidate=Candidate(problem=problem, backend="fake"), threads=1, max_copies=3, **options)

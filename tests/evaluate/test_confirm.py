@@ -13,6 +13,8 @@ from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.records import Candidate, Status
 
+pytestmark = pytest.mark.clock
+
 linear_of = torch.nn.functional.linear
 
 

@@ -15,6 +15,8 @@ from autokernel.evaluate.candidate import EvaluateCandidate
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.records import Candidate, Status
 
+pytestmark = pytest.mark.clock
+
 linear_of = torch.nn.functional.linear
 
 

@@ -19,6 +19,8 @@ from autokernel.evaluate.roofline import (
 )
 from autokernel.records import Measurement
 
+pytestmark = pytest.mark.clock
+
 CEILINGS = Ceilings(
     threads=1, read_gb_per_s=10, tflops={"float32": 0.1, "bfloat16": 0.4}, cache_gb_per_s=100, cache_bytes=1 << 20,
     l2_gb_per_s=1000, l2_bytes=1 << 14,

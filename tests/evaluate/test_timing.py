@@ -15,6 +15,8 @@ from autokernel.backends import Built
 from autokernel.evaluate import timing
 from autokernel.evaluate.timing import Comparison, compare, conditions, measure
 
+pytestmark = pytest.mark.clock
+
 
 def busy(us: float) -> None:
     """Computes for so long by this thread's own clock, so that waiting for a core does not make it shorter."""

@@ -13,6 +13,8 @@ import pytest
 from autokernel.evaluate.turns import Turns, leave, return_spare_memory, wake
 from autokernel.workers.limits import OVERDUE_EXIT_CODE, deadline
 
+pytestmark = pytest.mark.clock
+
 
 @pytest.fixture(autouse=True)
 def _own_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.freezing import MAX_REFREEZES, FrozenGraph
 from autokernel.records import Problem, TensorSpec
 
+pytestmark = pytest.mark.clock
+
 M, K, N = 4, 64, 96
 
 

@@ -18,6 +18,8 @@ from autokernel.export.prove import BUNDLE, DEFAULT, Proof, Prove, ScenarioProof
 from autokernel.records import Problem, Speedup, TensorSpec
 from autokernel.stages.production import _verdict, difference_limits
 
+pytestmark = pytest.mark.clock
+
 K, HIDDEN = 64, 96
 THREADS = 2
 

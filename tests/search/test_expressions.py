@@ -10,6 +10,8 @@ import pytest
 from autokernel.errors import ConfigError
 from autokernel.search.expressions import parse_expression
 
+pytestmark = pytest.mark.clock
+
 NAMES = {"m": 64, "k": 96, "block_k": 32, "threads": 4, "a": 2, "b": 2, "template": "cpp_gemm", "pad": False, "zero": 0}
 
 

@@ -24,6 +24,8 @@ from autokernel.stages.context import RunContext
 from autokernel.stages.profile import _rehearsals
 from autokernel.stages.whole_model import run_on_model, size_of, with_layers
 
+pytestmark = pytest.mark.clock
+
 LLAMA = Path(__file__).parents[2] / "experiments" / "llama.yaml"
 ENVIRONMENT = Environment(device="cuda", device_name="A GPU", isa="sm_90", num_units=132, torch="2.11.0")
 SIZES = {"decode-b1": 30, "decode-b16": 40, "decode-b64": 55, "decode-b128": 75, "prefill-1x2048": 30, "prefill-4x2048": 35}

@@ -18,6 +18,8 @@ from autokernel.tracking.mlflow_env import QUIET, prepare_environment
 from autokernel.tracking.mlflow_mirror import MlflowMirror
 from autokernel.tracking.ui import free_port
 
+pytestmark = pytest.mark.clock
+
 RUN_ID = "20261121-014900-3f2a"
 
 

@@ -17,6 +17,8 @@ from autokernel.errors import StorageError
 from autokernel.events import Event, StageProgress
 from autokernel.tracking.journal import Journal, find_runs, is_being_written, new_run_id, read_entries, read_journal, run_folder
 
+pytestmark = pytest.mark.clock
+
 _TESTS = str(Path(__file__).parent.parent)
 _WRITER = f"""
 import sys

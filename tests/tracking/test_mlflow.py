@@ -24,6 +24,8 @@ from autokernel.tracking.mlflow_mirror import MlflowMirror
 from autokernel.tracking.mlflow_writer import sync_journal, sync_runs
 from autokernel.tracking.views import VIEW_NAMES
 
+pytestmark = pytest.mark.clock
+
 _RUN_ID = "20261121-014900-3f2a"
 
 

@@ -22,6 +22,8 @@ from autokernel.tracking.titles import problem_title
 from autokernel.tracking.ui import find_experiment, free_port, open_ui, ui_command, ui_environment
 from autokernel.tracking.views import CHART, RESULTS, VIEW_NAMES, ChartedTrials, encode_view, publish_views, ui_url, view_states
 
+pytestmark = pytest.mark.clock
+
 
 def test_addresses_open_the_model_training_layout() -> None:
     assert ui_url("http://h:1/") == "http://h:1/#/experiments?workflowType=machine_learning"

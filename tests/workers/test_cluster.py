@@ -22,7 +22,7 @@ from autokernel.config import ClusterSection
 from autokernel.errors import ConfigError, JobLost, WorkerError
 from autokernel.workers.pool import Pool, open_pool
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.clock]
 
 ROOT = Path(__file__).resolve().parents[2]
 GENEROUS_S = 60.0

@@ -16,6 +16,8 @@ import pytest
 from autokernel.errors import StorageError
 from autokernel.workers.device_lock import device_lock, lock_name
 
+pytestmark = pytest.mark.clock
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Takes the lock, writes a file, and holds on until told to let go.

@@ -21,6 +21,8 @@ from autokernel.errors import JobCrashed, JobLost, JobTimeout, WorkerError
 from autokernel.workers.pool import InlinePool, LocalPool, Pool, QueuedPool, open_pool
 from autokernel.workers.worker import Reply, Worker
 
+pytestmark = pytest.mark.clock
+
 ROOT = Path(__file__).resolve().parents[2]
 GENEROUS_S = 60.0
 ENV = {"AK_TEST": "set", "OMP_NUM_THREADS": "3"}

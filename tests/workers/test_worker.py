@@ -22,6 +22,8 @@ from autokernel.errors import AutokernelError, JobCrashed, JobLost, JobTimeout, 
 from autokernel.workers.device_lock import device_lock
 from autokernel.workers.worker import Worker
 
+pytestmark = pytest.mark.clock
+
 ROOT = Path(__file__).resolve().parents[2]
 GENEROUS_S = 30.0
 
