@@ -26,7 +26,8 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("events",), ("config",)),
     (("fingerprint",),),
     (("ops",),),
-    (("kernels",), ("cutedsl",)),  # GPU kernels: of our own; of CuTe DSL, compiled ahead of time
+    # GPU kernels: of our own; of CuTe DSL, compiled ahead of time; other ways to write an op
+    (("kernels",), ("cutedsl",), ("rewrites",)),
     (("export",),),  # bundle, matching, plan, pins, passes, freezing, apply: production
     (("backends",),),
     (("workers",),),
@@ -71,6 +72,7 @@ HOMES = {
         "export.apply",
         "export.one_row",
         "export.passes",
+        "export.regions",
         "export.pins",
         "export.substitution",
         "export.templates",
@@ -308,6 +310,7 @@ def test_production_imports_torch_alone() -> None:
         "autokernel.kernels",
         "autokernel.cutedsl",
         "autokernel.ops",
+        "autokernel.rewrites",
         "autokernel.records",
         "autokernel.errors",
         "autokernel.environment",

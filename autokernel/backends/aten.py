@@ -1,7 +1,8 @@
 """Stock kernels: ATen as Inductor calls it (oneDNN or MKL on a CPU, cuBLAS on a GPU), and its packed-weight form.
 
 Config: `prepack` (the weight is reordered once, at compile time, into the library's own layout) and, where GEMMs share an
-input, `merge` ("none", or "concat": one GEMM with the weights side by side).
+input, `merge` ("none", or "concat": one GEMM with the weights side by side). For fusions `implementation`: "stock", or the
+library's calls that `autokernel.rewrites` spells out.
 """
 
 from __future__ import annotations
@@ -12,9 +13,31 @@ import torch
 
 from autokernel.backends import Built, Refused
 from autokernel.backends.compiled import build, refuse_without_constant_weight
+from autokernel.ops import FusionOp, get_op
 from autokernel.records import Candidate, ConfigValue, Problem
+from autokernel.rewrites import REWRITES, STOCK
 
 GEMM_OPS = ("mm", "addmm", "bmm", "baddbmm", "merged_mm", "scaled_mm", "int_mm")
+
+
+def stock_config(op: str) -> Mapping[str, ConfigValue]:
+    """The config of this backend that is stock code."""
+    if op not in GEMM_OPS:
+        return {"implementation": STOCK}
+    return {"prepack": False, "merge": "none"} if op == "merged_mm" else {"prepack": False}
+
+
+def is_stock(config: Mapping[str, ConfigValue]) -> bool:
+    """Whether a config of this backend is what eager PyTorch and `torch.compile` without a bundle would run."""
+    return not config.get("prepack") and config.get("merge", "none") == "none" and config.get("implementation", STOCK) == STOCK
+
+
+def refuse_unknown_implementation(candidate: Candidate) -> None:
+    """Raises Refused if the config names an implementation that the op does not have."""
+    name = candidate.config.get("implementation", STOCK)
+    known = (STOCK, *REWRITES.get(candidate.problem.op, {}))
+    if name not in known:
+        raise Refused(f"{candidate.problem.op} has no implementation {name!r}; there are {', '.join(known)}")
 
 
 class AtenBackend:
@@ -28,10 +51,12 @@ class AtenBackend:
         return None
 
     def supports(self, problem: Problem) -> str | None:
-        return None if problem.op in GEMM_OPS else f"no ATen kernel is known for {problem.op}"
+        known = problem.op in GEMM_OPS or isinstance(get_op(problem.op), FusionOp)
+        return None if known else f"no ATen kernel is known for {problem.op}"
 
     def build(self, candidate: Candidate, constants: list[list[torch.Tensor]]) -> Built:
-        stock = not candidate.config.get("prepack") and candidate.config.get("merge", "none") == "none"
+        stock = is_stock(candidate.config)
+        refuse_unknown_implementation(candidate)
         if candidate.config.get("prepack"):
             if candidate.problem.device != "cpu":
                 raise Refused("packed weights are oneDNN's and MKL's, for a CPU; this problem is on cuda")

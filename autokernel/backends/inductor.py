@@ -8,6 +8,8 @@ On a GPU its Triton templates. Config: `template` ("mm", "mm_persistent_tma", "b
 `num_warps` and `GROUP_M`; or `template` "decompose_k" with `k_split`. `export/templates.py` builds exactly these.
 
 Where GEMMs share an input, `merge` says how: "none", "concat", and on a CPU "grouped".
+
+Fusions have `implementation`: what of `autokernel.rewrites` Inductor compiles into kernels of its own.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from collections.abc import Mapping
 import torch
 
 from autokernel.backends import Built, Refused
+from autokernel.backends.aten import refuse_unknown_implementation
 from autokernel.backends.compiled import build, refuse_without_constant_weight
 from autokernel.export.matching import is_transposed, weights_of_merged
 from autokernel.export.templates import DECOMPOSE_K, TILE, template_of
 from autokernel.records import DTYPE_BYTES, Candidate, ConfigValue, Problem, TensorSpec
+from autokernel.rewrites import REWRITES
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _CUDA_TEMPLATES = {
@@ -46,6 +50,8 @@ class InductorBackend:
         return None
 
     def supports(self, problem: Problem) -> str | None:
+        if problem.op in REWRITES:
+            return None
         if problem.device == "cuda":
             return _supports_cuda(problem)
         if problem.op == "bmm":
@@ -60,6 +66,9 @@ class InductorBackend:
 
     def build(self, candidate: Candidate, constants: list[list[torch.Tensor]]) -> Built:
         config, problem = candidate.config, candidate.problem
+        if problem.op in REWRITES:
+            refuse_unknown_implementation(candidate)
+            return build(candidate, constants, stock=False)
         if problem.device == "cuda":
             _refuse_illegal_on_cuda(candidate)
             return build(candidate, constants, stock=False)

@@ -37,6 +37,7 @@ from autokernel.export.one_row import ALL, OPTION, OneRowPass
 from autokernel.export.passes import MergePass, SitePass
 from autokernel.export.pins import install
 from autokernel.export.plan import Plan, Usage, mismatch
+from autokernel.export.regions import RegionPass
 from autokernel.export.substitution import SubstitutionPass, is_substituted
 from autokernel.export.templates import TemplatePass, has_template
 from autokernel.records import ConfigValue
@@ -135,9 +136,10 @@ def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: b
     if on_cpu:
         options["max_autotune_gemm"] = True  # offers templates; the pins leave one choice, so nothing is timed
         options["max_autotune_gemm_backends"] = "ATEN,CPP"
+        options["post_grad_custom_post_pass"] = PassChain(plan, [RegionPass(plan)])
     else:
         # Inductor's default for every GEMM but those with an entry
-        passes: list[CustomGraphPass] = [TemplatePass(plan), SubstitutionPass(plan), CutePass(plan)]
+        passes: list[CustomGraphPass] = [RegionPass(plan), TemplatePass(plan), SubstitutionPass(plan), CutePass(plan)]
         if OPTION in chosen:
             # else Inductor would time a second block size of such a reduction in every new process
             options["dynamic_scale_rblock"] = False
@@ -149,7 +151,7 @@ def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: b
     if any(has_template(entry) for entry in plan.bundle.entries):
         # what runs in front of a product was part of no measurement, and inside a template it runs once per column of tiles
         options["prologue_fusion"] = False
-    if any(
+    if plan.region_ops or any(
         (entry.config.get("template") or is_substituted(entry) or is_cute(entry)) and not (on_cpu and needs_constant(entry))
         for entry in plan.bundle.entries
     ):

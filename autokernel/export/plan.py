@@ -11,6 +11,9 @@ from pathlib import Path
 from autokernel.environment import Environment
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.matching import Gemm, gemm_of, index_entries
+from autokernel.ops import OPS, FusionOp
+from autokernel.ops.matching import settled
+from autokernel.records import Problem
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,11 @@ def mismatch(made: Environment, here: Environment) -> str | None:
 def minor(version: str) -> str:
     """Major and minor part of a version."""
     return ".".join(version.split(".")[:2])
+
+
+def region_key(problem: Problem) -> str:
+    """What identifies a region during compilation, where nobody knows which inputs are constants."""
+    return replace(problem, constants=(), inputs=tuple(settled(spec) for spec in problem.inputs)).key
 
 
 @dataclass(slots=True)
@@ -81,6 +89,11 @@ class Plan:
             for gemm, entry in self._index.items()
             if entry.config.get("merge") == "concat"
         }
+        self._regions: dict[str, Entry] = {}
+        fusions = {op.name for op in OPS if isinstance(op, FusionOp)}
+        for entry in () if why_not else bundle.entries:
+            if entry.problem.op in fusions:
+                self._regions.setdefault(region_key(entry.problem), entry)
         self.usage: dict[str, Usage] = {entry.key: Usage() for entry in bundle.entries}
         if why_not:
             for entry in bundle.entries:
@@ -110,6 +123,15 @@ class Plan:
     def find_or_merged(self, gemm: Gemm) -> Entry | None:
         """The entry for a GEMM that may itself be the concatenation of several."""
         return self._index.get(gemm) or self._concatenated.get(gemm)
+
+    @property
+    def region_ops(self) -> frozenset[str]:
+        """Fusions that have entries."""
+        return frozenset(entry.problem.op for entry in self._regions.values())
+
+    def find_region(self, key: str) -> Entry | None:
+        """The entry for a region (`region_key`), None if stock code serves it."""
+        return self._regions.get(key)
 
     def groups(self, dtype: str, m: int, k: int) -> list[tuple[Entry, Gemm]]:
         """Entries that merge GEMMs of this input, with what they merge; most GEMMs first."""

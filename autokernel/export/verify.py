@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from autokernel.backends.aten import stock_config
 from autokernel.config import ClusterSection, LoadedExperiment
 from autokernel.environment import current_environment, physical_cores
 from autokernel.errors import WorkerError
@@ -127,7 +127,7 @@ def _there(device: str) -> bool:
 
 
 def _confirmation(entry: Entry, rounds: int, threads: int) -> Callable[[], Confirmation]:
-    stock: Mapping[str, Any] = {"prepack": False, **({"merge": "none"} if entry.problem.op == "merged_mm" else {})}
+    stock = stock_config(entry.problem.op)
     return ConfirmCandidates(
         problem=entry.problem,
         finalists=(Candidate(problem=entry.problem, backend=entry.backend, config=entry.config),),

@@ -6,8 +6,9 @@ To add an op: write its file, append it to `OPS`, and give it a search space `se
 from __future__ import annotations
 
 from autokernel.ops.addmm import Addmm
+from autokernel.ops.attention import Attention
 from autokernel.ops.baddbmm import Baddbmm
-from autokernel.ops.base import Op, Site
+from autokernel.ops.base import FusionOp, Op, Region, Site
 from autokernel.ops.bmm import Bmm
 from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, apply_epilogue
 from autokernel.ops.int_mm import IntMm
@@ -16,7 +17,7 @@ from autokernel.ops.mm import Mm
 from autokernel.ops.scaled_mm import ScaledMm
 
 # In order of precedence: an opportunity that spans several GEMMs comes before the GEMMs themselves.
-OPS: tuple[Op, ...] = (MergedMm(), Mm(), Addmm(), Bmm(), Baddbmm(), ScaledMm(), IntMm())
+OPS: tuple[Op, ...] = (MergedMm(), Mm(), Addmm(), Bmm(), Baddbmm(), ScaledMm(), IntMm(), Attention())
 
 
 def get_op(name: str) -> Op:
@@ -31,4 +32,4 @@ def get_op(name: str) -> Op:
     raise ValueError(f"no op is called {name!r}; there are {', '.join(op.name for op in OPS)}")
 
 
-__all__ = ["BINARY_EPILOGUES", "OPS", "UNARY_EPILOGUES", "Op", "Site", "apply_epilogue", "get_op"]
+__all__ = ["BINARY_EPILOGUES", "OPS", "UNARY_EPILOGUES", "FusionOp", "Op", "Region", "Site", "apply_epilogue", "get_op"]

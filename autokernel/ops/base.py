@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from autokernel.ops.matching import consumers_of, is_constant, producers_of, site_name
 from autokernel.records import Problem
 
 if TYPE_CHECKING:
@@ -20,6 +21,36 @@ class Site:
     name: str  # the node's name, for people
     producers: tuple[str, ...] = ()  # targets of the nodes that feed its non-constant inputs
     consumers: tuple[str, ...] = ()  # targets of the nodes that use its result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """Nodes of a captured graph that one call can stand for.
+
+    `problem` does not say which inputs are constants: production does not know. What is `inner` serves nothing but the
+    outputs, which are among it; a node that others use as well stays, and is computed twice.
+    """
+
+    problem: Problem
+    inputs: tuple[torch.fx.Node, ...]  # in the order of the problem's
+    outputs: tuple[torch.fx.Node, ...]  # in the order of the reference's results
+    inner: frozenset[torch.fx.Node]
+    name_of: torch.fx.Node  # whose module names the site
+
+
+def sites_of(regions: Iterable[Region], constants: frozenset[str]) -> list[Site]:
+    """What a profile says about regions; their problems say which inputs are constants."""
+    return [
+        Site(
+            problem=replace(
+                region.problem, constants=tuple(i for i, node in enumerate(region.inputs) if is_constant(node, constants))
+            ),
+            name=site_name(region.name_of),
+            producers=producers_of(list(region.inputs), constants),
+            consumers=tuple(dict.fromkeys(name for node in region.outputs for name in consumers_of(node))),
+        )
+        for region in regions
+    ]
 
 
 class Op(Protocol):
@@ -55,4 +86,16 @@ class Op(Protocol):
             constants: names of placeholder nodes that are parameters or buffers.
             device: "cpu" or "cuda".
         """
+        ...
+
+
+@runtime_checkable
+class FusionOp(Op, Protocol):
+    """An op that stands for several nodes of a graph, or for one that can be written in other ways.
+
+    What a bundle has for its problem takes the place of the region, wherever a graph has one (`export/regions.py`).
+    """
+
+    def match(self, graph: torch.fx.Graph, constants: frozenset[str], device: str) -> list[Region]:
+        """The regions of a post-grad ATen graph, in its order. Arguments as of `find`; without overlap."""
         ...

@@ -63,6 +63,17 @@ def spec_of(value: object) -> TensorSpec | None:
     return TensorSpec(shape=shape, dtype=dtype, stride=stride)
 
 
+def settled(spec: TensorSpec) -> TensorSpec:
+    """The same with strides that say something: those of dimensions of one element differ without meaning."""
+    if 1 not in spec.shape:
+        return spec
+    stride = list(spec.stride)
+    for i in reversed(range(len(stride))):
+        if spec.shape[i] == 1:
+            stride[i] = 1 if i == len(stride) - 1 else stride[i + 1] * spec.shape[i + 1]
+    return TensorSpec(shape=spec.shape, dtype=spec.dtype, stride=tuple(stride))
+
+
 def identity(node: Node) -> tuple[object, ...]:
     """Equal for two nodes that are the same elements of the same memory: separate views of one value are."""
     value = node.meta["val"]

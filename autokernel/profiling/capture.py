@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from autokernel.errors import WorkloadError
 from autokernel.evaluate.whole_model import JobTurns
 from autokernel.ops import OPS, Op, Site, get_op
+from autokernel.ops.attention import LIBRARY_CALLS
 from autokernel.records import Problem
 
 if TYPE_CHECKING:
@@ -273,6 +274,7 @@ _MATRICES: Mapping[str, tuple[int, int]] = {
     "aten::baddbmm": (1, 2),
     "aten::_scaled_mm": (0, 1),
     "aten::_int_mm": (0, 1),
+    **{call.replace("aten.", "aten::"): (0, 1) for call in LIBRARY_CALLS},
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
+from autokernel.backends.aten import is_stock as is_stock_config
 from autokernel.errors import WorkerError
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
 from autokernel.evaluate.roofline import Ceilings
@@ -22,8 +23,7 @@ _WORTH_CONFIRMING = 1.0  # screening time of the best stock choice over a finali
 
 def is_stock(candidate: Candidate) -> bool:
     """What eager PyTorch and `torch.compile` without a bundle would run for this problem."""
-    merged = candidate.config.get("merge", "none") != "none"
-    return candidate.backend == "aten" and not candidate.config.get("prepack") and not merged
+    return candidate.backend == "aten" and is_stock_config(candidate.config)
 
 
 def is_separate(candidate: Candidate) -> bool:

@@ -1,0 +1,100 @@
+"""Other code in the place of regions: the graph pass that puts a bundle's entries for fusions into a graph.
+
+It runs where Inductor's graph is final, as the profiler saw it. An entry is for a problem to the last stride; its region is
+replaced by what its config names: an implementation in plain torch (`rewrites`), which is traced into the graph, or a Triton
+kernel of ours. What does not fit stays as it is, and the plan is told why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from autokernel.export.bundle import Entry
+from autokernel.export.plan import Plan, region_key
+from autokernel.ops import OPS, FusionOp, Region
+from autokernel.rewrites import find_rewrite
+
+ORIGIN = ("stack_trace", "nn_module_stack", "original_aten", "from_node")  # what names the kernels, and traces them back
+
+
+class RegionPass(CustomGraphPass):
+    """Replaces every region that has an entry."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def uuid(self) -> str:
+        return f"autokernel-regions-1-{self.plan.digest}"
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        wanted = self.plan.region_ops if self.plan.active else frozenset()
+        for op in OPS:
+            if op.name not in wanted or not isinstance(op, FusionOp):
+                continue
+            for region in op.match(graph, frozenset(), self.plan.bundle.environment.device):
+                entry = self.plan.find_region(region_key(region.problem))
+                if entry is None:
+                    continue
+                wrong = replace_region(graph, region, entry)
+                if wrong:
+                    self.plan.skip(entry, wrong)
+                else:
+                    self.plan.hit(entry)
+
+
+def replace_region(graph: torch.fx.Graph, region: Region, entry: Entry) -> str | None:
+    """Put what the entry names in the place of a region; None, or why the region had to stay."""
+    try:
+        rewrite = find_rewrite(entry.problem.op, str(entry.config.get("implementation")))
+    except ValueError as error:
+        return str(error)
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    first = min(region.outputs, key=order.__getitem__)
+    late = [node.name for node in region.inputs if order[node] > order[first]]
+    if late:
+        return f"{', '.join(late)} is computed behind {first.name}, which would need it"
+    wanted = [node.meta["val"] for node in region.outputs]
+    traced = trace(lambda *inputs: restrided(rewrite(entry.problem, *inputs), wanted), region)
+    with graph.inserting_before(first):
+        before = set(graph.nodes)
+        placeholders = [node for node in traced.nodes if node.op == "placeholder"]
+        results: Any = graph.graph_copy(traced, dict(zip(placeholders, region.inputs, strict=True)))
+    for node in graph.nodes:
+        if node not in before:
+            node.meta.update({key: region.name_of.meta[key] for key in ORIGIN if key in region.name_of.meta})
+    for old, new in zip(region.outputs, results, strict=True):
+        old.replace_all_uses_with(new)
+    for node in reversed([node for node in graph.nodes if node in region.inner]):
+        if not node.users:
+            graph.erase_node(node)
+    return None
+
+
+def trace(function: Callable[..., tuple[torch.Tensor, ...]], region: Region) -> torch.fx.Graph:
+    """The graph of a function over the region's inputs, in the ops that Inductor lowers; nodes carry fake tensors."""
+    inputs = [node.meta["val"] for node in region.inputs]
+    mode = torch._guards.detect_fake_mode(inputs)
+    assert mode is not None, "Inductor's graphs carry fake tensors"
+    with mode, torch.no_grad():
+        traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*inputs)
+    traced.graph.eliminate_dead_code()
+    return traced.graph
+
+
+def restrided(outputs: tuple[torch.Tensor, ...], wanted: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The outputs in the layouts that the graph's own had: what follows was made for them."""
+    return tuple(_as_like(out, like) for out, like in zip(outputs, wanted, strict=True))
+
+
+def _as_like(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if out.shape != like.shape or out.dtype != like.dtype:
+        raise AssertionError(f"a rewriting gives {out.dtype}{list(out.shape)} for {like.dtype}{list(like.shape)}")
+    order = sorted(range(like.dim()), key=lambda i: (-like.stride()[i], i))
+    inverse = [order.index(i) for i in range(like.dim())]
+    return out.permute(order).contiguous().permute(inverse)
