@@ -8,6 +8,7 @@ kernel of ours. What does not fit stays as it is, and the plan is told why.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,31 +35,48 @@ class RegionPass(CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         wanted = self.plan.region_ops if self.plan.active else frozenset()
+        now: dict[torch.fx.Node, torch.fx.Node] = {}  # an output that was replaced -> what computes it now
+        gone: set[torch.fx.Node] = set()
         for op in OPS:
             if op.name not in wanted or not isinstance(op, FusionOp):
                 continue
             for region in op.match(graph, frozenset(), self.plan.bundle.environment.device):
                 entry = self.plan.find_region(region_key(region.problem))
-                if entry is None:
-                    continue
-                wrong = replace_region(graph, region, entry)
-                if wrong:
-                    self.plan.skip(entry, wrong)
+                if entry is None or region.inner & gone:
+                    continue  # regions may overlap: the first one with an entry has the nodes
+                region = replace(region, inputs=tuple(now.get(node, node) for node in region.inputs))
+                try:
+                    results = replace_region(graph, region, entry)
+                except UnfitError as error:
+                    self.plan.skip(entry, str(error))
                 else:
                     self.plan.hit(entry)
+                    now |= dict(zip(region.outputs, results, strict=True))
+                    gone |= region.inner
 
 
-def replace_region(graph: torch.fx.Graph, region: Region, entry: Entry) -> str | None:
-    """Put what the entry names in the place of a region; None, or why the region had to stay."""
+class UnfitError(Exception):
+    """What an entry names cannot take the place of a region. The message says why."""
+
+
+def replace_region(graph: torch.fx.Graph, region: Region, entry: Entry) -> list[torch.fx.Node]:
+    """Put what the entry names in the place of a region.
+
+    Returns:
+        The nodes of its results, one per output.
+
+    Raises:
+        UnfitError: the region has to stay.
+    """
     try:
         rewrite = find_rewrite(entry.problem.op, str(entry.config.get("implementation")))
     except ValueError as error:
-        return str(error)
+        raise UnfitError(str(error)) from None
     order = {node: position for position, node in enumerate(graph.nodes)}
     first = min(region.outputs, key=order.__getitem__)
     late = [node.name for node in region.inputs if order[node] > order[first]]
     if late:
-        return f"{', '.join(late)} is computed behind {first.name}, which would need it"
+        raise UnfitError(f"{', '.join(late)} is computed behind {first.name}, which would need it")
     wanted = [node.meta["val"] for node in region.outputs]
     traced = trace(lambda *inputs: restrided(rewrite(entry.problem, *inputs), wanted), region)
     with graph.inserting_before(first):
@@ -73,7 +91,7 @@ def replace_region(graph: torch.fx.Graph, region: Region, entry: Entry) -> str |
     for node in reversed([node for node in graph.nodes if node in region.inner]):
         if not node.users:
             graph.erase_node(node)
-    return None
+    return list(results)
 
 
 def trace(function: Callable[..., tuple[torch.Tensor, ...]], region: Region) -> torch.fx.Graph:
@@ -94,7 +112,7 @@ def restrided(outputs: tuple[torch.Tensor, ...], wanted: list[torch.Tensor]) -> 
 
 def _as_like(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if out.shape != like.shape or out.dtype != like.dtype:
-        raise AssertionError(f"a rewriting gives {out.dtype}{list(out.shape)} for {like.dtype}{list(like.shape)}")
+        raise UnfitError(f"a rewriting gives {out.dtype}{list(out.shape)} for {like.dtype}{list(like.shape)}")
     order = sorted(range(like.dim()), key=lambda i: (-like.stride()[i], i))
     inverse = [order.index(i) for i in range(like.dim())]
     return out.permute(order).contiguous().permute(inverse)
