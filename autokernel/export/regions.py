@@ -40,11 +40,11 @@ class RegionPass(CustomGraphPass):
         for op in OPS:
             if op.name not in wanted or not isinstance(op, FusionOp):
                 continue
-            for region in op.match(graph, frozenset(), self.plan.bundle.environment.device):
-                entry = self.plan.find_region(region_key(region.problem))
-                if entry is None or region.inner & gone:
+            for found in op.match(graph, frozenset(), self.plan.bundle.environment.device):
+                entry = self.plan.find_region(region_key(found.problem))
+                if entry is None or found.inner & gone:
                     continue  # regions may overlap: the first one with an entry has the nodes
-                region = replace(region, inputs=tuple(now.get(node, node) for node in region.inputs))
+                region = replace(found, inputs=tuple(now.get(node, node) for node in found.inputs))
                 try:
                     results = replace_region(graph, region, entry)
                 except UnfitError as error:
