@@ -194,7 +194,8 @@ class Hotspot(Record):
     """A problem with what it costs in one step of one scenario.
 
     `share` is its part of the scenario's step, `weight` its part of all scenarios together (their sum is at most 1).
-    `roofline_us` is the least time that this machine's measured ceilings allow for all its calls.
+    `roofline_us` is the least time that this machine's measured ceilings allow for all its calls. `estimated` times were not
+    measured in the step: the compiler's own kernels do not say which nodes they are.
     """
 
     problem: Problem
@@ -207,6 +208,7 @@ class Hotspot(Record):
     sites: tuple[str, ...] = ()
     producers: tuple[str, ...] = ()
     consumers: tuple[str, ...] = ()
+    estimated: bool = False
 
     @property
     def attainable_gain(self) -> float:

@@ -54,7 +54,7 @@ def profile_table(summary: RunSummary, limit: int = 20) -> RenderableType:
             hotspot.scenario,
             problem_title(hotspot.problem),
             str(hotspot.num_calls),
-            microseconds(hotspot.time_us),
+            f"{'~' if hotspot.estimated else ''}{microseconds(hotspot.time_us)}",
             percent(hotspot.share),
             microseconds(hotspot.roofline_us),
             percent(hotspot.attainable_gain),
@@ -64,6 +64,8 @@ def profile_table(summary: RunSummary, limit: int = 20) -> RenderableType:
     peaks = ", ".join(f"{dtype} {tflops:.3g} TFLOP/s" for dtype, tflops in profiled.peak_tflops.items())
     notes = [f"One step: {steps}.", f"Ceilings: {profiled.read_gb_per_s:.3g} GB/s read, {peaks}."]
     notes.append("us and share are of one step of the scenario; could gain is of all scenarios together, at the roofline.")
+    if any(hotspot.estimated for hotspot in ranked[:limit]):
+        notes.append("~: the roofline and one kernel's launch; the search times what the compiler makes of it.")
     if len(ranked) > limit:
         notes.insert(0, f"{len(ranked) - limit} smaller ones are not shown (--json has them).")
     return Group(shown, Text("\n".join(["", *notes]), style="dim"))

@@ -36,7 +36,8 @@ class CapturedScenario:
     """What one scenario spends its time on. Plain data: it can be pickled.
 
     `call_us` is the time that stock code takes for one call of a problem, by problem key, scaled so that it can be set
-    against `step_us`; an opportunity that stands for several kernels takes as long as all of them. `kernel_us` is the
+    against `step_us`; an opportunity that stands for several kernels takes as long as all of them, and one that has no library
+    call at all is not among them. `kernel_us` is the
     device time of all kernels of a step on a GPU; on a CPU, that of the library kernels alone.
     """
 
@@ -308,7 +309,10 @@ def _attribute(
     result: dict[str, float] = {}
     for key, problem in problems.items():
         total = 0.0
-        for call in calls_of(problem):
+        calls = calls_of(problem)
+        if not calls:
+            continue
+        for call in calls:
             share = shares.get(call, -1.0)
             if share < 0:  # Inductor may hand over equal memory with other strides, or the profiler knows none
                 share = statistics.mean(by_shape.get((call.name, call.shapes), [0.0]))

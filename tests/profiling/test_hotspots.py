@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from autokernel.evaluate.roofline import Ceilings
@@ -73,3 +75,14 @@ def test_a_model_that_fits_a_cache_is_held_against_the_cache() -> None:
     large = rank([scenario("s", 1000, (mm(1, 2000, 1000), 2, 100))], ceilings)
     assert small[0].roofline_us == pytest.approx(2 * 4.08)
     assert large[0].roofline_us == pytest.approx(2 * 8012)
+
+
+def test_what_has_no_library_call_is_estimated_from_its_roofline() -> None:
+    fused = Problem(
+        op="attention", inputs=(TensorSpec.contiguous((1, 2, 8, 16), "float32"),) * 3, device="cpu", scalars=(("scale", 1.0),)
+    )
+    unseen = dataclasses.replace(scenario("a", 1000, (fused, 2, 1.0)), call_us={})
+    (hotspot,) = rank([unseen], CEILINGS)
+    assert hotspot.estimated
+    assert hotspot.time_us == pytest.approx(hotspot.roofline_us + 2 * 5.0)
+    assert hotspot.attainable_gain > 0
