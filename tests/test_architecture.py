@@ -72,6 +72,7 @@ HOMES = {
         "export.apply",
         "export.one_row",
         "export.passes",
+        "export.region_kernels",
         "export.regions",
         "export.pins",
         "export.substitution",

@@ -16,11 +16,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from autokernel.export import region_kernels
 from autokernel.export.bundle import Entry
 from autokernel.export.plan import Plan, region_key
+from autokernel.kernels.plans import plan_of
 from autokernel.ops import OPS, FusionOp, Region
 from autokernel.rewrites import find_rewrite
 
+TRITON = "triton"  # the backend whose entries are kernels of ours
 ORIGIN = ("stack_trace", "nn_module_stack", "original_aten", "from_node")  # what names the kernels, and traces them back
 
 
@@ -69,7 +72,7 @@ def replace_region(graph: torch.fx.Graph, region: Region, entry: Entry) -> list[
         UnfitError: the region has to stay.
     """
     try:
-        rewrite = find_rewrite(entry.problem.op, str(entry.config.get("implementation")))
+        insert = _inserter(region, entry)
     except ValueError as error:
         raise UnfitError(str(error)) from None
     order = {node: position for position, node in enumerate(graph.nodes)}
@@ -77,12 +80,9 @@ def replace_region(graph: torch.fx.Graph, region: Region, entry: Entry) -> list[
     late = [node.name for node in region.inputs if order[node] > order[first]]
     if late:
         raise UnfitError(f"{', '.join(late)} is computed behind {first.name}, which would need it")
-    wanted = [node.meta["val"] for node in region.outputs]
-    traced = trace(lambda *inputs: restrided(rewrite(entry.problem, *inputs), wanted), region)
     with graph.inserting_before(first):
         before = set(graph.nodes)
-        placeholders = [node for node in traced.nodes if node.op == "placeholder"]
-        results: Any = graph.graph_copy(traced, dict(zip(placeholders, region.inputs, strict=True)))
+        results = insert(graph)
     for node in graph.nodes:
         if node not in before:
             node.meta.update({key: region.name_of.meta[key] for key in ORIGIN if key in region.name_of.meta})
@@ -91,7 +91,28 @@ def replace_region(graph: torch.fx.Graph, region: Region, entry: Entry) -> list[
     for node in reversed([node for node in graph.nodes if node in region.inner]):
         if not node.users:
             graph.erase_node(node)
-    return list(results)
+    return results
+
+
+def _inserter(region: Region, entry: Entry) -> Callable[[torch.fx.Graph], list[torch.fx.Node]]:
+    """What adds an entry's nodes where the graph's insertion point is, and returns those of the results.
+
+    Raises:
+        ValueError: the entry names what does not exist, or not for this problem.
+    """
+    if entry.backend == TRITON:
+        plan = plan_of(entry.problem, entry.config)
+        return lambda graph: region_kernels.insert(graph, region, plan)
+    rewrite = find_rewrite(entry.problem.op, str(entry.config.get("implementation")))
+
+    def insert(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+        wanted = [node.meta["val"] for node in region.outputs]
+        traced = trace(lambda *inputs: restrided(rewrite(entry.problem, *inputs), wanted), region)
+        placeholders = [node for node in traced.nodes if node.op == "placeholder"]
+        results: Any = graph.graph_copy(traced, dict(zip(placeholders, region.inputs, strict=True)))
+        return list(results)
+
+    return insert
 
 
 def trace(function: Callable[..., tuple[torch.Tensor, ...]], region: Region) -> torch.fx.Graph:

@@ -1,0 +1,34 @@
+"""From an entry of backend "triton" for a fusion to the launches that serve it: the table of planners.
+
+To add a kernel: a module with its config (a frozen dataclass), a planner `(problem, config) -> KernelPlan` that raises
+ValueError with the rule that is broken, and a line in the table. Planners' modules need no Triton before they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from autokernel.kernels.launch import KernelPlan
+from autokernel.records import ConfigValue, Problem
+
+Planner = Callable[[Problem, Mapping[str, ConfigValue]], KernelPlan]
+
+# op -> kernel -> planner; the first kernel of an op is its usual one
+PLANNERS: Mapping[str, Mapping[str, Planner]] = {}
+
+
+def plan_of(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPlan:
+    """The launches of the kernel that a config names.
+
+    Args:
+        problem: of a fusion.
+        config: `kernel`, and its parameters.
+
+    Raises:
+        ValueError: there is no such kernel for the op, or it does not take the problem or the config; says the rule.
+    """
+    known = PLANNERS.get(problem.op, {})
+    name = str(config.get("kernel"))
+    if name not in known:
+        raise ValueError(f"{problem.op} has no Triton kernel {name!r}; there are {', '.join(known) or 'none'}")
+    return known[name](problem, {key: value for key, value in config.items() if key != "kernel"})
