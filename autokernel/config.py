@@ -8,86 +8,28 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from autokernel.errors import ConfigError
+from autokernel.model_config import (
+    TENSOR,
+    CallScenario,
+    DecodeScenario,
+    ModelSection,
+    PrefillScenario,
+    Scenario,
+    Section,
+    TensorInput,
+)
 
 _STORAGE = ("sqlite", "postgresql", "mysql")
 _TRACKING = (*_STORAGE, "mssql", "http", "https")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelSection(_Section):
-    """Which model, and from where. Exactly one of `checkpoint`, `config` and `factory`; nothing is downloaded."""
-
-    checkpoint: Path | None = Field(None, description="local folder with config.json and safetensors (transformers)")
-    config: Path | dict[str, Any] | None = Field(
-        None, description="a transformers config (JSON file, or its keys with `model_type`); weights are random"
-    )
-    factory: str | None = Field(
-        None,
-        description="`package.module:function` or `file.py:function`; called with `arguments`, returns a torch.nn.Module",
-    )
-    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of `factory`")
-    config_overrides: dict[str, Any] = Field(
-        default_factory=dict,
-        description="keys of the transformers config to replace, e.g. `num_hidden_layers: 8` for a quick try",
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    seed: int = Field(0, description="of random weights")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelSection:
-        given = [name for name in ("checkpoint", "config", "factory") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of checkpoint, config and factory, not {given or 'none'}")
-        if self.arguments and self.factory is None:
-            raise ValueError("`arguments` belong to `factory`, which is not given")
-        if self.config_overrides and self.factory is not None:
-            raise ValueError("`config_overrides` belong to `checkpoint` and `config`; a factory takes `arguments`")
-        return self
-
-
-class PrefillScenario(_Section):
-    """A language model reads a whole prompt."""
-
-    kind: Literal["prefill"]
-    batch: PositiveInt = 1
-    length: PositiveInt = Field(description="tokens per sequence")
-    logits: Literal["all", "last"] = Field(
-        "all", description="of which positions logits are computed; serving needs the last one of each sequence only"
-    )
-
-
-class DecodeScenario(_Section):
-    """A language model produces one token per sequence, with a static KV cache."""
-
-    kind: Literal["decode"]
-    batch: PositiveInt = 1
-    context: PositiveInt = Field(description="tokens already in the cache; the cache has room for a few more")
-
-
-class CallScenario(_Section):
-    """Any other model: one call with the inputs that a function makes."""
-
-    kind: Literal["call"]
-    inputs: str = Field(
-        description="`module:function` or `file.py:function`; called as f(batch=..., seed=..., device=..., dtype=...), "
-        "returns the tuple of the model's positional arguments"
-    )
-    batch: PositiveInt = 1
-
-
-Scenario = Annotated[PrefillScenario | DecodeScenario | CallScenario, Field(discriminator="kind")]
-
-
-class SearchSection(_Section):
+class SearchSection(Section):
     """How much to try. The search stops at whichever of `trials` and `seconds` comes first."""
 
     trials: PositiveInt = Field(200, description="distinct candidates over all hotspots")
@@ -110,7 +52,7 @@ class SearchSection(_Section):
     spaces: Path | None = Field(None, description="folder of search spaces that replaces the package's own")
 
 
-class GraphSection(_Section):
+class GraphSection(Section):
     """Search over Inductor's graph-level options, judged end to end."""
 
     enabled: bool = True
@@ -122,7 +64,7 @@ class GraphSection(_Section):
     )
 
 
-class EvalSection(_Section):
+class EvalSection(Section):
     """The model's own quality metric, measured with stock code and with the bundle."""
 
     metric: str = Field("bits_per_byte", description="`bits_per_byte`, `perplexity`, or `module:function` / `file.py:function`")
@@ -137,7 +79,7 @@ class EvalSection(_Section):
 StockMode = Literal["eager", "default", "max-autotune", "reduce-overhead"]
 
 
-class ValidationSection(_Section):
+class ValidationSection(Section):
     """What a winner has to prove. The numerical budget itself (2x eager's own error) is not negotiable."""
 
     eval: EvalSection | None = None
@@ -161,7 +103,7 @@ class ValidationSection(_Section):
     min_top1_agreement: float = Field(0.99, ge=0, le=1, description="language models: same most likely token as stock")
 
 
-class ClusterSection(_Section):
+class ClusterSection(Section):
     """Where workers run. The default starts Ray on this machine."""
 
     address: str = Field(
@@ -176,7 +118,7 @@ class ClusterSection(_Section):
     )
 
 
-class Experiment(_Section):
+class Experiment(Section):
     """One experiment: a model, its scenarios, what may be tried, and what has to be proved."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$", description="names the run's folder and the MLflow experiment")
@@ -200,11 +142,9 @@ class Experiment(_Section):
             gpu_only = sorted({"triton", "cutedsl"} & set(self.backends))
             if gpu_only:
                 raise ValueError(f"backends {gpu_only} need a GPU, but device is cpu: remove them or set `device: cuda`")
-        if self.model.factory is None and any(s.kind == "call" for s in self.scenarios.values()):
-            raise ValueError("scenarios of kind `call` need `model.factory`; language models take `prefill` and `decode`")
         metric = self.validation.eval.metric if self.validation.eval is not None else ""
-        if self.model.factory is not None and metric in ("bits_per_byte", "perplexity"):
-            raise ValueError(f"metric {metric} is for language models; a factory model needs `module:function`")
+        if not self.model.by_auto_class and metric in ("bits_per_byte", "perplexity"):
+            raise ValueError(f"metric {metric} is for language models; a model of your own class needs `module:function`")
         unknown = sorted(set(self.graph.scenarios) - set(self.scenarios))
         if unknown:
             raise ValueError(f"graph.scenarios names {unknown}, but there are {sorted(self.scenarios)}")
@@ -218,7 +158,7 @@ class Experiment(_Section):
         return self
 
 
-class LoadedExperiment(_Section):
+class LoadedExperiment(Section):
     """An experiment with where it came from."""
 
     experiment: Experiment
@@ -317,6 +257,7 @@ def explain(error: ValidationError, path: Path, model: type[BaseModel]) -> str:
     for item in error.errors(include_url=False):
         tagged = item["loc"][:1] == ("scenarios",) and len(item["loc"]) > 2  # scenarios, name, kind, key
         location = [str(part) for i, part in enumerate(item["loc"]) if not (tagged and i == 2)]
+        location = [part for part in location if not part.startswith("<")]
         key = ".".join(location) or "(top level)"
         if item["type"] == "extra_forbidden":
             known = sorted(_fields_at(model, item["loc"][:-1]))
@@ -337,7 +278,12 @@ def _short(value: Any) -> str:
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
     """Names of the fields of the section at this place of the schema."""
-    kinds: dict[str, type[BaseModel]] = {"prefill": PrefillScenario, "decode": DecodeScenario, "call": CallScenario}
+    kinds: dict[str, type[BaseModel]] = {
+        "prefill": PrefillScenario,
+        "decode": DecodeScenario,
+        "call": CallScenario,
+        TENSOR: TensorInput,
+    }
     current: type[BaseModel] = model
     for part in location:
         if str(part) in kinds:
@@ -361,11 +307,12 @@ def _check_files(loaded: LoadedExperiment) -> None:
     if model.checkpoint is not None:
         wanted.append(("model.checkpoint", loaded.resolve(model.checkpoint), "a folder with config.json and *.safetensors"))
     if isinstance(model.config, Path):
-        wanted.append(("model.config", loaded.resolve(model.config), "a transformers config.json"))
+        wanted.append(("model.config", loaded.resolve(model.config), "a config.json"))
     if experiment.search.spaces is not None:
         wanted.append(("search.spaces", loaded.resolve(experiment.search.spaces), "a folder of <op>.yaml files"))
-    functions = [("model.factory", model.factory)]
-    functions += [(f"scenarios.{n}.inputs", s.inputs) for n, s in experiment.scenarios.items() if isinstance(s, CallScenario)]
+    functions = [("model.factory", model.factory), ("model.class_path", model.class_path)]
+    calls = {name: s for name, s in experiment.scenarios.items() if isinstance(s, CallScenario)}
+    functions += [(f"scenarios.{name}.inputs", scenario.inputs_function) for name, scenario in calls.items()]
     if experiment.validation.eval is not None:
         data, metric = experiment.validation.eval.data, experiment.validation.eval.metric
         functions.append(("validation.eval.metric", metric if ":" in metric else None))
@@ -392,3 +339,24 @@ def _check_files(loaded: LoadedExperiment) -> None:
             raise ConfigError(f"{loaded.path}: {key}: {place} does not exist; it should be {what}")
     if model.checkpoint is not None and not (loaded.resolve(model.checkpoint) / "config.json").is_file():
         raise ConfigError(f"{loaded.path}: model.checkpoint: {loaded.resolve(model.checkpoint)} holds no config.json")
+
+
+__all__ = [
+    "CallScenario",
+    "ClusterSection",
+    "DecodeScenario",
+    "EvalSection",
+    "Experiment",
+    "GraphSection",
+    "LoadedExperiment",
+    "ModelSection",
+    "PrefillScenario",
+    "Scenario",
+    "SearchSection",
+    "StockMode",
+    "TensorInput",
+    "ValidationSection",
+    "explain",
+    "load_experiment",
+    "parse_yaml_mapping",
+]

@@ -21,8 +21,8 @@ def experiment_digest(loaded: LoadedExperiment) -> str:
         named.append(loaded.resolve(experiment.model.config))
     if experiment.search.spaces is not None:
         named.append(loaded.resolve(experiment.search.spaces))
-    references = [experiment.model.factory]
-    references += [s.inputs for s in experiment.scenarios.values() if isinstance(s, CallScenario)]
+    references = [experiment.model.factory, experiment.model.class_path]
+    references += [s.inputs_function for s in experiment.scenarios.values() if isinstance(s, CallScenario)]
     if experiment.validation.eval is not None:
         references += [experiment.validation.eval.metric, experiment.validation.eval.data]
     for reference in references:

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "autokernel"
 # docs/architecture.md has the same table. The longest matching name decides, so a package can lie in two rows.
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("records",), ("errors",)),
-    (("environment",), ("requirements",), ("torch_facts",)),
+    (("environment",), ("requirements",), ("torch_facts",), ("model_config",)),
     (("events",), ("config",)),
     (("fingerprint",),),
     (("ops",),),
@@ -60,7 +60,7 @@ HOMES = {
     "nvMatmulHeuristics": ("search.nvmatmul_library",),
     "typer": ("cli", "display.session"),
     "rich": ("cli", "display"),
-    "pydantic": ("config", "search.space_file"),
+    "pydantic": ("config", "model_config", "search.space_file"),
     "transformers": ("profiling",),
     "matplotlib": ("tracking.plots",),
     "jinja2": ("tracking.report",),

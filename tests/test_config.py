@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ LANGUAGE: dict[str, Any] = {
     "name": "language",
     "model": {"config": {"model_type": "llama"}},
     "scenarios": {"prefill": {"kind": "prefill", "length": 16}},
+}
+CLASS: dict[str, Any] = {
+    "name": "class",
+    "model": {"class_path": "torch.nn:Linear", "arguments": {"in_features": 8, "out_features": 2}},
+    "scenarios": {"one": {"kind": "call", "inputs": {"x": {"shape": ["batch", 8]}}}},
 }
 
 
@@ -147,11 +153,10 @@ def test_mistakes(write: Any, changes: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"scenarios.one": CALL}, "scenarios of kind `call` need `model.factory`; language models take `prefill` and `decode`"),
-        ({"model.arguments": {"a": 1}}, "model: `arguments` belong to `factory`, which is not given"),
+        ({"model.arguments": {"a": 1}}, "model: `arguments` belong to `factory` or `class_path`, neither"),
         ({"model": {"checkpoint": "weights"}}, "weights does not exist; it should be a folder with config.json and *.safetens"),
         ({"model": {"checkpoint": "."}}, "holds no config.json"),
-        ({"model": {"config": "llama.json"}}, "llama.json does not exist; it should be a transformers config.json"),
+        ({"model": {"config": "llama.json"}}, "llama.json does not exist; it should be a config.json"),
         ({"validation.eval": {}}, "validation.eval.data: metric bits_per_byte needs text to be measured on"),
         ({"scenarios.prefill.length": None}, "scenarios.prefill.length: Field required"),
         ({"scenarios.prefill.length": -3}, "scenarios.prefill.length: Input should be greater than 0 (got -3)"),
@@ -159,6 +164,65 @@ def test_mistakes(write: Any, changes: dict[str, Any], said: str) -> None:
 )
 def test_mistakes_with_language_models(write: Any, changes: dict[str, Any], said: str) -> None:
     assert said in message_of(write(LANGUAGE, changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model.factory": "model.py:make"}, "model: give `class_path` or `factory`, not both: a class is built by itself"),
+        (
+            {"model.config": {"a": 1}},
+            "model: a class is built from one of checkpoint, config and arguments, not from ['config', 'arguments']",
+        ),
+        ({"model.config_overrides": {"a": 1}}, "model: with `class_path`, `config_overrides` belong to `config`, which is not"),
+        ({"model.class_path": "missing.py:Net"}, "model.class_path: "),
+        ({"model.class_path": "torch.nn.Linear"}, "model.class_path: 'torch.nn.Linear' must look like package.module:function"),
+        (
+            {"validation.eval": {"metric": "perplexity", "data": "x"}},
+            "metric perplexity is for language models; a model of your",
+        ),
+        (
+            {"scenarios.one.inputs": {"n": 3}},
+            "scenarios.one: `inputs` hold no tensor: a model's inputs are mappings with `shape`",
+        ),
+        ({"scenarios.one.inputs": 3}, "scenarios.one.inputs: Input should be a valid string (got 3)"),
+        ({"scenarios.one.inputs.x.shape": None}, "scenarios.one.inputs.x.shape: Field required"),
+        ({"scenarios.one.inputs.x.shpe": [1]}, "scenarios.one.inputs.x.shpe: unknown key; did you mean `shape`?"),
+        ({"scenarios.one.inputs.x.shape": ["rows", 2]}, "sizes are whole numbers from 1, or the word batch, not ['rows', 2]"),
+        ({"scenarios.one.inputs.x.shape": [0]}, "scenarios.one.inputs.x: sizes are whole numbers from 1"),
+        ({"scenarios.one.inputs.x.distribution": "gauss"}, "Input should be 'normal', 'uniform', 'integers', "),
+        ({"scenarios.one.inputs.x.high": 2}, "scenarios.one.inputs.x: distribution normal takes mean and std, not high"),
+        ({"scenarios.one.inputs.x.dtype": "int64"}, "distribution normal makes no int64: use `integers` with low and high"),
+        (
+            {"scenarios.one.inputs.x": {"shape": [2], "distribution": "integers", "high": 9, "missing": 0.5}},
+            "missing values are NaN, which int64 does not have: give a floating-point dtype",
+        ),
+        (
+            {"scenarios.one.inputs.x": {"shape": [2], "distribution": "uniform", "low": 2}},
+            "scenarios.one.inputs.x: low must be less than high, not 2 and 1",
+        ),
+        (
+            {"scenarios.one.inputs.x": {"shape": [2], "distribution": "integers", "high": 2.5}},
+            "integers lie between whole numbers, not 0 and 2.5",
+        ),
+        (
+            {"scenarios.one.inputs.many": [{"shape": [2], "typo": 1}]},
+            "scenarios.one.inputs.many.0.typo: unknown key; did you mean `dtype`?",
+        ),
+        ({"scenarios.one.inputs.many": [[{"shape": [2]}]]}, "many.0: a list of inputs holds tensors and plain values, but no"),
+        ({"scenarios.one.outputs": ["a..b"]}, "scenarios.one: an output is a path such as `logits` or `sample.0`, not 'a..b'"),
+        ({"scenarios.one.outputs": [0]}, "scenarios.one.outputs.0: Input should be a valid string (got 0)"),
+    ],
+)
+def test_mistakes_with_models_of_a_class(write: Any, changes: dict[str, Any], said: str) -> None:
+    message = message_of(write(CLASS, changes))
+    assert said in message
+    assert "<" not in message
+
+
+def test_declared_inputs_survive_json(write: Any) -> None:
+    experiment = load_experiment(write(CLASS, {"scenarios.one.inputs.many": [{"shape": [2]}, 3, None]})).experiment
+    assert Experiment.model_validate(json.loads(json.dumps(experiment.model_dump(mode="json")))) == experiment
 
 
 def test_all_mistakes_are_told_at_once(write: Any) -> None:

@@ -70,7 +70,7 @@ def test_a_models_config_that_is_no_mapping(lab: Lab) -> None:
     from autokernel.profiling.workload import model_config
 
     (lab.folder / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"config.json must hold the keys of a transformers config, not list"):
+    with pytest.raises(ConfigError, match=r"config.json must hold the keys of a config, not list"):
         model_config(lab.load(model={"config": "config.json"}))
 
 

@@ -95,14 +95,17 @@ def _model(loaded: LoadedExperiment) -> str:
     model = loaded.experiment.model
     if model.checkpoint is not None:
         source = f"checkpoint {loaded.resolve(model.checkpoint)}"
+    elif model.class_path is not None and isinstance(model.config, dict):
+        source = f"random weights, a config of {len(model.config)} keys"
     elif isinstance(model.config, dict):
         source = f"random weights, config {model.config.get('model_type', '(no model_type)')}"
     elif model.config is not None:
         source = f"random weights, config {loaded.resolve(model.config)}"
     else:
         arguments = ", ".join(f"{k}={v!r}" for k, v in model.arguments.items())
-        source = f"{model.factory}({arguments})"
-    return f"{source}, {model.dtype}"
+        source = f"{model.factory or model.class_path}({arguments})"
+        return f"{source}, {model.dtype}"
+    return f"{f'{model.class_path}, ' if model.class_path else ''}{source}, {model.dtype}"
 
 
 def _scenario(scenario: PrefillScenario | DecodeScenario | CallScenario) -> str:
@@ -112,7 +115,8 @@ def _scenario(scenario: PrefillScenario | DecodeScenario | CallScenario) -> str:
         case DecodeScenario():
             return f"decode, batch {scenario.batch}, {scenario.context} tokens in the cache"
         case CallScenario():
-            return f"call, batch {scenario.batch}, inputs from {scenario.inputs}"
+            inputs = f"from {scenario.inputs}" if isinstance(scenario.inputs, str) else ", ".join(scenario.inputs)
+            return f"call, batch {scenario.batch}, inputs {inputs}"
 
 
 def _device(wanted: str) -> str:

@@ -39,7 +39,9 @@ class MeasureFootprint:
         import torch
 
         device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-        if self.loaded.experiment.model.factory is not None:
+        experiment = self.loaded.experiment
+        only_calls = all(isinstance(scenario, CallScenario) for scenario in experiment.scenarios.values())
+        if only_calls or not experiment.model.by_auto_class:
             return Footprint(scenarios={}, device=device)
         return footprint(self.loaded, device)
 

@@ -1,4 +1,4 @@
-"""Functions that an experiment names: `package.module:function` or `file.py:function`."""
+"""Functions and classes that an experiment names: `package.module:function` or `file.py:function`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def load_function(loaded: LoadedExperiment, reference: str, key: str) -> Callabl
     """
     target, _, name = reference.rpartition(":")
     module = _import_file(loaded, target, key) if target.endswith(".py") else _import_module(target, reference, key)
-    function = getattr(module, name, None)
+    try:
+        function = getattr(module, name, None)
+    except (ImportError, RuntimeError) as error:  # of a package that imports its parts when they are asked for
+        raise ConfigError(f"{key}: {reference}: {error}; install what it needs") from None
     if not callable(function):
         names = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
         raise ConfigError(f"{key}: {target} has no function {name!r}; it has {', '.join(names) or 'none'}")

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import CallScenario, DecodeScenario, LoadedExperiment, PrefillScenario, Scenario
-from autokernel.errors import ConfigError, JobLost, WorkloadError
+from autokernel.errors import ConfigError, WorkloadError
 from autokernel.profiling.corpus import Corpus, load_corpus
-from autokernel.profiling.functions import load_function
 from autokernel.profiling.precision import convert
+from autokernel.profiling.sources import first_line, from_class, from_factory, no_room, overridden, read_json, stay_offline
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +48,7 @@ def load_model(loaded: LoadedExperiment, device: str) -> nn.Module:
     """The experiment's model in its dtype on the device, in eval mode and without gradients.
 
     Raises:
-        ConfigError: the factory cannot be imported, or the config is not one of transformers.
+        ConfigError: the factory or class cannot be imported, or the config is not one of it.
         WorkloadError: the model cannot be built.
         JobLost: the device has no room for it now.
     """
@@ -62,23 +59,20 @@ def load_model(loaded: LoadedExperiment, device: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(section.seed)
         if section.factory is not None:
-            model = _from_factory(loaded, section.factory, section.arguments)
+            model = from_factory(loaded, section.factory, section.arguments)
+        elif section.class_path is not None:
+            model = from_class(loaded, section.class_path, dtype, device)
         elif section.checkpoint is not None:
             model = _from_checkpoint(loaded, dtype)
         else:
             model = _from_config(loaded, dtype, device)
-    # transformers has built it in its dtype already, with the buffers in theirs: a GPU's rotary frequencies stay float32
-    as_built = device != "cpu" and section.factory is None
+    # Classes build it in its dtype already, with the buffers in theirs: rotary frequencies stay float32.
+    as_built = section.class_path is not None or (device != "cpu" and section.factory is None)
     try:
         model = (model if as_built else convert(model, dtype)).to(device=device)
     except torch.OutOfMemoryError as error:
-        raise _no_room(error) from None
+        raise no_room(error) from None
     return model.eval().requires_grad_(False)
-
-
-def _no_room(error: BaseException) -> JobLost:
-    """Other jobs may end and make room; nothing is wrong with the model."""
-    return JobLost(f"the device has no room for the model beside other jobs: {_first_line(error)}")
 
 
 def build_scenario(
@@ -99,12 +93,13 @@ def build_scenario(
         seed: of the inputs, and of the prompt in the KV cache.
         device: "cpu" or "cuda".
         dtype: of the floating-point inputs, e.g. "bfloat16".
-        loaded: its eval data, if any, is what a language model reads; without it, token ids are random. Needed for
-            scenarios of kind `call`.
+        loaded: its eval data, if any, is what a language model reads; without it, token ids are random. Needed where a
+            function makes the inputs.
 
     Raises:
-        ConfigError: the inputs' function cannot be imported.
+        ConfigError: the inputs' function cannot be imported, or the model takes no such arguments.
         WorkloadError: the model cannot do that.
+        JobLost: the device has no room for a step now.
     """
     if isinstance(scenario, CallScenario):
         return _call_program(model, scenario, name, seed, device, dtype, loaded)
@@ -168,19 +163,10 @@ def _call_program(
     dtype: str,
     loaded: LoadedExperiment | None,
 ) -> ScenarioProgram:
-    import torch
+    from autokernel.profiling.call import call_program
 
-    if loaded is None:
-        raise WorkloadError(f"scenario {name}: the inputs' function {scenario.inputs} needs the experiment it belongs to")
-    function = load_function(loaded, scenario.inputs, f"scenarios.{name}.inputs")
-
-    def make_inputs(seed: int) -> Inputs:
-        inputs = function(batch=scenario.batch, seed=seed, device=device, dtype=getattr(torch, dtype))
-        if not isinstance(inputs, tuple) or not all(isinstance(x, torch.Tensor) for x in inputs):
-            raise WorkloadError(f"scenario {name}: {scenario.inputs} must return a tuple of tensors, not {_kind(inputs)}")
-        return inputs
-
-    return ScenarioProgram(name=name, module=model, inputs=make_inputs(seed), make_inputs=make_inputs, restore=lambda: None)
+    module, make_inputs = call_program(model, scenario, name, device, dtype, loaded)
+    return ScenarioProgram(name=name, module=module, inputs=make_inputs(seed), make_inputs=make_inputs, restore=lambda: None)
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -206,14 +192,14 @@ def _from_checkpoint(loaded: LoadedExperiment, dtype: torch.dtype) -> nn.Module:
     auto = _auto_classes()
     try:
         if section.config_overrides:
-            keys = _overridden(_read_json(folder / "config.json", "model.checkpoint"), section.config_overrides)
+            keys = overridden(read_json(folder / "config.json", "model.checkpoint"), section.config_overrides)
             config = auto.AutoConfig.for_model(keys.pop("model_type"), **keys)
         else:
             config = auto.AutoConfig.from_pretrained(folder, local_files_only=True)
         model: nn.Module = _auto_class(auto, config).from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
         return model
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise WorkloadError(f"model.checkpoint: {folder} cannot be loaded: {_first_line(error)}") from None
+        raise WorkloadError(f"model.checkpoint: {folder} cannot be loaded: {first_line(error)}") from None
 
 
 def _from_config(loaded: LoadedExperiment, dtype: torch.dtype, device: str) -> nn.Module:
@@ -227,10 +213,10 @@ def _from_config(loaded: LoadedExperiment, dtype: torch.dtype, device: str) -> n
             model: nn.Module = _auto_class(auto, config).from_config(config, dtype=dtype)
         return model
     except torch.OutOfMemoryError as error:
-        raise _no_room(error) from None
+        raise no_room(error) from None
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         where = "model.config"
-        raise ConfigError(f"{where}: transformers builds no {config.model_type!r} model of it: {_first_line(error)}") from None
+        raise ConfigError(f"{where}: transformers builds no {config.model_type!r} model of it: {first_line(error)}") from None
 
 
 def empty_model(loaded: LoadedExperiment) -> nn.Module:
@@ -257,39 +243,19 @@ def model_config(loaded: LoadedExperiment) -> Any:
     else:
         place = section.config if section.config is not None else (section.checkpoint or Path()) / "config.json"
         path = loaded.resolve(place)
-        where, keys = f"model.config: {path}", _read_json(path, "model.config")
+        where, keys = f"model.config: {path}", read_json(path, "model.config")
     if "model_type" not in keys:
         raise ConfigError(f"{where}: the key model_type is missing; it says which of transformers' models this is (e.g. llama)")
-    keys = _overridden(keys, section.config_overrides)
+    keys = overridden(keys, section.config_overrides)
     kind = keys.pop("model_type")
     try:
         return _auto_classes().AutoConfig.for_model(kind, **keys)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{where}: transformers builds no {kind!r} model of these keys: {_first_line(error)}") from None
-
-
-def _read_json(path: Path, key: str) -> dict[str, Any]:
-    try:
-        keys = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: {path} is no JSON: {error}") from None
-    if not isinstance(keys, dict):
-        raise ConfigError(f"{key}: {path} must hold the keys of a transformers config, not {type(keys).__name__}")
-    return keys
-
-
-def _overridden(keys: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of a config with others in their place; a list of the layers' types gets as many as there are layers."""
-    result = {**keys, **overrides}
-    types = result.get("layer_types")
-    if "num_hidden_layers" in overrides and isinstance(types, list):
-        result["layer_types"] = types[: overrides["num_hidden_layers"]]
-    return result
+        raise ConfigError(f"{where}: transformers builds no {kind!r} model of these keys: {first_line(error)}") from None
 
 
 def _auto_classes() -> Any:
-    # Read when transformers is first imported: a typo in a path must not become a download.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    stay_offline()
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -302,27 +268,3 @@ def _auto_class(auto: Any, config: Any) -> Any:
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         return auto.AutoModel
     return auto.AutoModelForCausalLM if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING else auto.AutoModel
-
-
-def _from_factory(loaded: LoadedExperiment, factory: str, arguments: dict[str, Any]) -> nn.Module:
-    from torch import nn
-
-    function = load_function(loaded, factory, "model.factory")
-    try:
-        inspect.signature(function).bind(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"model.arguments: {factory} does not take {sorted(arguments)}: {error}") from None
-    model = function(**arguments)
-    if not isinstance(model, nn.Module):
-        raise WorkloadError(f"model.factory: {factory} must return a torch.nn.Module, not {_kind(model)}")
-    return model
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"a tuple of {', '.join(type(item).__name__ for item in value)}"
-    return type(value).__name__
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

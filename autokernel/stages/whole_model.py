@@ -89,9 +89,9 @@ def footprint_of(context: RunContext, layers: int | None = None) -> Footprint:
 
 
 def with_layers(loaded: LoadedExperiment, num_layers: int | None) -> LoadedExperiment:
-    """The same with fewer layers in its model; itself where the model is none of transformers, or None is asked for."""
+    """The same with fewer layers in its model; itself where transformers does not find the class, or None is asked for."""
     model = loaded.experiment.model
-    if num_layers is None or model.factory is not None:
+    if num_layers is None or not model.by_auto_class:
         return loaded
     overrides = {**model.config_overrides, "num_hidden_layers": num_layers}
     smaller = loaded.experiment.model_copy(update={"model": model.model_copy(update={"config_overrides": overrides})})

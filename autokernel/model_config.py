@@ -1,0 +1,220 @@
+"""The sections `model` and `scenarios` of an experiment: which model, and what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
+
+# Kinds of inputs: pydantic puts them into the path of an error, where `config.explain` takes them out again.
+TENSOR, LIST, VALUE, DECLARED, FUNCTION = "<tensor>", "<list>", "<value>", "<declared>", "<function>"
+
+
+class Section(BaseModel):
+    """A mapping of an experiment: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which model, and from where; nothing is downloaded.
+
+    A model of transformers' auto classes (`checkpoint` or `config`), of any class (`class_path`, and what it is built from),
+    or what a function returns (`factory`).
+    """
+
+    checkpoint: Path | None = Field(
+        None, description="local folder with config.json and safetensors, for transformers or for the class' from_pretrained"
+    )
+    config: Path | dict[str, Any] | None = Field(
+        None,
+        description="JSON file, or its keys; weights are random. Of transformers with `model_type`, or that of `class_path`",
+    )
+    class_path: str | None = Field(
+        None,
+        description="`package.module:Class` or `file.py:Class`, a torch.nn.Module; built from its `checkpoint` or `config` (as "
+        "classes of transformers and diffusers can be), else from `arguments`",
+    )
+    factory: str | None = Field(
+        None,
+        description="`package.module:function` or `file.py:function`; called with `arguments`, returns a torch.nn.Module",
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of `factory`, or of the constructor of `class_path`"
+    )
+    config_overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keys of the config to replace, e.g. `num_hidden_layers: 8` for a quick try",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    seed: int = Field(0, description="of random weights")
+
+    @property
+    def by_auto_class(self) -> bool:
+        """Whether transformers finds the class by the config, as it does for language models."""
+        return self.class_path is None and self.factory is None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        given = [name for name in ("checkpoint", "config", "factory") if getattr(self, name) is not None]
+        if self.class_path is not None:
+            return self._class_source(given)
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of checkpoint, config and factory, not {given or 'none'}")
+        if self.arguments and self.factory is None:
+            raise ValueError("`arguments` belong to `factory` or `class_path`, neither of which is given")
+        if self.config_overrides and self.factory is not None:
+            raise ValueError("`config_overrides` belong to `checkpoint` and `config`; a factory takes `arguments`")
+        return self
+
+    def _class_source(self, given: list[str]) -> ModelSection:
+        if "factory" in given:
+            raise ValueError("give `class_path` or `factory`, not both: a class is built by itself")
+        sources = given + (["arguments"] if self.arguments else [])
+        if len(sources) > 1:
+            raise ValueError(f"a class is built from one of checkpoint, config and arguments, not from {sources}")
+        if self.config_overrides and "config" not in given:
+            raise ValueError("with `class_path`, `config_overrides` belong to `config`, which is not given")
+        return self
+
+
+# What each distribution takes, besides shape and dtype.
+_TAKES = {
+    "normal": ("mean", "std"),
+    "uniform": ("low", "high"),
+    "integers": ("low", "high"),
+    "arange": ("low", "step"),
+    "zeros": (),
+    "ones": (),
+}
+_FLOATS = ("float64", "float32", "bfloat16", "float16")
+
+
+class TensorInput(Section):
+    """A tensor that a model is called with. Each check draws its numbers anew, with another seed."""
+
+    shape: tuple[int | str, ...] = Field(description="sizes; `batch` stands for the scenario's batch")
+    distribution: Literal["normal", "uniform", "integers", "arange", "zeros", "ones"] = Field(
+        "normal", description="arange counts along the last dimension; zeros run faster than what a model sees"
+    )
+    dtype: Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "bool"] | None = Field(
+        None, description="default: the model's, and int64 for integers"
+    )
+    mean: float = 0.0
+    std: float = Field(1.0, ge=0)
+    low: float = Field(0.0, description="least value; where arange begins")
+    high: float = Field(1.0, description="upper end of uniform and integers, itself never drawn")
+    step: float = Field(1.0, description="of arange")
+    missing: float = Field(
+        0.0, ge=0, lt=1, description="part of the elements that is NaN, as missing values of time series are"
+    )
+
+    @property
+    def dtype_name(self) -> str | None:
+        """Its dtype; None: the model's."""
+        return self.dtype or ("int64" if self.distribution == "integers" else None)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TensorInput:
+        kind = self.distribution
+        if any(size < 1 if isinstance(size, int) else size != "batch" for size in self.shape):
+            raise ValueError(f"sizes are whole numbers from 1, or the word batch, not {list(self.shape)}")
+        own = {"mean", "std", "low", "high", "step"} & self.model_fields_set
+        # defaults that were written out by `model_dump` say nothing
+        own = {name for name in own if getattr(self, name) != type(self).model_fields[name].default}
+        foreign = sorted(own - set(_TAKES[kind]))
+        if foreign:
+            raise ValueError(
+                f"distribution {kind} takes {' and '.join(_TAKES[kind]) or 'no numbers'}, not {', '.join(foreign)}"
+            )
+        is_float = self.dtype_name is None or self.dtype_name in _FLOATS
+        if kind in ("normal", "uniform") and not is_float:
+            raise ValueError(f"distribution {kind} makes no {self.dtype}: use `integers` with low and high, zeros or ones")
+        if self.missing and not is_float:
+            raise ValueError(f"missing values are NaN, which {self.dtype_name} does not have: give a floating-point dtype")
+        if kind in ("uniform", "integers") and not self.low < self.high:
+            raise ValueError(f"low must be less than high, not {self.low:g} and {self.high:g}")
+        if kind == "integers" and not (self.low.is_integer() and self.high.is_integer()):
+            raise ValueError(f"integers lie between whole numbers, not {self.low:g} and {self.high:g}")
+        return self
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (dict, TensorInput)):
+        return TENSOR
+    return LIST if isinstance(value, (list, tuple)) else VALUE
+
+
+_Plain = bool | int | float | str | None
+_Item = Annotated[
+    Annotated[TensorInput, Tag(TENSOR)] | Annotated[_Plain, Tag(VALUE)],
+    Discriminator(_kind, "input", "a list of inputs holds tensors and plain values, but no other list"),
+]
+Input = Annotated[
+    Annotated[TensorInput, Tag(TENSOR)] | Annotated[tuple[_Item, ...], Tag(LIST)] | Annotated[_Plain, Tag(VALUE)],
+    Discriminator(_kind),
+]
+_Inputs = Annotated[
+    Annotated[str, Tag(FUNCTION)] | Annotated[dict[str, Input], Tag(DECLARED)],
+    Discriminator(lambda value: DECLARED if isinstance(value, dict) else FUNCTION),
+]
+
+
+class PrefillScenario(Section):
+    """A language model reads a whole prompt."""
+
+    kind: Literal["prefill"]
+    batch: PositiveInt = 1
+    length: PositiveInt = Field(description="tokens per sequence")
+    logits: Literal["all", "last"] = Field(
+        "all", description="of which positions logits are computed; serving needs the last one of each sequence only"
+    )
+
+
+class DecodeScenario(Section):
+    """A language model produces one token per sequence, with a static KV cache."""
+
+    kind: Literal["decode"]
+    batch: PositiveInt = 1
+    context: PositiveInt = Field(description="tokens already in the cache; the cache has room for a few more")
+
+
+class CallScenario(Section):
+    """Any other model: one call, with inputs that are declared here or made by a function."""
+
+    kind: Literal["call"]
+    inputs: _Inputs = Field(
+        description="arguments of the model's forward by name: tensors (mappings with `shape`), lists of them, plain values. "
+        "Or `module:function` or `file.py:function`; called as f(batch=..., seed=..., device=..., dtype=...), returns the "
+        "tuple of the model's positional arguments"
+    )
+    outputs: tuple[str, ...] = Field(
+        (),
+        description="what the model returns that counts: paths of attributes, keys and indices, e.g. `logits` or `sample.0`; "
+        "default: all of it, a tensor or a tuple of them",
+    )
+    batch: PositiveInt = 1
+
+    @property
+    def inputs_function(self) -> str | None:
+        """The function that makes the inputs, if they are not declared."""
+        return self.inputs if isinstance(self.inputs, str) else None
+
+    @model_validator(mode="after")
+    def _has_tensors(self) -> CallScenario:
+        if isinstance(self.inputs, dict) and not any(isinstance(item, TensorInput) for item in _flat(self.inputs)):
+            raise ValueError(
+                "`inputs` hold no tensor: a model's inputs are mappings with `shape`, e.g. `x: {shape: [batch, 8]}`"
+            )
+        for path in self.outputs:
+            if not all(path.split(".")):
+                raise ValueError(f"an output is a path such as `logits` or `sample.0`, not {path!r}")
+        return self
+
+
+def _flat(inputs: dict[str, Any]) -> list[Any]:
+    return [item for value in inputs.values() for item in (value if isinstance(value, tuple) else (value,))]
+
+
+Scenario = Annotated[PrefillScenario | DecodeScenario | CallScenario, Field(discriminator="kind")]
