@@ -100,6 +100,9 @@ class ValidationSection(Section):
     ablation_layers: PositiveInt | None = Field(
         4, description="do that with a language model of so many layers; null: all. The last word has the whole model"
     )
+    max_abs_error: PositiveFloat | None = Field(
+        None, description="how far any output may be from that of eager PyTorch, on top of the numerical budget; default: any"
+    )
     min_top1_agreement: float = Field(0.99, ge=0, le=1, description="language models: same most likely token as stock")
 
 

@@ -155,8 +155,8 @@ def own_code(module: torch.nn.Module, label: str = "") -> Callable[..., Any]:
     pay for those compiled before them.
     """
 
-    def call(*inputs: Any) -> Any:
-        return module(*inputs)
+    def call(*inputs: Any, **named: Any) -> Any:
+        return module(*inputs, **named)
 
     # a new line table is enough to make the copy a different object, equal in everything else
     code = call.__code__.replace(co_name=f"call_{id(module)}_{label}")

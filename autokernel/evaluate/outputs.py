@@ -44,6 +44,7 @@ class Trio:
     draws: Sequence[tuple[torch.Tensor, ...]]
     is_language: bool = False
     raised: torch.dtype | None = None  # of the reference's floating-point inputs; None: as they are
+    max_abs_error: float | None = None  # how far the contender may be from stock itself
 
 
 @dataclass(slots=True)
@@ -66,6 +67,7 @@ class _Errors:
     largest: float = 0.0
     reference_square: float = 0.0
     unit: float = 0.0  # half of the dtype's epsilon
+    difference: float = 0.0  # the contender's largest, from stock
     misplaced: int = 0  # NaN and infinities that are not where stock has them; integers that differ
 
 
@@ -128,7 +130,12 @@ def _check_scenario(trio: Trio, tokens: _Tokens) -> Iterator[Check]:
                 kl_stock += part * _divergence(reference, stock)
             num += 1
     for number, total in enumerate(errors):
-        yield from _budget(trio.name if len(errors) == 1 else f"{trio.name}[{number}]", total)
+        name = trio.name if len(errors) == 1 else f"{trio.name}[{number}]"
+        yield from _budget(name, total)
+        if trio.max_abs_error is not None:
+            passed = total.difference <= trio.max_abs_error
+            note = "the experiment's max_abs_error"
+            yield Check(name=f"{name}: from eager", value=total.difference, limit=trio.max_abs_error, passed=passed, note=note)
     if num:
         limit = EAGER_FACTOR**2 * kl_stock / num + _KL_FLOOR
         note = f"mean over positions, in nats; stock's own is {kl_stock / num:.3g}"
@@ -179,6 +186,7 @@ def _measure(total: _Errors, out: torch.Tensor, stock: torch.Tensor, reference: 
     exact = torch.where(counted, reference, 0).double()
     error = torch.where(counted, out, 0).double() - exact
     stock_error = torch.where(counted, stock, 0).double() - exact
+    total.difference = max(total.difference, (error - stock_error).abs().max().item())
     total.max = max(total.max, error.abs().max().item())
     total.stock_max = max(total.stock_max, stock_error.abs().max().item())
     total.square += error.square().sum().item()

@@ -117,6 +117,7 @@ def check_program(
         draws=_draws(program, is_language, seed),
         is_language=is_language,
         raised=higher,
+        max_abs_error=loaded.experiment.validation.max_abs_error,
     )
     return check_trio(trio)
 
@@ -164,6 +165,7 @@ def _trio(
         draws=_draws(tuned, is_language, seed),
         is_language=is_language,
         raised=higher,
+        max_abs_error=loaded.experiment.validation.max_abs_error,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,9 +71,12 @@ def load_metric(loaded: LoadedExperiment, model: nn.Module, device: str) -> Metr
         raise ConfigError(f"{loaded.path}: validation.eval is not given")
     if ":" in section.metric:
         function = load_function(loaded, section.metric, "validation.eval.metric")
+        arguments = dict(section.arguments)
+        if "device" in inspect.signature(function).parameters:
+            arguments.setdefault("device", device)
         return Metric(
             name=section.metric,
-            samples=lambda forward: _list(function(forward, **section.arguments), section.metric),
+            samples=lambda forward: _list(function(forward, **arguments), section.metric),
             higher_is_better=section.higher_is_better,
             limit=section.limit,
         )
