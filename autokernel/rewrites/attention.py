@@ -98,7 +98,8 @@ def _softmax(problem: Problem, scores: torch.Tensor, mask: torch.Tensor | None) 
         scores = torch.where(seen, scores, -torch.inf)
     if mask is None:
         return torch.softmax(scores, -1)
-    scores = scores + mask.float() if mask.dtype.is_floating_point else torch.where(mask, scores, -torch.inf)
+    # added, never chosen: an infinite score that is not seen is NaN in the library's kernels, which add as well
+    scores = scores + (mask.float() if mask.dtype.is_floating_point else torch.where(mask, 0.0, -torch.inf))
     return torch.ops.aten._safe_softmax(scores, -1)  # type: ignore[no-any-return]
 
 
