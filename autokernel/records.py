@@ -23,7 +23,7 @@ ConfigValue = int | float | str | bool
 
 DTYPE_BYTES: Mapping[str, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
-    "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "complex64": 8,
 }  # fmt: skip
 
 
@@ -195,7 +195,8 @@ class Hotspot(Record):
 
     `share` is its part of the scenario's step, `weight` its part of all scenarios together (their sum is at most 1).
     `roofline_us` is the least time that this machine's measured ceilings allow for all its calls. `estimated` times were not
-    measured in the step: the compiler's own kernels do not say which nodes they are.
+    measured in the step: the compiler's own kernels do not say which nodes they are. `rivals` are keys of other problems of the
+    scenario whose entries would take some of the same nodes: only one of them can have a node.
     """
 
     problem: Problem
@@ -209,6 +210,7 @@ class Hotspot(Record):
     producers: tuple[str, ...] = ()
     consumers: tuple[str, ...] = ()
     estimated: bool = False
+    rivals: tuple[str, ...] = ()
 
     @property
     def attainable_gain(self) -> float:

@@ -211,7 +211,7 @@ def _pair(values: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _is_float(spec: TensorSpec) -> bool:
-    return spec.dtype.startswith(("float", "bfloat"))
+    return spec.dtype.startswith(("float", "bfloat", "complex"))
 
 
 class _Generator:
@@ -228,7 +228,8 @@ class _Generator:
     def normal(self) -> torch.Tensor:
         import torch
 
-        return torch.randn(self._distinct, generator=self._random, device=self._device, dtype=torch.float32)
+        dtype = torch.complex64 if self._spec.dtype.startswith("complex") else torch.float32
+        return torch.randn(self._distinct, generator=self._random, device=self._device, dtype=dtype)
 
     def positive(self) -> torch.Tensor:
         """Around one, mostly within a factor of two."""

@@ -14,10 +14,11 @@ from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, apply_epi
 from autokernel.ops.int_mm import IntMm
 from autokernel.ops.merged_mm import MergedMm
 from autokernel.ops.mm import Mm
+from autokernel.ops.rotary_complex import RotaryComplex
 from autokernel.ops.scaled_mm import ScaledMm
 
 # In order of precedence: an opportunity that spans several GEMMs comes before the GEMMs themselves.
-OPS: tuple[Op, ...] = (MergedMm(), Mm(), Addmm(), Bmm(), Baddbmm(), ScaledMm(), IntMm(), Attention())
+OPS: tuple[Op, ...] = (MergedMm(), Mm(), Addmm(), Bmm(), Baddbmm(), ScaledMm(), IntMm(), Attention(), RotaryComplex())
 
 
 def get_op(name: str) -> Op:

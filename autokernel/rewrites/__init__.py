@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from autokernel.rewrites.attention import ATTENTION
+from autokernel.rewrites.rotary_complex import ROTARY_COMPLEX
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 # (problem, inputs in its order) -> outputs in the order of the op's reference; plain torch, free of side effects
 Rewrite = Callable[..., "tuple[torch.Tensor, ...]"]
 
-REWRITES: Mapping[str, Mapping[str, Rewrite]] = {"attention": ATTENTION}
+REWRITES: Mapping[str, Mapping[str, Rewrite]] = {"attention": ATTENTION, "rotary_complex": ROTARY_COMPLEX}
 STOCK = "stock"  # the name of the graph's own way
 
 
