@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from autokernel.kernels.attention_config import plan_decode, plan_flash
 from autokernel.kernels.launch import KernelPlan
 from autokernel.records import ConfigValue, Problem
 
 Planner = Callable[[Problem, Mapping[str, ConfigValue]], KernelPlan]
 
 # op -> kernel -> planner; the first kernel of an op is its usual one
-PLANNERS: Mapping[str, Mapping[str, Planner]] = {}
+PLANNERS: Mapping[str, Mapping[str, Planner]] = {
+    "attention": {"decode_attention": plan_decode, "flash_attention": plan_flash},
+}
 
 
 def plan_of(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPlan:

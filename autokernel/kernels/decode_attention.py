@@ -1,0 +1,155 @@
+"""A Triton kernel for attention of few rows over a long cache of keys and values, whose time is the reading of the cache.
+
+One program serves all heads of q that share a head of k and v, over one part of the sequence: keys and values are read once,
+whatever the heads of q. Rows of its tile are (head, position of q), padded to what a matrix instruction takes.
+
+Parts are put together inside the kernel: each program stores what its rows have seen (fp32) and counts itself; the one that
+completes the count combines all parts, always in the same order. It also sets the counter back to zero, as `skinny_mm` does.
+"""
+
+# ruff: noqa: N803, N806, PLR0915
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from autokernel.kernels.online_softmax import absorb, divided, load_tile, mask_tile
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+
+@triton.jit
+def _what_is_seen(mask_at, row_offsets, row_there, first, end, KV_LEN: tl.constexpr, MASK: tl.constexpr, MASK_S: tl.constexpr,
+                  BLOCK_S: tl.constexpr):  # fmt: skip
+    """The first tile, and the number of tiles, that hold all that the mask lets any row see within [first, end)."""
+    earliest = tl.full((BLOCK_S,), KV_LEN, dtype=tl.int32)
+    latest = tl.zeros((BLOCK_S,), dtype=tl.int32)
+    for start in range(first, end, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        tile = tl.load(mask_at + row_offsets + s[None, :] * MASK_S, mask=row_there & (s < end)[None, :], other=0)
+        if MASK == 1:
+            seen = tile.to(tl.int32)
+        else:
+            seen = (~(tile == float("-inf"))).to(tl.int32)
+            seen = tl.where(row_there & (s < end)[None, :], seen, 0)
+        any_row = tl.max(seen, 0) > 0
+        earliest = tl.minimum(earliest, tl.where(any_row, s, KV_LEN))
+        latest = tl.maximum(latest, tl.where(any_row, s + 1, 0))
+    tile = tl.min(earliest, 0) // BLOCK_S
+    return tile, (tl.max(latest, 0) + BLOCK_S - 1) // BLOCK_S - tile
+
+
+@triton.jit
+def _combine_row(parts, states, out_at, pair, row, e, ROWS: tl.constexpr, V_DIM: tl.constexpr, SPLITS: tl.constexpr,
+                 MAX_SPLITS: tl.constexpr):  # fmt: skip
+    """One row of the output from its parts."""
+    split = tl.arange(0, MAX_SPLITS)
+    place = (pair * SPLITS + split) * ROWS + row
+    top = tl.load(states + place * 2, mask=split < SPLITS, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(states + place * 2 + 1, mask=split < SPLITS, other=0.0, cache_modifier=".cg")
+    there = (split < SPLITS)[:, None] & (e < V_DIM)[None, :]
+    part = tl.load(parts + place[:, None] * V_DIM + e[None, :], mask=there, other=0.0, cache_modifier=".cg")
+    highest = tl.max(top, 0)
+    level = tl.where(highest == float("-inf"), 0.0, highest)
+    shrink = tl.exp2((top - level) * 1.4426950408889634)
+    whole = tl.sum(total * shrink, 0)
+    found = tl.sum(part * shrink[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
+    tl.store(out_at + e, found.to(out_at.dtype.element_ty), mask=e < V_DIM)
+
+
+@triton.jit
+def decode_attention_kernel(
+    q, k, v, mask, out, parts, states, counters,
+    SCALE: tl.constexpr, GROUPS: tl.constexpr, REPEAT: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    Q_B: tl.constexpr, Q_H: tl.constexpr, Q_S: tl.constexpr, Q_D: tl.constexpr,
+    K_B: tl.constexpr, K_H: tl.constexpr, K_S: tl.constexpr, K_D: tl.constexpr,
+    V_B: tl.constexpr, V_H: tl.constexpr, V_S: tl.constexpr, V_D: tl.constexpr,
+    MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_H: tl.constexpr, MASK_Q: tl.constexpr, MASK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """softmax(q k' * SCALE + mask) v; grid: [batch * GROUPS * SPLITS].
+
+    Args:
+        q: [B, GROUPS * REPEAT, Q_LEN, HEAD_DIM]; strides in elements are Q_B, Q_H, Q_S, Q_D. k, v and mask likewise.
+        k: [B, GROUPS, KV_LEN, HEAD_DIM].
+        v: [B, GROUPS, KV_LEN, V_DIM].
+        mask: broadcasts to [B, heads, Q_LEN, KV_LEN] with strides of 0; not read where MASK is 0 (see `mask_tile`).
+        out: [B, Q_LEN, heads, V_DIM] row-major.
+        parts: fp32 scratch, [B * GROUPS * SPLITS, REPEAT * Q_LEN, V_DIM]; not used without splits, like states and counters.
+        states: fp32 scratch, [B * GROUPS * SPLITS, REPEAT * Q_LEN, 2]: largest score and sum of weights.
+        counters: int32 zeros, one for each batch and head of k.
+    """
+    ROWS: tl.constexpr = REPEAT * Q_LEN
+    HEADS: tl.constexpr = GROUPS * REPEAT
+    ALL_S: tl.constexpr = KV_LEN % BLOCK_S == 0
+    ALL_D: tl.constexpr = HEAD_DIM == BLOCK_D
+    ALL_E: tl.constexpr = V_DIM == BLOCK_E
+    BLOCKS: tl.constexpr = (KV_LEN + BLOCK_S - 1) // BLOCK_S
+    PER_SPLIT: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
+    ONE_MASK: tl.constexpr = MASK_H == 0 and (MASK_Q == 0 or Q_LEN == 1)  # all rows of the tile have the same
+
+    pair = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    batch = (pair // GROUPS).to(tl.int64)
+    group = pair % GROUPS
+
+    r = tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    r_head = group * REPEAT + r // Q_LEN
+    r_position = r % Q_LEN
+    q_at = q + batch * Q_B + r_head[:, None] * Q_H + r_position[:, None] * Q_S + d[None, :] * Q_D
+    queries = load_tile(q_at, r[:, None], d[None, :], ROWS, HEAD_DIM, ROWS == BLOCK_R, ALL_D)
+    k_at = k + batch * K_B + group * K_H
+    v_at = v + batch * V_B + group * V_H
+    mask_at = mask + batch * MASK_B
+    if ONE_MASK:
+        mask_rows = tl.zeros((1, 1), dtype=tl.int32)
+        mask_there = mask_rows == 0
+    else:
+        mask_rows = (r_head * MASK_H + r_position * MASK_Q)[:, None]
+        mask_there = (r < ROWS)[:, None]
+
+    tile = split * PER_SPLIT
+    count = tl.minimum(PER_SPLIT, BLOCKS - tile)
+    if SKIP:
+        end = tl.minimum((tile + PER_SPLIT) * BLOCK_S, KV_LEN)
+        tile, count = _what_is_seen(mask_at, mask_rows, mask_there, tile * BLOCK_S, end, KV_LEN, MASK, MASK_S, BLOCK_S)
+
+    top = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    rows = tl.zeros((BLOCK_R, BLOCK_E), dtype=tl.float32)
+    for block in tl.range(0, count):
+        s = (tile + block) * BLOCK_S + tl.arange(0, BLOCK_S)
+        # asked for first, so that it comes while the keys are multiplied
+        added = mask_tile(mask_at + mask_rows + s[None, :] * MASK_S, mask_there & (s < KV_LEN)[None, :], MASK)
+        keys = load_tile(k_at + d[:, None] * K_D + s[None, :] * K_S, d[:, None], s[None, :], HEAD_DIM, KV_LEN, ALL_D, ALL_S)
+        scores = tl.dot(queries, keys, input_precision="ieee") * SCALE + added
+        if not ALL_S:
+            scores = tl.where((s < KV_LEN)[None, :], scores, float("-inf"))
+        values = load_tile(v_at + s[:, None] * V_S + e[None, :] * V_D, s[:, None], e[None, :], KV_LEN, V_DIM, ALL_S, ALL_E)
+        top, total, rows = absorb(scores, values, top, total, rows)
+
+    out_at = out + batch * (Q_LEN * HEADS * V_DIM)
+    if SPLITS == 1:
+        at = out_at + (r_position * HEADS + r_head)[:, None] * V_DIM + e[None, :]
+        tl.store(at, divided(rows, total).to(out.dtype.element_ty), mask=(r < ROWS)[:, None] & (e < V_DIM)[None, :])
+    else:
+        place = (pair * SPLITS + split) * ROWS + r
+        tl.store(parts + place[:, None] * V_DIM + e[None, :], rows, mask=(r < ROWS)[:, None] & (e < V_DIM)[None, :])
+        tl.store(states + place * 2, top, mask=r < ROWS)
+        tl.store(states + place * 2 + 1, total, mask=r < ROWS)
+        tl.debug_barrier()  # every thread's part is stored before the one atomic that publishes it
+        if tl.atomic_add(counters + pair, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(counters + pair, 0)
+            rows_at = out_at + group * REPEAT * V_DIM
+            if ROWS <= 8:  # all their loads are under way at once
+                for row in tl.static_range(ROWS):
+                    row_at = rows_at + (row % Q_LEN * HEADS + row // Q_LEN) * V_DIM
+                    _combine_row(parts, states, row_at, pair, row, e, ROWS, V_DIM, SPLITS, MAX_SPLITS)
+            else:
+                for row in range(ROWS):
+                    row_at = rows_at + (row % Q_LEN * HEADS + row // Q_LEN) * V_DIM
+                    _combine_row(parts, states, row_at, pair, row, e, ROWS, V_DIM, SPLITS, MAX_SPLITS)

@@ -1,0 +1,58 @@
+"""Steps that attention kernels share: tiles of keys and values, masks, and a softmax over tiles that come one by one.
+
+What a row has seen so far is `top` (its largest score), `total` (the sum of weights) and `rows` (weighted values), both
+relative to `top`. Scores stay in natural units: times log2(e), a mask of the dtype's lowest number would be -inf. Masks are
+added, so that NaN and infinities go where they go in the library.
+"""
+
+# ruff: noqa: N803
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+
+@triton.jit
+def load_tile(at, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALL_ROWS: tl.constexpr, ALL_COLUMNS: tl.constexpr):
+    """A tile of a [ROWS, COLUMNS] matrix; zeros beyond its edges, where there can be any."""
+    if ALL_ROWS and ALL_COLUMNS:
+        tile = tl.load(at)
+    elif ALL_COLUMNS:
+        tile = tl.load(at, mask=row < ROWS, other=0.0)
+    elif ALL_ROWS:
+        tile = tl.load(at, mask=column < COLUMNS, other=0.0)
+    else:
+        tile = tl.load(at, mask=(row < ROWS) & (column < COLUMNS), other=0.0)
+    return tile
+
+
+@triton.jit
+def mask_tile(at, inside, MASK: tl.constexpr):
+    """A mask's tile as what is added to scores: MASK 0 there is none, 1 booleans that say what is seen, 2 numbers."""
+    if MASK == 1:
+        added = tl.where(tl.load(at, mask=inside, other=0).to(tl.int1), 0.0, float("-inf"))
+    elif MASK == 2:
+        added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        added = 0.0
+    return added
+
+
+@triton.jit
+def absorb(scores, values, top, total, rows):
+    """The state of rows [R], [R], [R, E] with a tile of scores [R, S] and values [S, E] added to it."""
+    highest = tl.maximum(top, tl.max(scores, 1))
+    level = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen yet: weights of zero, not NaN
+    weights = tl.exp2((scores - level[:, None]) * 1.4426950408889634)
+    shrink = tl.exp2((top - level) * 1.4426950408889634)
+    total = total * shrink + tl.sum(weights, 1)
+    rows = tl.dot(weights.to(values.dtype), values, rows * shrink[:, None], input_precision="ieee")
+    return highest, total, rows
+
+
+@triton.jit
+def divided(rows, total):
+    """Weighted values over the sum of weights; a row that saw nothing is zero."""
+    return rows / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -1,0 +1,124 @@
+"""Runs the attention kernels in Triton's interpreter, on the CPU in fp16 and fp32, against fp64. One line per wrong case."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import torch
+
+from autokernel.kernels.launch import KernelPlan, resolve, run
+from autokernel.kernels.plans import plan_of
+from autokernel.ops import get_op
+from autokernel.records import ConfigValue, Problem, TensorSpec
+
+DECODE: dict[str, ConfigValue] = {
+    "kernel": "decode_attention", "BLOCK_S": 16, "num_splits": 3, "skip": False, "num_warps": 4, "num_stages": 2,
+}  # fmt: skip
+SKIP: dict[str, ConfigValue] = {**DECODE, "skip": True}
+WHOLE: dict[str, ConfigValue] = {**DECODE, "num_splits": 1, "BLOCK_S": 32}
+FLASH: dict[str, ConfigValue] = {"kernel": "flash_attention", "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+
+# config, dtype, q's [B, H, Q, D], k's [B, G, S, D], mask (shape, dtype) or None, causal
+CASES = (
+    (DECODE, "float16", (1, 6, 1, 16), (1, 2, 90, 16), None, False),
+    (DECODE, "float32", (2, 6, 1, 16), (2, 2, 90, 16), ((2, 1, 1, 90), "bool"), False),
+    (DECODE, "float16", (2, 2, 3, 24), (2, 2, 48, 24), ((2, 1, 3, 48), "float16"), False),
+    (DECODE, "float32", (1, 6, 4, 16), (1, 2, 70, 16), ((1, 6, 1, 70), "float32"), False),
+    (SKIP, "float32", (2, 6, 1, 16), (2, 2, 90, 16), ((2, 1, 1, 90), "bool"), False),
+    (SKIP, "float32", (1, 2, 3, 16), (1, 2, 90, 16), ((1, 1, 3, 90), "float32"), False),
+    (WHOLE, "float16", (2, 4, 5, 16), (2, 1, 45, 16), ((2, 1, 5, 45), "bool"), False),
+    (FLASH, "float16", (1, 4, 37, 16), (1, 2, 37, 16), None, True),
+    (FLASH, "float32", (2, 2, 18, 24), (2, 2, 50, 24), ((2, 1, 1, 50), "float32"), False),
+    (FLASH, "float32", (1, 2, 18, 16), (1, 2, 33, 16), ((1, 2, 18, 33), "bool"), False),
+)
+
+
+def tensors(
+    dtype: str, q: tuple[int, ...], kv: tuple[int, ...], mask: tuple[tuple[int, ...], str] | None
+) -> list[torch.Tensor]:
+    """q as a permuted view, k and v as halves of one cache, and a mask whose first row sees nothing and whose ends are shut."""
+    kind = getattr(torch, dtype)
+    batch, heads, rows, dim = q
+    both = torch.randn(batch, kv[1], kv[2], 2 * dim).to(kind)
+    found = [torch.randn(batch, rows, heads, dim).to(kind).transpose(1, 2), both[..., :dim], both[..., dim:]]
+    if mask is not None:
+        seen = torch.rand(mask[0]) > 0.3
+        seen[..., -20:] = False
+        seen[..., :17] = False
+        seen[:1, :, 0] = False if mask[0][2] > 1 else seen[:1, :, 0]
+        lowest = torch.where(torch.rand(mask[0]) > 0.5, -torch.inf, torch.finfo(kind).min).to(kind)
+        ends = torch.arange(mask[0][-1]) < 17
+        lowest = torch.where(ends, -torch.inf, lowest.float()).to(kind)
+        added = torch.where(seen, torch.randn(mask[0]).to(kind), lowest)
+        found.append(seen if mask[1] == "bool" else added)
+    return found
+
+
+def twice(plan: KernelPlan, inputs: list[torch.Tensor]) -> torch.Tensor | None:
+    """The result of a second launch with the scratch memory of the first; None if its counters are not zero."""
+    scratch = [
+        torch.zeros(buffer.shape, dtype=torch.int32) if buffer.zeroed else torch.full(buffer.shape, torch.nan)
+        for buffer in plan.scratch
+    ]
+    (spec,), (launch,) = plan.outputs, plan.launches
+    for _ in range(2 if scratch else 1):
+        out = torch.empty_strided(spec.shape, spec.stride, dtype=inputs[0].dtype).fill_(torch.nan)
+        launch.kernel[launch.grid](**resolve(launch, {"in": inputs, "out": [out], "scratch": scratch}))
+        if scratch and scratch[-1].any():
+            return None
+    return out
+
+
+def wrong_of(config: dict[str, ConfigValue], inputs: list[torch.Tensor], causal: bool) -> str | None:
+    """What is wrong with two launches on the same scratch memory, None if nothing is."""
+    specs = tuple(
+        TensorSpec(shape=tuple(x.shape), dtype=str(x.dtype).removeprefix("torch."), stride=tuple(x.stride())) for x in inputs
+    )
+    scalars: tuple[tuple[str, float | bool], ...] = (("scale", 0.3),)
+    problem = Problem(
+        op="attention", inputs=specs, device="cpu", scalars=(("causal", True), *scalars) if causal else scalars
+    )  # fmt: skip
+    plan: KernelPlan = plan_of(problem, config)
+    (expected,) = get_op("attention").reference(problem, *(x.double() if x.is_floating_point() else x for x in inputs))
+    out = twice(plan, inputs)
+    if out is None:
+        return "counters are not zero"
+    if out.stride() != expected.stride():
+        return f"strides {out.stride()}, not {expected.stride()}"
+    error = float((out.double() - expected).abs().max())
+    return None if error < (4e-3 if inputs[0].dtype == torch.float16 else 1e-5) else f"error {error}"
+
+
+def nonfinite_wrong(config: dict[str, ConfigValue]) -> str | None:
+    """NaN and infinities have to be where the library has them, those behind a mask as well."""
+    inputs = tensors("float32", (1, 4, 3, 16), (1, 2, 64, 16), ((1, 1, 3, 64), "bool"))
+    q, k, v, _ = inputs
+    q[0, 0, 1, 3], k[0, 1, 20, 2], k[0, 1, 60, 2], v[0, 0, 30, 5], v[0, 0, 2, 6] = (
+        torch.inf, torch.nan, -torch.inf, torch.inf, torch.nan,
+    )  # fmt: skip
+    scalars = (("scale", 0.3),)
+    specs = tuple(
+        TensorSpec(shape=tuple(x.shape), dtype=str(x.dtype).removeprefix("torch."), stride=tuple(x.stride())) for x in inputs
+    )
+    problem = Problem(op="attention", inputs=specs, device="cpu", scalars=scalars)
+    scores = q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2) * 0.3
+    scores = scores + torch.where(inputs[3], 0.0, -torch.inf).double()
+    expected = torch.ops.aten._safe_softmax(scores, -1) @ v.double().repeat_interleave(2, 1)
+    (out,) = run(plan_of(problem, config), *inputs)
+    same = torch.isfinite(out) == torch.isfinite(expected)
+    return None if bool(same.all()) and torch.isnan(expected).any() else f"{int((~same).sum())} elements misplaced"
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for config, dtype, q, kv, mask, causal in CASES:
+        wrong = wrong_of(config, tensors(dtype, q, kv, mask), causal)
+        if wrong:
+            print(config, dtype, q, kv, mask, wrong)
+    for config in ({**DECODE, "num_splits": 2}, WHOLE, FLASH):
+        wrong = nonfinite_wrong(config)
+        if wrong:
+            print("nonfinite", config, wrong)
+    print("done")

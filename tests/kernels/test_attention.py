@@ -1,0 +1,141 @@
+"""The attention kernels in Triton's interpreter and through its compiler for Hopper, and what their configs refuse."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autokernel.kernels.attention_config import DecodeConfig, FlashConfig, broadcast_strides
+from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
+from autokernel.kernels.plans import plan_of
+from autokernel.records import ConfigValue, Problem, TensorSpec
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent.parent
+DECODE: dict[str, ConfigValue] = {
+    "kernel": "decode_attention", "BLOCK_S": 64, "num_splits": 4, "skip": False, "num_warps": 4, "num_stages": 3,
+}  # fmt: skip
+FLASH: dict[str, ConfigValue] = {"kernel": "flash_attention", "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "bool": "*i1", "int32": "*i32"}
+
+
+def problem(
+    heads: tuple[int, int] = (32, 8), q_len: int = 1, kv_len: int = 2048, dtype: str = "bfloat16", mask: str | None = "bool",
+    causal: bool = False,
+) -> Problem:  # fmt: skip
+    """Attention of 64 sequences over a static cache, q as the projection leaves it."""
+    q = TensorSpec(shape=(64, heads[0], q_len, 128), dtype=dtype, stride=(q_len * heads[0] * 128, 128, heads[0] * 128, 1))
+    kv = TensorSpec.contiguous((64, heads[1], kv_len, 128), dtype)
+    masks = () if mask is None else (TensorSpec.contiguous((64, 1, q_len, kv_len), mask),)
+    scalars: tuple[tuple[str, float | bool], ...] = (("scale", 0.1),)
+    return Problem(
+        op="attention", inputs=(q, kv, kv, *masks), device="cuda", scalars=(("causal", True), *scalars) if causal else scalars
+    )  # fmt: skip
+
+
+def ptx_of(case: Problem, config: dict[str, ConfigValue]) -> str:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    plan = plan_of(case, config)
+    (launch,) = plan.launches
+    names, pools = launch.kernel.arg_names, {"in": case.inputs, "out": plan.outputs, "scratch": plan.scratch}
+    signature = {
+        name: POINTERS[pools[value.kind][value.index].dtype] if isinstance(value, Operand) else "constexpr"
+        for name, value in ((name, launch.arguments[name]) for name in names)
+    }
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in launch.arguments.items() if not isinstance(value, Operand)},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
+    )
+    options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def test_the_kernels_compute_attention_with_masks_shared_heads_and_ragged_sizes() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "interpreted_attention.py")], capture_output=True, text=True, env=environment, check=False
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["done"], done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_keys_and_values_come_by_asynchronous_copies_of_16_bytes(skip: bool) -> None:
+    ptx = ptx_of(problem(), {**DECODE, "skip": skip})
+    assert ptx.count("cp.async.cg.shared.global") >= 32
+    assert "mma.sync.aligned.m16n8k16" in ptx
+    assert "atom.global.gpu.acq_rel.add" in ptx
+    assert "atom.global" not in ptx_of(problem(), {**DECODE, "num_splits": 1, "skip": skip})
+
+
+def test_tiles_of_64_rows_use_hoppers_matrix_instruction() -> None:
+    ptx = ptx_of(problem(q_len=256, kv_len=256, mask=None, causal=True), FLASH)
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async" in ptx
+
+
+@pytest.mark.parametrize(
+    ("changes", "case", "reason"),
+    [
+        ({}, problem(causal=True, q_len=2), "no causal"),
+        ({}, problem(q_len=17), "at most 64 rows of q for one head of keys; there are 68"),
+        ({"num_splits": 20}, problem(), "32 blocks of 64 are too few for 20 splits"),
+        ({"num_splits": 0}, problem(), "num_splits is 1 to 128"),
+        ({"BLOCK_S": 48}, problem(), "power of two"),
+        ({"skip": True}, problem(mask=None), "there is none"),
+        ({}, problem(dtype="float64", mask=None), "they are float64"),
+        ({}, problem(mask="int32"), "masks of bool"),
+        ({"block_n": 3}, problem(), "unknown: block_n"),
+        ({"kernel": "fast"}, problem(), "attention has no Triton kernel 'fast'; there are decode_attention, flash_attention"),
+    ],
+)
+def test_what_the_kernel_of_few_rows_refuses(changes: dict[str, ConfigValue], case: Problem, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        plan_of(case, {**DECODE, **changes})
+
+
+def test_splits_share_counters_and_one_split_needs_none() -> None:
+    assert plan_of(problem(), {**DECODE, "num_splits": 1}).scratch == ()
+    parts, states, counters = plan_of(problem(), DECODE).scratch
+    assert (parts.shape, states.shape) == ((64 * 8 * 4, 4, 128), (64 * 8 * 4, 4, 2))
+    assert counters == Buffer((64 * 8,), "int32", zeroed=True)
+
+
+def test_offsets_that_32_bits_do_not_hold_are_refused() -> None:
+    config = FlashConfig(block_m=64, block_n=64, num_warps=4, num_stages=2)
+    q, k, v, mask = problem(q_len=64, kv_len=1 << 20, mask="bool").inputs
+    assert config.problem(replace(problem(), inputs=(q, k, v, mask))) is None
+    far = replace(k, stride=(1 << 40, 1 << 31, 128, 1))
+    assert "k reaches" in (config.problem(replace(problem(), inputs=(q, far, v, mask))) or "")
+    huge = DecodeConfig(block_s=16, num_splits=128, skip=False, num_warps=4, num_stages=2)
+    assert "32-bit" in (huge.problem(replace(problem(), inputs=tuple(_batch(s, 4096) for s in problem().inputs))) or "")
+
+
+def _batch(spec: TensorSpec, size: int) -> TensorSpec:
+    return TensorSpec(shape=(size, *spec.shape[1:]), dtype=spec.dtype, stride=spec.stride)
+
+
+def test_a_mask_is_read_with_strides_of_zero_where_it_broadcasts() -> None:
+    assert broadcast_strides(TensorSpec.contiguous((2, 1, 3, 8), "bool")) == (24, 0, 8, 1)
+    assert broadcast_strides(TensorSpec.contiguous((1, 1, 1, 8), "bool")) == (0, 0, 0, 1)
+
+
+def test_a_launch_gives_every_parameter_of_its_kernel() -> None:
+    (launch,) = plan_of(problem(), DECODE).launches
+    arguments = {name: value for name, value in launch.arguments.items() if name != "SKIP"}
+    with pytest.raises(ValueError, match=r"missing: \['SKIP'\], unknown: \['EXTRA'\]"):
+        KernelPlan((), (), (Launch(launch.kernel, (1, 1, 1), {**arguments, "EXTRA": 1}, 4, 2),))
+    with pytest.raises(ValueError, match="a zeroed buffer is a row"):
+        KernelPlan((), (Buffer((2, 3), "int32", zeroed=True),), ())
