@@ -235,8 +235,11 @@ def _mismatch(outputs: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> s
     return ""
 
 
-def _changed(inputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> str:
-    import torch
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Equal, NaN to NaN."""
+    return bool(((first == second) | ((first != first) & (second != second))).all())  # noqa: PLR0124
 
-    changed = [i for i, (now, before) in enumerate(zip(inputs, given, strict=True)) if not torch.equal(now, before)]
+
+def _changed(inputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> str:
+    changed = [i for i, (now, before) in enumerate(zip(inputs, given, strict=True)) if not _same(now, before)]
     return f"inputs {changed} were changed" if changed else ""

@@ -132,12 +132,18 @@ def _call_once(module: nn.Module, inputs: Inputs, scenario: CallScenario, name: 
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     results = result if isinstance(result, tuple) else (result,)
-    if results and all(isinstance(item, torch.Tensor) for item in results):
-        return
-    raise WorkloadError(
-        f"scenario {name}: the model returns {_description(result)}; name the tensors that count under `outputs`, "
-        "e.g. `outputs: [logits]` or, for an item of a tuple, `outputs: ['0']`"
-    )
+    if not results or not all(isinstance(item, torch.Tensor) for item in results):
+        raise WorkloadError(
+            f"scenario {name}: the model returns {_description(result)}; name the tensors that count under `outputs`, "
+            "e.g. `outputs: [logits]` or, for an item of a tuple, `outputs: ['0']`"
+        )
+    for number, item in enumerate(results):
+        if item.numel() and not item.isfinite().any():
+            which = scenario.outputs[number] if scenario.outputs else number
+            raise WorkloadError(
+                f"scenario {name}: output {which} is nowhere finite, so nothing could be compared; give inputs or random "
+                "weights of another scale"
+            )
 
 
 def _description(value: Any) -> str:
