@@ -64,6 +64,16 @@ class GraphSection(Section):
     )
 
 
+class PlanSection(Section):
+    """Which fusions go together, where several would take the same part of a graph; judged end to end."""
+
+    enabled: bool = True
+    trials: PositiveInt = Field(4, description="plans per scenario that are timed in the model")
+    layers: PositiveInt | None = Field(
+        None, description="time them in a language model of so many layers; validation always takes the whole model"
+    )
+
+
 class EvalSection(Section):
     """The model's own quality metric, measured with stock code and with the bundle."""
 
@@ -131,6 +141,7 @@ class Experiment(Section):
     threads: PositiveInt | None = Field(None, description="CPU threads of the model; default: physical cores")
     backends: tuple[Literal["aten", "inductor", "triton", "cutedsl"], ...] = ("aten", "inductor")
     search: SearchSection = SearchSection()
+    plan: PlanSection = PlanSection()
     graph: GraphSection = GraphSection()
     validation: ValidationSection = ValidationSection()
     storage: str | None = Field(None, description="Optuna storage URL; default: SQLite in the run's folder")

@@ -96,6 +96,22 @@ class Confirmed(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanTrial(Record):
+    """Entries of one scenario that go together, where fusions exclude each other: what they should save, and how they did.
+
+    `speedup` is over the plan that was the best before, in the whole model; None for that plan itself. The last accepted plan of
+    a scenario is the one that is exported.
+    """
+
+    scenario: str
+    keys: tuple[str, ...]  # of the problems
+    saved_us: float  # per step, if savings add up
+    speedup: Speedup | None
+    accepted: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraphTrial(Record):
     """One set of graph-level options, judged end to end: speed-up over the bundle without options, per scenario.
 
@@ -211,7 +227,7 @@ class RunFinished(Record):
 
 Event = (
     RunStarted | StageStarted | StageProgress | StageFinished | Profiled | SearchPlanned | Evaluated | Confirmed
-    | GraphTrial | ScenarioTimed | ModelValidated | Exported | Proved | RunFinished
+    | PlanTrial | GraphTrial | ScenarioTimed | ModelValidated | Exported | Proved | RunFinished
 )  # fmt: skip
 
 EVENT_TYPES: Mapping[str, type[Record]] = {cls.__name__: cls for cls in Event.__args__}

@@ -69,6 +69,7 @@ def _run_stages(context: RunContext, until: str) -> RunOutcome:
     from autokernel.stages.confirm import compatible, confirm, entry_of
     from autokernel.stages.graph import search_graph_options
     from autokernel.stages.model import validate
+    from autokernel.stages.plan import choose_plans
     from autokernel.stages.production import export_bundle, make_bundle, prove
     from autokernel.stages.profile import profile
     from autokernel.stages.search import search
@@ -80,6 +81,8 @@ def _run_stages(context: RunContext, until: str) -> RunOutcome:
     if until == "search":
         return _stopped(context, until)
     winners, dropped = compatible(confirm(context, profiled, evaluations), evaluations)
+    winners, excluded = choose_plans(context, profiled, winners)
+    dropped |= excluded
     if until == "confirm":
         return _stopped(context, until)
     bundle = make_bundle(context, [entry_of(winner) for winner in winners], {})

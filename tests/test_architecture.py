@@ -55,7 +55,7 @@ LOOKUPS = {
 
 HOMES = {
     "ray": ("workers.cluster",),
-    "optuna": ("search.tuner",),
+    "optuna": ("search.tuner", "search.plan_study"),
     "mlflow": ("tracking",),
     "nvMatmulHeuristics": ("search.nvmatmul_library",),
     "typer": ("cli", "display.session"),

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autokernel.display.layout import Row, detailed_table
-from autokernel.display.state import STAGES, HotspotProgress, ProgressState
+from autokernel.display.state import SOMETIMES, STAGES, HotspotProgress, ProgressState
 from autokernel.display.words import duration, failures, microseconds, one_line
 from autokernel.events import Evaluated, Event, RunFinished, RunStarted, ScenarioTimed, StageFinished, StageStarted
 from autokernel.tracking.titles import config_title
@@ -224,7 +224,8 @@ def panel(state: ProgressState) -> RenderableType:
 def _stages(state: ProgressState) -> Text:
     """`✓ profile 0:12  ▶ search  · confirm ...`."""
     text = Text(no_wrap=True, overflow="ellipsis")
-    for stage in STAGES:
+    seen = {behind: stage for stage, behind in SOMETIMES.items() if stage == state.stage or stage in state.finished}
+    for stage in [name for usual in STAGES for name in (usual, seen.get(usual)) if name is not None]:
         if stage == state.stage:
             text.append(f"▶ {stage}  ", "bold cyan")
         elif stage in state.finished:

@@ -282,6 +282,8 @@ def result_view(summary: RunSummary, folder: Path, runs_folder: Path) -> Rendera
             parts.append(kernels_table(summary))
             if len(summary.backends) > 1:
                 parts.append(backends_table(summary))
+        if summary.plan_trials:
+            parts.append(plan_table(summary))
     if summary.scenarios:
         parts.append(scenario_table(summary.scenarios))
     if summary.validated is not None:
@@ -292,6 +294,21 @@ def result_view(summary: RunSummary, folder: Path, runs_folder: Path) -> Rendera
             parts.append(_dropped(summary))
     parts.append(places(summary, folder, runs_folder))
     return spaced(parts)
+
+
+def plan_table(summary: RunSummary) -> RenderableType:
+    """Which fusions were tried together where they exclude each other."""
+    shown = table(
+        ("scenario", "fold"), ("plan", "fold"), ("should save us", "right"), ("over the first [95 %]", "right"),
+        ("verdict", "fold"), title="Plans",
+    )  # fmt: skip
+    titles = {problem.problem.key: problem_title(problem.problem) for problem in summary.problems}
+    for trial in summary.plan_trials:
+        speedup = ratio(trial.speedup) if trial.speedup is not None else ""
+        plan = "\n".join(titles.get(key, key) for key in trial.keys)
+        verdict = Text("chosen", "bold green") if trial.accepted else Text("")
+        shown.add_row(trial.scenario, plan, microseconds(trial.saved_us), speedup, verdict)
+    return shown
 
 
 def _dropped(summary: RunSummary) -> RenderableType:

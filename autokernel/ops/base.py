@@ -21,6 +21,7 @@ class Site:
     name: str  # the node's name, for people
     producers: tuple[str, ...] = ()  # targets of the nodes that feed its non-constant inputs
     consumers: tuple[str, ...] = ()  # targets of the nodes that use its result
+    nodes: tuple[str, ...] = ()  # names of the nodes that an entry takes the place of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,7 @@ def sites_of(regions: Iterable[Region], constants: frozenset[str]) -> list[Site]
             name=site_name(region.name_of),
             producers=producers_of(list(region.inputs), constants),
             consumers=tuple(dict.fromkeys(name for node in region.outputs for name in consumers_of(node))),
+            nodes=tuple(sorted(node.name for node in region.inner)),
         )
         for region in regions
     ]

@@ -113,6 +113,7 @@ def make_site(
         name=site_name(node),
         producers=producers_of(nodes, constants),
         consumers=consumers_of(epilogue.last),
+        nodes=(node.name,),
     )
 
 

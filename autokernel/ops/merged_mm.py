@@ -118,4 +118,5 @@ def _site(nodes: list[Node], constants: frozenset[str], device: str) -> Site:
         name=" + ".join(site_name(node) for node in nodes),
         producers=producers_of([x], constants),
         consumers=tuple(dict.fromkeys(name for node in last for name in consumers_of(node))),
+        nodes=tuple(node.name for node in nodes),
     )

@@ -82,6 +82,15 @@ def _hotspot(
         producers=_distinct(site.producers for site in sites),
         consumers=_distinct(site.consumers for site in sites),
         estimated=estimated,
+        rivals=rivals_of(key, scenario.sites),
+    )
+
+
+def rivals_of(key: str, sites: Sequence[Site]) -> tuple[str, ...]:
+    """Keys of the problems that have a node in common with one."""
+    own = {name for site in sites if site.problem.key == key for name in site.nodes}
+    return tuple(
+        dict.fromkeys(site.problem.key for site in sites if site.problem.key != key and not own.isdisjoint(site.nodes))
     )
 
 

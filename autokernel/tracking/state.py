@@ -17,6 +17,7 @@ from autokernel.events import (
     Exported,
     GraphTrial,
     ModelValidated,
+    PlanTrial,
     Profiled,
     Proved,
     RunFinished,
@@ -47,6 +48,7 @@ class RunState:
     evaluated: Mapping[str, Evaluated]  # by candidate id
     confirmed: Mapping[str, Confirmed]  # by candidate id
     graph_trials: tuple[GraphTrial, ...]
+    plan_trials: tuple[PlanTrial, ...] = ()
     validated: ModelValidated | None
     exported: Exported | None
     proved: Proved | None
@@ -96,6 +98,7 @@ class RunState:
         evaluated: dict[str, Evaluated] = {}
         confirmed: dict[str, Confirmed] = {}
         graph_trials: list[GraphTrial] = []
+        plan_trials: list[PlanTrial] = []
         timed: list[ScenarioTimed] = []
         stages: set[str] = set()
         num_trials = 0
@@ -115,6 +118,8 @@ class RunState:
                 confirmed[event.candidate.id] = event
             elif isinstance(event, GraphTrial):
                 graph_trials.append(event)
+            elif isinstance(event, PlanTrial):
+                plan_trials.append(event)
             elif isinstance(event, ScenarioTimed):
                 timed.append(event)
             elif isinstance(event, StageFinished):
@@ -130,6 +135,7 @@ class RunState:
             evaluated=evaluated,
             confirmed=confirmed,
             graph_trials=tuple(graph_trials),
+            plan_trials=tuple(plan_trials),
             validated=_last(last, ModelValidated),
             exported=_last(last, Exported),
             proved=_last(last, Proved),

@@ -15,6 +15,7 @@ from autokernel.events import (
     Exported,
     GraphTrial,
     ModelValidated,
+    PlanTrial,
     Profiled,
     Proved,
     RunFinished,
@@ -191,6 +192,7 @@ class RunSummary:
     profiled: Profiled | None
     problems: tuple[ProblemSummary, ...]
     graph_trials: tuple[GraphTrial, ...]
+    plan_trials: tuple[PlanTrial, ...] = ()
     validated: ModelValidated | None
     exported: Exported | None
     proved: Proved | None
@@ -292,6 +294,7 @@ def summarize(events: Iterable[Event]) -> RunSummary:
     trials: dict[str, Evaluated] = {}
     confirmed: dict[str, Confirmed] = {}
     graph_trials: list[GraphTrial] = []
+    plan_trials: list[PlanTrial] = []
     timed: dict[str, ScenarioTimed] = {}
     seconds: Counter[str] = Counter()
     num_starts = 0
@@ -306,6 +309,8 @@ def summarize(events: Iterable[Event]) -> RunSummary:
                 confirmed[event.candidate.id] = event
             case GraphTrial():
                 graph_trials.append(event)
+            case PlanTrial():
+                plan_trials.append(event)
             case ScenarioTimed():
                 timed[event.scenario] = event
             case StageFinished():
@@ -319,6 +324,7 @@ def summarize(events: Iterable[Event]) -> RunSummary:
         num_resumes=num_starts - 1,
         problems=(),
         graph_trials=tuple(graph_trials),
+        plan_trials=tuple(plan_trials),
         profiled=_get(last, Profiled),
         validated=_get(last, ModelValidated),
         exported=_get(last, Exported),

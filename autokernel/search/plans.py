@@ -1,0 +1,121 @@
+"""Plans: which entries go together where fusions exclude each other. Pure.
+
+A part is an entry with what it saves per step; two parts are rivals if they would take the same nodes of a graph. A plan is a
+set of parts without rivals to which no other part can be added: leaving one out that nothing excludes is for ablation to tell.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+_MAX_STEPS = 200_000  # of the search; a graph's rivals come in small groups, which need a few hundred
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """An entry that may be in a plan. `saved_us` is what a step of its scenario takes less with it, by its own timing."""
+
+    key: str
+    saved_us: float
+    rivals: frozenset[str]  # keys of parts that it excludes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Parts that go together, by key, in the order of what they save."""
+
+    keys: tuple[str, ...]
+    saved_us: float
+
+
+def best_plans(parts: Sequence[Part], limit: int) -> list[Plan]:
+    """The plans that save most if savings add up, best first.
+
+    Args:
+        parts: of one scenario; a rival that is not among them does not count.
+        limit: how many plans at most.
+    """
+    known = {part.key for part in parts}
+    rivals = {part.key: _both_ways(part.key, parts) & known for part in parts}
+    saved = {part.key: part.saved_us for part in parts}
+    best: list[tuple[float, tuple[str, ...]]] = [(0.0, ())]
+    for group in _groups(parts, rivals):  # they do not exclude each other: the best of all are sums of the best of each
+        found = _plans_of_group(group, rivals, limit)
+        sums = ((a + b, (*keys, *more)) for a, keys in best for b, more in found)
+        best = heapq.nlargest(limit, sums)
+    plans = [tuple(sorted(keys, key=lambda key: (-saved[key], key))) for _, keys in best]
+    return sorted(
+        (Plan(keys=keys, saved_us=sum(saved[key] for key in keys)) for keys in plans), key=lambda p: (-p.saved_us, p.keys)
+    )
+
+
+def _groups(parts: Sequence[Part], rivals: Mapping[str, frozenset[str]]) -> list[list[Part]]:
+    """Parts that exclude each other, directly or through others."""
+    left = {part.key: part for part in parts}
+    groups: list[list[Part]] = []
+    while left:
+        group, edge = [], [next(iter(left))]
+        while edge:
+            part = left.pop(edge.pop(), None)
+            if part is not None:
+                group.append(part)
+                edge += rivals[part.key]
+        groups.append(group)
+    return groups
+
+
+def _plans_of_group(
+    parts: Sequence[Part], rivals: Mapping[str, frozenset[str]], limit: int
+) -> list[tuple[float, tuple[str, ...]]]:
+    """The best (saving, keys) of one group, by branch and bound."""
+    order = sorted(parts, key=lambda part: (-part.saved_us, part.key))
+    rest = [0.0] * (len(order) + 1)  # the most that the parts from here on could save
+    for i in reversed(range(len(order))):
+        rest[i] = rest[i + 1] + max(0.0, order[i].saved_us)
+    found: list[tuple[float, tuple[str, ...]]] = []  # a heap, the worst first
+    steps = 0
+
+    def visit(i: int, taken: tuple[str, ...], saved: float) -> None:
+        nonlocal steps
+        steps += 1
+        if steps > _MAX_STEPS or (len(found) == limit and saved + rest[i] <= found[0][0]):
+            return
+        if i == len(order):
+            if all(part.key in taken or rivals[part.key] & set(taken) for part in order):
+                heapq.heappush(found, (saved, taken))
+                if len(found) > limit:
+                    heapq.heappop(found)
+            return
+        part = order[i]
+        if not rivals[part.key] & set(taken):
+            visit(i + 1, (*taken, part.key), saved + part.saved_us)
+        if rivals[part.key]:  # nothing is gained by leaving out what excludes nothing
+            visit(i + 1, taken, saved)
+
+    visit(0, (), 0.0)
+    return found
+
+
+def _both_ways(key: str, parts: Sequence[Part]) -> frozenset[str]:
+    own = next(part.rivals for part in parts if part.key == key)
+    return own | {part.key for part in parts if key in part.rivals}
+
+
+def is_plan(keys: Sequence[str], parts: Sequence[Part]) -> bool:
+    """Whether no two of the keys are rivals."""
+    chosen = set(keys)
+    return not any(part.key in chosen and part.rivals & chosen for part in parts)
+
+
+def completed(keys: Sequence[str], parts: Sequence[Part]) -> Plan:
+    """A plan from some keys: rivals of earlier ones are left out, and what nothing excludes is added, most saved first."""
+    taken: list[str] = []
+    order = {key: position for position, key in enumerate(keys)}
+    for part in sorted(parts, key=lambda part: (order.get(part.key, len(order)), -part.saved_us, part.key)):
+        if not _both_ways(part.key, parts) & set(taken):
+            taken.append(part.key)
+    saved: Mapping[str, float] = {part.key: part.saved_us for part in parts}
+    ranked = sorted(taken, key=lambda key: (-saved[key], key))
+    return Plan(keys=tuple(ranked), saved_us=sum(saved[key] for key in ranked))
