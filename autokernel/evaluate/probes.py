@@ -3,6 +3,8 @@
 Non-constant inputs vary by draw; constants (weights) are drawn once per copy. Copy 0's constants repeat their first half
 along the contraction, so that the draw "cancellation" really cancels there and a lost fp32 accumulation shows.
 
+An attention's mask hides a quarter of the keys, and in the draw "zero_rows" all of them from every other row.
+
 Where matrices have scales (8-bit floating point), these are positive and finite in every draw, and it is they that keep the
 result as large as the activations: the matrices themselves are as a quantizer leaves them, well within what 8 bits can hold.
 """
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autokernel.evaluate.caches import cache_bytes
+from autokernel.ops.attention import mask_position
 from autokernel.ops.scaled_mm import scales_of
 from autokernel.records import Problem, TensorSpec
 
@@ -172,6 +175,8 @@ def _constant(problem: Problem, position: int, seed: int, device: str | None, *,
 def _variable(problem: Problem, position: int, seed: int, draw: str, device: str | None, scale: float) -> torch.Tensor:
     spec = problem.inputs[position]
     generator = _Generator(spec, derived_seed(seed, draw, "input", position), device or problem.device)
+    if position == mask_position(problem):
+        return generator.place(generator.mask(draw))
     if not _is_float(spec):
         return generator.place(generator.integers(problem, draw))
     if position in scales_of(problem):
@@ -249,6 +254,23 @@ class _Generator:
         if draw == "large":
             return torch.where(values >= (low + high) / 2, high - 1, low)
         return torch.zeros_like(values) if draw == "zero_rows" and low < 0 else values
+
+    def mask(self, draw: str) -> torch.Tensor:
+        """What attention sees: most of it, the first key always; in "zero_rows" every other row sees nothing.
+
+        Booleans, or numbers that are added: -inf where nothing is seen.
+        """
+        import torch
+
+        hidden = torch.rand(self._distinct, generator=self._random, device=self._device) < 0.25
+        hidden[..., 0] = False
+        if draw == "zero_rows":
+            hidden.reshape(-1, hidden.shape[-1])[::2] = True
+        if not _is_float(self._spec):
+            return ~hidden
+        values = self.normal()
+        values = self.spoil(values) if draw == "nonfinite" else values
+        return torch.where(hidden, -torch.inf, values)
 
     def spoil(self, values: torch.Tensor) -> torch.Tensor:
         """One NaN, one +Inf and one -Inf, in rows of their own where there are enough rows. e4m3 has no infinity: NaN alone."""

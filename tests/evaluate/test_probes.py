@@ -172,3 +172,21 @@ def test_a_large_copy_is_cold_alone_on_a_gpu(linear: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(probes, "free_bytes", lambda device: 80 * mib)
     with pytest.raises(ValueError, match="2 copies"):
         num_copies_for(large, 60 * mib)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "float32"])
+def test_a_mask_hides_some_keys_and_once_all_of_them_from_some_rows(dtype: str) -> None:
+    q, kv = TensorSpec.contiguous((2, 3, 4, 8), "float32"), TensorSpec.contiguous((2, 3, 50, 8), "float32")
+    mask = TensorSpec.contiguous((2, 1, 4, 50), dtype)
+    problem = Problem(op="attention", inputs=(q, kv, kv, mask), device="cpu", scalars=(("scale", 1.0),))
+
+    def seen(draw: str) -> torch.Tensor:
+        drawn = make_inputs(problem, 0, draw)[3]
+        assert drawn.dtype is getattr(torch, dtype)
+        return drawn if dtype == "bool" else drawn != -torch.inf
+
+    assert 0.6 < seen("model").float().mean() < 0.9
+    assert seen("model")[..., 0].all(), "a row that sees something is the usual case"
+    rows = seen("zero_rows").flatten(0, -2)
+    assert not rows[::2].any()
+    assert rows[1::2, 0].all()
