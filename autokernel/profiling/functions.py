@@ -33,7 +33,7 @@ def load_function(loaded: LoadedExperiment, reference: str, key: str) -> Callabl
         raise ConfigError(f"{key}: {reference}: {error}; install what it needs") from None
     if not callable(function):
         names = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
-        raise ConfigError(f"{key}: {target} has no function {name!r}; it has {', '.join(names) or 'none'}")
+        raise ConfigError(f"{key}: {target} has no function or class {name!r}; it has {', '.join(names) or 'none'}")
     return function  # type: ignore[no-any-return]
 
 

@@ -158,6 +158,44 @@ def test_models_with_several_outputs_are_checked_one_by_one() -> None:
     assert failed(make(lambda x: (layer(x) * 1.1, x.argmax(-1)))) == {"m[0]: max error", "m[0]: norm of error"}
 
 
+@pytest.mark.parametrize(("limit", "fails"), [(None, False), (1e-3, False), (1e-5, True)])
+def test_the_distance_from_eager_may_have_a_limit_of_its_own(limit: float | None, fails: bool) -> None:
+    layer = nn.Linear(16, 16).bfloat16().requires_grad_(False)
+    exact = copy.deepcopy(layer).double()
+
+    def nudged(x: torch.Tensor) -> torch.Tensor:
+        out = layer(x)
+        out[0, 0] += 2**-12  # within the budget of bf16: the element is small
+        return out
+
+    x = torch.zeros(8, 16).bfloat16()
+    layer.bias[0] = exact.bias[0] = 2**-6
+    trio = Trio(
+        name="m", contender=nudged, stock=layer, reference=exact, draws=[(x,)], raised=torch.float64, max_abs_error=limit
+    )
+    verdict = compare_outputs([trio], 0.99)
+    assert {check.name for check in verdict.failures} == ({"m: from eager"} if fails else set())
+    distances = [check.value for check in verdict.checks if check.name == "m: from eager"]
+    assert distances == ([2**-12] if limit is not None else [])
+
+
+def test_missing_values_among_the_inputs_are_not_changes() -> None:
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return x.nanmean(dim=1)
+
+    def fills(x: torch.Tensor) -> torch.Tensor:
+        out = mean(x)
+        x.nan_to_num_(0.5)
+        return out
+
+    def trio(contender: Run) -> Trio:
+        x = torch.tensor([[1.0, math.nan, 3.0]])
+        return Trio(name="m", contender=contender, stock=mean, reference=mean, draws=[(x,)], raised=torch.float64)
+
+    assert not failed(trio(mean))
+    assert failed(trio(fills)) == {"m: outputs"}
+
+
 def metric_of(samples: dict[str, list[float]], **options: Any) -> Metric:
     return Metric(name="m", samples=lambda forward: samples[forward()], limit=0.01, **options)
 

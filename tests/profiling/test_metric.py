@@ -30,6 +30,7 @@ def write(tmp_path: Path) -> Any:
     (tmp_path / "parts.py").write_text(
         "def score(forward, scale=1):\n    return [scale * forward(i) for i in range(3)]\n"
         "def nothing(forward):\n    return []\n"
+        "def placed(forward, device):\n    return [float(device == 'cpu')]\n"
         "def number(forward):\n    return 3\n"
         "def text():\n    return 'no bytes'\n"
     )
@@ -85,12 +86,17 @@ def test_a_metric_of_ones_own(write: Any, model: nn.Module) -> None:
     assert metric.higher_is_better
 
 
+def test_a_metric_that_asks_for_the_device_is_told(write: Any, model: nn.Module) -> None:
+    assert load_metric(write(metric="parts.py:placed"), model, "cpu")(lambda: None) == [1.0]
+    assert load_metric(write(metric="parts.py:placed", arguments={"device": "other"}), model, "cpu")(lambda: None) == [0.0]
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
         ({"metric": "parts.py:nothing"}, "returned no samples"),
         ({"metric": "parts.py:number"}, "must return a list of numbers, not int"),
-        ({"metric": "parts.py:lost"}, "has no function 'lost'"),
+        ({"metric": "parts.py:lost"}, "has no function or class 'lost'"),
         ({"data": "text.txt", "length": 64, "max_bytes": 100}, "100 tokens of text are less than 2 windows of 64"),
         ({"data": "parts.py:text"}, "returned str; it must return bytes"),
     ],

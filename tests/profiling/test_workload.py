@@ -172,7 +172,7 @@ def test_a_factory_in_a_module(write: Any) -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"factory": "parts.py:nothing"}, r"model.factory: parts.py has no function 'nothing'; it has inputs, mlp"),
+        ({"factory": "parts.py:nothing"}, r"model.factory: parts.py has no function or class 'nothing'; it has inputs, mlp"),
         ({"factory": "no_such_package:f"}, r"no_such_package.*install the package, or name a file"),
         ({"factory": "parts.py:mlp", "arguments": {"depth": 2}}, r"parts.py:mlp does not take \['depth'\]"),
         ({"factory": "parts.py:not_a_module"}, r"must return a torch.nn.Module, not int"),

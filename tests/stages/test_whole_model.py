@@ -163,6 +163,8 @@ def test_fewer_layers_change_the_model_alone() -> None:
     assert smaller.experiment.model.config_overrides == {"num_hidden_layers": 4}
     assert smaller.experiment.scenarios == loaded.experiment.scenarios
     assert with_layers(loaded, None) is loaded
+    of_a_class = load_experiment(LLAMA.parent / "vit.yaml")
+    assert with_layers(of_a_class, 4) is of_a_class
 
 
 def entry(n: int, scenario: str) -> Entry:
