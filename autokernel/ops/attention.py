@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from autokernel.ops.base import Region, Site, sites_of
 from autokernel.ops.matching import is_reshape, op_name, settled, tensor_spec
-from autokernel.records import DTYPE_BYTES, Problem
+from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
 
 if TYPE_CHECKING:
     import torch
     from torch.fx import Graph, Node
 
-# What `scaled_dot_product_attention` becomes in a graph, and which positional arguments follow q, k and v.
-_CALLS: Mapping[str, tuple[str, ...]] = {
-    "aten._scaled_dot_product_flash_attention_for_cpu": ("dropout_p", "is_causal"),
-    "aten._scaled_dot_product_flash_attention": ("dropout_p", "is_causal", "return_debug_mask"),
-    "aten._scaled_dot_product_efficient_attention": ("attn_bias", "compute_log_sumexp", "dropout_p", "is_causal"),
-    "aten._scaled_dot_product_cudnn_attention": (
-        "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal", "return_debug_mask",
-    ),
-}  # fmt: skip
+# What `scaled_dot_product_attention` becomes in a graph, and from where on an added number means "not seen": cuDNN gets the
+# lowest number of float16 where the others get -inf.
+_CALLS: Mapping[str, float] = {
+    "aten._scaled_dot_product_flash_attention_for_cpu": -math.inf,
+    "aten._scaled_dot_product_flash_attention": -math.inf,
+    "aten._scaled_dot_product_efficient_attention": -math.inf,
+    "aten._scaled_dot_product_cudnn_attention": -65504.0,
+}
 LIBRARY_CALLS: tuple[str, ...] = tuple(_CALLS)
+# Arguments that change no result that is used: of results for a backward pass, and for debugging.
+_WITHOUT_EFFECT = ("compute_log_sumexp", "return_debug_mask")
+_COPIES = ("aten.clone", "prims.convert_element_type", "aten._to_copy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,48 +120,89 @@ def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     batch, groups, length, dim = x.shape
     if groups == num_heads:
         return x
-    return x[:, :, None].expand(batch, groups, num_heads // groups, length, dim).reshape(batch, num_heads, length, dim)
+    return x.unsqueeze(2).expand(batch, groups, num_heads // groups, length, dim).reshape(batch, num_heads, length, dim)
 
 
 def _region(node: Node, device: str) -> Region | None:
     """The region of a library call; None where it drops at random, has other results in use, or sizes are not known."""
     arguments = _arguments(node)
     out = next((user for user in node.users if user.args[1] == 0), None)
-    if out is None or any(user is not out and user.users for user in node.users):
+    if arguments is None or out is None or any(user is not out and user.users for user in node.users):
         return None
-    q, k, v, mask = arguments["query"], arguments["key"], arguments["value"], arguments["mask"]
-    if arguments["dropout_p"] or not all(_is_node(operand) for operand in (q, k, v)):
-        return None
+    q, k, v, mask = arguments.query, arguments.key, arguments.value, arguments.mask
     k, repeated_k = _before_repetition(k)
     v, repeated_v = _before_repetition(v)
     if k.meta["val"].shape[1] != v.meta["val"].shape[1]:
-        k, v, repeated_k, repeated_v = arguments["key"], arguments["value"], (), ()
-    operands = [q, k, v, *([_what_is_seen(mask)] if mask is not None else [])]
+        k, v, repeated_k, repeated_v = arguments.key, arguments.value, (), ()
+    operands = [q, k, v]
+    spread: tuple[Node, ...] = ()
+    if mask is not None:
+        source, spread = _before_spreading(mask, _CALLS[op_name(node)])
+        operands.append(source)
     specs = [tensor_spec(operand) for operand in operands]
     known = [settled(spec) for spec in specs if spec is not None]
-    if len(known) != len(specs) or any(len(spec.shape) != 4 for spec in known) or tensor_spec(out) is None:
+    if len(known) != len(specs) or not _fit(known) or tensor_spec(out) is None:
         return None
-    scale = arguments["scale"] if arguments["scale"] is not None else 1 / math.sqrt(known[0].shape[-1])
-    causal: tuple[tuple[str, bool], ...] = (("causal", True),) if arguments["is_causal"] else ()
+    scale = arguments.scale if arguments.scale is not None else 1 / math.sqrt(known[0].shape[-1])
+    causal: tuple[tuple[str, bool], ...] = (("causal", True),) if arguments.causal else ()
     problem = Problem(op=Attention.name, inputs=tuple(known), device=device, scalars=(*causal, ("scale", float(scale))))
-    inner = [found for found in (*repeated_k, *repeated_v) if set(found.users) <= {*repeated_k, *repeated_v, node}]
-    return Region(
-        problem=problem, inputs=tuple(operands), outputs=(out,), inner=frozenset({node, out, *inner}), name_of=node
-    )  # fmt: skip
+    inner = _serving_only({*repeated_k, *repeated_v, *spread, node, *node.users}, out)
+    return Region(problem=problem, inputs=tuple(operands), outputs=(out,), inner=inner, name_of=node)
 
 
-def _arguments(node: Node) -> dict[str, Any]:
-    names = ("query", "key", "value", *_CALLS[op_name(node)])
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return {
-        "query": given["query"],
-        "key": given["key"],
-        "value": given["value"],
-        "mask": given.get("attn_mask", given.get("attn_bias")),
-        "dropout_p": given.get("dropout_p", 0.0),
-        "is_causal": given.get("is_causal", False),
-        "scale": given.get("scale"),
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arguments:
+    """Of a library call. `scale` is None where it is the usual one."""
+
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None
+    causal: bool
+    scale: float | None
+
+
+def _arguments(node: Node) -> _Arguments | None:
+    """What a library call is given, by the names of its schema; None where it does more than attention without dropout."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given: dict[str, Any] = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    given |= {**dict(zip((argument.name for argument in schema), node.args, strict=False)), **node.kwargs}
+    found = _Arguments(
+        query=given.pop("query"),
+        key=given.pop("key"),
+        value=given.pop("value"),
+        mask=given.pop("attn_mask", given.pop("attn_bias", None)),
+        causal=bool(given.pop("is_causal", False)),
+        scale=given.pop("scale", None),
+    )
+    tensors = (found.query, found.key, found.value, *(() if found.mask is None else (found.mask,)))
+    others = [value for name, value in given.items() if name not in _WITHOUT_EFFECT]  # dropout, scales of 8 bits
+    return None if any(others) or not all(_is_node(tensor) for tensor in tensors) else found
+
+
+def _fit(specs: list[TensorSpec]) -> bool:
+    """Whether q, k, v and a mask are the operands of one attention."""
+    if any(len(spec.shape) != 4 for spec in specs):
+        return False
+    q, k, v, *masks = (spec.shape for spec in specs)
+    whole = (*q[:3], k[2])
+    return (
+        q[0] == k[0] == v[0]
+        and q[3] == k[3]
+        and k[1:3] == v[1:3]
+        and q[1] % max(1, k[1]) == 0
+        and all(size in (1, full) for mask in masks for size, full in zip(mask, whole, strict=True))
+    )
+
+
+def _serving_only(nodes: set[Node], out: Node) -> frozenset[Node]:
+    """Those of the nodes whose values serve the output alone, directly or not; the output itself."""
+    inner = set(nodes)
+    while True:
+        shared = {node for node in inner - {out} if not set(node.users) <= inner}
+        if not shared:
+            return frozenset(inner)
+        inner -= shared
 
 
 def _before_repetition(x: Node) -> tuple[Node, tuple[Node, ...]]:
@@ -183,16 +226,69 @@ def _before_repetition(x: Node) -> tuple[Node, tuple[Node, ...]]:
     return x, ()
 
 
-def _what_is_seen(mask: Node) -> Node:
-    """The booleans behind a mask of 0 and -inf that a library call was given in their place."""
-    if op_name(mask) != "aten.where":
-        return mask
-    seen, zero, never = mask.args
-    return seen if _is_filled(zero, 0.0) and _is_filled(never, -math.inf) else mask  # type: ignore[return-value]
+def _before_spreading(mask: Node, never: float) -> tuple[Node, tuple[Node, ...]]:
+    """What a mask was before the library made it fit its kernel, and the nodes between.
+
+    Booleans become 0 and -inf (a number of at most `never`); rows are padded to a multiple of 8 elements and cut again, and
+    stretched to `[B, H, Q, S]`. The same numbers, or the booleans that they say.
+    """
+    node: Node | None = mask
+    passed: list[Node] = []
+    source, between = mask, 0
+    exact = True  # a conversion may round numbers, but not 0 and -inf
+    while node is not None:
+        value = node.meta["val"]
+        exact = exact and value.dtype == mask.meta["val"].dtype
+        if exact and value.dim() == 4:
+            source, between = node, len(passed)
+        passed.append(node)
+        seen = _what_is_seen(node, never)
+        if seen is not None and seen.meta["val"].dim() == 4:
+            return seen, tuple(passed)
+        node = _same_numbers(node)
+    return source, tuple(passed[:between])
 
 
-def _is_filled(node: Any, value: float) -> bool:
-    return _is_node(node) and op_name(node) == "aten.full" and bool(node.args[1] == value)
+def _same_numbers(node: Node) -> Node | None:
+    """What a node only copies, converts, stretches, or cuts to what it was before it was padded."""
+    if op_name(node) == "aten.expand" or op_name(node) in _COPIES:
+        return node.all_input_nodes[0]
+    if op_name(node) != "aten.slice":
+        return None
+    padded = node.all_input_nodes[0]
+    if op_name(padded) != "aten.constant_pad_nd" or any(node.args[2:3]):
+        return None
+    before, amounts = padded.all_input_nodes[0], list(padded.args[1])  # type: ignore[arg-type]
+    behind_alone = not any(amounts[::2]) and all(amount >= 0 for amount in amounts)  # type: ignore[operator]
+    return before if behind_alone and node.meta["val"].shape == before.meta["val"].shape else None
+
+
+def _what_is_seen(node: Node, never: float) -> Node | None:
+    """The booleans behind 0 where they are true and -inf (`never` or less) where they are not."""
+    if op_name(node) != "aten.where":
+        return None
+    condition, yes, no = node.args
+    if not _is_node(condition):
+        return None
+    if _filled(yes) == 0 and _is_never(no, never):
+        return condition
+    negated = op_name(condition) in ("aten.logical_not", "aten.bitwise_not")
+    return condition.all_input_nodes[0] if negated and _is_never(yes, never) and _filled(no) == 0 else None
+
+
+def _is_never(value: object, never: float) -> bool:
+    number = _filled(value)
+    return number is not None and number <= never
+
+
+def _filled(value: object) -> float | None:
+    """The number that all elements are, None if they differ or nobody knows."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if not _is_node(value) or op_name(value) not in ("aten.full", "aten.scalar_tensor"):
+        return None
+    number = value.args[1 if op_name(value) == "aten.full" else 0]
+    return float(number) if isinstance(number, (int, float)) else None
 
 
 def _is_node(value: object) -> TypeGuard[Node]:
