@@ -98,6 +98,11 @@ class ValidationSection(Section):
     confirm_rounds: PositiveInt = Field(41, description="paired rounds per confirmation")
     confirm_top: PositiveInt = Field(2, description="candidates per hotspot that are confirmed against the baselines")
     end_to_end_rounds: PositiveInt = Field(41, description="paired rounds per scenario and mode")
+    max_copied_gb: PositiveFloat = Field(
+        32,
+        description="weights that entries may copy in all scenarios together (packed, or side by side for merged GEMMs); what "
+        "gains least for its bytes is left out",
+    )
     baselines: tuple[StockMode, ...] = Field(
         ("eager", "default", "max-autotune"),
         min_length=1,

@@ -66,7 +66,7 @@ def run(
 
 def _run_stages(context: RunContext, until: str) -> RunOutcome:
     """The flow on one screen."""
-    from autokernel.stages.confirm import compatible, confirm, entry_of
+    from autokernel.stages.confirm import compatible, confirm, entry_of, within_memory
     from autokernel.stages.graph import search_graph_options
     from autokernel.stages.model import validate
     from autokernel.stages.plan import choose_plans
@@ -82,7 +82,8 @@ def _run_stages(context: RunContext, until: str) -> RunOutcome:
         return _stopped(context, until)
     winners, dropped = compatible(confirm(context, profiled, evaluations), evaluations)
     winners, excluded = choose_plans(context, profiled, winners)
-    dropped |= excluded
+    winners, too_large = within_memory(winners, context.experiment.validation.max_copied_gb * 1e9)
+    dropped |= excluded | too_large
     if until == "confirm":
         return _stopped(context, until)
     bundle = make_bundle(context, [entry_of(winner) for winner in winners], {})

@@ -11,6 +11,7 @@ from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.events import Confirmed, Profiled
 from autokernel.export.bundle import Entry
+from autokernel.export.freezing import needs_constant
 from autokernel.export.matching import Gemm, gemm_of, parts_of_merged
 from autokernel.records import Candidate, Evaluation, Hotspot, Status, Winner
 from autokernel.stages.context import RunContext
@@ -168,6 +169,33 @@ def entry_of(winner: Winner) -> Entry:
         regime=winner.evaluation.measurement.regime if winner.evaluation.measurement else "",
         deterministic=winner.evaluation.deterministic,
     )
+
+
+def within_memory(winners: Sequence[Winner], limit_bytes: float) -> tuple[list[Winner], dict[str, str]]:
+    """Winners whose copies of weights fit together, and why others do not: those that gain most for their bytes come first.
+
+    A graph that is compiled keeps its packed and merged weights beside the model's own.
+    """
+    gains = {w.hotspot.problem.key: w.hotspot.weight * (1 - w.winner_us / w.baseline_us) for w in winners}
+    sizes = {w.hotspot.problem.key: copied_bytes(w) for w in winners}
+    left, dropped = limit_bytes, {}
+    for key in sorted((key for key in sizes if sizes[key]), key=lambda key: -gains[key] / sizes[key]):
+        if sizes[key] > left:
+            dropped[key] = (
+                f"it copies {sizes[key] / 1e9:.3g} GB of weights, of {limit_bytes / 1e9:.3g} GB {left / 1e9:.3g} are left "
+                "(validation.max_copied_gb)"
+            )
+        else:
+            left -= sizes[key]
+    return [winner for winner in winners if winner.hotspot.problem.key not in dropped], dropped
+
+
+def copied_bytes(winner: Winner) -> int:
+    """Bytes of weights that a winner's entry copies, in all its places of one scenario."""
+    if not needs_constant(entry_of(winner)):
+        return 0
+    problem = winner.hotspot.problem
+    return winner.hotspot.num_calls * sum(problem.inputs[i].num_bytes for i in problem.constants)
 
 
 def compatible(
