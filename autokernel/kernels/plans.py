@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from autokernel.kernels.attention_config import plan_decode, plan_flash
 from autokernel.kernels.launch import KernelPlan
+from autokernel.kernels.row_norm_config import plan_row_norm
 from autokernel.records import ConfigValue, Problem
 
 Planner = Callable[[Problem, Mapping[str, ConfigValue]], KernelPlan]
@@ -17,6 +18,10 @@ Planner = Callable[[Problem, Mapping[str, ConfigValue]], KernelPlan]
 # op -> kernel -> planner; the first kernel of an op is its usual one
 PLANNERS: Mapping[str, Mapping[str, Planner]] = {
     "attention": {"decode_attention": plan_decode, "flash_attention": plan_flash},
+    "rms_norm": {"row_norm": plan_row_norm},
+    "add_rms_norm": {"row_norm": plan_row_norm},
+    "adaln_rms_norm": {"row_norm": plan_row_norm},
+    "gated_rms_norm": {"row_norm": plan_row_norm},
 }
 
 

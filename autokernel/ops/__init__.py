@@ -5,20 +5,42 @@ To add an op: write its file, append it to `OPS`, and give it a search space `se
 
 from __future__ import annotations
 
+from autokernel.ops.adaln_rms_norm import AdalnRmsNorm
+from autokernel.ops.add_rms_norm import AddRmsNorm
 from autokernel.ops.addmm import Addmm
 from autokernel.ops.attention import Attention
 from autokernel.ops.baddbmm import Baddbmm
 from autokernel.ops.base import FusionOp, Op, Region, Site
 from autokernel.ops.bmm import Bmm
 from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, apply_epilogue
+from autokernel.ops.gated import Gated
+from autokernel.ops.gated_rms_norm import GatedRmsNorm
 from autokernel.ops.int_mm import IntMm
 from autokernel.ops.merged_mm import MergedMm
 from autokernel.ops.mm import Mm
+from autokernel.ops.rms_norm import RmsNorm
+from autokernel.ops.rotary import Rotary
 from autokernel.ops.rotary_complex import RotaryComplex
 from autokernel.ops.scaled_mm import ScaledMm
 
 # In order of precedence: an opportunity that spans several GEMMs comes before the GEMMs themselves.
-OPS: tuple[Op, ...] = (MergedMm(), Mm(), Addmm(), Bmm(), Baddbmm(), ScaledMm(), IntMm(), Attention(), RotaryComplex())
+OPS: tuple[Op, ...] = (
+    MergedMm(),
+    Mm(),
+    Addmm(),
+    Bmm(),
+    Baddbmm(),
+    ScaledMm(),
+    IntMm(),
+    Attention(),
+    RotaryComplex(),
+    Rotary(),
+    AddRmsNorm(),
+    GatedRmsNorm(),
+    AdalnRmsNorm(),
+    RmsNorm(),
+    Gated(),
+)
 
 
 def get_op(name: str) -> Op:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autokernel.ops.base import Region, Site, sites_of
+from autokernel.ops.matching import tensor_spec
 from autokernel.ops.patterns import Pattern
-from autokernel.records import Problem
+from autokernel.ops.spelling import trace
+from autokernel.records import Problem, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -14,14 +17,24 @@ if TYPE_CHECKING:
 
 
 class PatternFusion:
-    """An op whose first spelling is its reference. The rest of an op (`dims`, `flops`, `num_bytes`) is each fusion's own."""
+    """An op whose first spelling is its reference. The rest of an op (`dims`, `flops`, `num_bytes`) is each fusion's own.
+
+    Patterns come in order of precedence: where two see the same nodes, the first one has them.
+    """
 
     name: str
-    pattern: Pattern
+    patterns: tuple[Pattern, ...]
 
     def reference(self, problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Op.reference`."""
-        return self.pattern.spellings[0](*inputs, **dict(problem.scalars))
+        return pattern_of(self.patterns, problem).spellings[0](*inputs, **dict(problem.scalars))
+
+    def outputs(self, problem: Problem) -> tuple[TensorSpec, ...]:
+        """What the reference returns, in the layouts that eager PyTorch gives them."""
+        traced = trace(pattern_of(self.patterns, problem).spellings[0], problem.inputs, problem.scalars)
+        specs = [spec for spec in map(tensor_spec, traced.outputs) if spec is not None]
+        assert len(specs) == len(traced.outputs), "fusions compute dense tensors of known dtypes"
+        return tuple(specs)
 
     def find(self, graph: Graph, constants: frozenset[str], device: str) -> list[Site]:
         """See `Op.find`."""
@@ -29,7 +42,24 @@ class PatternFusion:
 
     def match(self, graph: Graph, constants: frozenset[str], device: str) -> list[Region]:
         """See `FusionOp.match`."""
-        return self.pattern.match(graph, device)
+        regions: list[Region] = []
+        for pattern in self.patterns:
+            taken = frozenset().union(*(region.inner for region in regions))
+            regions += [region for region in pattern.match(graph, device) if not region.inner & taken]
+        return regions
+
+
+def pattern_of(patterns: Sequence[Pattern], problem: Problem) -> Pattern:
+    """The pattern that a problem was found by.
+
+    Raises:
+        ValueError: none of them has such scalars.
+    """
+    scalars = dict(problem.scalars)
+    for pattern in patterns:
+        if scalars.keys() == {*dict(pattern.fixed), *pattern.scalars} and scalars.items() >= dict(pattern.fixed).items():
+            return pattern
+    raise ValueError(f"{problem.key}: no pattern of {problem.op} has the scalars {', '.join(scalars) or 'none'}")
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

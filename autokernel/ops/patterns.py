@@ -38,7 +38,7 @@ from autokernel.ops.spelling import (
     shape_of,
     trace,
 )
-from autokernel.records import Problem, TensorSpec
+from autokernel.records import ConfigValue, Problem, TensorSpec
 
 _MAX_READINGS = 8  # ways to see a spelling at one place that are tried
 
@@ -56,12 +56,14 @@ class Pattern:
             first one is the reference. Every output but the last is a value on the way to the last one.
         inputs: for a dtype, what the inputs may look like; any sizes will do, for only the ops are looked at.
         scalars: names of the numbers that the graph holds as literals.
+        fixed: scalars whose values tell this pattern from others of the op; its functions get them by keyword as well.
     """
 
     op: str
     spellings: tuple[Spelling, ...]
     inputs: Callable[[str], tuple[TensorSpec, ...]]
     scalars: tuple[str, ...] = ()
+    fixed: tuple[tuple[str, ConfigValue], ...] = ()
 
     def match(self, graph: Graph, device: str) -> list[Region]:
         """Its regions, in the graph's order and without overlap; of two, the one in 16 bits, which has the conversions."""
@@ -86,7 +88,7 @@ class Pattern:
 
     def _first_traces(self, spelling: Spelling) -> list[Traced]:
         marks = tuple((name, _mark(i)) for i, name in enumerate(self.scalars))
-        return [trace(spelling, self.inputs(dtype), marks) for dtype in ("bfloat16", "float32")]
+        return [trace(spelling, self.inputs(dtype), (*self.fixed, *marks)) for dtype in ("bfloat16", "float32")]
 
     def _region(
         self,
@@ -105,7 +107,7 @@ class Pattern:
             specs = [spec for spec in map(tensor_spec, nodes) if spec is not None]
             if len(specs) != len(traced.inputs) or len(reading.scalars) != len(self.scalars):
                 continue
-            scalars = tuple((name, reading.scalars[name]) for name in self.scalars)
+            scalars = (*self.fixed, *((name, reading.scalars[name]) for name in self.scalars))
             known = tuple(settled(spec) for spec in specs)
             try:
                 whole = trace(spelling, known, scalars)

@@ -32,7 +32,7 @@ class RotaryComplex(PatternFusion):
     """
 
     name = "rotary_complex"
-    pattern = Pattern(op=name, spellings=(rotate,), inputs=_inputs)
+    patterns = (Pattern(op=name, spellings=(rotate,), inputs=_inputs),)
 
     def dims(self, problem: Problem) -> Mapping[str, int]:
         """`batch`, `length`, `heads`, `head_dim`, `dtype_bytes`."""

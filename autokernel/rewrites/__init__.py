@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from autokernel.rewrites.attention import ATTENTION
+from autokernel.rewrites.gated import GATED
+from autokernel.rewrites.rotary import ROTARY
 from autokernel.rewrites.rotary_complex import ROTARY_COMPLEX
 
 if TYPE_CHECKING:
@@ -19,7 +21,12 @@ if TYPE_CHECKING:
 # (problem, inputs in its order) -> outputs in the order of the op's reference; plain torch, free of side effects
 Rewrite = Callable[..., "tuple[torch.Tensor, ...]"]
 
-REWRITES: Mapping[str, Mapping[str, Rewrite]] = {"attention": ATTENTION, "rotary_complex": ROTARY_COMPLEX}
+REWRITES: Mapping[str, Mapping[str, Rewrite]] = {
+    "attention": ATTENTION,
+    "gated": GATED,
+    "rotary": ROTARY,
+    "rotary_complex": ROTARY_COMPLEX,
+}
 STOCK = "stock"  # the name of the graph's own way
 
 
