@@ -1,8 +1,8 @@
-"""Triton kernels of our own, on a GPU: `skinny_mm` for GEMMs of up to 128 rows.
+"""Triton kernels of our own, on a GPU: `skinny_mm` for GEMMs of up to 128 rows, and those of fusions.
 
-Config: `kernel` ("skinny_mm") and its parameters, which `kernels/config.py` explains; `merge` ("concat", or "none") where
-GEMMs share an input; `m_min` and `m_max` where it was measured for a range of rows. `export/substitution.py` puts the kernel
-in the place of the GEMM.
+Config: `kernel` and its parameters. For GEMMs "skinny_mm", which `kernels/config.py` explains; `merge` ("concat", or "none")
+where GEMMs share an input; `m_min` and `m_max` where it was measured for a range of rows. `export/substitution.py` puts the
+kernel in the place of the GEMM. For fusions, what `kernels/plans.py` has for the op; `export/regions.py` puts it in place.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from autokernel.backends import Built, Refused
 from autokernel.backends.compiled import build, refuse_without_constant_weight
 from autokernel.export.matching import gemm_of, weights_of_merged
 from autokernel.kernels.config import DTYPES, KERNEL, MAX_M, SkinnyConfig
+from autokernel.kernels.plans import PLANNERS, plan_of
 from autokernel.records import Candidate, ConfigValue, Problem, TensorSpec
 
 _OPS = ("mm", "addmm", "merged_mm")
@@ -23,7 +24,7 @@ _TMA_CAPABILITY = (9, 0)
 
 
 class TritonBackend:
-    """The skinny GEMM kernel, in graphs that Inductor compiles."""
+    """Our kernels, in graphs that Inductor compiles."""
 
     name = "triton"
 
@@ -37,10 +38,12 @@ class TritonBackend:
         return None
 
     def supports(self, problem: Problem) -> str | None:
-        if problem.op not in _OPS:
+        if problem.op not in _OPS and problem.op not in PLANNERS:
             return f"there is no Triton kernel of ours for {problem.op}"
         if problem.device != "cuda":
             return f"the Triton kernels are for NVIDIA GPUs, not for {problem.device}"
+        if problem.op in PLANNERS:
+            return None  # its planner knows the rules, which depend on the config
         gemm = gemm_of(problem)
         assert gemm is not None
         if gemm.dtype not in DTYPES:
@@ -54,6 +57,9 @@ class TritonBackend:
     def build(self, candidate: Candidate, constants: list[list[torch.Tensor]]) -> Built:
         problem, gemm = candidate.problem, gemm_of(candidate.problem)
         wrong = self.supports(problem)
+        if not wrong and problem.op in PLANNERS:
+            _refuse_illegal_plan(candidate)
+            return build(candidate, constants, stock=False)
         if wrong or gemm is None:
             raise Refused(wrong or f"{problem.op} is no GEMM")
         if candidate.config.get("kernel") != KERNEL:
@@ -75,6 +81,14 @@ class TritonBackend:
 
     def export(self, candidate: Candidate) -> Mapping[str, ConfigValue]:
         return dict(candidate.config)
+
+
+def _refuse_illegal_plan(candidate: Candidate) -> None:
+    """Raises Refused if the kernel of a fusion does not take the config, or not for this problem."""
+    try:
+        plan_of(candidate.problem, candidate.config)
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def _weights(problem: Problem) -> tuple[TensorSpec, ...]:

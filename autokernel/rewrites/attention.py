@@ -58,6 +58,30 @@ def library_fp32(problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor,
     return (scaled_dot_product_attention(q.float(), k, v, attn_mask=bias, is_causal=causal, scale=scale).to(q.dtype),)
 
 
+def grouped(problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The library's choice, with the heads that share keys as rows of one head: keys and values are read once, not copied."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q, k, v, *mask = inputs
+    batch, heads, rows, dim = q.shape
+    groups, length = k.shape[1:3]
+    stacked = q.reshape(batch, groups, heads // groups * rows, dim)
+    bias = mask[0] if mask else None
+    if dict(problem.scalars).get("causal"):
+        seen = torch.ones(1, 1, rows, length, dtype=torch.bool, device=q.device).tril()
+        bias = seen if bias is None else bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, -torch.inf)
+    if bias is not None:
+        bias = bias.to(q.dtype) if bias.dtype.is_floating_point else bias
+        if bias.shape[1] > 1 or bias.shape[2] > 1:
+            wide = bias.expand(bias.shape[0], heads, rows, bias.shape[3])
+            bias = wide.reshape(bias.shape[0], groups, heads // groups * rows, bias.shape[3])
+        bias = bias.expand(*bias.shape[:3], length)
+    scale = float(dict(problem.scalars)["scale"])
+    out = scaled_dot_product_attention(stacked, k, v, attn_mask=bias, scale=scale)
+    return (out.reshape(batch, heads, rows, v.shape[3]),)
+
+
 def flash(problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """FlashAttention 2, on a GPU. It takes no mask, and heads that share keys as they are."""
     import torch
@@ -65,25 +89,28 @@ def flash(problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     q, k, v = inputs
     scalars = dict(problem.scalars)
     found = torch.ops.aten._scaled_dot_product_flash_attention(
-        q, k, v, 0.0, bool(scalars.get("causal", False)), False, scale=float(scalars["scale"])
+        q, k, v, is_causal=bool(scalars.get("causal", False)), scale=float(scalars["scale"])
     )
     return (found[0],)
 
 
 def cudnn(problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """cuDNN's kernel, on a GPU. The mask is added: booleans become 0 and -inf."""
+    """cuDNN's kernel, on a GPU. The mask is added; -inf makes rows that see nothing NaN there, so it gets the lowest number."""
     import torch
 
     q, k, v, *mask = inputs
     scalars = dict(problem.scalars)
-    bias = _added(mask[0], q) if mask else None
-    if bias is not None:
-        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    causal = bool(scalars.get("causal", False))
+    bias, seen = None, None
+    if mask:
+        lowest = torch.finfo(q.dtype).min
+        seen = mask[0] if not mask[0].dtype.is_floating_point else mask[0] != -torch.inf
+        zero = torch.zeros((), dtype=q.dtype, device=q.device)
+        numbers = zero if mask[0].dtype == torch.bool else mask[0].to(q.dtype)
+        bias = torch.where(seen, numbers, lowest).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, bias, False, 0.0, causal, False, scale=float(scalars["scale"])
+        q, k, v, bias, False, is_causal=bool(scalars.get("causal", False)), scale=float(scalars["scale"])
     )
-    return (found[0],)
+    return (found[0] if seen is None else torch.where(seen.any(-1, keepdim=True), found[0], 0.0),)
 
 
 def _softmax(problem: Problem, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -103,18 +130,11 @@ def _softmax(problem: Problem, scores: torch.Tensor, mask: torch.Tensor | None) 
     return torch.ops.aten._safe_softmax(scores, -1)  # type: ignore[no-any-return]
 
 
-def _added(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    if mask.dtype.is_floating_point:
-        return mask.to(q.dtype)
-    return torch.where(mask, torch.zeros((), dtype=q.dtype, device=q.device), -torch.inf)
-
-
 ATTENTION: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "matmul": partial(matmul, wide=False),
     "matmul_fp32": partial(matmul, wide=True),
     "reduction": reduction,
+    "grouped": grouped,
     "library_fp32": library_fp32,
     "flash": flash,
     "cudnn": cudnn,

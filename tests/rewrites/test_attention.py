@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autokernel.ops import get_op
 from autokernel.ops.attention import Attention
 from autokernel.records import Problem, TensorSpec
 from autokernel.rewrites import REWRITES, find_rewrite
 
-ON_ANY_DEVICE = ("matmul", "matmul_fp32", "reduction", "library_fp32")
+ON_ANY_DEVICE = ("matmul", "matmul_fp32", "reduction", "grouped", "library_fp32")
 SHAPES = {
     "plain": ((2, 4, 3, 16), (2, 4, 9, 16)),
     "shared": ((2, 6, 1, 8), (2, 2, 33, 8)),
+    "several": ((2, 6, 3, 8), (2, 2, 9, 8)),
     "square": ((1, 2, 7, 16), (1, 2, 7, 16)),
 }
 
@@ -49,6 +51,9 @@ def inputs_of(problem: Problem) -> list[torch.Tensor]:
         ("square", None, True),
         ("plain", "float32", False),
         ("shared", "bool", False),
+        ("several", "bool", False),
+        ("several", "float32", False),
+        ("several", None, True),
     ],
 )
 def test_the_same_as_the_reference(name: str, shapes: str, mask: str | None, causal: bool) -> None:
@@ -60,6 +65,20 @@ def test_the_same_as_the_reference(name: str, shapes: str, mask: str | None, cau
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
     if mask is not None:
         assert not expected[0, :, 0].any(), "a row that sees nothing is zero"
+
+
+@pytest.mark.parametrize("name", ["flash", "cudnn", "grouped"])
+@pytest.mark.parametrize("mask", [None, "bool", "float32"])
+def test_the_librarys_kernels_on_a_gpu_take_what_they_are_given(name: str, mask: str | None) -> None:
+    if name == "flash" and mask is not None:
+        return
+    case = problem("several", mask)
+    with FakeTensorMode():
+        inputs = [torch.empty(spec.shape, dtype=torch.bfloat16, device="cuda") for spec in case.inputs]
+        if mask == "bool":
+            inputs[3] = inputs[3].bool()
+        (out,) = find_rewrite("attention", name)(case, *inputs)
+    assert (out.shape, out.dtype) == (inputs[0].shape, torch.bfloat16)
 
 
 def test_what_it_costs() -> None:
