@@ -130,6 +130,18 @@ def test_the_experiment_and_its_metric_run(tmp_path: Path) -> None:
     assert len(load_metric(loaded, model, "cpu")(model)) == 32
 
 
+def test_the_experiment_on_a_class_runs(tmp_path: Path) -> None:
+    (tmp_path / "encoder.yaml").write_text(named_blocks("extending.md")["experiments/encoder.yaml"], encoding="utf-8")
+    loaded = load_experiment(tmp_path / "encoder.yaml", ("device=cpu",))
+    model, scenario = load_model(loaded, "cpu"), loaded.experiment.scenarios["one"]
+    program = build_scenario(model, scenario, "one", 0, "cpu", "float32", loaded=loaded)
+    torch.compiler.reset()
+    compiled = torch.compile(program.module, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        assert compiled(*program.inputs).shape == (1, 48, 64)
+    torch.compiler.reset()
+
+
 def test_the_example_of_a_bundle_can_be_read(tmp_path: Path) -> None:
     (code,) = blocks("bundle.md", "json")
     (tmp_path / "bundle.json").write_text(code, encoding="utf-8")

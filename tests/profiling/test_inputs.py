@@ -47,7 +47,7 @@ def test_distributions(spec: dict[str, object], least: float, most: float, mean:
 
 
 def test_arange_counts_along_the_last_dimension() -> None:
-    values = one(shape=["batch", 4], distribution="arange", low=1, step=0.5)
+    values = one(shape=["batch", 4], distribution="arange", low=1, step=0.5, dtype="float64")
     assert values.tolist() == [[1, 1.5, 2, 2.5]] * 3
     values[0, 0] = 9  # each row has memory of its own
     assert values[1, 0] == 1
