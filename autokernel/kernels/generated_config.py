@@ -1,0 +1,100 @@
+"""What generated kernels are launched with: their parameters, and the rules that these keep. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+from autokernel.records import ConfigValue
+
+Mode = Literal["rows", "swap", "vector"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+MAX_WHOLE_ROW = 32768  # columns that a program holds at once
+_MIN_TILE = 16  # of matrix instructions
+
+
+class _Parameters:
+    """Configs that are read from entries, whose names are those of search_spaces/ in any case."""
+
+    @classmethod
+    def from_entry(cls, config: Mapping[str, ConfigValue]) -> Self:
+        """From a candidate's config without its `kernel`.
+
+        Raises:
+            ValueError: a parameter is missing or unknown.
+        """
+        known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+        given: dict[str, Any] = {name.lower(): value for name, value in config.items()}
+        unknown = sorted(set(given) - set(known))
+        missing = sorted(name for name, field in known.items() if name not in given and field.default is MISSING)
+        if unknown or missing:
+            raise ValueError(
+                f"{cls.__name__} takes {', '.join(known)}; unknown: {', '.join(unknown) or 'none'}, "
+                f"missing: {', '.join(missing) or 'none'}"
+            )
+        return cls(**{name: value if name == "mode" else int(value) for name, value in given.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsConfig(_Parameters):
+    """Parameters of `generated_rows`.
+
+    Attributes:
+        block_m: rows of a program.
+        block_k: columns of a tile; 0: whole rows are held at once, and read once.
+        num_warps, num_stages: of Triton.
+    """
+
+    block_m: int
+    block_k: int
+    num_warps: int
+    num_stages: int = 2
+
+    def problem(self, columns: int) -> str | None:
+        """The rule that a row of so many columns breaks, None if there is none."""
+        for name, value in (("block_m", self.block_m), ("block_k", self.block_k or 1)):
+            if value & (value - 1) or value < 1:
+                return f"{name} must be a power of two; it is {value}"
+        if self.block_k == 0 and columns > MAX_WHOLE_ROW:
+            return f"rows of more than {MAX_WHOLE_ROW} columns are walked over in tiles; these have {columns}: set block_k"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductsConfig(_Parameters):
+    """Parameters of `generated_mm`.
+
+    Attributes:
+        mode: "rows": rows of the left matrix are the rows of the matrix instruction. "swap": columns of the right one are, so
+            that few rows waste nothing of an instruction of 64. "vector": one row, no matrix instruction.
+        block_m, block_n, block_k: the tile. In mode "vector", block_m is 1.
+        block_s: columns of a tile where statistics of rows are found, before the loop over K; not used without statistics.
+        split_k: programs that share a tile, each with a part of K; the last one to finish adds the parts in order.
+        num_warps, num_stages: of Triton.
+    """
+
+    mode: Mode
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    block_s: int = 512
+    split_k: int = 1
+
+    def problem(self, rows: int, depth: int) -> str | None:
+        """The rule that products of so many rows and such a depth break, None if there is none."""
+        if self.mode not in MODES:
+            return f"mode must be one of {', '.join(MODES)}; it is {self.mode}"
+        for name in ("block_m", "block_n", "block_k", "block_s"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                return f"{name} must be a power of two; it is {value}"
+        if self.mode == "vector" and (rows != 1 or self.block_m != 1):
+            return f"mode vector is for one row and block_m of 1; there are {rows} rows, block_m is {self.block_m}"
+        if self.mode != "vector" and min(self.block_m, self.block_n, self.block_k) < _MIN_TILE:
+            return f"tiles of matrix instructions are at least 16; this is {self.block_m}x{self.block_n}x{self.block_k}"
+        if not 1 <= self.split_k <= max(1, -(-depth // self.block_k)):
+            return f"K has {-(-depth // self.block_k)} blocks of {self.block_k}; split_k is {self.split_k}"
+        return None

@@ -1,0 +1,233 @@
+"""Triton source for programs with matrix products: tiles, the loop over K with the prologue in it, and the epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autokernel.kernels.generated_config import ProductsConfig
+from autokernel.kernels.generated_ops import rounded
+from autokernel.kernels.generated_source import Columns, Scope, Writer, indented, kernel_source, products_of
+from autokernel.ops.program import Line, Program
+from autokernel.records import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ProductsSource:
+    """A kernel for products: its text, its tiles, and the fp32 elements that programs with parts of K leave for each other."""
+
+    name: str
+    source: str
+    num_tiles: int
+    part_elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Products that are tiles of one program: they end in common outputs."""
+
+    products: tuple[Line, ...]
+    outputs: tuple[str, ...]
+    columns: int
+
+
+def products_source(
+    program: Program, results: Mapping[str, TensorSpec], rows: int, depth: int, config: ProductsConfig
+) -> ProductsSource:
+    """The kernel of a program."""
+    groups = groups_of(program, results)
+    tiles_m = -(-rows // config.block_m)
+    size = config.block_m * config.block_n
+    names = [*program.inputs, *program.outputs, *(("parts", "counters") if config.split_k > 1 else ())]
+    parts, body = [], ["program = tl.program_id(0)"]
+    before = part_before = 0
+    for number, group in enumerate(groups):
+        tiles = tiles_m * -(-group.columns // config.block_n)
+        section = _Section(program, results, rows, depth, config, group, tiles_m)
+        lines = section.lines(before, part_before)
+        parts.append(f"@triton.jit\ndef _part{number}(program, {', '.join(names)}):\n{indented(lines)}")
+        call = f"_part{number}(program - {before * config.split_k}, {', '.join(names)})"
+        if len(groups) == 1:
+            body.append(call)
+        elif number == len(groups) - 1:
+            body += ["else:", f"    {call}"]
+        else:
+            body += [f"{'el' if number else ''}if program < {(before + tiles) * config.split_k}:", f"    {call}"]
+        before += tiles
+        part_before += tiles * len(group.products) * config.split_k * size
+    name, source = kernel_source(indented(body), names, "\n\n".join(parts))
+    return ProductsSource(name, source, before, part_before)
+
+
+def groups_of(program: Program, results: Mapping[str, TensorSpec]) -> list[Group]:
+    """The products by the outputs that they end in."""
+    products = products_of(program)
+    behind = {
+        output: {line.name for line in program.behind(output)} & {line.name for line in products} for output in program.outputs
+    }
+    sets: list[set[str]] = []
+    for needed in behind.values():
+        joined = [other for other in sets if other & needed]
+        sets = [other for other in sets if not other & needed] + [set().union(needed, *joined)]
+    found = []
+    for members in sets:
+        lines = tuple(line for line in products if line.name in members)
+        outputs = tuple(output for output in program.outputs if behind[output] & members)
+        if not lines:
+            raise ValueError(f"every output of generated_mm comes from a product; {', '.join(outputs)} does not")
+        found.append(Group(lines, outputs, results[lines[0].name].shape[1]))
+    return found
+
+
+class _Section:
+    """The code of one group's tiles."""
+
+    def __init__(
+        self,
+        program: Program,
+        results: Mapping[str, TensorSpec],
+        rows: int,
+        depth: int,
+        config: ProductsConfig,
+        group: Group,
+        tiles_m: int,
+    ) -> None:
+        self.writer = Writer(program, results, rows, config.block_m)
+        self.results, self.config, self.group, self.tiles_m = results, config, group, tiles_m
+        self.rows, self.depth = rows, depth
+        self.left = str(group.products[0].arguments[-2])
+        self.dtype = results[self.left].dtype
+        self.k = Columns("k", depth, config.block_k)
+        self.n = Columns("n", group.columns, config.block_n)
+
+    def lines(self, tiles_before: int, parts_before: int) -> list[str]:
+        """The body of the function that computes a tile."""
+        config = self.config
+        lines = [
+            f"tile = program // {config.split_k}" if config.split_k > 1 else "tile = program",
+            f"m = (tile % {self.tiles_m}) * {config.block_m} + tl.arange(0, {config.block_m})[:, None]",
+            f"row = tl.minimum(m, {self.rows - 1})" if self.rows % config.block_m else "row = m",
+            f"n_at = (tile // {self.tiles_m}) * {config.block_n} + tl.arange(0, {config.block_n})",
+            # columns that are not there are read from the last one, and never stored
+            f"n_read = tl.minimum(n_at, {self.group.columns - 1})" if self.n.ragged else "n_read = n_at",
+        ]
+        self.writer.walk({self.left}, Columns("k", self.depth, self.config.block_s), lines)
+        self._product(lines)
+        if config.split_k == 1:
+            lines += self._epilogue()
+            return lines
+        return [*lines, *self._joined(tiles_before, parts_before)]
+
+    def _product(self, lines: list[str]) -> None:
+        """Loop over K: `acc0`, `acc1`, ... are the products' tiles, [block_m, block_n]."""
+        config, scope = self.config, Scope(self.k)
+        for number, line in enumerate(self.group.products):
+            lines.append(f"acc{number} = tl.zeros({self._accumulator(line)}, tl.float32)")
+        first, end = "0", str(self.depth)
+        if config.split_k > 1:
+            share = -(-self.depth // (config.block_k * config.split_k)) * config.block_k
+            lines.append(f"first = (program % {config.split_k}) * {share}")
+            first, end = "first", f"tl.minimum(first + {share}, {self.depth})"
+        left = self.writer.tile(self.left, (), scope)
+        if self.k.ragged:
+            left = f"tl.where({self.k.inside}, {left}, 0.0)"
+        matrix = config.mode != "vector"
+        shape = f"[{config.block_m}, {config.block_k}]"
+        # in mode vector the tile stays in fp32, rounded to the products' dtype
+        scope.lines.append(f"x = tl.broadcast_to({left}, {shape}).to(tl.{self.dtype}){'' if matrix else '.to(tl.float32)'}")
+        for number, line in enumerate(self.group.products):
+            scope.lines += self._step(number, line)
+        ahead = f", num_stages={config.num_stages}" if not matrix else ""  # where no product tells Triton to read ahead
+        lines.append(f"for start in tl.range({first}, {end}, {config.block_k}{ahead}):")
+        lines.append(f"    k_at = start + tl.arange(0, {config.block_k})")
+        lines.append("    k = k_at[None, :]")
+        lines += [f"    {text}" for text in scope.lines]
+        for number, line in enumerate(self.group.products):
+            if config.mode == "vector":
+                axis = 1 if self._along_k(line) else 0
+                lines.append(f"acc{number} = tl.sum(acc{number}, {axis})[None, :]")
+            elif config.mode == "swap":
+                lines.append(f"acc{number} = tl.trans(acc{number})")
+
+    def _accumulator(self, line: Line) -> str:
+        config = self.config
+        if config.mode == "rows":
+            return f"[{config.block_m}, {config.block_n}]"
+        if config.mode == "swap":
+            return f"[{config.block_n}, {config.block_m}]"
+        sizes = (config.block_n, config.block_k) if self._along_k(line) else (config.block_k, config.block_n)
+        return f"[{sizes[0]}, {sizes[1]}]"
+
+    def _along_k(self, line: Line) -> bool:
+        """Whether the right matrix is contiguous along K: its tile is read as [block_n, block_k] then."""
+        stride = self.results[str(line.arguments[-1])].stride
+        return stride[0] <= stride[1]
+
+    def _step(self, number: int, line: Line) -> list[str]:
+        """One tile of a right matrix, and its product with the left one's."""
+        right = str(line.arguments[-1])
+        step_k, step_n = self.results[right].stride
+        source = self._source(right)
+        along = self._along_k(line)
+        n, k = ("n_read[:, None]", "k") if along else ("n_read[None, :]", "k_at[:, None]")
+        where = " + ".join(text if step == 1 else f"{text} * {step}" for text, step in ((n, step_n), (k, step_k)))
+        guard = f", mask={k} < {self.depth}, other=0.0" if self.k.ragged else ""
+        lines = [f'w{number} = tl.load({source} + {where}{guard}, eviction_policy="evict_first")']
+        if self.config.mode == "vector":
+            x = "x" if along else "tl.trans(x)"
+            return [*lines, f"acc{number} += w{number}.to(tl.float32) * {x}"]
+        exact = ', input_precision="ieee"' if self.dtype == "float32" else ""
+        if self.config.mode == "swap":
+            w = f"w{number}" if along else f"tl.trans(w{number})"
+            return [*lines, f"acc{number} = tl.dot({w}, tl.trans(x), acc{number}{exact})"]
+        w = f"tl.trans(w{number})" if along else f"w{number}"
+        return [*lines, f"acc{number} = tl.dot(x, {w}, acc{number}{exact})"]
+
+    def _source(self, right: str) -> str:
+        """The input that a right matrix is, or is the transposition of."""
+        if right.startswith("i"):
+            return right
+        line = self.writer.program.line(right)
+        source = str(line.arguments[0])
+        if line.op != "t" or not source.startswith("i"):
+            raise ValueError(f"a right matrix is an input or its transposition; {line} is not")
+        return source
+
+    def _epilogue(self) -> list[str]:
+        """From the accumulators to the stored outputs."""
+        scope = Scope(self.n)
+        scope.lines.append("n = n_at[None, :]")
+        for number, line in enumerate(self.group.products):
+            text = f"acc{number}"
+            if line.op == "addmm":
+                text = f"{text} + {self.writer.tile(str(line.arguments[0]), (self.rows,), scope)}"
+            scope.lines.append(f"p{number} = {rounded(text, line.op, self.results[line.name].dtype)}")
+            self.writer.fixed[line.name] = f"p{number}"
+        for output in self.group.outputs:
+            self.writer.store(output, scope)
+        return scope.lines
+
+    def _joined(self, tiles_before: int, parts_before: int) -> list[str]:
+        """Parts of K: each program leaves its own and counts itself; the last one adds them in order and goes on."""
+        config, count = self.config, len(self.group.products)
+        size = config.block_m * config.block_n
+        share = count * size
+        place = f"tl.arange(0, {config.block_m})[:, None] * {config.block_n} + tl.arange(0, {config.block_n})[None, :]"
+        lines = [f"place = {place}", f"mine = parts + {parts_before} + program * {share}"]
+        lines += [f"tl.store(mine + {number * size} + place, acc{number})" for number in range(count)]
+        # the barrier orders the stores of all threads before the count, which the others acquire
+        lines += [
+            "tl.debug_barrier()",
+            f'done = tl.atomic_add(counters + {tiles_before} + tile, 1, sem="acq_rel") + 1',
+            f"if done == {config.split_k}:",
+        ]
+        inner = []
+        for number in range(count):
+            inner.append(f"acc{number} = tl.zeros([{config.block_m}, {config.block_n}], tl.float32)")
+        inner += [f"for other in range({config.split_k}):"]
+        theirs = f"parts + {parts_before} + (tile * {config.split_k} + other) * {share}"
+        inner += [
+            f'    acc{number} += tl.load({theirs} + {number * size} + place, cache_modifier=".cg")' for number in range(count)
+        ]
+        inner += [f"tl.store(counters + {tiles_before} + tile, 0)", *self._epilogue()]
+        return [*lines, *(f"    {line}" for line in inner)]

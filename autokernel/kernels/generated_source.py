@@ -1,0 +1,289 @@
+"""Triton source for a program: the same text for the same problem and config, with all sizes and strides in it.
+
+A program of rows has one Triton program per block of rows, which holds whole rows in registers, or walks over them once for
+every reduction that needs another's result and once for the outputs. A program with matrix products has one per tile of a
+result: it walks over its rows of the left matrix for the statistics that the prologue needs, then over K, where it makes
+every tile of the left matrix in registers, exactly rounded as the graph rounds it; the epilogue is computed on the tile of
+the product, and what is stored is the region's result. Products that share the left matrix share the launch; those that
+share an output share the tile as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from autokernel.kernels.generated_ops import (
+    Reduction,
+    expression,
+    helpers_of,
+    largest_of_row,
+    number,
+    rounded,
+    sum_of_row,
+)
+from autokernel.ops.program import COMPARISONS, GEMMS, REDUCTIONS, Line, Program
+from autokernel.records import TensorSpec, digest_of
+
+_TRUTHS = (*COMPARISONS, "isnan", "logical_not")
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The second dimension of tiles: its variable, how many there are, and how many a tile has."""
+
+    name: str
+    count: int
+    block: int
+
+    @property
+    def ragged(self) -> bool:
+        return self.count % self.block != 0
+
+    @property
+    def inside(self) -> str:
+        return f"{self.name} < {self.count}"
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """A number per row. `level` says how many walks over the row come before the one that it is found in."""
+
+    name: str
+    source: str
+    kind: str  # "sum", "mean", "amax", "var"
+    level: int
+    divisor: float = 1.0
+    center: str = ""  # of "var": the statistic that is subtracted first
+
+
+@dataclass(slots=True)
+class Scope:
+    """Lines of one block of code, and the tiles that are known in it."""
+
+    columns: Columns
+    known: dict[tuple[str, tuple[int, ...]], str] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+class Writer:
+    """Writes tiles of a program's values into scopes, each when it is first needed."""
+
+    def __init__(self, program: Program, results: Mapping[str, TensorSpec], rows: int, block_m: int) -> None:
+        self.program = program
+        self.results = results
+        self.rows = rows
+        self.block_m = block_m
+        self.fixed: dict[str, str] = {}  # known everywhere: statistics and products
+        self._lines = {line.name: line for line in program.lines}
+
+    @property
+    def row_block(self) -> int:
+        """Rows of a tile that differ."""
+        return self.block_m if self.rows > 1 else 1
+
+    def tile(self, name: str, frame: tuple[int, ...], scope: Scope) -> str:
+        """The variable that holds a value's tile, written into the scope if it is not known there.
+
+        Args:
+            name: of the value.
+            frame: the sizes that number the rows where it is used, for a value that has not all of them itself.
+            scope: where it is needed.
+        """
+        if name in self.fixed:
+            return self.fixed[name]
+        shape = self.results[name].shape
+        if math.prod(shape[:-1]) == self.rows and shape:
+            frame = shape[:-1]
+        key = (name, () if _no_rows(shape) else frame)
+        if key not in scope.known:
+            text = self._load(name, frame, scope) if name.startswith("i") else self._computed(self._lines[name], frame, scope)
+            variable = f"v_{name}" if f"v_{name}" not in scope.known.values() else f"v_{name}_{len(scope.known)}"
+            scope.lines.append(f"{variable} = {text}")
+            scope.known[key] = variable
+        return scope.known[key]
+
+    def _computed(self, line: Line, frame: tuple[int, ...], scope: Scope) -> str:
+        dtype = self.results[line.name].dtype
+        if line.op == "full":
+            return number(line.arguments[1], dtype)  # type: ignore[arg-type]
+        if line.op == "getitem":
+            return self.fixed[f"{line.arguments[0]}.{line.arguments[1]}"]
+        operands: list[str] = []
+        for argument in line.arguments:
+            if isinstance(argument, str) and argument in self.results:
+                tile, own = self.tile(argument, frame, scope), self.results[argument].dtype
+                wants_float = line.op in COMPARISONS or (dtype != "bool" and not (line.op == "where" and not operands))
+                operands.append(f"{tile}.to(tl.float32)" if own == "bool" and wants_float else tile)
+            elif not isinstance(argument, (str, tuple)) and line.op != "pow":
+                operands.append(number(argument, "float32"))
+        if line.op == "convert" and dtype == "bool":
+            return f"{operands[0]} != 0"
+        if dtype == "bool" and line.op not in (*_TRUTHS, "where", "reshape", "clone"):
+            raise ValueError(f"generated kernels have no code for {line.op} of truth values")
+        extra = line.arguments[1] if line.op in ("pow", "gelu") else None
+        return rounded(expression(line.op, operands, extra), line.op, dtype)
+
+    def _load(self, name: str, frame: tuple[int, ...], scope: Scope) -> str:
+        spec = self.results[name]
+        where = [*row_terms(spec, frame, "row"), *column_terms(spec, scope.columns)]
+        guard = ""
+        if scope.columns.ragged and column_terms(spec, scope.columns):
+            guard = f", mask={scope.columns.inside}, other=0"
+        if not where:  # one element
+            return f"tl.load({name} + tl.zeros([1, 1], tl.int32)){_as_computed(spec.dtype)}"
+        return f"tl.load({name} + {' + '.join(where)}{guard}){_as_computed(spec.dtype)}"
+
+    def store(self, name: str, scope: Scope) -> None:
+        """Write an output's tile to memory."""
+        spec = self.results[name]
+        tile = self.tile(name, spec.shape[:-1], scope)
+        rows = row_terms(spec, spec.shape[:-1], "m") or ["m * 0"]
+        columns = column_terms(spec, scope.columns)
+        guards = []
+        if self.rows % self.block_m:
+            guards.append(f"(m < {self.rows})")
+        if scope.columns.ragged and columns:
+            guards.append(f"({scope.columns.inside})")
+        width = scope.columns.block if columns else 1
+        tile = f"tl.broadcast_to({tile}, [{self.block_m}, {width}])"
+        value = tile if spec.dtype == "bool" else f"{tile}.to(tl.{spec.dtype})"
+        mask = f", mask={' & '.join(guards)}" if guards else ""
+        scope.lines.append(f"tl.store({name} + {' + '.join([*rows, *columns])}, {value}{mask})")
+
+    # Statistics
+
+    def statistics(self, names: set[str]) -> list[Statistic]:
+        """Those that values need, in the order in which they can be found."""
+        needed = {line.name for name in names for line in self.program.behind(name)}
+        found: dict[str, list[Statistic]] = {}
+        for line in self.program.lines:
+            if line.op not in REDUCTIONS or line.name not in needed:
+                continue
+            source = str(line.arguments[0])
+            before = {other.name for other in self.program.behind(source)}
+            level = max((s.level + 1 for name, parts in found.items() if name in before for s in parts), default=0)
+            columns = self.results[source].shape[-1]
+            if line.op == "var_mean":
+                mean = Statistic(f"{line.name}.1", source, "mean", level, float(columns))
+                left = max(0.0, columns - float(line.arguments[1]))  # type: ignore[arg-type]
+                found[line.name] = [mean, Statistic(f"{line.name}.0", source, "var", level + 1, left, mean.name)]
+            else:
+                found[line.name] = [Statistic(line.name, source, line.op, level, float(columns))]
+        return sorted((s for parts in found.values() for s in parts), key=lambda s: s.level)
+
+    def walk(self, names: set[str], columns: Columns, lines: list[str]) -> None:
+        """Find the statistics in loops over the row, those of one level in one loop."""
+        statistics = self.statistics(names)
+        for level in sorted({s.level for s in statistics}):
+            found = [s for s in statistics if s.level == level]
+            scope = Scope(columns)
+            for statistic in found:
+                start = reduction_of(statistic).start
+                lines.append(f"{_variable(statistic)}_sum = tl.full([{self.row_block}, {columns.block}], {start}, tl.float32)")
+                self._join(statistic, scope)
+            lines.append(f"for start in range(0, {columns.count}, {columns.block}):")
+            lines.append(f"    {columns.name} = start + tl.arange(0, {columns.block})[None, :]")
+            lines += [f"    {text}" for text in scope.lines]
+            for statistic in found:
+                self._finish(statistic, f"{_variable(statistic)}_sum", lines)
+
+    def at_once(self, names: set[str], scope: Scope) -> None:
+        """Find the statistics of rows that a tile holds whole."""
+        for statistic in self.statistics(names):
+            value = self._guarded(statistic, scope)
+            self._finish(statistic, value, scope.lines)
+
+    def _join(self, statistic: Statistic, scope: Scope) -> None:
+        running = f"{_variable(statistic)}_sum"
+        value = self._guarded(statistic, scope)
+        scope.lines.append(f"{running} = {reduction_of(statistic).join(running, value)}")
+
+    def _guarded(self, statistic: Statistic, scope: Scope) -> str:
+        """The tile that is reduced, with what changes nothing in the columns that are not there."""
+        value = self.tile(statistic.source, (), scope)
+        if statistic.kind == "var":
+            value = f"({value} - {self.fixed[statistic.center]})"
+            value = f"{value} * {value}"
+        if scope.columns.ragged:
+            value = f"tl.where({scope.columns.inside}, {value}, {reduction_of(statistic).start})"
+        return f"({value})"
+
+    def _finish(self, statistic: Statistic, running: str, lines: list[str]) -> None:
+        variable, line = _variable(statistic), self._lines[statistic.name.partition(".")[0]]
+        text = reduction_of(statistic).finish(running)
+        if statistic.kind in ("mean", "var"):
+            text = f"{text} / {statistic.divisor!r}" if statistic.divisor else f'{text} * float("inf")'
+        lines.append(f"{variable} = {rounded(text, line.op, self.results[line.name].dtype)}")
+        self.fixed[statistic.name] = variable
+
+
+def reduction_of(statistic: Statistic) -> Reduction:
+    """How the statistic's tiles are joined."""
+    return largest_of_row() if statistic.kind == "amax" else sum_of_row()
+
+
+def row_terms(spec: TensorSpec, frame: tuple[int, ...], row: str) -> list[str]:
+    """What a row's number adds to an offset: the leading dimensions are the last of `frame`, or broadcast to them."""
+    lead = list(zip(spec.shape[:-1], spec.stride[:-1], strict=True))
+    sizes = list(frame)[len(frame) - len(lead) :]
+    strides = [stride if size > 1 else 0 for size, stride in lead]
+    # neighbours that are one dimension in memory are one here
+    merged: list[tuple[int, int, int]] = []  # size, stride, rows behind
+    behind = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size > 1:
+            if merged and stride == merged[-1][1] * merged[-1][0]:
+                merged[-1] = (merged[-1][0] * size, merged[-1][1], merged[-1][2])
+            else:
+                merged.append((size, stride, behind))
+        behind *= size
+    total = math.prod(frame)
+    terms = []
+    for size, stride, after in reversed(merged):
+        if stride == 0:
+            continue
+        place = row if after == 1 else f"({row} // {after})"
+        place = place if after * size >= total else f"({place} % {size})"
+        terms.append(place if stride == 1 else f"{place} * {stride}")
+    return terms
+
+
+def column_terms(spec: TensorSpec, columns: Columns) -> list[str]:
+    """What a column's number adds to an offset."""
+    if not spec.shape or spec.shape[-1] == 1 or spec.stride[-1] == 0:
+        return []
+    return [columns.name if spec.stride[-1] == 1 else f"{columns.name} * {spec.stride[-1]}"]
+
+
+def kernel_source(body: str, names: Sequence[str], parts: str = "") -> tuple[str, str]:
+    """(name, source) of a kernel with these parameters, and the functions that it calls."""
+    parameters = ", ".join(names)
+    helpers = helpers_of(body + parts)
+    name = f"generated_{digest_of([helpers, parts, parameters, body], 12)}"
+    header = "import triton\nimport triton.language as tl\n"
+    pieces = [header, helpers, parts, f"@triton.jit\ndef {name}({parameters}):\n{body}"]
+    return name, "\n\n".join(piece.rstrip("\n") for piece in pieces if piece) + "\n"
+
+
+def indented(lines: list[str], by: int = 1) -> str:
+    """Lines as a block of code."""
+    return "".join(f"{'    ' * by}{line}\n" for line in lines)
+
+
+def products_of(program: Program) -> list[Line]:
+    """The matrix products, in order."""
+    return [line for line in program.lines if line.op in GEMMS]
+
+
+def _no_rows(shape: tuple[int, ...]) -> bool:
+    return math.prod(shape[:-1]) == 1
+
+
+def _as_computed(dtype: str) -> str:
+    return " != 0" if dtype == "bool" else ".to(tl.float32)" if dtype != "float32" else ""
+
+
+def _variable(statistic: Statistic) -> str:
+    return statistic.name.replace(".", "_of_")

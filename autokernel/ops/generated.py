@@ -1,0 +1,206 @@
+"""Regions of a graph for which a kernel is generated: what a matrix product or a reduction can be computed with.
+
+A region's problem carries its program (`ops/program.py`), which is its reference at once. Regions overlap: the largest one
+around a product, its prologue alone, its epilogue alone and the rows of a norm beside it are problems of their own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autokernel.ops.base import Region, Site, sites_of
+from autokernel.ops.growth import Found, Growth
+from autokernel.ops.legality import Broken, Rule, call_of
+from autokernel.ops.matching import op_name, settled, tensor_spec
+from autokernel.ops.product_regions import PRODUCTS, ProductRegions
+from autokernel.ops.program import GEMMS, REDUCTIONS, Argument, Line, Program, program_of, results_of, run
+from autokernel.ops.row_regions import RowRegions
+from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch.fx import Graph, Node
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """What became of a product or a reduction of a graph.
+
+    `before` and `behind` say what ended its regions, `whole` why it has none.
+    """
+
+    node: str
+    op: str
+    num_regions: int
+    before: tuple[Broken, ...]
+    behind: tuple[Broken, ...]
+    whole: Broken | None
+
+    @property
+    def is_product(self) -> bool:
+        return self.op in PRODUCTS
+
+
+class Generated:
+    """A region with the kernel generated for it.
+
+    Inputs are those of the program, in its order; the scalar `program` is its text. One output per `o0`, `o1`, ...
+    """
+
+    name = "generated"
+
+    def reference(self, problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See `Op.reference`."""
+        return run(problem, *inputs)
+
+    def dims(self, problem: Problem) -> Mapping[str, int]:
+        """`has_gemm`; `m` rows; `n` columns of all products together, `k` their depth (rows alone: `n` columns, `k` 0);
+        `num_products`, `num_reductions`, `num_outputs`; `dtype_bytes` of the widest matrix, `out_bytes` of the first result.
+        """
+        program, results = program_of(problem), results_of(problem)
+        products = [line for line in program.lines if line.op in GEMMS]
+        reductions = sum(line.op in REDUCTIONS for line in program.lines)
+        m, n, k, widest = _sizes(program, results)
+        return {
+            "has_gemm": int(bool(products)), "m": m, "n": n, "k": k,
+            "num_products": len(products), "num_reductions": reductions, "num_outputs": len(program.outputs),
+            "dtype_bytes": widest, "out_bytes": DTYPE_BYTES[results["o0"].dtype],
+        }  # fmt: skip
+
+    def flops(self, problem: Problem) -> int:
+        """Of the products, and one for each element of every other line."""
+        program, results = program_of(problem), results_of(problem)
+        return sum(_flops(line, results) for line in program.lines)
+
+    def num_bytes(self, problem: Problem) -> int:
+        """Every input read once, every output written once."""
+        results = results_of(problem)
+        written = sum(results[name].num_bytes for name in program_of(problem).outputs)
+        return written + sum(spec.num_bytes for spec in problem.inputs)
+
+    def find(self, graph: Graph, constants: frozenset[str], device: str) -> list[Site]:
+        """See `Op.find`."""
+        return sites_of(self.match(graph, constants, device), constants)
+
+    def match(self, graph: Graph, constants: frozenset[str], device: str) -> list[Region]:
+        """See `FusionOp.match`; the regions around one product overlap, the largest first."""
+        growth = Growth(graph)
+        return [_region(found, growth, device) for found in _regions(growth)]
+
+
+def explain(graph: Graph) -> list[Explained]:
+    """What became of every product and reduction of a post-grad graph, in its order."""
+    growth = Growth(graph)
+    _regions(growth)
+    found = []
+    for node in growth.nodes:
+        if op_name(node) in ("aten.bmm", "aten.baddbmm"):
+            no = Broken(Rule.NO_CODE, node.name, "a batch of products")
+            found.append(Explained(node.name, op_name(node), 0, (), (), no))
+        elif node in growth.notes:
+            notes = growth.notes[node]
+            whole = notes.whole
+            if notes.num_regions == 0 and whole is None:
+                whole = next(iter((*notes.behind, *notes.before)), Broken(Rule.RESULT, node.name))
+            found.append(
+                Explained(node.name, op_name(node), notes.num_regions, tuple(notes.before), tuple(notes.behind), whole)
+            )  # fmt: skip
+    return found
+
+
+def count_rules(explained: Sequence[Explained]) -> Counter[str]:
+    """How often each rule was why a product or a reduction has no region."""
+    return Counter(str(item.whole.rule) for item in explained if item.whole is not None)
+
+
+def _regions(growth: Growth) -> list[Found]:
+    """All regions of a graph, each once: around products first."""
+    found: dict[tuple[frozenset[Node], tuple[Node, ...]], Found] = {}
+    for region in (*ProductRegions(growth).regions(), *RowRegions(growth).regions()):
+        found.setdefault((region.inner, region.outputs), region)
+    return list(found.values())
+
+
+def _region(found: Found, growth: Growth, device: str) -> Region:
+    outputs = sorted(found.outputs, key=lambda node: (_single(node, found), growth.order[node]))
+    program, inputs = written(outputs, found.inner)
+    specs = [tensor_spec(node) for node in inputs]
+    problem = Problem(
+        op=Generated.name,
+        inputs=tuple(settled(spec) for spec in specs if spec is not None),
+        device=device,
+        scalars=(("program", str(program)),),
+    )
+    return Region(problem=problem, inputs=inputs, outputs=tuple(outputs), inner=found.inner, name_of=found.name_of)
+
+
+def _single(node: Node, found: Found) -> str:
+    """What one output is, whatever the others are: what they are sorted by, for the graph's order is not always the same."""
+    program, inputs = written([node], found.inner)
+    return f"{program} of {', '.join(str(tensor_spec(node)) for node in inputs)}"
+
+
+def written(outputs: Sequence[Node], inner: frozenset[Node]) -> tuple[Program, tuple[Node, ...]]:
+    """The program that computes outputs from what the inner nodes read, and those inputs in its order."""
+    names: dict[Node, str] = {}
+    lines: list[Line] = []
+    inputs: list[Node] = []
+    known: dict[tuple[str, tuple[Argument, ...]], str] = {}
+    positions = {node: f"o{position}" for position, node in enumerate(outputs)}
+
+    def visit(node: Node) -> str:
+        if node in names:
+            return names[node]
+        if node not in inner:
+            inputs.append(node)
+            names[node] = f"i{len(inputs) - 1}"
+            return names[node]
+        op, given = _line_of(node)
+        arguments = tuple(visit(a) if not isinstance(a, (str, int, float, tuple)) else a for a in given)
+        seen = known.get((op, arguments))
+        if seen is not None and node not in positions:
+            names[node] = seen
+            return seen
+        name = positions.get(node) or f"t{sum(line.name.startswith('t') for line in lines)}"
+        known.setdefault((op, arguments), name)
+        lines.append(Line(name, op, arguments))
+        names[node] = name
+        return name
+
+    for node in outputs:
+        visit(node)
+    return Program(tuple(lines)), tuple(inputs)
+
+
+def _line_of(node: Node) -> tuple[str, tuple[Node | Argument, ...]]:
+    short = op_name(node).removeprefix("aten.")
+    if short in GEMMS:
+        return short, tuple(node.args)  # type: ignore[arg-type]
+    if short == "permute":
+        return "t", (node.args[0],)  # type: ignore[return-value]
+    call = call_of(node)
+    assert call is not None, f"{node.name} has no code, but is part of a region"
+    return call.op, call.arguments
+
+
+def _sizes(program: Program, results: Mapping[str, TensorSpec]) -> tuple[int, int, int, int]:
+    """m, n, k and the bytes of an element of the widest matrix."""
+    products = [line for line in program.lines if line.op in GEMMS]
+    if products:
+        left = results[str(products[0].arguments[-2])]
+        n = sum(results[line.name].shape[1] for line in products)
+        return left.shape[0], n, left.shape[1], DTYPE_BYTES[left.dtype]
+    reduced = next(results[str(line.arguments[0])] for line in program.lines if line.op in REDUCTIONS)
+    rows = reduced.num_elements // reduced.shape[-1]
+    widest = max(DTYPE_BYTES[results[name].dtype] for name in (*program.inputs, *program.outputs))
+    return rows, reduced.shape[-1], 0, widest
+
+
+def _flops(line: Line, results: Mapping[str, TensorSpec]) -> int:
+    if line.op in GEMMS:
+        (m, k), n = results[str(line.arguments[-2])].shape, results[line.name].shape[1]
+        return 2 * m * n * k
+    return results[line.name].num_elements
