@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,12 +14,14 @@ from autokernel.config import CallScenario, LoadedExperiment, TensorInput
 from autokernel.errors import WorkloadError
 from autokernel.profiling.functions import load_function
 from autokernel.profiling.inputs import check_names, draw, filled, layout_of
+from autokernel.profiling.precision import is_quantized
 from autokernel.profiling.sources import first_line, kind_of, no_room
 
 Inputs = tuple[torch.Tensor, ...]
 
 # What a model's own code raises about inputs that do not suit it.
 _MODEL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, NotImplementedError)
+_DICTS = (dict, OrderedDict)
 
 
 class Call(nn.Module):
@@ -56,10 +59,8 @@ def _at(value: Any, path: Sequence[str]) -> Any:
     for part in path:
         if part.lstrip("-").isdigit():
             value = value[int(part)]
-        elif hasattr(value, part):
-            value = getattr(value, part)
-        else:
-            value = value[part]
+        else:  # what libraries return are dicts with attributes, or no dicts at all
+            value = value[part] if type(value) in _DICTS else getattr(value, part)
     return value
 
 
@@ -114,7 +115,10 @@ def _from_function(
 
 def _is_in(model: nn.Module, dtype: torch.dtype) -> bool:
     """Whether the model is the experiment's own, and not a copy in higher precision: that takes other inputs."""
-    floating = [parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point]
+    own = [
+        parameter for module in model.modules() if not is_quantized(module) for parameter in module.parameters(recurse=False)
+    ]
+    floating = [parameter.dtype for parameter in own if parameter.dtype.is_floating_point]
     return not floating or dtype in floating
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_experiments import NEEDS, SMALL
 
 from autokernel.config import load_experiment
 from autokernel.profiling.functions import load_function
@@ -14,25 +15,6 @@ from autokernel.profiling.workload import build_scenario, load_model
 
 FORECASTS = "models/forecasts.py:quantile_losses"
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-SMALL = {
-    "vit": (
-        "model.config={num_labels: 5, num_hidden_layers: 1, hidden_size: 32, num_attention_heads: 2, intermediate_size: 64}",
-    ),
-    "chronos2": (
-        "model.config.num_layers=1",
-        "model.config.d_model=32",
-        "model.config.d_kv=16",
-        "model.config.d_ff=64",
-        "model.config.num_heads=2",
-    ),
-    "zimage": (
-        "model.arguments={dim: 32, n_layers: 1, n_refiner_layers: 1, n_heads: 2, n_kv_heads: 2, cap_feat_dim: 16, "
-        "axes_dims: [4, 6, 6], axes_lens: [64, 16, 16]}",
-        "scenarios.1024x1024.inputs.x=[{shape: [16, 1, 16, 16]}]",
-        "scenarios.1024x1024.inputs.cap_feats=[{shape: [32, 16]}]",
-    ),
-}
-NEEDS = {"chronos2": "chronos", "zimage": "diffusers"}
 SHAPES = {"vit": (1, 5), "chronos2": (1, 21, 64), "zimage": (16, 1, 16, 16)}
 
 
