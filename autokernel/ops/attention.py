@@ -59,13 +59,12 @@ class Attention:
 
         q, k, v, *mask = inputs
         scalars = dict(problem.scalars)
-        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         bias = mask[0] if mask else None
-        if bias is not None and bias.dtype.is_floating_point:
-            bias = bias.to(q.dtype)
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, is_causal=bool(scalars.get("causal", False)), scale=float(scalars["scale"])
-        )
+        if bias is not None:  # as models do: with a mask the library repeats shared heads, or they have to be repeated for it
+            k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+            bias = bias.to(q.dtype) if bias.dtype.is_floating_point else bias
+        causal, scale, shared = bool(scalars.get("causal", False)), float(scalars["scale"]), k.shape[1] != q.shape[1]
+        out = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=shared)
         return (out.transpose(1, 2).contiguous().transpose(1, 2),)
 
     def dims(self, problem: Problem) -> Mapping[str, int]:

@@ -315,12 +315,24 @@ def _attribute(
         for call in calls:
             share = shares.get(call, -1.0)
             if share < 0:  # Inductor may hand over equal memory with other strides, or the profiler knows none
-                share = statistics.mean(by_shape.get((call.name, call.shapes), [0.0]))
+                share = statistics.mean(by_shape.get((call.name, call.shapes)) or _of_other_heads(call, by_shape))
             if share == 0.0:
                 log.warning("%s: no kernel of %s was seen in the profile of %s", scenario, call, key)
             total += share
         result[key] = total * step_us
     return result
+
+
+def _of_other_heads(call: Call, by_shape: Mapping[tuple[str, tuple[tuple[int, ...], ...]], Sequence[float]]) -> Sequence[float]:
+    """Calls of attention with the same q and as many keys: whether shared heads were repeated before makes no other call."""
+    attention = call.name.replace("::", ".") in LIBRARY_CALLS
+    left, right = (shape[:1] + shape[2:] for shape in call.shapes)
+    return [
+        share
+        for (name, shapes), found in by_shape.items()
+        if attention and name == call.name and (shapes[0][:1] + shapes[0][2:], shapes[1][:1] + shapes[1][2:]) == (left, right)
+        for share in found
+    ] or [0.0]
 
 
 def calls_of(problem: Problem) -> list[Call]:
