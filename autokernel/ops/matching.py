@@ -24,8 +24,13 @@ def op_name(node: Node) -> str:
         return "input"
     if node.op != "call_function":
         return node.op
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(packet) if packet is not None else getattr(node.target, "__name__", str(node.target))
+    return name_of(node.target)
+
+
+def name_of(target: object) -> str:
+    """As `op_name`, of what a node calls."""
+    packet = getattr(target, "overloadpacket", None)
+    return str(packet) if packet is not None else getattr(target, "__name__", str(target))
 
 
 def is_reshape(node: Node) -> bool:

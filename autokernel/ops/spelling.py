@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from autokernel.ops.matching import op_name
+from autokernel.ops.matching import name_of, op_name
 from autokernel.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -79,7 +79,12 @@ def is_node(value: object) -> TypeGuard[Node]:
 
 def kind_of(node: Node) -> str:
     """The op's name; one for all that only reshape, one for all conversions."""
-    name = op_name(node)
+    return _kind_of(node.target) if node.op == "call_function" else node.op
+
+
+@functools.lru_cache(maxsize=1024)  # it is asked for most nodes of a graph, many times
+def _kind_of(target: Any) -> str:
+    name = name_of(target)
     return KEEP if name in _KEEPS else CONVERT if name in _CONVERSIONS else name
 
 
@@ -105,19 +110,22 @@ def arguments_of(node: Node) -> dict[str, Any]:
     """Arguments by name, defaults filled in; positions count from the front, and what the result shows is left out."""
     if kind_of(node) == CONVERT:
         return {"self": node.args[0]}
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
+    parameters = _parameters(node.target)
+    if parameters is None:
         return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
-    given = dict(node.kwargs)
-    for argument, value in zip(schema.arguments, node.args, strict=False):
-        given[argument.name] = value
-    for argument in schema.arguments:
-        given.setdefault(argument.name, argument.default_value)
+    given = {**dict(parameters), **node.kwargs, **dict(zip((name for name, _ in parameters), node.args, strict=False))}
     shape = next((shape_of(x) for x in node.all_input_nodes[:1]), None) or ()
     named = {name: value for name, value in given.items() if name not in _BY_RESULT}
     if op_name(node) in _WHOLE_SHAPE:
         named = {"self": named["self"]}
     return {name: _from_front(name, value, shape, named) for name, value in named.items()}
+
+
+@functools.lru_cache(maxsize=1024)  # torch makes new objects of them each time
+def _parameters(target: Any) -> tuple[tuple[str, Any], ...] | None:
+    """Names and defaults, None for what is no operator."""
+    schema = getattr(target, "_schema", None)
+    return None if schema is None else tuple((argument.name, argument.default_value) for argument in schema.arguments)
 
 
 def _from_front(name: str, value: Any, shape: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
