@@ -286,4 +286,4 @@ def _as_computed(dtype: str) -> str:
 
 
 def _variable(statistic: Statistic) -> str:
-    return statistic.name.replace(".", "_of_")
+    return f"s_{statistic.name.replace('.', '_')}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from autokernel.kernels.attention_config import plan_decode, plan_flash
+from autokernel.kernels.generated import plan_products, plan_rows
 from autokernel.kernels.launch import KernelPlan
 from autokernel.kernels.row_norm_config import plan_row_norm
 from autokernel.records import ConfigValue, Problem
@@ -22,6 +23,7 @@ PLANNERS: Mapping[str, Mapping[str, Planner]] = {
     "add_rms_norm": {"row_norm": plan_row_norm},
     "adaln_rms_norm": {"row_norm": plan_row_norm},
     "gated_rms_norm": {"row_norm": plan_row_norm},
+    "generated": {"generated_mm": plan_products, "generated_rows": plan_rows},
 }
 
 

@@ -15,6 +15,7 @@ from autokernel.ops.bmm import Bmm
 from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, apply_epilogue
 from autokernel.ops.gated import Gated
 from autokernel.ops.gated_rms_norm import GatedRmsNorm
+from autokernel.ops.generated import Generated
 from autokernel.ops.int_mm import IntMm
 from autokernel.ops.merged_mm import MergedMm
 from autokernel.ops.mm import Mm
@@ -40,6 +41,7 @@ OPS: tuple[Op, ...] = (
     AdalnRmsNorm(),
     RmsNorm(),
     Gated(),
+    Generated(),
 )
 
 
