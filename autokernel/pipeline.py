@@ -82,7 +82,7 @@ def _run_stages(context: RunContext, until: str) -> RunOutcome:
         return _stopped(context, until)
     winners, dropped = compatible(confirm(context, profiled, evaluations), evaluations)
     winners, excluded = choose_plans(context, profiled, winners)
-    winners, too_large = within_memory(winners, context.experiment.validation.max_copied_gb * 1e9)
+    winners, too_large = within_memory(context, winners)
     dropped |= excluded | too_large
     if until == "confirm":
         return _stopped(context, until)

@@ -171,7 +171,12 @@ def entry_of(winner: Winner) -> Entry:
     )
 
 
-def within_memory(winners: Sequence[Winner], limit_bytes: float) -> tuple[list[Winner], dict[str, str]]:
+def within_memory(context: RunContext, winners: Sequence[Winner]) -> tuple[list[Winner], dict[str, str]]:
+    """Winners whose copies of weights fit into what the experiment allows, and why others do not."""
+    return fitting(winners, context.experiment.validation.max_copied_gb * 1e9)
+
+
+def fitting(winners: Sequence[Winner], limit_bytes: float) -> tuple[list[Winner], dict[str, str]]:
     """Winners whose copies of weights fit together, and why others do not: those that gain most for their bytes come first.
 
     A graph that is compiled keeps its packed and merged weights beside the model's own.

@@ -21,7 +21,7 @@ from autokernel.records import (
     Verdict,
     Winner,
 )
-from autokernel.stages.confirm import _judge, compatible, copied_bytes, entry_of, finalists_of, within_memory
+from autokernel.stages.confirm import _judge, compatible, copied_bytes, entry_of, finalists_of, fitting
 
 X = TensorSpec.contiguous((1, 64), "float32")
 PASSED = Verdict(checks=(Check(name="all", value=0, limit=1, passed=True),))
@@ -143,8 +143,8 @@ def test_copies_of_weights_are_bounded_and_the_least_useful_ones_go() -> None:
     small = winner(MM, 10, prepack=True)
     free = winner(replace(MM, inputs=(X, weight(48))), 10, prepack=False)
     assert [copied_bytes(w) for w in (large, small, free)] == [16384, 8192, 0]
-    assert within_memory([large, small, free], 30000) == ([large, small, free], {})
-    kept, dropped = within_memory([large, small, free], 20000)
+    assert fitting([large, small, free], 30000) == ([large, small, free], {})
+    kept, dropped = fitting([large, small, free], 20000)
     assert kept == [small, free], "the same gain for half the bytes"
     assert dropped == {MERGED.key: "it copies 1.64e-05 GB of weights, of 2e-05 GB 1.18e-05 are left (validation.max_copied_gb)"}
     many = replace(small, hotspot=replace(small.hotspot, num_calls=3))
