@@ -42,6 +42,7 @@ class SearchSection(Section):
     seeds: tuple[Literal["stock", "history", "nvmatmul"], ...] = Field(
         ("stock", "history", "nvmatmul"), description="who proposes first, in this order"
     )
+    without: tuple[str, ...] = Field((), description="ops to leave alone, by name: `[generated]` searches no generated fusions")
     hotspots: PositiveInt = Field(16, description="how many of the ranked hotspots to search at most")
     min_weight: float = Field(0.01, ge=0, lt=1, description="leave hotspots below this share of the whole run alone")
     seed: int = 0

@@ -59,7 +59,10 @@ def run(
         ConfigError: the experiment cannot be run as it stands.
         AutokernelError: the run failed; what was finished is in its journal.
     """
+    from autokernel.stages.search import check_ops
+
     loaded = experiment if isinstance(experiment, LoadedExperiment) else load_experiment(experiment, overrides)
+    check_ops(loaded)
     with open_run(loaded, Path(runs_folder), fresh=fresh, recorders=recorders) as context:
         return _run_stages(context, until)
 

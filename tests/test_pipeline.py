@@ -143,6 +143,12 @@ def test_every_stage_can_be_the_last(tmp_path: Path) -> None:
     assert other.folder != outcome.folder
 
 
+def test_an_op_that_does_not_exist_is_wrong_input(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gated.yaml: search.without: 'atention' is no op; there are merged_mm, mm, "):
+        run(EXPERIMENT, overrides=("search.without=[atention]",), runs_folder=tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
 def test_a_gpu_that_is_not_there_is_wrong_input() -> None:
     loaded = load_experiment(EXPERIMENT, ("device=cuda",))
     with pytest.raises(ConfigError, match=r"device: cuda, but torch .* sees no GPU here; install"):

@@ -9,13 +9,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from autokernel.backends import all_backends
-from autokernel.config import SearchSection
-from autokernel.errors import WorkerError
+from autokernel.config import LoadedExperiment, SearchSection
+from autokernel.errors import ConfigError, WorkerError
 from autokernel.evaluate.candidate import EvaluateCandidate, evaluation_of_failure
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.events import Evaluated, Profiled, SearchPlanned
 from autokernel.export.matching import gemm_of
-from autokernel.ops import get_op
+from autokernel.ops import OPS, get_op
 from autokernel.records import Evaluation, Hotspot, Status
 from autokernel.search.budget import Scheduler, allocate, merge
 from autokernel.search.seeds import SeedContext, seeds_from
@@ -210,8 +210,16 @@ def spaces_for(context: RunContext, hotspot: Hotspot, spaces: Mapping[str, Space
     return usable
 
 
+def check_ops(loaded: LoadedExperiment) -> None:
+    """Raises ConfigError if the experiment names an op that does not exist."""
+    known = [op.name for op in OPS]
+    for name in loaded.experiment.search.without:
+        if name not in known:
+            raise ConfigError(f"{loaded.path}: search.without: {name!r} is no op; there are {', '.join(known)}")
+
+
 def worth_searching(profiled: Profiled, settings: SearchSection) -> list[Hotspot]:
-    """Hotspots with enough to gain, one for each GEMM.
+    """Hotspots with enough to gain, one for each GEMM, those with most to gain first.
 
     A compiled graph does not say which epilogue an entry was tuned with (`export.matching`), so GEMMs that differ in
     that alone share one search: that of the one with most to gain, for the weight of all.
@@ -222,22 +230,31 @@ def worth_searching(profiled: Profiled, settings: SearchSection) -> list[Hotspot
         key = gemm_of(hotspot.problem) or hotspot.problem.key
         best.setdefault(key, hotspot)
         weights[key] = weights.get(key, 0.0) + hotspot.weight
-    heavy = [hotspot for key, hotspot in best.items() if weights[key] >= settings.min_weight]
-    return heavy[: settings.hotspots]
+    return [hotspot for key, hotspot in best.items() if weights[key] >= settings.min_weight]
 
 
 def open_hunts(context: RunContext, profiled: Profiled) -> dict[str, Hunt]:
     """A tuner for each hotspot worth searching, seeded, and taught what is known already."""
     settings = context.experiment.search
     facts = device_facts(context, profiled)
-    chosen = {hotspot.problem.key: hotspot for hotspot in worth_searching(profiled, settings)}
     folder = context.loaded.resolve(settings.spaces) if settings.spaces is not None else None
-    by_op = {op: load_space(op, folder) for op in {hotspot.problem.op for hotspot in chosen.values()}}
-    spaces = {key: spaces_for(context, hotspot, by_op[hotspot.problem.op]) for key, hotspot in chosen.items()}
-    chosen = {key: hotspot for key, hotspot in chosen.items() if spaces[key]}
-    names: dict[str, Names] = {
-        key: names_for(get_op(hotspot.problem.op).dims(hotspot.problem), facts) for key, hotspot in chosen.items()
-    }
+    by_op: dict[str, Mapping[str, Space]] = {}
+    chosen: dict[str, Hotspot] = {}
+    spaces: dict[str, dict[str, Space]] = {}
+    names: dict[str, Names] = {}
+    for hotspot in worth_searching(profiled, settings):
+        key, op = hotspot.problem.key, hotspot.problem.op
+        if op in settings.without:
+            continue
+        if op not in by_op:
+            by_op[op] = load_space(op, folder)
+        found = spaces_for(context, hotspot, by_op[op])
+        known_names = names_for(get_op(op).dims(hotspot.problem), facts)
+        if sum(space.count(known_names, 2) for space in found.values()) < 2:
+            continue  # stock code alone: there is nothing to choose, and others want the place
+        chosen[key], spaces[key], names[key] = hotspot, found, known_names
+        if len(chosen) == settings.hotspots:
+            break
     # nobody gets more trials than there are
     sizes = {key: sum(space.count(names[key], settings.trials) for space in spaces[key].values()) for key in chosen}
     trials = allocate(list(chosen.values()), settings.trials, settings.seconds, settings.min_trials, sizes)
