@@ -99,8 +99,8 @@ class Confirmed(Record):
 class PlanTrial(Record):
     """Entries of one scenario that go together, where fusions exclude each other: what they should save, and how they did.
 
-    `speedup` is over the plan that was the best before, in the whole model; None for that plan itself. The last accepted plan of
-    a scenario is the one that is exported.
+    `speedup` is over the plan that was the best before, in the whole model; None for that plan itself. The last accepted plan
+    of a scenario is the one that is exported.
     """
 
     scenario: str
