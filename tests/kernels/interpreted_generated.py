@@ -1,0 +1,114 @@
+"""Runs generated kernels in Triton's interpreter, on the CPU, against their programs. One line for each case that is wrong."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+from typing import Any
+
+import torch
+
+from autokernel.kernels.launch import run as launch
+from autokernel.kernels.plans import plan_of
+from autokernel.ops.program import run
+from autokernel.records import Problem, TensorSpec
+
+WHOLE: dict[str, Any] = {"kernel": "generated_rows", "block_m": 4, "block_k": 0, "num_warps": 4}
+TILED = {**WHOLE, "block_m": 2, "block_k": 32}
+ROWS: dict[str, Any] = {
+    "kernel": "generated_mm", "mode": "rows", "block_m": 16, "block_n": 32, "block_k": 32, "block_s": 64, "num_warps": 4,
+    "num_stages": 2,
+}  # fmt: skip
+SWAP = {**ROWS, "mode": "swap", "split_k": 2}
+VECTOR = {**ROWS, "mode": "vector", "block_m": 1, "split_k": 3}
+
+RMS = (
+    "t0 = convert({x}, float32); t1 = pow(t0, 2); t2 = mean(t1); t3 = add(t2, 1e-06); t4 = rsqrt(t3); t5 = mul(t0, t4); "
+    "t6 = convert(t5, {d}); t7 = mul(i0, t6); "
+)
+ADD_NORM = "o0 = add(i1, i2); " + RMS.replace("{x}", "o0") + "o1 = mul(t7, i3)"
+LAYER_NORM = (
+    "t0 = convert(i0, float32); t1 = var_mean(t0, 0); t2 = getitem(t1, 0); t3 = getitem(t1, 1); t4 = sub(t0, t3); "
+    "t5 = add(t2, 1e-06); t6 = rsqrt(t5); t7 = mul(t4, t6); t8 = mul(t7, i1); t9 = add(t8, i2); o0 = convert(t9, {d})"
+)
+SOFTMAX = "t0 = amax(i0); t1 = sub(i0, t0); t2 = exp(t1); t3 = sum(t2); o0 = div(t2, t3); o1 = gt(i0, t3)"
+GATED = (
+    RMS.replace("{x}", "i1") + "t8 = reshape(t7, [{m}, {k}]); t9 = t(i2); t10 = mm(t8, t9); t11 = reshape(t10, [{m}, 1, {n}]); "
+    "t12 = convert(t11, float32); t13 = sigmoid(t12); t14 = mul(t12, t13); t15 = convert(t14, {d}); t16 = t(i3); "
+    "t17 = mm(t8, t16); t18 = reshape(t17, [{m}, 1, {n}]); o0 = mul(t15, t18)"
+)
+SHARED = (
+    RMS.replace("{x}", "i1") + "t8 = reshape(t7, [{m}, {k}]); t9 = t(i2); t10 = addmm(i3, t8, t9); o0 = tanh(t10); "
+    "o1 = mm(t8, i4)"
+)
+RESIDUAL = (
+    "t0 = where(i0, i1, i2); t1 = maximum(t0, i2); t2 = mm(t1, i3); t3 = gelu(t2, none); t4 = erf(t3); t5 = relu(t4); "
+    "t6 = mul(t5, 0.5); t7 = add(i4, t6); t8 = abs(t7); t9 = add(t8, 1); t10 = log(t9); t11 = sqrt(t9); t12 = sin(t10); "
+    "t13 = reciprocal(t9); t14 = mul(t12, t13); t15 = exp2(t14); t16 = cos(t15); t17 = minimum(t16, t11); o0 = neg(t17)"
+)
+
+
+def spec(dtype: str, *shape: int, stride: tuple[int, ...] | None = None) -> TensorSpec:
+    dense = TensorSpec.contiguous(shape, dtype)
+    return dense if stride is None else TensorSpec(shape=shape, dtype=dtype, stride=stride)
+
+
+def cases(d: str) -> list[tuple[str, list[TensorSpec], list[dict[str, Any]]]]:
+    permuted = spec(d, 5, 3, 100, stride=(100, 600, 1))
+    vector, row = spec(d, 100), spec(d, 5, 1, 100)
+    found = [
+        (ADD_NORM, [vector, permuted, spec(d, 5, 3, 100), row], [WHOLE, TILED]),
+        (LAYER_NORM, [permuted, vector, vector], [WHOLE, TILED]),
+        (SOFTMAX, [spec(d, 7, 48)], [WHOLE, TILED]),
+    ]
+    for m, n, k, configs in ((1, 40, 96, [ROWS, VECTOR]), (3, 70, 72, [SWAP]), (17, 32, 64, [ROWS])):
+        sizes = {"m": m, "n": n, "k": k, "d": "{d}"}
+        x = [spec(d, k), spec(d, m, 1, k)]
+        weights = [spec(d, n, k), spec(d, n, k)]
+        found.append((GATED.format(**sizes), [*x, *weights], configs))
+        several = [*x, weights[0], spec(d, n), spec(d, k, n + 9)]
+        found.append((SHARED.format(**sizes), several, configs))
+        masks = [spec("bool", 1, k), spec(d, m, k, stride=(1, m)), spec(d, m, 1), spec(d, k, n), spec(d, m, n)]
+        found.append((RESIDUAL, masks, configs))
+    return found
+
+
+def tensor(spec: TensorSpec) -> torch.Tensor:
+    x = torch.empty_strided(spec.shape, spec.stride, dtype=getattr(torch, spec.dtype))
+    drawn = torch.randn(spec.shape)
+    weight = len(spec.shape) == 2 and spec.shape[0] > 20
+    return x.copy_(drawn > 0 if spec.dtype == "bool" else drawn * spec.shape[-1] ** -0.5 if weight else drawn)
+
+
+def wrong_with(problem: Problem, config: dict[str, Any]) -> str | None:
+    """What is wrong with the kernel's results, None if nothing is: no more than the program's own error, twice."""
+    inputs = [tensor(spec) for spec in problem.inputs]
+    inputs[0][..., :1] = 0
+    eager = run(problem, *inputs)
+    exact = run(problem, *[x.double() if x.dtype.is_floating_point else x for x in inputs])
+    for own, reference, out in zip(eager, exact, launch(plan_of(problem, config), *inputs), strict=True):
+        if (out.shape, out.dtype, out.stride()) != (own.shape, own.dtype, own.stride()):
+            return f"{out.dtype}{list(out.shape)}{out.stride()} for {own.dtype}{list(own.shape)}{own.stride()}"
+        if out.dtype is torch.bool:
+            if (out != own).float().mean() > 0.01:
+                return "other truth values"
+            continue
+        error, limit = ((x.double() - reference).abs().max().item() for x in (out, own))
+        if not error <= 2 * limit + torch.finfo(own.dtype).eps / 2 * reference.abs().max().item():
+            return f"error {error:.3g}, eager's is {limit:.3g}"
+    return None
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for d in ("float16", "float32"):
+        for template, specs, configs in cases(d)[: None if d == "float16" else 4]:
+            text = template.replace("{d}", d)
+            for config in configs:
+                problem = Problem(op="generated", inputs=tuple(specs), device="cpu", scalars=(("program", text),))
+                wrong = wrong_with(problem, config)
+                if wrong:
+                    print(config, problem.key, wrong)
+    print("done")

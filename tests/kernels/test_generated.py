@@ -1,0 +1,165 @@
+"""Generated kernels in Triton's interpreter and through its compiler for Hopper; no GPU is needed for either."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autokernel.kernels.generated_source import row_terms
+from autokernel.kernels.launch import KernelPlan
+from autokernel.kernels.plans import plan_of
+from autokernel.ops.generated import Generated
+from autokernel.records import ConfigValue, Problem, TensorSpec
+from autokernel.search.space import DeviceFacts, names_for
+from autokernel.search.space_file import load_space
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+FOLDER = Path(__file__).resolve().parent
+H200 = DeviceFacts(device="cuda", isa="sm_90", device_name="NVIDIA H200", smem_bytes=232448, num_units=132, l2_bytes=50 << 20)
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "bool": "*i1", "int32": "*i32"}
+D, F = 4096, 14336
+NORM = (
+    "t0 = convert(i1, float32); t1 = pow(t0, 2); t2 = mean(t1); t3 = add(t2, 1e-05); t4 = rsqrt(t3); t5 = mul(t0, t4); "
+    "t6 = convert(t5, bfloat16); t7 = mul(i0, t6)"
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AUTOKERNEL_CACHE_DIR", str(tmp_path))
+
+
+def spec(*shape: int) -> TensorSpec:
+    return TensorSpec.contiguous(shape, "bfloat16")
+
+
+def gated(m: int) -> Problem:
+    """Norm, gate, up and SwiGLU of a Llama-3.1-8B."""
+    text = (
+        f"{NORM}; t8 = reshape(t7, [{m}, {D}]); t9 = t(i2); t10 = mm(t8, t9); t11 = convert(t10, float32); "
+        "t12 = sigmoid(t11); t13 = mul(t11, t12); t14 = convert(t13, bfloat16); t15 = t(i3); t16 = mm(t8, t15); "
+        "o0 = mul(t14, t16)"
+    )
+    return Problem(
+        op="generated", inputs=(spec(D), spec(m, 1, D), spec(F, D), spec(F, D)), device="cuda", scalars=(("program", text),)
+    )
+
+
+def norm(m: int) -> Problem:
+    text = f"{NORM.replace('t7 =', 'o0 =')}"
+    return Problem(op="generated", inputs=(spec(D), spec(m, 1, D)), device="cuda", scalars=(("program", text),))
+
+
+def default(problem: Problem) -> dict[str, ConfigValue]:
+    config = load_space("generated")["triton"].default(names_for(Generated().dims(problem), H200))
+    assert config is not None
+    return config
+
+
+def ptx_of(problem: Problem, plan: KernelPlan) -> str:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    (launch,) = plan.launches
+    names = launch.kernel.arg_names
+    lists: dict[str, Any] = {"in": problem.inputs, "out": plan.outputs, "scratch": plan.scratch}
+    dtypes = [lists[launch.arguments[n].kind][launch.arguments[n].index].dtype for n in names]  # type: ignore[union-attr]
+    source = ASTSource(
+        fn=launch.kernel,
+        signature={name: POINTERS[dtype] for name, dtype in zip(names, dtypes, strict=True)},
+        constexprs={},
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(names))},
+    )
+    options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.shared <= H200.smem_bytes
+    return str(compiled.asm["ptx"])
+
+
+def test_kernels_compute_what_their_programs_do(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent.parent), "AUTOKERNEL_CACHE_DIR": str(tmp_path)}
+    script = str(FOLDER / "interpreted_generated.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.splitlines() == ["done"], done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("m", "instruction"), [(1, "fma.rn.f32"), (16, "m64n16k16.f32.bf16"), (64, "m64n64k16.f32.bf16")])
+def test_the_spaces_default_compiles_for_hopper(m: int, instruction: str) -> None:
+    problem = gated(m)
+    ptx = ptx_of(problem, plan_of(problem, default(problem)))
+    assert instruction in ptx
+    assert "cp.async.cg.shared.global" in ptx, "tiles are read ahead"
+
+
+def test_a_row_of_a_norm_is_read_once_and_in_full_width() -> None:
+    problem = norm(16)
+    ptx = ptx_of(problem, plan_of(problem, default(problem)))
+    assert ".v4.b32" in ptx
+    assert ptx.count("ld.global") <= 8 * 2, "the row and the weight, four lanes' worth of each at most"
+
+
+def test_the_same_problem_and_config_are_the_same_file(tmp_path: Path) -> None:
+    problem = norm(3)
+    config = {**default(problem), "block_m": 2}  # in no other test
+    first, second = (plan_of(problem, config).launches[0].kernel for _ in range(2))
+    assert first is second
+    (path,) = (tmp_path / "generated").glob("*.py")
+    assert path.stem == first.__name__
+    assert "def generated_" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"block_m": 12}, "block_m must be a power of two; it is 12"),
+        ({"block_n": 8}, "tiles of matrix instructions are at least 16"),
+        ({"mode": "vector"}, "mode vector is for one row and block_m of 1; there are 16 rows"),
+        ({"mode": "columns"}, "mode must be one of rows, swap, vector"),
+        ({"split_k": 65}, "K has 64 blocks of 64; split_k is 65"),
+        ({"group_m": 8}, "unknown: group_m"),
+        ({"kernel": "generated_rows", "block_n": None}, "generated_rows is for programs without matrix products"),
+        ({"kernel": "fast"}, "generated has no Triton kernel 'fast'; there are generated_mm, generated_rows"),
+    ],
+)
+def test_a_broken_rule_is_named(changes: dict[str, Any], said: str) -> None:
+    config = {**default(gated(16)), **changes}
+    if config["kernel"] == "generated_rows":
+        config = {**default(norm(16)), "kernel": "generated_rows"}
+    with pytest.raises(ValueError, match=said):
+        plan_of(gated(16), config)
+
+
+def test_offsets_are_of_32_bits() -> None:
+    wide = TensorSpec(shape=(3, 64), dtype="bfloat16", stride=(2**31, 1))
+    problem = Problem(op="generated", inputs=(wide,), device="cuda", scalars=(("program", "t0 = sum(i0); o0 = mul(i0, t0)"),))
+    with pytest.raises(ValueError, match="32-bit offsets"):
+        plan_of(problem, default(problem))
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "frame", "terms"),
+    [
+        ((4, 6, 8), (48, 8, 1), (4, 6), ["row * 8"]),
+        ((4, 6, 8), (8, 32, 1), (4, 6), ["(row // 6) * 8", "(row % 6) * 32"]),
+        ((4, 1, 8), (8, 8, 1), (4, 6), ["(row // 6) * 8"]),
+        ((6, 8), (8, 1), (4, 6), ["(row % 6) * 8"]),
+        ((1, 1, 8), (8, 8, 1), (4, 6), []),
+        ((8,), (1,), (4, 6), []),
+        ((2, 3, 5, 7), (105, 35, 7, 1), (2, 3, 5), ["row * 7"]),
+        ((2, 3, 5, 7), (105, 7, 21, 1), (2, 3, 5), ["(row // 15) * 105", "(row // 5 % 3) * 7", "(row % 5) * 21"]),
+    ],
+)
+def test_rows_are_found_wherever_they_lie(
+    shape: tuple[int, ...], stride: tuple[int, ...], frame: tuple[int, ...], terms: list[str]
+) -> None:
+    found = row_terms(TensorSpec(shape=shape, dtype="float32", stride=stride), frame, "row")
+    for row in range(2 * 3 * 5 if len(frame) == 3 else 24):
+        wanted = sum(eval(term, {"row": row}) for term in terms)
+        assert sum(eval(term, {"row": row}) for term in found) == wanted
+    assert len(found) == len(terms)
