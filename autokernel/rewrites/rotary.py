@@ -16,8 +16,7 @@ def halves(problem: Problem, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
     """Computed in float32 and rounded once."""
     import torch
 
-    half = x.shape[-1] // 2
-    (a, b), (c, d), (s, t) = ((wide(y[..., :half]), wide(y[..., half:])) for y in (x, cos, sin))
+    (a, b), (c, d), (s, t) = ((wide(half) for half in y.chunk(2, -1)) for y in (x, cos, sin))
     return (torch.cat(((a * c - b * s).to(x.dtype), (b * d + a * t).to(x.dtype)), -1),)
 
 

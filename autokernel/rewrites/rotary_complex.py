@@ -17,9 +17,9 @@ def real(problem: Problem, x: torch.Tensor, turns: torch.Tensor) -> tuple[torch.
     import torch
 
     pairs = wide(x).reshape(*x.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
+    a, b = pairs.unbind(-1)
     parts = torch.view_as_real(turns).unsqueeze(2)
-    c, d = parts[..., 0], parts[..., 1]
+    c, d = parts.unbind(-1)
     return (torch.stack((a * c - b * d, a * d + b * c), -1).flatten(3).to(x.dtype),)
 
 
