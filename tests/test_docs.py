@@ -6,7 +6,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +19,7 @@ from autokernel.backends import aten
 from autokernel.config import Experiment, load_experiment
 from autokernel.environment import current_environment
 from autokernel.export.bundle import Bundle, Entry, read_bundle, write_bundle
-from autokernel.ops import Op
+from autokernel.ops import Op, Site
 from autokernel.profiling.metric import load_metric
 from autokernel.profiling.workload import build_scenario, load_model
 from autokernel.records import Candidate, Problem, Status, TensorSpec
@@ -57,7 +57,7 @@ def module_from(folder: Path, path: str, code: str) -> ModuleType:
 def extension(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
     folder = tmp_path_factory.mktemp("extension")
     code = named_blocks("extending.md")
-    paths = ("autokernel/ops/cumsum.py", "autokernel/backends/chunked.py")
+    paths = ("autokernel/ops/cumsum.py", "autokernel/ops/softcap.py", "autokernel/backends/chunked.py")
     return {Path(path).stem: module_from(folder, path, code[path]) for path in paths}
 
 
@@ -76,9 +76,8 @@ def cumsum_problem() -> Problem:
     return Problem(op="cumsum", inputs=(TensorSpec.contiguous((64, 1024), "float32"),), device="cpu")
 
 
-def test_the_op_is_found_in_what_inductor_sees(extension: dict[str, ModuleType]) -> None:
-    op: Op = extension["cumsum"].Cumsum()
-    found = []
+def sites_in_what_inductor_sees(op: Op, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> list[Site]:
+    found: list[Site] = []
 
     class Keep(torch._inductor.custom_graph_pass.CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
@@ -89,10 +88,24 @@ def test_the_op_is_found_in_what_inductor_sees(extension: dict[str, ModuleType])
 
     with torch.no_grad():
         options = {"post_grad_custom_post_pass": Keep()}
-        torch.compile(lambda x: torch.cumsum(x.relu(), dim=-1) * 2, options=options)(torch.randn(64, 1024))
+        torch.compile(function, options=options)(x)
+    return found
+
+
+def test_the_op_is_found_in_what_inductor_sees(extension: dict[str, ModuleType]) -> None:
+    op, x = extension["cumsum"].Cumsum(), torch.randn(64, 1024)
+    found = sites_in_what_inductor_sees(op, lambda x: torch.cumsum(x.relu(), dim=-1) * 2, x)
     assert [site.problem for site in found] == [cumsum_problem()]
     assert found[0].producers == ("aten.relu",)
     assert found[0].consumers == ("aten.mul",)
+
+
+def test_the_fusion_is_found_by_its_reference(extension: dict[str, ModuleType]) -> None:
+    op, x = extension["softcap"].Softcap(), torch.randn(3, 5, 64)
+    (site,) = sites_in_what_inductor_sees(op, lambda x: 30.0 * torch.tanh(x.relu() / 30.0) + 1, x)
+    assert site.problem.key == "cpu: softcap(float32[3x5x64], cap=30.0)"
+    assert op.dims(site.problem)["elements"] == 960
+    assert sites_in_what_inductor_sees(op, lambda x: 30.0 * torch.tanh(x.relu() / 20.0), x) == []
 
 
 @pytest.mark.usefixtures("_extended")
