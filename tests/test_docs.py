@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def sites_in_what_inductor_sees(op: Op, function: Callable[[torch.Tensor], torch
             return None
 
     with torch.no_grad():
-        options = {"post_grad_custom_post_pass": Keep()}
+        options: dict[str, Any] = {"post_grad_custom_post_pass": Keep()}
         torch.compile(function, options=options)(x)
     return found
 
