@@ -1,0 +1,157 @@
+"""Generated kernels on the card: Llama's regions right by the error budget, timed against stock, captured and replayed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from autokernel.environment import current_environment
+from autokernel.evaluate.candidate import EvaluateCandidate
+from autokernel.evaluate.roofline import Ceilings, measure_ceilings
+from autokernel.export.apply import BundleBackend
+from autokernel.export.bundle import Bundle, Entry
+from autokernel.kernels.launch import run as launch
+from autokernel.kernels.plans import plan_of
+from autokernel.ops.generated import Generated
+from autokernel.ops.program import run
+from autokernel.records import Candidate, ConfigValue, Problem, Status, TensorSpec
+from autokernel.search.space import DeviceFacts, names_for
+from autokernel.search.space_file import load_space
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("own_locks_and_clean_device"),
+]
+
+D, KV, F = 4096, 1024, 14336
+NORM = (
+    "t0 = convert(i1, float32); t1 = pow(t0, 2); t2 = mean(t1); t3 = add(t2, 1e-05); t4 = rsqrt(t3); t5 = mul(t0, t4); "
+    "t6 = convert(t5, bfloat16); t7 = mul(i0, t6); t8 = reshape(t7, [{m}, 4096]); "
+)
+PROGRAMS: dict[str, tuple[str, list[tuple[int, ...]]]] = {
+    "rows": (
+        "o0 = add(i0, i1); t0 = convert(o0, float32); t1 = pow(t0, 2); t2 = mean(t1); t3 = add(t2, 1e-05); t4 = rsqrt(t3); "
+        "t5 = mul(t0, t4); t6 = convert(t5, bfloat16); o1 = mul(i2, t6)",
+        [(0, 1, D), (0, 1, D), (D,)],
+    ),
+    "norm_qkv": (
+        NORM + "t9 = t(i2); o0 = mm(t8, t9); t10 = t(i3); o1 = mm(t8, t10); t11 = t(i4); o2 = mm(t8, t11)",
+        [(D,), (0, 1, D), (D, D), (KV, D), (KV, D)],
+    ),
+    "norm_gate_up": (
+        NORM
+        + "t9 = t(i2); t10 = mm(t8, t9); t11 = reshape(t10, [{m}, 1, 14336]); t12 = convert(t11, float32); t13 = neg(t12); "
+        "t13 = neg(t12); t14 = exp(t13); t15 = add(t14, 1); t16 = div(t12, t15); t17 = convert(t16, bfloat16); "
+        "t18 = t(i3); t19 = mm(t8, t18); t20 = reshape(t19, [{m}, 1, 14336]); o0 = mul(t17, t20)",
+        [(D,), (0, 1, D), (F, D), (F, D)],
+    ),
+    "o_proj_residual": (
+        "t0 = reshape(i1, [{m}, 4096]); t1 = t(i2); t2 = mm(t0, t1); t3 = reshape(t2, [{m}, 1, 4096]); o0 = add(i0, t3)",
+        [(0, 1, D), (0, 1, D), (D, D)],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def ceilings() -> Ceilings:
+    return measure_ceilings("cuda", dtypes=("bfloat16",), budget_s=1.0)
+
+
+def problem(name: str, m: int) -> Problem:
+    text, shapes = PROGRAMS[name]
+    specs = tuple(TensorSpec.contiguous(tuple(n or m for n in shape), "bfloat16") for shape in shapes)
+    constants = tuple(i for i, shape in enumerate(shapes) if 0 not in shape)
+    scalars = (("program", text.format(m=m)),)
+    return Problem(op="generated", inputs=specs, device="cuda", constants=constants, scalars=scalars)
+
+
+def default(case: Problem) -> dict[str, ConfigValue]:
+    card = torch.cuda.get_device_properties(0)
+    facts = DeviceFacts(
+        device="cuda", isa=f"sm_{card.major}{card.minor}", device_name=card.name, l2_bytes=card.L2_cache_size,
+        smem_bytes=232448, num_units=card.multi_processor_count,
+    )  # fmt: skip
+    config = load_space("generated")["triton"].default(names_for(Generated().dims(case), facts))
+    assert config is not None
+    return config
+
+
+@pytest.mark.parametrize("m", [1, 16, 64])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_llamas_regions_pass_every_check(name: str, m: int, ceilings: Ceilings, record_property: Any) -> None:
+    case, times = problem(name, m), {}
+    for backend, config in (("aten", {"implementation": "stock"}), ("triton", default(case))):
+        candidate = Candidate(problem=case, backend=backend, config=config)
+        result = EvaluateCandidate(candidate=candidate, ceilings=ceilings, max_copies=4)()
+        assert result.status is Status.OK, f"{candidate.label}: {result.message} {result.verdict}"
+        assert result.measurement is not None
+        times[backend] = result.measurement.median_us
+    record_property("us", times)
+    assert times["triton"] < 3 * times["aten"], "the untuned default is not absurd"
+
+
+@pytest.mark.parametrize("mode", ["rows", "swap"])
+def test_programs_that_share_a_tile_leave_zero_counters_and_the_same_bits(mode: str) -> None:
+    case = problem("norm_qkv", 16)
+    config = {**default(case), "mode": mode, "split_k": 4}
+    plan = plan_of(case, config)
+    torch.manual_seed(0)
+    inputs = [torch.randn(s.shape, device="cuda", dtype=torch.bfloat16) * s.shape[-1] ** -0.5 for s in case.inputs]
+    first = launch(plan, *inputs)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, launch(plan, *inputs), strict=True))
+    for out, expected in zip(first, run(case, *[x.double() for x in inputs]), strict=True):
+        assert (out.double() - expected).norm() / expected.norm() < 1e-2
+
+
+class Layer(torch.nn.Module):
+    """A norm, gate, up and down with the residual: in bf16, as Llama has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(D))
+        self.gate, self.up = (torch.nn.Linear(D, 2048, bias=False) for _ in range(2))
+        self.down = torch.nn.Linear(2048, D, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+        out: torch.Tensor = x + self.down(functional.silu(self.gate(normed)) * self.up(normed))
+        return out
+
+
+def test_a_bundle_of_generated_regions_is_what_runs_and_replays() -> None:
+    torch.manual_seed(0)
+    model = Layer().to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    x = torch.randn(16, 1, D, device="cuda", dtype=torch.bfloat16)
+    entries = []
+
+    def keep(graph: torch.fx.Graph) -> None:
+        regions = Generated().match(graph, frozenset(), "cuda")
+        whole = next(r for r in regions if "rsqrt" in str(r.problem) and "exp" in str(r.problem))
+        rest = next(r for r in regions if not r.inner & whole.inner)
+        for region in (whole, rest):
+            config = {**default(region.problem), "split_k": 2}
+            entries.append(Entry(problem=region.problem, backend="triton", config=config))
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, options={"post_grad_custom_post_pass": keep, "fx_graph_cache": False})(x)
+        torch._dynamo.reset()
+        bundle = Bundle(name="g", created="", version="", environment=current_environment("cuda"), entries=tuple(entries))
+        backend = BundleBackend(bundle)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        out, expected = compiled(x), model(x)
+        assert [(usage.hits, usage.reasons) for usage in backend.usage().values()] == [(1, []), (1, [])]
+        torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = compiled(x)
+        for _ in range(10):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            torch.testing.assert_close(captured, model(x), rtol=3e-2, atol=3e-2)
