@@ -13,7 +13,7 @@ from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.matching import Gemm, gemm_of, index_entries
 from autokernel.ops import OPS, FusionOp
 from autokernel.ops.matching import settled
-from autokernel.records import Problem
+from autokernel.records import Problem, TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,11 @@ def minor(version: str) -> str:
 def region_key(problem: Problem) -> str:
     """What identifies a region during compilation, where nobody knows which inputs are constants."""
     return replace(problem, constants=(), inputs=tuple(settled(spec) for spec in problem.inputs)).key
+
+
+def _sizes_key(problem: Problem) -> str:
+    plain = tuple(TensorSpec.contiguous(spec.shape, spec.dtype) for spec in problem.inputs)
+    return replace(problem, constants=(), inputs=plain).key
 
 
 @dataclass(slots=True)
@@ -90,10 +95,12 @@ class Plan:
             if entry.config.get("merge") == "concat"
         }
         self._regions: dict[str, Entry] = {}
+        self._regions_of_any_layout: dict[str, Entry] = {}
         fusions = {op.name for op in OPS if isinstance(op, FusionOp)}
         for entry in () if why_not else bundle.entries:
             if entry.problem.op in fusions:
                 self._regions.setdefault(region_key(entry.problem), entry)
+                self._regions_of_any_layout.setdefault(_sizes_key(entry.problem), entry)
         self.usage: dict[str, Usage] = {entry.key: Usage() for entry in bundle.entries}
         if why_not:
             for entry in bundle.entries:
@@ -129,9 +136,13 @@ class Plan:
         """Fusions that have entries."""
         return frozenset(entry.problem.op for entry in self._regions.values())
 
-    def find_region(self, key: str) -> Entry | None:
-        """The entry for a region (`region_key`), None if stock code serves it."""
-        return self._regions.get(key)
+    def find_region(self, problem: Problem) -> Entry | None:
+        """The entry for a region, None if stock code serves it.
+
+        One of the same sizes in other strides will do where there is none of the very same: GEMMs that were merged leave their
+        results as columns of a wider matrix, which the profile has not seen.
+        """
+        return self._regions.get(region_key(problem)) or self._regions_of_any_layout.get(_sizes_key(problem))
 
     def groups(self, dtype: str, m: int, k: int) -> list[tuple[Entry, Gemm]]:
         """Entries that merge GEMMs of this input, with what they merge; most GEMMs first."""

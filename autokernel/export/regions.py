@@ -1,6 +1,6 @@
 """Other code in the place of regions: the graph pass that puts a bundle's entries for fusions into a graph.
 
-It runs where Inductor's graph is final, as the profiler saw it. An entry is for a problem to the last stride; its region is
+It runs where Inductor's graph is final, as the profiler saw it. An entry is for a problem's sizes and numbers; its region is
 replaced by what its config names: an implementation in plain torch (`rewrites`), which is traced into the graph, or a Triton
 kernel of ours. What does not fit stays as it is, and the plan is told why.
 """
@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autokernel.export import region_kernels
 from autokernel.export.bundle import Entry
-from autokernel.export.plan import Plan, region_key
+from autokernel.export.plan import Plan
 from autokernel.kernels.plans import plan_of
 from autokernel.ops import OPS, FusionOp, Region
 from autokernel.rewrites import find_rewrite
@@ -44,7 +44,7 @@ class RegionPass(CustomGraphPass):
             if op.name not in wanted or not isinstance(op, FusionOp):
                 continue
             for found in op.match(graph, frozenset(), self.plan.bundle.environment.device):
-                entry = self.plan.find_region(region_key(found.problem))
+                entry = self.plan.find_region(found.problem)
                 if entry is None or found.inner & gone:
                     continue  # regions may overlap: the first one with an entry has the nodes
                 region = replace(found, inputs=tuple(now.get(node, node) for node in found.inputs))
@@ -101,13 +101,13 @@ def _inserter(region: Region, entry: Entry) -> Callable[[torch.fx.Graph], list[t
         ValueError: the entry names what does not exist, or not for this problem.
     """
     if entry.backend == TRITON:
-        plan = plan_of(entry.problem, entry.config)
+        plan = plan_of(region.problem, entry.config)  # in the strides that are here
         return lambda graph: region_kernels.insert(graph, region, plan)
     rewrite = find_rewrite(entry.problem.op, str(entry.config.get("implementation")))
 
     def insert(graph: torch.fx.Graph) -> list[torch.fx.Node]:
         wanted = [node.meta["val"] for node in region.outputs]
-        traced = trace(lambda *inputs: restrided(rewrite(entry.problem, *inputs), wanted), region)
+        traced = trace(lambda *inputs: restrided(rewrite(region.problem, *inputs), wanted), region)
         placeholders = [node for node in traced.nodes if node.op == "placeholder"]
         results: Any = graph.graph_copy(traced, dict(zip(placeholders, region.inputs, strict=True)))
         return list(results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -225,3 +226,19 @@ def test_what_the_kernel_does_not_take_is_said() -> None:
     assert usage.hits == 0
     assert "3 blocks of 16 are too few for 7 splits" in usage.reasons[0]
     assert code.count("_scaled_dot_product_efficient_attention.default(") == 2
+
+
+def test_an_entry_serves_the_same_sizes_in_other_strides_unless_they_have_their_own() -> None:
+    own = attention()
+    q, keys, *rest = own.inputs
+    across = TensorSpec(shape=keys.shape, dtype=keys.dtype, stride=(S * G * D, D, G * D, 1))  # [B, S, G, D] in memory
+    other = Entry(problem=replace(own, inputs=(q, across, *rest)), backend="inductor", config={"implementation": "reduction"})
+    module, plan = applied(other)
+    assert [usage.hits for usage in plan.usage.values()] == [2]
+    assert count(module, LIBRARY) == 0
+    exact = Entry(problem=own, backend="aten", config={"implementation": "grouped"})
+    module, plan = applied(other, exact)
+    assert {key: usage.hits for key, usage in plan.usage.items()} == {other.key: 0, exact.key: 2}
+    longer = TensorSpec.contiguous((B, G, S + 1, D), "float32")
+    module, plan = applied(replace(exact, problem=replace(own, inputs=(q, longer, longer, rest[1]))))
+    assert [usage.hits for usage in plan.usage.values()] == [0], "other sizes are another problem"
