@@ -7,7 +7,7 @@ Parts are put together inside the kernel: each program stores what its rows have
 completes the count combines all parts, always in the same order. It also sets the counter back to zero, as `skinny_mm` does.
 """
 
-# ruff: noqa: N803, N806, PLR0915
+# ruff: noqa: N803, N806
 from __future__ import annotations
 
 import triton
@@ -40,6 +40,18 @@ def _what_is_seen(mask_at, row_offsets, row_there, first, end, KV_LEN: tl.conste
 
 
 @triton.jit
+def _rows_of_mask(head, position, there, MASK_H: tl.constexpr, MASK_Q: tl.constexpr, ONE_MASK: tl.constexpr):
+    """Offsets of the mask's rows and whether there are such rows, [rows, 1]; one row where all have the same."""
+    if ONE_MASK:
+        offsets = tl.zeros((1, 1), dtype=tl.int32)
+        exists = offsets == 0
+    else:
+        offsets = (head * MASK_H + position * MASK_Q)[:, None]
+        exists = there[:, None]
+    return offsets, exists
+
+
+@triton.jit
 def _combine_row(parts, states, out_at, pair, row, e, ROWS: tl.constexpr, V_DIM: tl.constexpr, SPLITS: tl.constexpr,
                  MAX_SPLITS: tl.constexpr):  # fmt: skip
     """One row of the output from its parts."""
@@ -55,6 +67,29 @@ def _combine_row(parts, states, out_at, pair, row, e, ROWS: tl.constexpr, V_DIM:
     whole = tl.sum(total * shrink, 0)
     found = tl.sum(part * shrink[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
     tl.store(out_at + e, found.to(out_at.dtype.element_ty), mask=e < V_DIM)
+
+
+@triton.jit
+def _combine(parts, states, rows_at, pair, e, HEADS: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr,
+             V_DIM: tl.constexpr, SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr):  # fmt: skip
+    """All rows that share a head of k, whose first one lies at `rows_at`."""
+    if ROWS <= 8:  # all their loads are under way at once
+        for row in tl.static_range(ROWS):
+            row_at = rows_at + (row % Q_LEN * HEADS + row // Q_LEN) * V_DIM
+            _combine_row(parts, states, row_at, pair, row, e, ROWS, V_DIM, SPLITS, MAX_SPLITS)
+    else:
+        for row in range(ROWS):
+            row_at = rows_at + (row % Q_LEN * HEADS + row // Q_LEN) * V_DIM
+            _combine_row(parts, states, row_at, pair, row, e, ROWS, V_DIM, SPLITS, MAX_SPLITS)
+
+
+@triton.jit
+def _store_part(parts, states, rows, top, total, r, e, part, ROWS: tl.constexpr, V_DIM: tl.constexpr):
+    """What the rows of one split have seen."""
+    place = part * ROWS + r
+    tl.store(parts + place[:, None] * V_DIM + e[None, :], rows, mask=(r < ROWS)[:, None] & (e < V_DIM)[None, :])
+    tl.store(states + place * 2, top, mask=r < ROWS)
+    tl.store(states + place * 2 + 1, total, mask=r < ROWS)
 
 
 @triton.jit
@@ -105,12 +140,7 @@ def decode_attention_kernel(
     k_at = k + batch * K_B + group * K_H
     v_at = v + batch * V_B + group * V_H
     mask_at = mask + batch * MASK_B
-    if ONE_MASK:
-        mask_rows = tl.zeros((1, 1), dtype=tl.int32)
-        mask_there = mask_rows == 0
-    else:
-        mask_rows = (r_head * MASK_H + r_position * MASK_Q)[:, None]
-        mask_there = (r < ROWS)[:, None]
+    mask_rows, mask_there = _rows_of_mask(r_head, r_position, r < ROWS, MASK_H, MASK_Q, ONE_MASK)
 
     tile = split * PER_SPLIT
     count = tl.minimum(PER_SPLIT, BLOCKS - tile)
@@ -137,19 +167,8 @@ def decode_attention_kernel(
         at = out_at + (r_position * HEADS + r_head)[:, None] * V_DIM + e[None, :]
         tl.store(at, divided(rows, total).to(out.dtype.element_ty), mask=(r < ROWS)[:, None] & (e < V_DIM)[None, :])
     else:
-        place = (pair * SPLITS + split) * ROWS + r
-        tl.store(parts + place[:, None] * V_DIM + e[None, :], rows, mask=(r < ROWS)[:, None] & (e < V_DIM)[None, :])
-        tl.store(states + place * 2, top, mask=r < ROWS)
-        tl.store(states + place * 2 + 1, total, mask=r < ROWS)
+        _store_part(parts, states, rows, top, total, r, e, pair * SPLITS + split, ROWS, V_DIM)
         tl.debug_barrier()  # every thread's part is stored before the one atomic that publishes it
         if tl.atomic_add(counters + pair, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(counters + pair, 0)
-            rows_at = out_at + group * REPEAT * V_DIM
-            if ROWS <= 8:  # all their loads are under way at once
-                for row in tl.static_range(ROWS):
-                    row_at = rows_at + (row % Q_LEN * HEADS + row // Q_LEN) * V_DIM
-                    _combine_row(parts, states, row_at, pair, row, e, ROWS, V_DIM, SPLITS, MAX_SPLITS)
-            else:
-                for row in range(ROWS):
-                    row_at = rows_at + (row % Q_LEN * HEADS + row // Q_LEN) * V_DIM
-                    _combine_row(parts, states, row_at, pair, row, e, ROWS, V_DIM, SPLITS, MAX_SPLITS)
+            _combine(parts, states, out_at + group * REPEAT * V_DIM, pair, e, HEADS, ROWS, Q_LEN, V_DIM, SPLITS, MAX_SPLITS)
