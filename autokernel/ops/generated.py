@@ -82,8 +82,8 @@ class Generated:
         return written + sum(spec.num_bytes for spec in problem.inputs)
 
     def find(self, graph: Graph, constants: frozenset[str], device: str) -> list[Site]:
-        """See `Op.find`."""
-        return sites_of(self.match(graph, constants, device), constants)
+        """See `Op.find`. None on a CPU, for which no kernels are generated."""
+        return sites_of(self.match(graph, constants, device), constants) if device == "cuda" else []
 
     def match(self, graph: Graph, constants: frozenset[str], device: str) -> list[Region]:
         """See `FusionOp.match`; the regions around one product overlap, the largest first."""

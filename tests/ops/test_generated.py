@@ -124,6 +124,13 @@ def test_what_a_problem_says_of_its_results_is_what_the_graph_has(llama: Graph) 
             assert settled(results[name]) == settled(spec)
 
 
+def test_sites_are_for_a_gpu_alone(llama: Graph) -> None:
+    assert OP.find(llama, frozenset(), "cpu") == []
+    sites = OP.find(llama, frozenset({"arg2_1"}), "cuda")
+    assert len(sites) == len(found(llama))
+    assert {site.problem.device for site in sites} == {"cuda"}
+
+
 def test_sizes_and_costs() -> None:
     text = "t0 = pow(i0, 2); t1 = mean(t0); t2 = mul(i0, t1); t3 = t(i1); t4 = mm(t2, t3); o0 = relu(t4)"
     specs = tuple(spec for x in (rows(6, K), W) if (spec := spec_of(x)) is not None)
