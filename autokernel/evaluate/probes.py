@@ -3,7 +3,7 @@
 Non-constant inputs vary by draw; constants (weights) are drawn once per copy. Copy 0's constants repeat their first half
 along the contraction, so that the draw "cancellation" really cancels there and a lost fp32 accumulation shows.
 
-An attention's mask hides a quarter of the keys, and in the draw "zero_rows" all of them from every other row.
+An attention's mask hides some of the keys, and in the draw "zero_rows" all of them from every other row.
 
 Where matrices have scales (8-bit floating point), these are positive and finite in every draw, and it is they that keep the
 result as large as the activations: the matrices themselves are as a quantizer leaves them, well within what 8 bits can hold.
@@ -256,13 +256,18 @@ class _Generator:
         return torch.zeros_like(values) if draw == "zero_rows" and low < 0 else values
 
     def mask(self, draw: str) -> torch.Tensor:
-        """What attention sees: most of it, the first key always; in "zero_rows" every other row sees nothing.
+        """What attention sees: at the model's scale all but the end, as in a cache that is not full; in other draws three
+        quarters, the first key always; in "zero_rows" every other row sees nothing.
 
         Booleans, or numbers that are added: -inf where nothing is seen.
         """
         import torch
 
-        hidden = torch.rand(self._distinct, generator=self._random, device=self._device) < 0.25
+        drawn = torch.rand(self._distinct, generator=self._random, device=self._device)
+        hidden = drawn < 0.25
+        if draw == "model":
+            length = drawn.shape[-1]
+            hidden = torch.arange(length, device=self._device) >= length - (drawn[..., :1] * length / 8).floor()
         hidden[..., 0] = False
         if draw == "zero_rows":
             hidden.reshape(-1, hidden.shape[-1])[::2] = True
