@@ -165,12 +165,14 @@ def test_a_gate_with_one_row_for_all_is_computed_where_it_is_used(post_grad: Any
 
 
 def linear_then(post_grad: Any, behind: Make, *more: torch.Tensor) -> Explained:
-    """What ends the epilogue of a product of [6, K] by [K, N], with `sigmoid` in front of whatever comes."""
+    """What ends the epilogue of a product of [6, K] by [K, N], with `sigmoid` in front of whatever comes, the last of it."""
 
     def function(x: torch.Tensor, *rest: torch.Tensor) -> Any:
         return behind(functional.linear(x, rest[-1]).sigmoid(), *rest[:-1])
 
     graph = graph_of(post_grad, function, rows(6, K), *more, weights=(W,))
+    assert next(ops_of(region) for region in found(graph) if "sigmoid" in ops_of(region)) == "mm sigmoid"
+    assert not any("float64" in str(region.problem) for region in found(graph))
     return next(item for item in explain(graph) if item.op == "aten.mm")
 
 
