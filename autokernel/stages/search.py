@@ -16,7 +16,7 @@ from autokernel.evaluate.roofline import Ceilings
 from autokernel.events import Evaluated, Profiled, SearchPlanned
 from autokernel.export.matching import gemm_of
 from autokernel.ops import OPS, get_op
-from autokernel.records import Evaluation, Hotspot, Status
+from autokernel.records import Evaluation, Hotspot, Status, digest_of
 from autokernel.search.budget import Scheduler, allocate, merge
 from autokernel.search.seeds import SeedContext, seeds_from
 from autokernel.search.space import DeviceFacts, Names, Space, names_for
@@ -27,6 +27,8 @@ from autokernel.tracking.history import ok_evaluations
 from autokernel.tracking.mlflow_env import with_driver
 
 log = logging.getLogger(__name__)
+
+_MAX_KEY = 400  # characters of a problem's key in a study's name
 
 
 @dataclass(slots=True, kw_only=True)
@@ -210,6 +212,11 @@ def spaces_for(context: RunContext, hotspot: Hotspot, spaces: Mapping[str, Space
     return usable
 
 
+def study_name(run_id: str, key: str) -> str:
+    """What Optuna calls a problem's study: databases hold 512 characters, and a generated fusion's key is its whole program."""
+    return f"{run_id} {key}" if len(key) <= _MAX_KEY else f"{run_id} {key[:_MAX_KEY]} {digest_of(key)}"
+
+
 def check_ops(loaded: LoadedExperiment) -> None:
     """Raises ConfigError if the experiment names an op that does not exist."""
     known = [op.name for op in OPS]
@@ -268,7 +275,7 @@ def open_hunts(context: RunContext, profiled: Profiled) -> dict[str, Hunt]:
             spaces=spaces[key],
             names=names[key],
             storage=with_driver(context.experiment.storage or f"sqlite:///{context.folder / 'optuna.db'}"),
-            study_name=f"{context.run_id} {key}",
+            study_name=study_name(context.run_id, key),
             sampler=settings.sampler,
             seed=context.seed,
             max_trials=max(1, trials.get(key, 1)),
