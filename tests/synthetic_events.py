@@ -15,6 +15,7 @@ from autokernel.events import (
     GraphTrial,
     ModelValidated,
     ModeTiming,
+    PlanTrial,
     Profiled,
     Proved,
     RunFinished,
@@ -268,6 +269,8 @@ def final_events(folder: Path, *, outcome: str = "won") -> list[Event]:
     )
     dropped = {QKV.key: "the model was not equivalent with it: error 1.31, limit 1"} if won else {}
     return [
+        PlanTrial(scenario="decode", keys=(QKV.key,), saved_us=4.0, speedup=None, accepted=True, reason="no other plan"),
+        StageFinished(stage="plan", seconds=6.5),
         GraphTrial(options={"cpp.enable_kernel_profile": False}, speedups={}, score=0.98, accepted=False, reason="slower"),
         StageFinished(stage="graph", seconds=14.0),
         *(ScenarioTimed(scenario=s.scenario, applied_digest="d", result=s, timing={"scenario": s.scenario}) for s in scenarios),

@@ -13,7 +13,7 @@ import torch
 
 from autokernel.backends import Built, Refused
 from autokernel.backends.compiled import build, refuse_without_constant_weight
-from autokernel.ops import FusionOp, get_op
+from autokernel.ops import FUSIONS
 from autokernel.records import Candidate, ConfigValue, Problem
 from autokernel.rewrites import REWRITES, STOCK
 
@@ -51,7 +51,7 @@ class AtenBackend:
         return None
 
     def supports(self, problem: Problem) -> str | None:
-        known = problem.op in GEMM_OPS or isinstance(get_op(problem.op), FusionOp)
+        known = problem.op in GEMM_OPS or problem.op in FUSIONS
         return None if known else f"no ATen kernel is known for {problem.op}"
 
     def build(self, candidate: Candidate, constants: list[list[torch.Tensor]]) -> Built:

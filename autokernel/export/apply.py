@@ -136,7 +136,8 @@ def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: b
     if on_cpu:
         options["max_autotune_gemm"] = True  # offers templates; the pins leave one choice, so nothing is timed
         options["max_autotune_gemm_backends"] = "ATEN,CPP"
-        options["post_grad_custom_post_pass"] = PassChain(plan, [RegionPass(plan)])
+        if plan.region_ops:
+            options["post_grad_custom_post_pass"] = PassChain(plan, [RegionPass(plan)])
     else:
         # Inductor's default for every GEMM but those with an entry
         passes: list[CustomGraphPass] = [RegionPass(plan), TemplatePass(plan), SubstitutionPass(plan), CutePass(plan)]

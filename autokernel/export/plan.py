@@ -11,7 +11,7 @@ from pathlib import Path
 from autokernel.environment import Environment
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.matching import Gemm, gemm_of, index_entries
-from autokernel.ops import OPS, FusionOp
+from autokernel.ops import FUSIONS
 from autokernel.ops.matching import settled
 from autokernel.records import Problem, TensorSpec
 
@@ -96,9 +96,8 @@ class Plan:
         }
         self._regions: dict[str, Entry] = {}
         self._regions_of_any_layout: dict[str, Entry] = {}
-        fusions = {op.name for op in OPS if isinstance(op, FusionOp)}
         for entry in () if why_not else bundle.entries:
-            if entry.problem.op in fusions:
+            if entry.problem.op in FUSIONS:
                 self._regions.setdefault(region_key(entry.problem), entry)
                 self._regions_of_any_layout.setdefault(_sizes_key(entry.problem), entry)
         self.usage: dict[str, Usage] = {entry.key: Usage() for entry in bundle.entries}

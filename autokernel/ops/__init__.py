@@ -45,6 +45,10 @@ OPS: tuple[Op, ...] = (
 )
 
 
+# Those that stand for regions of a graph.
+FUSIONS: frozenset[str] = frozenset(op.name for op in OPS if isinstance(op, FusionOp))
+
+
 def get_op(name: str) -> Op:
     """The op of this name.
 
@@ -57,4 +61,15 @@ def get_op(name: str) -> Op:
     raise ValueError(f"no op is called {name!r}; there are {', '.join(op.name for op in OPS)}")
 
 
-__all__ = ["BINARY_EPILOGUES", "OPS", "UNARY_EPILOGUES", "FusionOp", "Op", "Region", "Site", "apply_epilogue", "get_op"]
+__all__ = [
+    "BINARY_EPILOGUES",
+    "FUSIONS",
+    "OPS",
+    "UNARY_EPILOGUES",
+    "FusionOp",
+    "Op",
+    "Region",
+    "Site",
+    "apply_epilogue",
+    "get_op",
+]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from autokernel.errors import WorkerError
 from autokernel.evaluate.end_to_end import Contender, ScenarioTiming, TimeScenario
 from autokernel.events import PlanTrial, Profiled
-from autokernel.ops import FusionOp, get_op
+from autokernel.ops import FUSIONS
 from autokernel.records import Winner
 from autokernel.search.plan_study import PlanStudy
 from autokernel.search.plans import Part, Plan
@@ -67,7 +67,7 @@ def parts_of(scenario: str, winners: Sequence[Winner]) -> list[Part]:
 
 
 def _is_fusion(winner: Winner) -> bool:
-    return isinstance(get_op(winner.hotspot.problem.op), FusionOp)
+    return winner.hotspot.problem.op in FUSIONS
 
 
 def _search(context: RunContext, scenario: str, study: PlanStudy, winners: Sequence[Winner]) -> list[PlanTrial]:
