@@ -24,7 +24,12 @@ if FOLDER not in sys.path:
     sys.path.insert(0, FOLDER)
 
 
+# Minutes each: first, so that the short ones fill what is left on the other worker.
+LONG = ("test_durability.py", "test_pipeline.py", "test_cluster.py", "test_compiler.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
         if item.get_closest_marker("clock"):
             item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=2))
