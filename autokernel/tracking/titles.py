@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from autokernel.ops.attention import Attention, mask_position, sizes_of
 from autokernel.records import Candidate, Problem
 
 _DTYPES = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2",
 }  # fmt: skip
-_FIRST_KEYS = ("template", "kernel", "source", "merge")  # of a config: what kind of kernel it is
+_FIRST_KEYS = ("template", "kernel", "source", "implementation", "merge")  # of a config: what kind of kernel it is
 _AS_ONE = (  # parameters that are one word
     ("tile", ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
     ("tile", ("tile_m", "tile_n")),
@@ -19,8 +20,11 @@ _FIRST_MATRIX = {"mm": 0, "bmm": 0, "linear": 0, "merged_mm": 0, "addmm": 1, "ba
 def problem_title(problem: Problem) -> str:
     """`mm 1×1280×384 bf16 +silu` with M×N×K; `bmm 8·1×64×512` with a batch in front; merged GEMMs as `1×(384+128)×384`.
 
-    Any other op has the shapes of its inputs; `problem.key` says everything.
+    Attention is `attention 8·32/8 1×2048×128 bf16 +mask`: sequences, heads (of q / of keys where fewer), q×keys×dim. Any other
+    op has the shapes of its inputs; `problem.key` says everything.
     """
+    if problem.op == Attention.name:
+        return _attention_title(problem)
     epilogue = "".join(f" +{name}" for name in problem.epilogue)
     shape, specs = _gemm_shape(problem), problem.inputs
     if shape:
@@ -30,6 +34,15 @@ def problem_title(problem: Problem) -> str:
         shape = " · ".join("×".join(map(str, spec.shape)) for spec in specs)
     dtypes = "/".join(dict.fromkeys(_DTYPES.get(spec.dtype, spec.dtype) for spec in specs))
     return f"{problem.op} {shape} {dtypes}{epilogue}"
+
+
+def _attention_title(problem: Problem) -> str:
+    sizes = sizes_of(problem)
+    heads = f"{sizes.heads}" if sizes.kv_heads == sizes.heads else f"{sizes.heads}/{sizes.kv_heads}"
+    dim = f"{sizes.head_dim}" if sizes.v_dim == sizes.head_dim else f"{sizes.head_dim}/{sizes.v_dim}"
+    seen = " +mask" if mask_position(problem) is not None else " +causal" if dict(problem.scalars).get("causal") else ""
+    dtype = problem.inputs[0].dtype
+    return f"attention {sizes.batch}·{heads} {sizes.q_len}×{sizes.kv_len}×{dim} {_DTYPES.get(dtype, dtype)}{seen}"
 
 
 def _gemm_shape(problem: Problem) -> str:
