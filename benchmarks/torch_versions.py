@@ -182,6 +182,57 @@ def written() -> str | None:
         return None if read_bundle(archive).entries else "no entries"
 
 
+class Attending(torch.nn.Module):
+    """Heads of q that share keys, behind a mask."""
+
+    def forward(self, q: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, dim = keys.shape
+        wide = keys.unsqueeze(2).expand(batch, heads, 2, length, dim).reshape(batch, 2 * heads, length, dim)
+        return torch.nn.functional.scaled_dot_product_attention(q, wide, wide, attn_mask=mask, scale=0.25)
+
+
+class Turning(torch.nn.Module):
+    """A rotary embedding by complex numbers."""
+
+    def forward(self, x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * freqs.unsqueeze(2)).flatten(3)
+
+
+def fusion(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], op: str, backend: str, implementation: str) -> str | None:
+    """A region that is found in the graph is written in another way, and right."""
+    from torch._inductor.compile_fx import compile_fx
+
+    from autokernel.ops import get_op
+
+    found: list[Any] = []
+
+    def look(graph: torch.fx.Graph) -> None:
+        found.extend(region.problem for region in get_op(op).match(graph, frozenset(), "cpu"))  # type: ignore[attr-defined]
+
+    def stock(gm: Any, examples: list[torch.Tensor], **_: Any) -> Any:
+        return compile_fx(gm, examples, config_patches={"post_grad_custom_post_pass": look})
+
+    torch.compile(model, backend=stock, fullgraph=True)(*inputs)
+    if len(found) != 1:
+        return f"{len(found)} regions, not 1"
+    torch.compiler.reset()
+    bundled = autokernel.backend(bundle_of(Entry(problem=found[0], backend=backend, config={"implementation": implementation})))
+    wrong = differs(torch.compile(model, backend=bundled, fullgraph=True)(*inputs), model(*inputs))
+    (usage,) = bundled.usage().values()
+    return wrong or (None if usage.hits == 1 else f"{usage.hits} hits, not 1: {usage.reasons}")
+
+
+def attention(backend: str, implementation: str) -> str | None:
+    inputs = (torch.randn(2, 4, 1, 16), torch.randn(2, 2, 33, 16), torch.rand(2, 1, 1, 33) > 0.2)
+    return fusion(Attending(), inputs, "attention", backend, implementation)
+
+
+def rotary() -> str | None:
+    inputs = (torch.randn(2, 5, 3, 16), torch.polar(torch.ones(2, 5, 8), torch.randn(2, 5, 8)))
+    return fusion(Turning(), inputs, "rotary_complex", "inductor", "real")
+
+
 CHECKS: dict[str, Callable[[], str | None]] = {
     "bundle written and read": written,
     "packed weights": lambda: serves(
@@ -212,6 +263,10 @@ CHECKS: dict[str, Callable[[], str | None]] = {
         tolerance=2e-2,
     ),
     "C++ template of batches": batches,
+    "attention, products": lambda: attention("inductor", "matmul"),
+    "attention, sums": lambda: attention("inductor", "reduction"),
+    "attention, the library's with shared heads": lambda: attention("aten", "grouped"),
+    "rotary embedding by real numbers": rotary,
     "graph options": lambda: serves(Gated(), entry(GATE, "aten", prepack=True), hits=[2], epilogue_fusion=False),
     "graph options of one scenario": of_one_scenario,
     "everything packed": lambda: serves(Gated(), hits=[], freezing="all"),
