@@ -18,13 +18,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autokernel.export import region_kernels
 from autokernel.export.bundle import Entry
+from autokernel.export.one_row import ORIGIN
 from autokernel.export.plan import Plan
 from autokernel.kernels.plans import plan_of
 from autokernel.ops import OPS, FusionOp, Region
 from autokernel.rewrites import find_rewrite
 
 TRITON = "triton"  # the backend whose entries are kernels of ours
-ORIGIN = ("stack_trace", "nn_module_stack", "original_aten", "from_node")  # what names the kernels, and traces them back
 
 
 class RegionPass(CustomGraphPass):

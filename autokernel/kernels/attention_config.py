@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
+from autokernel.kernels.parameters import Parameters
 from autokernel.ops.attention import AttentionSizes, mask_position, sizes_of
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
@@ -19,29 +20,8 @@ MAX_ELEMENTS = 2**31 - 1  # offsets within a sequence and a head are 32-bit
 _MIN_TILE = 16  # of matrix instructions
 
 
-class _Parameters:
-    """Configs that are read from entries, whose names are those of search_spaces/ in any case."""
-
-    @classmethod
-    def from_entry(cls, config: Mapping[str, ConfigValue]) -> Self:
-        """From a candidate's config without its `kernel`.
-
-        Raises:
-            ValueError: a parameter is missing or unknown.
-        """
-        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-        given = {name.lower(): value for name, value in config.items()}
-        unknown, missing = sorted(set(given) - set(names)), sorted(set(names) - set(given))
-        if unknown or missing:
-            raise ValueError(
-                f"{cls.__name__} takes {', '.join(names)}; unknown: {', '.join(unknown) or 'none'}, "
-                f"missing: {', '.join(missing) or 'none'}"
-            )
-        return cls(**{name: bool(value) if name == "skip" else int(value) for name, value in given.items()})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeConfig(_Parameters):
+class DecodeConfig(Parameters):
     """Parameters of `decode_attention`.
 
     Attributes:
@@ -81,7 +61,7 @@ class DecodeConfig(_Parameters):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlashConfig(_Parameters):
+class FlashConfig(Parameters):
     """Parameters of `flash_attention`: tiles of `block_m` rows of q by `block_n` keys, and Triton's warps and stages."""
 
     block_m: int

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, Self, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-from autokernel.records import ConfigValue
+from autokernel.kernels.parameters import Parameters
 
 Mode = Literal["rows", "swap", "vector"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -14,30 +13,8 @@ MAX_WHOLE_ROW = 32768  # columns that a program holds at once
 _MIN_TILE = 16  # of matrix instructions
 
 
-class _Parameters:
-    """Configs that are read from entries, whose names are those of search_spaces/ in any case."""
-
-    @classmethod
-    def from_entry(cls, config: Mapping[str, ConfigValue]) -> Self:
-        """From a candidate's config without its `kernel`.
-
-        Raises:
-            ValueError: a parameter is missing or unknown.
-        """
-        known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-        given: dict[str, Any] = {name.lower(): value for name, value in config.items()}
-        unknown = sorted(set(given) - set(known))
-        missing = sorted(name for name, field in known.items() if name not in given and field.default is MISSING)
-        if unknown or missing:
-            raise ValueError(
-                f"{cls.__name__} takes {', '.join(known)}; unknown: {', '.join(unknown) or 'none'}, "
-                f"missing: {', '.join(missing) or 'none'}"
-            )
-        return cls(**{name: value if name == "mode" else int(value) for name, value in given.items()})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowsConfig(_Parameters):
+class RowsConfig(Parameters):
     """Parameters of `generated_rows`.
 
     Attributes:
@@ -62,7 +39,7 @@ class RowsConfig(_Parameters):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProductsConfig(_Parameters):
+class ProductsConfig(Parameters):
     """Parameters of `generated_mm`.
 
     Attributes:

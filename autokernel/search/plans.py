@@ -38,7 +38,7 @@ def best_plans(parts: Sequence[Part], limit: int) -> list[Plan]:
         limit: how many plans at most.
     """
     known = {part.key for part in parts}
-    rivals = {part.key: _both_ways(part.key, parts) & known for part in parts}
+    rivals = {part.key: rivals_of(part.key, parts) & known for part in parts}
     saved = {part.key: part.saved_us for part in parts}
     best: list[tuple[float, tuple[str, ...]]] = [(0.0, ())]
     for group in _groups(parts, rivals):  # they do not exclude each other: the best of all are sums of the best of each
@@ -98,7 +98,8 @@ def _plans_of_group(
     return found
 
 
-def _both_ways(key: str, parts: Sequence[Part]) -> frozenset[str]:
+def rivals_of(key: str, parts: Sequence[Part]) -> frozenset[str]:
+    """Keys of what a part excludes, or is excluded by."""
     own = next(part.rivals for part in parts if part.key == key)
     return own | {part.key for part in parts if key in part.rivals}
 
@@ -114,7 +115,7 @@ def completed(keys: Sequence[str], parts: Sequence[Part]) -> Plan:
     taken: list[str] = []
     order = {key: position for position, key in enumerate(keys)}
     for part in sorted(parts, key=lambda part: (order.get(part.key, len(order)), -part.saved_us, part.key)):
-        if not _both_ways(part.key, parts) & set(taken):
+        if not rivals_of(part.key, parts) & set(taken):
             taken.append(part.key)
     saved: Mapping[str, float] = {part.key: part.saved_us for part in parts}
     ranked = sorted(taken, key=lambda key: (-saved[key], key))

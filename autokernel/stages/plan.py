@@ -15,7 +15,7 @@ from autokernel.events import PlanTrial, Profiled
 from autokernel.ops import FUSIONS
 from autokernel.records import Winner
 from autokernel.search.plan_study import PlanStudy
-from autokernel.search.plans import Part, Plan
+from autokernel.search.plans import Part, Plan, rivals_of
 from autokernel.stages.confirm import entry_of
 from autokernel.stages.context import RunContext
 from autokernel.stages.production import make_bundle
@@ -170,10 +170,6 @@ def _decided(
         kept = set(accepted[-1].keys)
         for part in parts:
             if part.key not in kept:
-                takers = [key for key in accepted[-1].keys if key in part.rivals or part.key in _rivals(key, parts)]
+                takers = [key for key in accepted[-1].keys if key in rivals_of(part.key, parts)]
                 dropped[part.key] = f"its nodes go to {' and '.join(takers) or 'others'}, with which {scenario} is faster"
     return [winner for winner in winners if winner.hotspot.problem.key not in dropped], dropped
-
-
-def _rivals(key: str, parts: Sequence[Part]) -> frozenset[str]:
-    return next((part.rivals for part in parts if part.key == key), frozenset())
