@@ -209,7 +209,8 @@ class PinnedChoices(InductorChoices):
         if stock is None:
             raise CannotPin(self.not_offered())
         k = int(kernel_inputs.mnk_symbolic()[2])
-        fields = complete_fields(self.entry.config, k, stock.params.to_kwargs())
+        given = stock.params.to_kwargs()
+        fields = complete_fields(self.entry.config, k, given | _majors(kernel_inputs, given))
         return _choice(template, fields, stock.extra_kwargs, kernel_inputs, stock.inputs)
 
     def _decompose_k(self, kernel_inputs: Any) -> Any:
@@ -221,6 +222,16 @@ class PinnedChoices(InductorChoices):
         if V.graph.aot_mode or V.graph.cpp_wrapper:
             raise CannotPin("decompose_k cannot be compiled ahead of time")
         return _choice(template_of(DECOMPOSE_K), {"k_split": split}, {}, kernel_inputs, kernel_inputs)
+
+
+def _majors(kernel_inputs: Any, given: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether each factor is contiguous along its rows, for templates that read through descriptors.
+
+    Inductor (torch 2.11 to 2.13; no more in 2.15) takes a matrix of one row for a transposed one, and its kernel then reads
+    something else.
+    """
+    factors = zip(("A_ROW_MAJOR", "B_ROW_MAJOR"), kernel_inputs.mat1mat2(), strict=True)
+    return {name: int(factor.get_stride()[-1]) == 1 for name, factor in factors if name in given}
 
 
 def complete_fields(chosen: Mapping[str, ConfigValue], k: int, stock: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,6 +125,14 @@ def test_the_tile_is_built_and_nothing_else(
         }
 
 
+def test_one_row_is_no_transposed_matrix() -> None:
+    """Inductor took it for one: the kernel read A as [K, 1], and its results were wrong."""
+    problem = Problem(op="mm", inputs=(spec(1, K), weight(K, N)), device="cuda", constants=(1,))
+    code, usage = generate(linear, [spec(1, K), spec(N, K)], problem, template="mm_persistent_tma", **{**TILE, "BLOCK_M": 16})
+    assert (usage.hits, usage.reasons) == (1, [])
+    assert (constants(code)["A_ROW_MAJOR"], constants(code)["B_ROW_MAJOR"]) == ("True", "False")
+
+
 @pytest.mark.parametrize(("k", "even"), [(4096, "True"), (4224, "False")])
 def test_whether_blocks_divide_k_is_derived(k: int, even: str) -> None:
     problem = Problem(op="mm", inputs=(spec(M, k), weight(k, N)), device="cuda", constants=(1,))
