@@ -56,8 +56,10 @@ def pattern_of(patterns: Sequence[Pattern], problem: Problem) -> Pattern:
         ValueError: none of them has such scalars.
     """
     scalars = dict(problem.scalars)
+    names = sorted(scalars)  # Dynamo of torch 2.11 traces this function, and compares no views of dictionaries
     for pattern in patterns:
-        if scalars.keys() == {*dict(pattern.fixed), *pattern.scalars} and scalars.items() >= dict(pattern.fixed).items():
+        fixed = dict(pattern.fixed)
+        if names == sorted([*fixed, *pattern.scalars]) and all(scalars[name] == value for name, value in pattern.fixed):
             return pattern
     raise ValueError(f"{problem.key}: no pattern of {problem.op} has the scalars {', '.join(scalars) or 'none'}")
 
