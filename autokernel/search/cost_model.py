@@ -107,6 +107,10 @@ class Trees:
         return cls(feature, threshold, left, right, value, roots, float(data["base"]))
 
 
+# Whose names and configs features are made of. A fusion's kernel has other parameters: what is measured of it has to do.
+PREDICTED_OPS = frozenset({"mm", "addmm", "bmm", "baddbmm", "merged_mm", "scaled_mm", "int_mm"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
     """Trees for each backend that was recorded: log(time / best time) of configs that run, and the odds that one fails."""

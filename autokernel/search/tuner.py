@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autokernel.errors import ConfigError, StorageError
 from autokernel.records import Candidate, Problem, Status, digest_of
-from autokernel.search.cost_model import CostModel, load_model
+from autokernel.search.cost_model import PREDICTED_OPS, CostModel, load_model
 from autokernel.search.ledger import Outcome
 from autokernel.search.model_study import ModelStudy
 from autokernel.search.observations import Observation, Observations
@@ -80,6 +80,8 @@ class Tuner(Proposer):
         if sampler in {"auto", "model"} and cost_model is None:
             cost_model = load_model()
         chosen: SamplerName = sampler if sampler != "auto" else "model" if _recorded(cost_model, names) else "tpe"
+        if problem.op not in PREDICTED_OPS:
+            cost_model = None  # `model` then goes by what is measured alone
         _check_sampler(chosen)
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise a line per trial
         self._sampler: SamplerName = chosen

@@ -172,3 +172,40 @@ def test_every_backend_of_a_hotspot_is_searched_in_one_study(sampler: str, count
 def test_it_is_one_of_several(sampler: str) -> None:
     (proposal,) = tuner(sampler=sampler).ask(1)
     assert proposal.origin == sampler
+
+
+@pytest.mark.parametrize(
+    ("problem", "dims"),
+    [
+        (  # no m, n and k
+            Problem(
+                op="attention",
+                device="cuda",
+                inputs=(
+                    TensorSpec.contiguous((64, 32, 1, 128), "bfloat16"),
+                    TensorSpec.contiguous((64, 8, 2080, 128), "bfloat16"),
+                    TensorSpec.contiguous((64, 8, 2080, 128), "bfloat16"),
+                ),
+                scalars=(("scale", 0.088),),
+            ),
+            {"batch": 64, "heads": 32, "kv_heads": 8, "q_len": 1, "kv_len": 2080, "head_dim": 128, "v_dim": 128, "group": 4,
+             "dtype_bytes": 2, "has_mask": 0, "causal": 0},
+        ),
+        (  # a region of rows: k is 0
+            Problem(op="generated", device="cuda", inputs=(TensorSpec.contiguous((64, 768), "bfloat16"),)),
+            {"has_gemm": 0, "m": 64, "n": 768, "k": 0, "num_products": 0, "num_reductions": 1, "dtype_bytes": 2},
+        ),
+    ],
+    ids=["attention", "rows"],
+)  # fmt: skip
+def test_fusions_are_searched_by_what_is_measured_alone(problem: Problem, dims: dict[str, int]) -> None:
+    shipped = load_model()
+    assert shipped is not None
+    study = tuner(
+        shipped, problem=problem, spaces=load_space(problem.op), names=names_for(dims, H200), sampler="auto", max_trials=20
+    )
+    asked = study.ask(12)
+    assert len({proposal.candidate.id for proposal in asked}) == 12
+    for proposal in asked:
+        study.tell(result(proposal.candidate, 10.0))
+    assert study.ask(2)
