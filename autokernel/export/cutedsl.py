@@ -298,7 +298,7 @@ class Product:
         if (call := ScaledCall.of(node)) is not None:
             x, w, *rest = call.operands
             return cls(x=x, w=w, inside=_SCALES[call.scaling], scales=tuple(rest[:2]), added=tuple(rest[2:]))
-        if node.kwargs:
+        if any(value != 1 for value in node.kwargs.values()):
             raise ValueError("the product is scaled")
         *added, x, w = (argument for argument in node.args if isinstance(argument, torch.fx.Node))
         return cls(x=x, w=w, added=tuple(added))

@@ -21,6 +21,5 @@ class Addmm(Gemm):
         """See `Op.reference`."""
         import torch
 
-        alpha, beta = factors_of(problem)
-        value = torch.addmm(inputs[0], inputs[1], inputs[2], alpha=alpha, beta=beta)
+        value = torch.addmm(inputs[0], inputs[1], inputs[2], **factors_of(problem))
         return self._finish(problem, value, inputs)

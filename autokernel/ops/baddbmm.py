@@ -21,6 +21,5 @@ class Baddbmm(Gemm):
         """See `Op.reference`."""
         import torch
 
-        alpha, beta = factors_of(problem)
-        value = torch.baddbmm(inputs[0], inputs[1], inputs[2], alpha=alpha, beta=beta)
+        value = torch.baddbmm(inputs[0], inputs[1], inputs[2], **factors_of(problem))
         return self._finish(problem, value, inputs)

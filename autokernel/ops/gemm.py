@@ -131,10 +131,9 @@ def scalars_of(node: Node) -> tuple[tuple[str, ConfigValue], ...]:
     )
 
 
-def factors_of(problem: Problem) -> tuple[float, float]:
-    """`alpha` and `beta` of a problem."""
-    scalars = dict(problem.scalars)
-    return float(scalars.get("alpha", 1)), float(scalars.get("beta", 1))
+def factors_of(problem: Problem) -> dict[str, float]:
+    """`alpha` and `beta` of a problem where they are not 1: said at all, they are in the graph, whose patterns then miss."""
+    return {name: float(value) for name, value in problem.scalars if name in ("alpha", "beta")}
 
 
 def _same_dtype(node: Node) -> bool:

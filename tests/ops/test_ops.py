@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from autokernel.ops import OPS, apply_epilogue, get_op
@@ -45,6 +46,17 @@ def test_reference_is_eager(name: str) -> None:
     case, eager = CASES[name]
     (out,) = get_op(case.op).reference(case, *tensors(case))
     torch.testing.assert_close(out, eager(*tensors(case)))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("addmm", {}), ("addmm, factors", {"alpha": 0.5, "beta": 2}), ("baddbmm", {"alpha": 3})]
+)
+def test_factors_that_are_1_are_not_said(name: str, said: dict[str, float]) -> None:
+    """As models have it: a graph with `alpha=1.0` in it matches no pattern of Inductor's."""
+    case, _ = CASES[name]
+    traced = make_fx(lambda *inputs: get_op(case.op).reference(case, *inputs))(*tensors(case))
+    (product,) = traced.graph.find_nodes(op="call_function", target=getattr(torch.ops.aten, case.op).default)
+    assert product.kwargs == said
 
 
 @pytest.mark.parametrize("name", ["mul", "mul()", "mul(x)", "mul(inf)", "div(2)", "mul(1)(2)"])
