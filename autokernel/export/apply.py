@@ -139,6 +139,9 @@ def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: b
         if plan.region_ops:
             options["post_grad_custom_post_pass"] = PassChain(plan, [RegionPass(plan)])
     else:
+        # Inductor times GEMMs of uneven sizes with and without padding in every new process, and may find another answer than
+        # when this model was profiled: entries are for the model's own sizes, and nothing is timed
+        options["shape_padding"] = False
         # Inductor's default for every GEMM but those with an entry
         passes: list[CustomGraphPass] = [RegionPass(plan), TemplatePass(plan), SubstitutionPass(plan), CutePass(plan)]
         if OPTION in chosen:

@@ -134,7 +134,7 @@ def capture(
 
 
 def _compile(program: ScenarioProgram, captured: _Captured, turns: JobTurns) -> Callable[..., Any]:
-    """Inductor's default, with a pass that keeps the post-grad graph."""
+    """Inductor's default, with a pass that keeps the post-grad graph; GEMMs of uneven sizes as they are, as in a bundle."""
     import torch
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -153,7 +153,8 @@ def _compile(program: ScenarioProgram, captured: _Captured, turns: JobTurns) -> 
 
     def backend(module: GraphModule, inputs: list[torch.Tensor]) -> Any:
         fixed.extend(id(tensor) in constant_ids for tensor in inputs)
-        return compile_fx(module, inputs, config_patches={"post_grad_custom_post_pass": Keep()})
+        patches = {"post_grad_custom_post_pass": Keep(), "shape_padding": False}
+        return compile_fx(module, inputs, config_patches=patches)
 
     from autokernel.evaluate.modes import own_code
 

@@ -207,5 +207,5 @@ def test_fusions_are_searched_by_what_is_measured_alone(problem: Problem, dims: 
     asked = study.ask(12)
     assert len({proposal.candidate.id for proposal in asked}) == 12
     for proposal in asked:
-        study.tell(result(proposal.candidate, 10.0))
+        study.tell(proposal.number, result(proposal.candidate, 10.0))
     assert study.ask(2)
