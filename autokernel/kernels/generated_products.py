@@ -176,12 +176,13 @@ class _Section:
         if self.config.mode == "vector":
             x = "x" if along else "tl.trans(x)"
             return [*lines, f"acc{number} += w{number}.to(tl.float32) * {x}"]
-        exact = ', input_precision="ieee"' if self.dtype == "float32" else ""
-        if self.config.mode == "swap":
-            w = f"w{number}" if along else f"tl.trans(w{number})"
-            return [*lines, f"acc{number} = tl.dot({w}, tl.trans(x), acc{number}{exact})"]
-        w = f"tl.trans(w{number})" if along else f"w{number}"
-        return [*lines, f"acc{number} = tl.dot(x, {w}, acc{number}{exact})"]
+        w = f"w{number}" if along == (self.config.mode == "swap") else f"tl.trans(w{number})"
+        pair = f"{w}, tl.trans(x)" if self.config.mode == "swap" else f"x, {w}"
+        if self.dtype == "float32":
+            # Each block of K is added up by itself, as the library's kernels do, for one long chain of additions is less exact
+            # than those. Triton would turn this into the long chain again, but for the last argument, which says nothing else.
+            return [*lines, f'acc{number} += tl.dot({pair}, input_precision="ieee", max_num_imprecise_acc=1)']
+        return [*lines, f"acc{number} = tl.dot({pair}, acc{number})"]
 
     def _source(self, right: str) -> str:
         """The input that a right matrix is, or is the transposition of."""

@@ -62,7 +62,14 @@ def default(problem: Problem) -> dict[str, ConfigValue]:
     return config
 
 
-def ptx_of(problem: Problem, plan: KernelPlan) -> str:
+def residual_fp32(m: int) -> Problem:
+    """A product and what is added to it, as in Chronos-2."""
+    operands = tuple(TensorSpec.contiguous(shape, "float32") for shape in ((m, 768), (m, 3072), (768, 3072)))
+    text = "t0 = t(i2); t1 = mm(i1, t0); o0 = add(i0, t1)"
+    return Problem(op="generated", inputs=operands, device="cuda", scalars=(("program", text),))
+
+
+def ptx_of(problem: Problem, plan: KernelPlan, stage: str = "ptx") -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -79,7 +86,7 @@ def ptx_of(problem: Problem, plan: KernelPlan) -> str:
     options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.metadata.shared <= H200.smem_bytes
-    return str(compiled.asm["ptx"])
+    return str(compiled.asm[stage])
 
 
 def test_kernels_compute_what_their_programs_do(tmp_path: Path) -> None:
@@ -95,6 +102,18 @@ def test_the_spaces_default_compiles_for_hopper(m: int, instruction: str) -> Non
     ptx = ptx_of(problem, plan_of(problem, default(problem)))
     assert instruction in ptx
     assert "cp.async.cg.shared.global" in ptx, "tiles are read ahead"
+
+
+@pytest.mark.parametrize("mode", ["rows", "swap"])
+def test_blocks_of_fp32_products_are_added_up_by_themselves(mode: str) -> None:
+    problem = residual_fp32(37)
+    config = {**default(problem), "mode": mode, "block_m": 64, "block_n": 64, "block_k": 32, "num_stages": 3, "split_k": 4}
+    lines = ptx_of(problem, plan_of(problem, config), "ttir").splitlines()
+    (product,) = [line for line in lines if "tt.dot " in line]
+    assert "inputPrecision" not in product, "ieee is Triton's default"
+    assert product.split("tt.dot ")[1].split(",")[2].split()[0].startswith("%cst"), "it starts at zero"
+    accumulator = product.split("=")[0].strip()
+    assert any("arith.addf %acc0_" in line and f", {accumulator} :" in line for line in lines)
 
 
 def test_a_row_of_a_norm_is_read_once_and_in_full_width() -> None:
