@@ -3,7 +3,9 @@
 Non-constant inputs vary by draw; constants (weights) are drawn once per copy. Copy 0's constants repeat their first half
 along the contraction, so that the draw "cancellation" really cancels there and a lost fp32 accumulation shows.
 
-An attention's mask hides some of the keys, and in the draw "zero_rows" all of them from every other row.
+An attention's mask hides some of the keys, and in the draw "zero_rows" all of them from every other row. Where it is causal,
+the draw "nonfinite" spoils values of the first key, which every row sees: zero times infinity is NaN, but only for a kernel
+that reads values which it does not need, and all kernels read some.
 
 Where matrices have scales (8-bit floating point), these are positive and finite in every draw, and it is they that keep the
 result as large as the activations: the matrices themselves are as a quantizer leaves them, well within what 8 bits can hold.
@@ -17,7 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autokernel.evaluate.caches import cache_bytes
-from autokernel.ops.attention import mask_position
+from autokernel.ops.attention import causal_values_position, mask_position
 from autokernel.ops.scaled_mm import scales_of
 from autokernel.records import Problem, TensorSpec
 
@@ -190,7 +192,7 @@ def _variable(problem: Problem, position: int, seed: int, draw: str, device: str
     elif draw == "cancellation":
         values = _cancel(values) if position == first else _pair(values, contraction_size(problem))
     elif draw == "nonfinite":
-        values = generator.spoil(values)
+        values = generator.spoil(values, every=values.shape[-2] if position == causal_values_position(problem) else 1)
     return generator.place(values)
 
 
@@ -277,14 +279,17 @@ class _Generator:
         values = self.spoil(values) if draw == "nonfinite" else values
         return torch.where(hidden, -torch.inf, values)
 
-    def spoil(self, values: torch.Tensor) -> torch.Tensor:
-        """One NaN, one +Inf and one -Inf, in rows of their own where there are enough rows. e4m3 has no infinity: NaN alone."""
+    def spoil(self, values: torch.Tensor, every: int = 1) -> torch.Tensor:
+        """One NaN, one +Inf and one -Inf, in rows of their own where there are enough rows. e4m3 has no infinity: NaN alone.
+
+        `every`: only the first of so many rows is eligible.
+        """
         import torch
 
         rows = values.clone().reshape(-1, values.shape[-1] if values.dim() else 1)
         if rows.numel() == 0:
             return values
-        chosen = torch.randperm(rows.shape[0], generator=self._random, device=self._device)[:3].tolist()
+        chosen = (torch.randperm(rows.shape[0] // every, generator=self._random, device=self._device)[:3] * every).tolist()
         kinds = torch.randperm(3, generator=self._random, device=self._device).tolist()
         for row, kind in zip(chosen, kinds, strict=False):
             column = int(torch.randint(rows.shape[1], (1,), generator=self._random, device=self._device))

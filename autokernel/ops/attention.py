@@ -114,6 +114,14 @@ def mask_position(problem: Problem) -> int | None:
     return 3 if problem.op == Attention.name and len(problem.inputs) > 3 else None
 
 
+def causal_values_position(problem: Problem) -> int | None:
+    """Which input holds the values of causal attention, None if the problem is none.
+
+    Whether a row that does not see a value reads it, and multiplies it by zero, differs from kernel to kernel.
+    """
+    return 2 if problem.op == Attention.name and dict(problem.scalars).get("causal") else None
+
+
 def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """[B, G, S, D] -> [B, H, S, D]: each head H / G times, one after the other."""
     batch, groups, length, dim = x.shape

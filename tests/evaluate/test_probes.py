@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autokernel.evaluate import probes
+from autokernel.evaluate.budget import errors_of, expected_outputs
 from autokernel.evaluate.caches import cache_bytes, cpu_cache_bytes, last_level_bytes
 from autokernel.evaluate.probes import (
     DRAWS,
@@ -25,6 +26,7 @@ from autokernel.evaluate.probes import (
     num_copies_for,
 )
 from autokernel.evaluate.tensors import bytes_of
+from autokernel.ops import get_op
 from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
 
 
@@ -193,3 +195,26 @@ def test_a_mask_hides_some_keys_and_once_all_of_them_from_some_rows(dtype: str) 
     rows = seen("zero_rows").flatten(0, -2)
     assert not rows[::2].any()
     assert rows[1::2, 0].all()
+
+
+def test_nothing_that_a_causal_kernel_need_not_read_is_spoilt() -> None:
+    """Kernels read values in tiles, whose rows see some of them: which NaN they make of the others is up to the tiles."""
+    q, kv = TensorSpec.contiguous((1, 4, 40, 8), "float32"), TensorSpec.contiguous((1, 2, 40, 8), "float32")
+    problem = Problem(op="attention", inputs=(q, kv, kv), device="cpu", scalars=(("causal", True), ("scale", 0.3)))
+    attention = get_op("attention")
+    for seed in range(4):
+        q_in, k, v = inputs = make_inputs(problem, seed, "nonfinite")
+        assert (~v.isfinite()).sum() == 2, "in two heads"
+        (expected,) = expected_outputs(attention, problem, inputs)
+        keys, values = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        for tile in (1, 8, 40):
+            rows = []
+            for first in range(0, 40, tile):
+                end = first + tile
+                seen = torch.arange(end) <= torch.arange(first, end)[:, None]
+                scores = q_in[:, :, first:end] @ keys[:, :, :end].transpose(-1, -2) * 0.3
+                weights = torch.ops.aten._safe_softmax(torch.where(seen, scores, -torch.inf), -1)
+                rows.append(weights @ values[:, :, :end])
+            errors = errors_of(torch.cat(rows, 2), expected)
+            assert errors.misplaced == 0, (seed, tile)
+            assert errors.max < 1e-5

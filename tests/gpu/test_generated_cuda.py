@@ -43,8 +43,7 @@ PROGRAMS: dict[str, tuple[str, list[tuple[int, ...]]]] = {
         [(D,), (0, 1, D), (KV, D), (KV, D), (D, D)],
     ),
     "norm_gate_up": (
-        NORM
-        + "t9 = t(i2); t10 = mm(t8, t9); t11 = reshape(t10, [{m}, 1, 14336]); t12 = convert(t11, float32); "
+        NORM + "t9 = t(i2); t10 = mm(t8, t9); t11 = reshape(t10, [{m}, 1, 14336]); t12 = convert(t11, float32); "
         "t13 = neg(t12); t14 = exp(t13); t15 = add(t14, 1); t16 = div(t12, t15); t17 = convert(t16, bfloat16); "
         "t18 = t(i3); t19 = mm(t8, t18); t20 = reshape(t19, [{m}, 1, 14336]); o0 = mul(t17, t20)",
         [(D,), (0, 1, D), (F, D), (F, D)],
