@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.generated_problems import PROGRAMS, D, problem
 from torch.nn import functional
 
 from autokernel.environment import current_environment
@@ -17,7 +18,7 @@ from autokernel.kernels.launch import run as launch
 from autokernel.kernels.plans import plan_of
 from autokernel.ops.generated import Generated
 from autokernel.ops.program import run
-from autokernel.records import Candidate, ConfigValue, Problem, Status, TensorSpec
+from autokernel.records import Candidate, ConfigValue, Problem, Status
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 
@@ -27,45 +28,10 @@ pytestmark = [
     pytest.mark.usefixtures("own_locks_and_clean_device"),
 ]
 
-D, KV, F = 4096, 1024, 14336
-NORM = (
-    "t0 = convert(i1, float32); t1 = pow(t0, 2); t2 = mean(t1); t3 = add(t2, 1e-05); t4 = rsqrt(t3); t5 = mul(t0, t4); "
-    "t6 = convert(t5, bfloat16); t7 = mul(i0, t6); t8 = reshape(t7, [{m}, 4096]); "
-)
-PROGRAMS: dict[str, tuple[str, list[tuple[int, ...]]]] = {
-    "rows": (
-        "o0 = add(i0, i1); t0 = convert(o0, float32); t1 = pow(t0, 2); t2 = mean(t1); t3 = add(t2, 1e-05); t4 = rsqrt(t3); "
-        "t5 = mul(t0, t4); t6 = convert(t5, bfloat16); o1 = mul(i2, t6)",
-        [(0, 1, D), (0, 1, D), (D,)],
-    ),
-    "norm_qkv": (
-        NORM + "t9 = t(i2); o0 = mm(t8, t9); t10 = t(i3); o1 = mm(t8, t10); t11 = t(i4); o2 = mm(t8, t11)",
-        [(D,), (0, 1, D), (KV, D), (KV, D), (D, D)],
-    ),
-    "norm_gate_up": (
-        NORM + "t9 = t(i2); t10 = mm(t8, t9); t11 = reshape(t10, [{m}, 1, 14336]); t12 = convert(t11, float32); "
-        "t13 = neg(t12); t14 = exp(t13); t15 = add(t14, 1); t16 = div(t12, t15); t17 = convert(t16, bfloat16); "
-        "t18 = t(i3); t19 = mm(t8, t18); t20 = reshape(t19, [{m}, 1, 14336]); o0 = mul(t17, t20)",
-        [(D,), (0, 1, D), (F, D), (F, D)],
-    ),
-    "o_proj_residual": (
-        "t0 = reshape(i1, [{m}, 4096]); t1 = t(i2); t2 = mm(t0, t1); t3 = reshape(t2, [{m}, 1, 4096]); o0 = add(i0, t3)",
-        [(0, 1, D), (0, 1, D), (D, D)],
-    ),
-}
-
 
 @pytest.fixture(scope="module")
 def ceilings() -> Ceilings:
     return measure_ceilings("cuda", dtypes=("bfloat16",), budget_s=1.0)
-
-
-def problem(name: str, m: int) -> Problem:
-    text, shapes = PROGRAMS[name]
-    specs = tuple(TensorSpec.contiguous(tuple(n or m for n in shape), "bfloat16") for shape in shapes)
-    constants = tuple(i for i, shape in enumerate(shapes) if 0 not in shape)
-    scalars = (("program", text.format(m=m)),)
-    return Problem(op="generated", inputs=specs, device="cuda", constants=constants, scalars=scalars)
 
 
 def default(case: Problem) -> dict[str, ConfigValue]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.generated_problems import PROGRAMS
+from gpu.generated_problems import problem as measured_problem
 from torch import nn
 from torch.fx import Graph
 from torch.nn import functional
@@ -113,6 +115,14 @@ def test_a_program_compiled_alone_is_the_same_region(llama: Graph, post_grad: An
         examples = [torch.empty_strided(s.shape, s.stride, dtype=getattr(torch, s.dtype)) for s in problem.inputs * 2]
         graph = post_grad(copies, *(x.zero_() for x in examples))[0]
         assert [region.problem.key for region in found(graph)].count(problem.key) == 2, problem.key
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_is_measured_on_a_gpu_is_spelled_as_it_is_found(name: str, post_grad: Any) -> None:
+    problem = replace(measured_problem(name, 16), device="cpu", constants=())
+    examples = [torch.empty_strided(s.shape, s.stride, dtype=getattr(torch, s.dtype)) for s in problem.inputs]
+    graph = post_grad(Copies(problem, [[]]), *examples)[0]
+    assert problem in [region.problem for region in found(graph)]
 
 
 def test_what_a_problem_says_of_its_results_is_what_the_graph_has(llama: Graph) -> None:
