@@ -12,8 +12,9 @@ import hashlib
 import importlib.util
 import json
 import math
+import operator
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from autokernel.cutedsl.spec import Launch, ObjectInfo
 from autokernel.errors import AutokernelError
 
 _TRANSPOSED = "^T"
-_OPERAND = "operand"
 
 
 class ObjectError(AutokernelError):
@@ -40,23 +40,41 @@ class Kernel:
     """
 
     def __init__(self, info: ObjectInfo, function: Callable[..., Any]) -> None:
+        # all that is the same for every call is worked out here: a call must cost the host next to nothing
         self.info = info
         self._function = function
         self._dtype: torch.dtype = getattr(torch, info.spec.out_dtype)
-        self._arguments = [_bound(part) for part in info.launch.arguments]
+        self._halves = info.spec.gated
+        self._launch = info.launch if info.launch.scratch_tile else None
+        readers = [_reader(part) for part in info.launch.arguments]
+        self._fixed = [
+            part if reader is None else None for part, reader in zip(_tuples(info.launch.arguments), readers, strict=True)
+        ]
+        self._read = [(position, reader) for position, reader in enumerate(readers) if reader is not None]
         self._needs_stream = "stream" in _names(info.launch.arguments)
+        self._operands = tuple(info.spec.operands())
 
     def __call__(self, a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-        out = torch.empty((*a.shape[:-1], self.info.spec.num_columns(b.shape[-1])), dtype=self._dtype, device=a.device)
+        size = list(a.shape)
+        size[-1] = b.shape[-1] // 2 if self._halves else b.shape[-1]
+        out = torch.empty(size, dtype=self._dtype, device=a.device)
         tensors: dict[str, Any] = {"a": a, "b": b, "out": out}
-        for i, operand in enumerate(operands):
-            tensors[f"{_OPERAND}{i}"] = operand
-        if self.info.launch.scratch_tile:
-            tensors["semaphore"], tensors["workspace"] = scratch(self.info.launch, out)
+        if operands:
+            tensors.update(zip(self._operands, operands, strict=True))
+        if self._launch is not None:
+            tensors["semaphore"], tensors["workspace"] = scratch(self._launch, out)
         if self._needs_stream:
-            tensors["stream"] = ctypes.c_void_p(torch.cuda.current_stream(a.device).cuda_stream)
-        self._function(*[part(tensors) if callable(part) else part for part in self._arguments])
+            tensors["stream"] = ctypes.c_void_p(_stream(a.get_device()))
+        arguments = self._fixed.copy()
+        for position, read in self._read:
+            arguments[position] = read(tensors)
+        self._function(*arguments)
         return out
+
+
+def _stream(device: int) -> int:
+    """torch's current stream on a GPU: what `torch.cuda.current_stream` says, without the Python object around it."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def scratch(launch: Launch, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,19 +112,22 @@ def _names(template: Sequence[object]) -> set[str]:
     return found
 
 
-def _bound(part: object) -> Any:
-    """A part of the template as a function of the tensors; itself where no tensor is in it."""
+def _tuples(template: Sequence[object]) -> tuple[Any, ...]:
+    """The template, as JSON has it, with tuples for its lists."""
+    return tuple(_tuples(part) if isinstance(part, list | tuple) else part for part in template)
+
+
+def _reader(part: object) -> Callable[[Mapping[str, Any]], Any] | None:
+    """A part of the template as a function of the tensors by name, None where no tensor is in it."""
     if isinstance(part, str):
         name = part.removesuffix(_TRANSPOSED)
         if name != part:
             return lambda tensors: tensors[name].mT if tensors[name].dim() > 1 else tensors[name]
-        return lambda tensors: tensors[name]
-    if isinstance(part, list | tuple):
-        if not _names(part):
-            return tuple(part)
-        inner = [_bound(item) for item in part]
-        return lambda tensors: tuple(item(tensors) if callable(item) else item for item in inner)
-    return part
+        return operator.itemgetter(name)
+    if isinstance(part, list | tuple) and _names(part):
+        inner = [(_reader(item), item) for item in part]
+        return lambda tensors: tuple([item if read is None else read(tensors) for read, item in inner])
+    return None
 
 
 def info_path(path: Path) -> Path:

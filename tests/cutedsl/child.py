@@ -60,7 +60,7 @@ def bind(path: str, sizes: str) -> None:
     """An argument that does not fit raises here."""
     import tvm_ffi
 
-    from autokernel.cutedsl.objects import Kernel
+    from autokernel.cutedsl import objects
 
     found = ObjectCache(Path(path).parent).get(Path(path).stem)
     assert found is not None
@@ -68,9 +68,8 @@ def bind(path: str, sizes: str) -> None:
     function = tvm_ffi.load_module(path)[info.launch.function]
     a, b, out = matrices(info.spec, (3,) if info.spec.batched else (), *json.loads(sizes))
     operands = [example(name, out) for name in info.spec.operands().values()]
-    stream = type("Stream", (), {"cuda_stream": 0})
-    torch.cuda.current_stream = lambda device=None: stream
-    Kernel(info, lambda *arguments: function(*map(on_gpu, arguments)))(a, b, operands)
+    objects._stream = lambda device: 0
+    objects.Kernel(info, lambda *arguments: function(*map(on_gpu, arguments)))(a, b, operands)
 
 
 def matrices(spec: KernelSpec, lead: tuple[int, ...], m: int, n: int, k: int) -> tuple[torch.Tensor, ...]:

@@ -237,8 +237,8 @@ def test_a_call_costs_the_host_little(config: dict[str, ConfigValue], epilogue: 
     a, b = matrices(kernel_spec, 8, 128, 128)
     given = operands(kernel_spec, 8, 128)
     call = torch.ops.autokernel.cute_gemm.default
-    best = float("inf")
-    for _ in range(20):
+    best, end = float("inf"), time.monotonic() + 2.0  # long enough for moments in which nobody else has the cores
+    while time.monotonic() < end:
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(50):
