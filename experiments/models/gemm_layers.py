@@ -1,0 +1,64 @@
+"""GEMMs of a Llama-3.1-8B's layer by themselves, each with what follows it: for measuring kernels, not a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+WIDTH, HIDDEN, QKV, LARGEST = 4096, 14336, 6144, torch.finfo(torch.float8_e4m3fn).max
+
+
+class FusedGemms(nn.Module):
+    """SwiGLU behind gate and up, residuals behind the projections of attention and MLP, bias and GELU behind a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.up = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.o = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.fc = nn.Linear(WIDTH, HIDDEN)
+
+    def forward(self, x: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x and residual [M, 4096], hidden [M, 14336] -> [M, 14336], [M, 4096], [M, 4096], [M, 14336]."""
+        gated = F.silu(self.gate(x)) * self.up(x)
+        return gated, residual + self.o(x), residual + self.down(hidden), F.gelu(self.fc(x), approximate="tanh")
+
+
+class Float8Linear(nn.Module):
+    """y[M, N] = x[M, K] @ w[N, K]^T in e4m3, with a scale for each row of both; x is scaled as it comes."""
+
+    def __init__(self, k: int, n: int) -> None:
+        super().__init__()
+        weight = torch.randn(n, k) / k**0.5
+        largest = weight.abs().amax(dim=1, keepdim=True)
+        self.register_buffer("weight", (weight * (LARGEST / largest)).to(torch.float8_e4m3fn))
+        self.register_buffer("scale", (largest / LARGEST).reshape(1, n).float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-6) / LARGEST
+        quantized = (wide / scale).to(torch.float8_e4m3fn)
+        return torch._scaled_mm(quantized, self.weight.t(), scale, self.scale, out_dtype=torch.bfloat16).to(x.dtype)
+
+
+class Float8Gemms(nn.Module):
+    """q/k/v, o, gate/up and down in 8 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = Float8Linear(WIDTH, QKV), Float8Linear(WIDTH, WIDTH)
+        self.gate_up, self.down = Float8Linear(WIDTH, 2 * HIDDEN), Float8Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x [M, 4096], hidden [M, 14336] -> [M, 6144], [M, 4096], [M, 28672], [M, 4096]."""
+        return self.qkv(x), self.o(x), self.gate_up(x), self.down(hidden)
+
+
+def fused_gemms() -> nn.Module:
+    return FusedGemms()
+
+
+def float8_gemms() -> nn.Module:
+    return Float8Gemms()
