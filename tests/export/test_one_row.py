@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -215,3 +216,9 @@ def test_an_entry_keeps_its_product_unless_all_are_meant(
     assert left not in code
     assert plan.usage[entry.key].hits == 0
     assert (len(found), code.count("tl.sum(")) == (2, 3)
+
+
+@pytest.mark.parametrize(("device", "said"), [("cuda", False), ("cpu", None)])
+def test_uneven_sizes_are_not_padded_by_what_a_benchmark_says(device: str, said: bool | None) -> None:
+    bundle = replace(plan_of().bundle, environment=replace(H200, device=device))
+    assert inductor_options(Plan(bundle, None), {}, frozen=False).get("shape_padding") is said
