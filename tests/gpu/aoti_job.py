@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from gpu.llama_like import DOWN, DOWN_TILE, bundle_of, make_input, make_model, template_bundle
+from gpu.llama_like import DOWN, DOWN_BIASED, DOWN_TILE, GATE, bundle_of, make_input, make_model, template_bundle
 from torch._dynamo.utils import counters
 
 import autokernel
@@ -29,13 +29,13 @@ def bundle_for(case: str) -> Bundle:
     if case == "merged":
         return template_bundle()
     if case == "own":
-        return bundle_of(Entry(problem=DOWN, backend="triton", config=SKINNY))
+        return bundle_of(*(Entry(problem=problem, backend="triton", config=SKINNY) for problem in (GATE, DOWN_BIASED)))
     raise ValueError(f"no such case: {case}")
 
 
 def main(case: str, folder: Path) -> None:
     """Compile it; case "stock" is without a bundle."""
-    model, inputs = make_model(), [make_input(seed) for seed in range(2)]
+    model, inputs = make_model(bias=case == "own"), [make_input(seed) for seed in range(2)]
     path = folder / "model.pt2"
     with torch.no_grad():
         program = torch.export.export(model, (inputs[0],))

@@ -22,21 +22,21 @@ DOWN_TILE: dict[str, ConfigValue] = {
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, bias: bool) -> None:
         super().__init__()
         self.gate = nn.Linear(D, HIDDEN, bias=False)
         self.up = nn.Linear(D, HIDDEN, bias=False)
-        self.down = nn.Linear(HIDDEN, D, bias=False)
+        self.down = nn.Linear(HIDDEN, D, bias=bias)
         self.norm = nn.RMSNorm(D)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.down(nn.functional.silu(self.gate(x)) * self.up(x)))
 
 
-def make_model(seed: int = 0) -> nn.Module:
-    """Two layers, [M, D] -> [M, D], bfloat16 on the GPU, without gradients."""
+def make_model(seed: int = 0, bias: bool = False) -> nn.Module:
+    """Two layers, [M, D] -> [M, D], bfloat16 on the GPU, without gradients; their last GEMMs with a bias or without."""
     torch.manual_seed(seed)
-    return nn.Sequential(Layer(), Layer()).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    return nn.Sequential(Layer(bias), Layer(bias)).to("cuda", torch.bfloat16).eval().requires_grad_(False)
 
 
 def make_input(seed: int = 0) -> torch.Tensor:
@@ -53,7 +53,9 @@ def weight(k: int, n: int) -> TensorSpec:
 
 
 GATE_UP = Problem(op="merged_mm", inputs=(spec(M, D), weight(D, HIDDEN), weight(D, HIDDEN)), device="cuda", constants=(1, 2))
+GATE = Problem(op="mm", inputs=GATE_UP.inputs[:2], device="cuda", constants=(1,))
 DOWN = Problem(op="mm", inputs=(spec(M, HIDDEN), weight(HIDDEN, D)), device="cuda", constants=(1,))
+DOWN_BIASED = Problem(op="addmm", inputs=(spec(D), *DOWN.inputs), device="cuda", constants=(0, 2))
 
 
 def bundle_of(*entries: Entry) -> Bundle:

@@ -1,16 +1,17 @@
-"""The skinny GEMM kernel on the card: every mode right, the same bits twice, in graphs, in Inductor's code and in packages."""
+"""The skinny GEMM kernel on the card: every mode right, the same bits twice, in graphs, and in Inductor's code.
+
+Packages with it inside: `test_aoti_cuda.py`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from autokernel.environment import current_environment
-from autokernel.export.aoti import aoti_compile_and_package
 from autokernel.export.apply import BundleBackend
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.kernels.config import SkinnyConfig
@@ -163,16 +164,3 @@ def test_a_bundles_entries_are_what_runs(merged: bool, changes: dict[str, Any]) 
         for _ in range(10):
             graph.replay()
         assert torch.equal(captured, out)
-
-
-def test_an_aotinductor_package_has_the_kernel_inside(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = Layer().to("cuda", torch.bfloat16).eval().requires_grad_(False)
-    x = torch.randn(16, 1024, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        exported = torch.export.export(model, (x,))
-        bundle = bundle_of(entries(merged=False))
-        package = aoti_compile_and_package(exported, bundle, package_path=tmp_path / "model.pt2")
-        assert [usage.hits for usage in package.usage.values()] == [2, 1]
-        out = torch._inductor.aoti_load_package(package.path)(x)
-        torch.testing.assert_close(out, model(x), rtol=3e-2, atol=3e-2)
