@@ -75,6 +75,8 @@ HOMES = {
         "export.region_kernels",
         "export.regions",
         "export.pins",
+        "export.rendering",
+        "export.isa_probes",
         "export.substitution",
         "export.templates",
         "export.cutedsl",

@@ -8,6 +8,7 @@ and one log line says why.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ from autokernel.export.freezing import (
     needs_constant,
     weights_to_freeze,
 )
+from autokernel.export.isa_probes import built_ahead
 from autokernel.export.one_row import ALL, OPTION, OneRowPass
 from autokernel.export.passes import MergePass, SitePass
 from autokernel.export.pins import install
@@ -80,7 +82,8 @@ class BundleBackend:
         if not self.plan.active:
             return _inductor(gm, inputs, {})
         chosen = self.plan.bundle.options_of(names)
-        compiled = self._compile(gm, inputs, products, chosen)
+        with built_ahead() if self.plan.bundle.environment.device == "cpu" else contextlib.nullcontext():
+            compiled = self._compile(gm, inputs, products, chosen)
         library = chosen.get("blas_library")
         return compiled if library is None else with_blas_library(compiled, str(library))
 

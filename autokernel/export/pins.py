@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._inductor import config, select_algorithm
 
+from autokernel.export import rendering
 from autokernel.export.bundle import Entry
 from autokernel.export.matching import Gemm
 from autokernel.export.plan import Plan
@@ -34,6 +35,12 @@ def install() -> None:
     cache = select_algorithm.get_algorithm_selector_cache()
     if pin not in cache.preprocessing_fns:
         cache.add_preprocessing_fn(pin)
+    rendering.install(_applies)
+
+
+def _applies() -> bool:
+    plan = current_plan()
+    return plan is not None and plan.active
 
 
 def pin(choices: list[Any]) -> list[Any]:
