@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autokernel.ops.base import Site
 from autokernel.ops.epilogue import apply_epilogue, find_epilogue
@@ -131,7 +131,7 @@ def scalars_of(node: Node) -> tuple[tuple[str, ConfigValue], ...]:
     )
 
 
-def factors_of(problem: Problem) -> dict[str, float]:
+def factors_of(problem: Problem) -> dict[str, Any]:
     """`alpha` and `beta` of a problem where they are not 1: said at all, they are in the graph, whose patterns then miss."""
     return {name: float(value) for name, value in problem.scalars if name in ("alpha", "beta")}
 
