@@ -248,7 +248,7 @@ def bundle_for(problem: Problem, backend: str, config: Config) -> Bundle:
 @pytest.mark.parametrize(
     ("backend", "config"),
     [
-        ("triton", {**DECODE, "BLOCK_S": 16, "num_splits": 3}),
+        ("triton", {**DECODE, "BLOCK_S": 16, "num_splits": 4}),
         ("triton", {**DECODE, "BLOCK_S": 16, "num_splits": 1, "skip": True}),
         ("aten", {"implementation": "grouped"}),
     ],
