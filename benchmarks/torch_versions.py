@@ -233,6 +233,36 @@ def rotary() -> str | None:
     return fusion(Turning(), inputs, "rotary_complex", "inductor", "real")
 
 
+def references() -> str | None:
+    """What candidates for fusions are compiled from can be traced as one graph."""
+    from autokernel.backends.compiled import Copies
+    from autokernel.records import Problem, TensorSpec
+
+    x, weight, scale = (TensorSpec.contiguous(shape, "float32") for shape in ((2, 3, 8), (8,), (2, 1, 8)))
+    heads = TensorSpec.contiguous((2, 4, 3, 8), "float32")
+    eps, program = (("eps", 1e-5),), (("program", "t0 = mul(i0, i0); t1 = mean(t0); o0 = add(t1, i0)"),)
+    for op, specs, scalars in (
+        ("rms_norm", (x, weight), eps),
+        ("rms_norm", (x, weight), (("rounded", "late"), *eps)),
+        ("add_rms_norm", (x, x, weight), eps),
+        ("adaln_rms_norm", (x, weight, scale), eps),
+        ("gated_rms_norm", (x, weight, scale, x), eps),
+        ("gated", (x, x), (("activation", "silu"),)),
+        ("rotary", (heads, heads, heads), ()),
+        ("attention", (heads, heads, heads), (("causal", True), ("scale", 0.25))),
+        ("generated", (x,), program),
+    ):
+        module = Copies(Problem(op=op, inputs=specs, device="cpu", scalars=scalars), [[], []])
+        inputs = [torch.randn(spec.shape) for spec in (*specs, *specs)]
+        torch.compiler.reset()
+        compiled = torch.compile(module, backend="eager", fullgraph=True)
+        for actual, expected in zip(compiled(*inputs), module(*inputs), strict=True):
+            wrong = differs(actual, expected)
+            if wrong:
+                return f"{op}: {wrong}"
+    return None
+
+
 CHECKS: dict[str, Callable[[], str | None]] = {
     "bundle written and read": written,
     "packed weights": lambda: serves(
@@ -267,6 +297,7 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "attention, sums": lambda: attention("inductor", "reduction"),
     "attention, the library's with shared heads": lambda: attention("aten", "grouped"),
     "rotary embedding by real numbers": rotary,
+    "references of fusions": references,
     "graph options": lambda: serves(Gated(), entry(GATE, "aten", prepack=True), hits=[2], epilogue_fusion=False),
     "graph options of one scenario": of_one_scenario,
     "everything packed": lambda: serves(Gated(), hits=[], freezing="all"),
