@@ -1,15 +1,19 @@
 """One kernel, compiled in this process to a shared object that needs nothing of the compiler.
 
 CuTe DSL breaks with threads and takes its target from the environment: compile in child processes, one kernel at a time.
+Neither torch nor a compiler is imported before something is compiled: looking into the cache takes no time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import tempfile
@@ -17,15 +21,16 @@ import time
 from collections.abc import Iterator
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from autokernel.cutedsl.config import DTYPES, OPERATORS
 from autokernel.cutedsl.spec import BIAS, KernelSpec, Launch, ObjectInfo
 from autokernel.errors import CompileError
 from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, scalar_step
 from autokernel.requirements import declared_ranges, installed_version, out_of_range
+
+if TYPE_CHECKING:
+    import torch
 
 _DSL, _OPERATORS, _QUACK, _FFI = "nvidia-cutlass-dsl", "nvidia-cutlass-operators", "quack-kernels", "apache-tvm-ffi"
 _PACKAGES = (_DSL, _OPERATORS, _QUACK, _FFI)
@@ -68,9 +73,18 @@ def versions() -> dict[str, str]:
 
 def cuda_major() -> int:
     """Of the CUDA runtime that objects call: torch's; with a CPU build of torch, the newest that can be linked."""
-    if torch.version.cuda is not None:
-        return int(torch.version.cuda.split(".")[0])
+    if (cuda := _cuda_of_torch()) is not None:
+        return int(cuda.split(".")[0])
     return 13 if installed_version("nvidia-cutlass-dsl-libs-cu13") is not None else 12
+
+
+@functools.cache
+def _cuda_of_torch() -> str | None:
+    """`torch.version.cuda`. Its file needs nothing of torch, which takes a second to import."""
+    found = importlib.util.find_spec("torch")
+    folders = found.submodule_search_locations if found is not None else None
+    cuda = runpy.run_path(str(Path(folders[0]) / "version.py")).get("cuda") if folders else None
+    return None if cuda is None else str(cuda)
 
 
 def refusal(spec: KernelSpec) -> str | None:
@@ -167,6 +181,8 @@ def _compiled(spec: KernelSpec) -> tuple[Any, Launch]:
 
 def example(spec: KernelSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A, B and the result as a spec has them, of some size, on the CPU."""
+    import torch
+
     m, n, k = _EXAMPLE
     lead = (2,) if spec.batched else ()
     dtype, out_dtype = getattr(torch, spec.dtype), getattr(torch, spec.out_dtype)
@@ -184,6 +200,8 @@ def environment(arch: str, num_units: int) -> Iterator[None]:
         arch: "sm_90a" or "sm_100a".
         num_units: multiprocessors to count with where no such GPU can be asked how many clusters run at once.
     """
+    import torch
+
     os.environ.update(CUTE_DSL_ARCH=arch, QUACK_ARCH=arch[3:-1], QUACK_CACHE_ENABLED="0")
     from cutlass.cutlass_dsl import CuTeDSL
     from cutlass.utils import HardwareInfo
