@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from importlib import metadata, resources
 from pathlib import Path
@@ -203,15 +204,18 @@ def environment(arch: str, num_units: int) -> Iterator[None]:
     import torch
 
     os.environ.update(CUTE_DSL_ARCH=arch, QUACK_ARCH=arch[3:-1], QUACK_CACHE_ENABLED="0")
-    from cutlass.cutlass_dsl import CuTeDSL
-    from cutlass.utils import HardwareInfo
-    from quack import cute_dsl_utils
-
-    # both remember the architecture that they were first used for
-    CuTeDSL._get_dsl().envar.arch = arch
-    cute_dsl_utils._get_device_capacity_cached.cache_clear()
-    cute_dsl_utils.get_compile_target_capacity.cache_clear()
     with contextlib.ExitStack() as undo:
+        undo.enter_context(warnings.catch_warnings())
+        # of each other, which nobody can do anything about here
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(quack|cutlass)(\.|$)")
+        from cutlass.cutlass_dsl import CuTeDSL
+        from cutlass.utils import HardwareInfo
+        from quack import cute_dsl_utils
+
+        # both remember the architecture that they were first used for
+        CuTeDSL._get_dsl().envar.arch = arch
+        cute_dsl_utils._get_device_capacity_cached.cache_clear()
+        cute_dsl_utils.get_compile_target_capacity.cache_clear()
         if torch.cuda.is_available() and torch.cuda.get_device_capability() == (int(arch[3:-2]), int(arch[-2])):
             torch.cuda.current_stream().synchronize()  # the query wants a context
         else:
