@@ -14,8 +14,10 @@ import os
 import threading
 from collections.abc import Iterator
 
-from torch._inductor import config, cpu_vec_isa
+from torch._inductor import codecache, config, cpp_builder, cpu_vec_isa
+from torch._inductor.exc import CppCompileError
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.utils._filelock import FileLock
 
 
 @contextlib.contextmanager
@@ -36,11 +38,22 @@ def built_ahead() -> Iterator[None]:
 
 def _build(ended: threading.Event) -> None:
     """Build the first program for each set of instructions that the processor names, in Inductor's order."""
-    with contextlib.suppress(AttributeError, TypeError, OSError):  # another version of Inductor, or a folder that is gone
+    # another version of Inductor, a folder that is gone, a compiler that does not know the instructions
+    with contextlib.suppress(AttributeError, TypeError, OSError, CppCompileError):
         flags = cpu_vec_isa.x86_isa_checker()
         for isa in cpu_vec_isa.supported_vec_isa_list:
             if ended.is_set():
                 return
             if all(flag in flags for flag in str(isa).split()):
-                # by an instance of our own, for Inductor's change their flags while they look
-                type(isa)().check_build(cpu_vec_isa.VecISA._avx_code)
+                _build_one(type(isa)())  # Inductor's own instances change their flags while they look
+
+
+def _build_one(isa: cpu_vec_isa.VecISA) -> None:
+    """The building half of Inductor's `VecISA.check_build`; the other half, loading it in a process of its own, is its own."""
+    flags = cpu_vec_isa._get_isa_dry_compile_fingerprint(isa.build_arch_flags())
+    key, source = codecache.write(cpu_vec_isa.VecISA._avx_code, "cpp", extra=flags)
+    with FileLock(os.path.join(codecache.get_lock_dir(), f"{key}.lock"), timeout=codecache.LOCK_TIMEOUT):
+        options = cpp_builder.CppTorchOptions(vec_isa=isa, warning_all=False)
+        builder = cpp_builder.CppBuilder(key, [source], options, os.path.dirname(source))
+        if not os.path.isfile(builder.get_target_file_path()):
+            builder.build()

@@ -15,7 +15,7 @@ from gated_layers import GATE, Gated, K, M, bundle_of, entry
 from torch._inductor import cpp_builder, cpu_vec_isa
 
 import autokernel
-from autokernel.export import apply
+from autokernel.export import apply, isa_probes
 from autokernel.export.isa_probes import built_ahead
 
 THREAD = "autokernel-isa-probes"
@@ -63,16 +63,15 @@ def test_a_machine_that_has_compiled_before_is_left_alone(nothing_known: Path) -
 
 
 def test_it_stops_with_the_compilation(nothing_known: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[str] = []
+    built: list[cpu_vec_isa.VecISA] = []
 
-    class Slow(cpu_vec_isa.VecAVX2):
-        def check_build(self, code: str) -> bool:
-            built.append(code)
-            time.sleep(0.2)
-            return True
+    def build(isa: cpu_vec_isa.VecISA) -> None:
+        built.append(isa)
+        time.sleep(0.2)
 
     monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["avx2"])
-    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", [Slow(), Slow(), Slow()])
+    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", [cpu_vec_isa.VecAVX2()] * 3)
+    monkeypatch.setattr(isa_probes, "_build_one", build)
     with built_ahead():
         (thread,) = threads()
     thread.join()
