@@ -9,6 +9,8 @@ from autokernel.kernels.parameters import Parameters
 
 Mode = Literal["rows", "swap", "vector"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+Precision = Literal["ieee", "tf32x3"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MAX_WHOLE_ROW = 32768  # columns that a program holds at once
 _MIN_TILE = 16  # of matrix instructions
 
@@ -49,6 +51,8 @@ class ProductsConfig(Parameters):
         block_s: columns of a tile where statistics of rows are found, before the loop over K; not used without statistics.
         split_k: programs that share a tile, each with a part of K; the last one to finish adds the parts in order.
         num_warps, num_stages: of Triton.
+        precision: of products in fp32. "ieee": multiplied by vector units. "tf32x3": each factor is the sum of two numbers of
+            the matrix instruction's 19 bits, and three of their four products are taken; the fourth is a rounding's worth.
     """
 
     mode: Mode
@@ -59,11 +63,14 @@ class ProductsConfig(Parameters):
     num_stages: int
     block_s: int = 512
     split_k: int = 1
+    precision: Precision = "ieee"
 
     def problem(self, rows: int, depth: int) -> str | None:
         """The rule that products of so many rows and such a depth break, None if there is none."""
         if self.mode not in MODES:
             return f"mode must be one of {', '.join(MODES)}; it is {self.mode}"
+        if self.precision not in PRECISIONS:
+            return f"precision must be one of {', '.join(PRECISIONS)}; it is {self.precision}"
         for name in ("block_m", "block_n", "block_k", "block_s"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):

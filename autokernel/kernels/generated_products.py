@@ -181,7 +181,8 @@ class _Section:
         if self.dtype == "float32":
             # Each block of K is added up by itself, as the library's kernels do, for one long chain of additions is less exact
             # than those. Triton would turn this into the long chain again, but for the last argument, which says nothing else.
-            return [*lines, f'acc{number} += tl.dot({pair}, input_precision="ieee", max_num_imprecise_acc=1)']
+            precision = f'input_precision="{self.config.precision}"'
+            return [*lines, f"acc{number} += tl.dot({pair}, {precision}, max_num_imprecise_acc=1)"]
         return [*lines, f"acc{number} = tl.dot({pair}, acc{number})"]
 
     def _source(self, right: str) -> str:

@@ -108,12 +108,23 @@ def test_the_spaces_default_compiles_for_hopper(m: int, instruction: str) -> Non
 def test_blocks_of_fp32_products_are_added_up_by_themselves(mode: str) -> None:
     problem = residual_fp32(37)
     config = {**default(problem), "mode": mode, "block_m": 64, "block_n": 64, "block_k": 32, "num_stages": 3, "split_k": 4}
+    config["precision"] = "ieee"
     lines = ptx_of(problem, plan_of(problem, config), "ttir").splitlines()
     (product,) = [line for line in lines if "tt.dot " in line]
     assert "inputPrecision" not in product, "ieee is Triton's default"
     assert product.split("tt.dot ")[1].split(",")[2].split()[0].startswith("%cst"), "it starts at zero"
     accumulator = product.split("=")[0].strip()
     assert any("arith.addf %acc0_" in line and f", {accumulator} :" in line for line in lines)
+
+
+@pytest.mark.parametrize(("mode", "block_m"), [("rows", 64), ("swap", 16)])
+def test_fp32_products_can_be_sums_of_three_products_of_the_matrix_instruction(mode: str, block_m: int) -> None:
+    problem = residual_fp32(37)
+    config = {**default(problem), "mode": mode, "block_m": block_m, "block_n": 64, "block_k": 32, "num_stages": 3}
+    assert config["precision"] == "tf32x3"
+    ptx = ptx_of(problem, plan_of(problem, config))
+    assert ptx.count("wgmma.mma_async") == 3 * 32 // 8, "three for each 8 of K"
+    assert "tf32" not in ptx_of(problem, plan_of(problem, {**config, "precision": "ieee"}))
 
 
 def test_a_row_of_a_norm_is_read_once_and_in_full_width() -> None:
@@ -139,6 +150,7 @@ def test_the_same_problem_and_config_are_the_same_file(tmp_path: Path) -> None:
         ({"block_m": 12}, "block_m must be a power of two; it is 12"),
         ({"block_n": 8}, "tiles of matrix instructions are at least 16"),
         ({"mode": "vector"}, "mode vector is for one row and block_m of 1; there are 16 rows"),
+        ({"precision": "tf32"}, "precision must be one of ieee, tf32x3; it is tf32"),
         ({"mode": "columns"}, "mode must be one of rows, swap, vector"),
         ({"split_k": 65}, "K has 64 blocks of 64; split_k is 65"),
         ({"group_m": 8}, "unknown: group_m"),
