@@ -3,9 +3,8 @@
 Non-constant inputs vary by draw; constants (weights) are drawn once per copy. Copy 0's constants repeat their first half
 along the contraction, so that the draw "cancellation" really cancels there and a lost fp32 accumulation shows.
 
-An attention's mask hides some of the keys, and in the draw "zero_rows" all of them from every other row. Where it is causal,
-the draw "nonfinite" spoils values of the first key, which every row sees: zero times infinity is NaN, but only for a kernel
-that reads values which it does not need, and all kernels read some.
+An attention's mask hides some of the keys, and in the draw "zero_rows" all of them from every other row. The draw "nonfinite"
+spoils only what comes out the same of every algorithm (see `_spoil_attention`).
 
 Where matrices have scales (8-bit floating point), these are positive and finite in every draw, and it is they that keep the
 result as large as the activations: the matrices themselves are as a quantizer leaves them, well within what 8 bits can hold.
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autokernel.evaluate.caches import cache_bytes
-from autokernel.ops.attention import causal_values_position, mask_position
+from autokernel.ops.attention import Attention, mask_position, num_keys_seen_by_all, sizes_of
 from autokernel.ops.scaled_mm import scales_of
 from autokernel.records import Problem, TensorSpec
 
@@ -192,8 +191,40 @@ def _variable(problem: Problem, position: int, seed: int, draw: str, device: str
     elif draw == "cancellation":
         values = _cancel(values) if position == first else _pair(values, contraction_size(problem))
     elif draw == "nonfinite":
-        values = generator.spoil(values, every=values.shape[-2] if position == causal_values_position(problem) else 1)
+        attention = problem.op == Attention.name
+        values = _spoil_attention(problem, position, values, generator) if attention else generator.spoil(values)
     return generator.place(values)
+
+
+def _spoil_attention(problem: Problem, position: int, values: torch.Tensor, generator: _Generator) -> torch.Tensor:
+    """q, k or v of attention with NaN and infinities whose way into the result does not depend on the algorithm.
+
+    - q: a NaN in the first head. An infinity makes scores of both signs: NaN, or zero where all that a row sees are -Inf, or
+      NaN anyway where products split numbers into a large part and a rest (three products in tf32, as the library in fp32).
+    - k: a NaN in the last head; no infinity, as in q.
+    - v: a NaN and both infinities in heads between, in columns of their own. Of a key that every row sees, with a weight that
+      is not rounded to zero: 0 * Inf is NaN for those who read what is not seen, and who reads it depends on tiles.
+
+    None hides another: where heads are few, q or k stay as they are.
+    """
+    if values.numel() == 0:
+        return values
+    spoilt = values.clone()
+    if position == 0:
+        sizes = sizes_of(problem)
+        spoilt /= max(1.0, float(dict(problem.scalars)["scale"]) * math.sqrt(sizes.head_dim))  # scores of about one
+        if sizes.batch * sizes.kv_heads > 2 or sizes.heads // sizes.kv_heads * sizes.q_len > 1:
+            spoilt[:1, :1] = generator.spoil(spoilt[:1, :1], kinds=(math.nan,))
+        return spoilt
+    key = generator.index(min(num_keys_seen_by_all(problem), values.shape[2]))
+    heads = values[:, :, key].flatten(0, 1).clone()
+    if position == 1:
+        heads[1:][-1:] = generator.spoil(heads[1:][-1:], kinds=(math.nan,))
+    else:
+        between = slice(1, -1) if len(heads) > 2 else slice(0, 1)
+        heads[between] = generator.spoil(heads[between].T).T
+    spoilt[:, :, key] = heads.reshape(*values.shape[:2], values.shape[3])
+    return spoilt
 
 
 def _cancel(values: torch.Tensor) -> torch.Tensor:
@@ -261,7 +292,7 @@ class _Generator:
         """What attention sees: at the model's scale all but the end, as in a cache that is not full; in other draws three
         quarters, the first key always; in "zero_rows" every other row sees nothing.
 
-        Booleans, or numbers that are added: -inf where nothing is seen.
+        Booleans, or numbers that are added: -inf where nothing is seen, and in "nonfinite" a NaN in one row of many.
         """
         import torch
 
@@ -275,25 +306,28 @@ class _Generator:
             hidden.reshape(-1, hidden.shape[-1])[::2] = True
         if not _is_float(self._spec):
             return ~hidden
-        values = self.normal()
-        values = self.spoil(values) if draw == "nonfinite" else values
-        return torch.where(hidden, -torch.inf, values)
+        values = torch.where(hidden, -torch.inf, self.normal())
+        if draw == "nonfinite" and math.prod(values.shape[:-1]) > 3:  # one row of a few would make too much of the result NaN
+            values[..., :1] = self.spoil(values[..., :1], kinds=(math.nan,))
+        return values
 
-    def spoil(self, values: torch.Tensor, every: int = 1) -> torch.Tensor:
-        """One NaN, one +Inf and one -Inf, in rows of their own where there are enough rows. e4m3 has no infinity: NaN alone.
+    def index(self, size: int) -> int:
+        """Below `size`."""
+        import torch
 
-        `every`: only the first of so many rows is eligible.
-        """
+        return int(torch.randint(size, (1,), generator=self._random, device=self._device))
+
+    def spoil(self, values: torch.Tensor, kinds: Sequence[float] = (math.nan, math.inf, -math.inf)) -> torch.Tensor:
+        """Each of the kinds once, in rows of their own where there are enough rows. e4m3 has no infinity: NaN alone."""
         import torch
 
         rows = values.clone().reshape(-1, values.shape[-1] if values.dim() else 1)
         if rows.numel() == 0:
             return values
-        chosen = (torch.randperm(rows.shape[0] // every, generator=self._random, device=self._device)[:3] * every).tolist()
-        kinds = torch.randperm(3, generator=self._random, device=self._device).tolist()
-        for row, kind in zip(chosen, kinds, strict=False):
-            column = int(torch.randint(rows.shape[1], (1,), generator=self._random, device=self._device))
-            rows[row, column] = (math.nan, math.inf, -math.inf)[kind] if self._spec.dtype != "float8_e4m3fn" else math.nan
+        chosen = torch.randperm(rows.shape[0], generator=self._random, device=self._device)[: len(kinds)].tolist()
+        order = torch.randperm(len(kinds), generator=self._random, device=self._device).tolist()
+        for row, kind in zip(chosen, order, strict=False):
+            rows[row, self.index(rows.shape[1])] = kinds[kind] if self._spec.dtype != "float8_e4m3fn" else math.nan
         return rows.reshape(values.shape)
 
     def place(self, values: torch.Tensor) -> torch.Tensor:

@@ -114,12 +114,10 @@ def mask_position(problem: Problem) -> int | None:
     return 3 if problem.op == Attention.name and len(problem.inputs) > 3 else None
 
 
-def causal_values_position(problem: Problem) -> int | None:
-    """Which input holds the values of causal attention, None if the problem is none.
-
-    Whether a row that does not see a value reads it, and multiplies it by zero, differs from kernel to kernel.
-    """
-    return 2 if problem.op == Attention.name and dict(problem.scalars).get("causal") else None
+def num_keys_seen_by_all(problem: Problem) -> int:
+    """How many keys, from the first on, every row of q is sure to see: of draws of inputs, whose masks never hide the first."""
+    alone = mask_position(problem) is not None or dict(problem.scalars).get("causal")
+    return 1 if alone else sizes_of(problem).kv_len
 
 
 def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
