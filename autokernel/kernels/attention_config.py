@@ -16,8 +16,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 MAX_ROWS = 64  # of q that share a head of keys, for the kernel of few rows
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
+MAX_TILES = 4096  # of keys, where what the mask says of them is looked up
 MAX_ELEMENTS = 2**31 - 1  # offsets within a sequence and a head are 32-bit
 _MIN_TILE = 16  # of matrix instructions
+_NO_MASK = "skip looks at the mask, and there is none; set it to false"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,7 @@ class DecodeConfig(Parameters):
         if (self.num_splits - 1) * -(-blocks // self.num_splits) >= blocks:
             return f"each split has a part: {blocks} blocks of {self.block_s} are too few for {self.num_splits} splits"
         if self.skip and mask_position(problem) is None:
-            return "skip looks at the mask, and there is none; set it to false"
+            return _NO_MASK
         if sizes.batch * sizes.kv_heads * self.num_splits * rows * sizes.v_dim > MAX_ELEMENTS:
             return f"offsets into the parts of all splits are 32-bit; num_splits is {self.num_splits}: take fewer"
         return None
@@ -62,18 +64,32 @@ class DecodeConfig(Parameters):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlashConfig(Parameters):
-    """Parameters of `flash_attention`: tiles of `block_m` rows of q by `block_n` keys, and Triton's warps and stages."""
+    """Parameters of `flash_attention`.
+
+    Attributes:
+        block_m, block_n: rows of q and keys of a tile.
+        skip: look at the mask first (a kernel of its own), leave out the tiles that it rules out for all rows, at both ends,
+            and the mask where all rows see all. For masks with structure; a NaN behind the mask is then not read.
+        num_warps, num_stages: of Triton.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    skip: bool = False
 
     def problem(self, problem: Problem) -> str | None:
         """The rule that a problem breaks, None if the kernel takes it."""
-        return (
-            _common_problem(problem) or _tile_problem("block_m", self.block_m) or _tile_problem("block_n", self.block_n)
-        )  # fmt: skip
+        wrong = _common_problem(problem) or _tile_problem("block_m", self.block_m) or _tile_problem("block_n", self.block_n)
+        if wrong or not self.skip:
+            return wrong
+        if mask_position(problem) is None:
+            return _NO_MASK
+        tiles = -(-sizes_of(problem).kv_len // self.block_n)
+        if tiles > MAX_TILES:
+            return f"skip takes at most {MAX_TILES} tiles of keys; there are {tiles}: set block_n higher, or skip to false"
+        return None
 
 
 def plan_decode(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPlan:
@@ -111,20 +127,32 @@ def plan_flash(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPla
     """The launch of `flash_attention`; raises ValueError with the rule that is broken."""
     chosen = FlashConfig.from_entry(config)
     _refuse(chosen.problem(problem))
-    from autokernel.kernels.flash_attention import flash_attention_kernel
+    from autokernel.kernels.flash_attention import flash_attention_kernel, mask_tiles_kernel
 
     sizes = sizes_of(problem)
+    constants = {**_constants(problem), "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n}
+    blocks, tiles = -(-sizes.q_len // chosen.block_m), -(-sizes.kv_len // chosen.block_n)
+    # axes of the mask along which it differs
+    whole = {"B": sizes.batch, "H": sizes.heads, "Q": blocks}
+    mask_shape = tuple(size if chosen.skip and constants[f"MASK_{axis}"] else 1 for axis, size in whole.items())
+    scratch = (Buffer((*mask_shape, tiles), "int32"),) if chosen.skip else ()
+    constants |= {"MASK_HEADS": mask_shape[1], "MASK_ROWS": mask_shape[2]}
     arguments: dict[str, Operand | int | float | bool] = {
         **_operands(problem),
-        **_constants(problem),
+        **constants,
+        "tiles": Operand("scratch", 0) if chosen.skip else Operand("out", 0),
         "CAUSAL": int(_is_causal(problem)),
         "HEADS": sizes.heads,
-        "BLOCK_M": chosen.block_m,
-        "BLOCK_N": chosen.block_n,
+        "SKIP": int(chosen.skip),
+        "MAX_TILES": _power_of_two(tiles),
     }
-    programs = -(-sizes.q_len // chosen.block_m) * sizes.heads * sizes.batch
+    programs = blocks * sizes.heads * sizes.batch
     launch = Launch(flash_attention_kernel, (programs, 1, 1), arguments, chosen.num_warps, chosen.num_stages)
-    return KernelPlan((_out_spec(problem),), (), (launch,))
+    if not chosen.skip:
+        return KernelPlan((_out_spec(problem),), (), (launch,))
+    looked = {name: arguments[name] for name in mask_tiles_kernel.arg_names}
+    look = Launch(mask_tiles_kernel, (math.prod(mask_shape) * tiles, 1, 1), looked, 4, 1)
+    return KernelPlan((_out_spec(problem),), scratch, (look, launch))
 
 
 def _common_problem(problem: Problem) -> str | None:

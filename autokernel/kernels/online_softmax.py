@@ -53,6 +53,18 @@ def absorb(scores, values, top, total, rows):
 
 
 @triton.jit
+def absorb_products(products, values, top, total, rows, SCALE: tl.constexpr):
+    """`absorb` of scores that are products [R, S] times a positive SCALE: each of their weights is one fma and one exp2."""
+    highest = tl.maximum(top, tl.max(products, 1) * SCALE)
+    level = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp2(products * (SCALE * 1.4426950408889634) - (level * 1.4426950408889634)[:, None])
+    shrink = tl.exp2((top - level) * 1.4426950408889634)
+    total = total * shrink + tl.sum(weights, 1)
+    rows = tl.dot(weights.to(values.dtype), values, rows * shrink[:, None], input_precision="ieee")
+    return highest, total, rows
+
+
+@triton.jit
 def divided(rows, total):
     """Weighted values over the sum of weights; a row that saw nothing is zero."""
     return rows / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -45,6 +45,10 @@ CASES = {
     "odd": (attention(4, (32, 8), 1, 2049), {"kernel": "decode_attention", "num_splits": 17}),
     "tiny": (attention(1, (12, 12), 1, 5, dim=64), {"kernel": "decode_attention", "num_splits": 1}),
     "prompt": (attention(1, (32, 8), 512, 512, causal=True), {"kernel": "flash_attention", "BLOCK_M": 64}),
+    "masked prompt": (
+        attention(1, (32, 8), 2048, 2048, mask="bool"),
+        {"kernel": "flash_attention", "skip": True, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    ),
     "chronos": (attention(1, (12, 12), 37, 37, dim=64, dtype="float32", mask="float32"), {"kernel": "decode_attention"}),
     "vit": (attention(8, (12, 12), 197, 197, dim=64), {"kernel": "flash_attention"}),
     "wide": (attention(1, (4, 4), 300, 300, dim=256, dtype="float32"), {"kernel": "flash_attention"}),

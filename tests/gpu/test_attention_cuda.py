@@ -69,6 +69,11 @@ KERNEL_CASES: Mapping[str, tuple[Problem, Config]] = {
     "odd prompt": (attention(1, (32, 8), 197, 197), {**FLASH, "BLOCK_M": 128, "num_warps": 8}),
     "bias": (attention(2, (8, 8), 100, 333, dim=64, mask="bfloat16"), {**FLASH, "BLOCK_M": 32, "BLOCK_N": 32}),
     "booleans": (attention(2, (8, 4), 70, 130, dim=64, mask="bool"), {**FLASH, "BLOCK_M": 16, "num_warps": 2, "num_stages": 2}),
+    "looks first": (attention(2, (8, 4), 300, 333, mask="bool"), {**FLASH, "skip": True}),
+    "looks at numbers": (
+        attention(1, (8, 4), 256, 256, mask="bfloat16"),
+        {**FLASH, "BLOCK_M": 128, "num_warps": 8, "skip": True},
+    ),
 }
 CHRONOS: Mapping[str, Any] = {"dim": 64, "dtype": "float32", "mask": "float32"}
 FP32_CASES: Mapping[str, tuple[Problem, Config]] = {
@@ -130,6 +135,27 @@ def test_rows_that_see_nothing_are_zero_and_what_a_mask_shuts_out_is_not_read(sk
     (out,) = run(plan_of(DECODING, {**DECODE, "skip": skip}), q, k, v, mask)
     assert not out[0].any()
     check(DECODING, [q, k, v, mask], out)
+
+
+@pytest.mark.parametrize("block_m", [64, 128])
+@pytest.mark.parametrize("kind", ["causal", "window", "empty blocks", "left padding", "all", "nothing"])
+def test_prompts_with_masks_of_structure(kind: str, block_m: int) -> None:
+    problem = attention(2, (8, 2), 700, 700, mask="bool")
+    q, k, v, mask = make_inputs(problem, seed=2)
+    i, j = torch.arange(700, device="cuda")[:, None], torch.arange(700, device="cuda")[None, :]
+    seen: dict[str, torch.Tensor] = {
+        "causal": j <= i,
+        "window": (j <= i) & (j > i - 150),
+        "empty blocks": (j <= i) & (i >= 400),
+        "left padding": (j <= i) & (j > 200),
+        "all": j + i >= 0,
+        "nothing": j + i < 0,
+    }
+    mask.copy_(seen[kind])
+    config: Config = {**FLASH, "BLOCK_M": block_m, "num_warps": block_m // 16, "skip": True}
+    (out,) = run(plan_of(problem, config), q, k, v, mask)
+    assert not out[:, :, ~seen[kind].any(1)].any()
+    check(problem, [q, k, v, mask], out)
 
 
 def launch_into(plan: KernelPlan, inputs: list[torch.Tensor], out: torch.Tensor, scratch: list[torch.Tensor]) -> None:

@@ -20,6 +20,8 @@ SKIP: dict[str, ConfigValue] = {**DECODE, "skip": True}
 WHOLE: dict[str, ConfigValue] = {**DECODE, "num_splits": 1, "BLOCK_S": 32}
 FLASH: dict[str, ConfigValue] = {"kernel": "flash_attention", "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 
+FLASH_SKIP: dict[str, ConfigValue] = {**FLASH, "skip": True}
+
 # config, dtype, q's [B, H, Q, D], k's [B, G, S, D], mask (shape, dtype) or None, causal
 CASES = (
     (DECODE, "float16", (1, 6, 1, 16), (1, 2, 90, 16), None, False),
@@ -32,7 +34,12 @@ CASES = (
     ({**FLASH, "BLOCK_M": 32}, "float16", (1, 4, 37, 16), (1, 2, 37, 16), None, True),
     (FLASH, "float32", (2, 2, 18, 24), (2, 2, 50, 24), ((2, 1, 1, 50), "float32"), False),
     (FLASH, "float32", (1, 2, 18, 16), (1, 2, 33, 16), ((1, 2, 18, 33), "bool"), False),
+    (FLASH, "float16", (1, 2, 20, 16), (1, 1, 40, 16), None, False),
+    (FLASH_SKIP, "float32", (2, 2, 18, 24), (2, 2, 90, 24), ((2, 1, 1, 90), "bool"), False),
+    (FLASH_SKIP, "float16", (2, 4, 18, 16), (2, 2, 90, 16), ((2, 4, 18, 90), "float16"), False),
+    (FLASH_SKIP, "float32", (2, 2, 40, 16), (2, 1, 70, 16), ((1, 2, 40, 70), "bool"), True),
 )
+MASKS = ("causal", "window", "blocks", "late", "empty rows", "empty block", "all", "nothing", "left padding", "a hole")
 
 
 def tensors(
@@ -56,23 +63,86 @@ def tensors(
     return found
 
 
+def mask_like(kind: str, rows: int, keys: int) -> torch.Tensor:
+    """A mask with structure, [1, 1, rows, keys]."""
+    i, j = torch.arange(rows)[:, None], torch.arange(keys)[None, :]
+    i = i + keys - rows
+    seen = {
+        "causal": j <= i,
+        "window": (j <= i) & (j > i - 20),
+        "blocks": i // 24 == j // 24,
+        "late": j >= keys - 5 + 0 * i,
+        "empty rows": (j <= i) & (i % 3 > 0),
+        "empty block": (j <= i) & (i >= keys - rows + 16),
+        "all": j >= 0 * i,
+        "nothing": j < 0 * i,
+        "left padding": (j <= i) & (j > 19),
+        "a hole": (j < 16) | (j > 40 + 0 * i),
+    }[kind]
+    return seen[None, None]
+
+
+def wrong_of_structure(kind: str, as_numbers: bool, rows: int, keys: int, dtype: str) -> str | None:
+    """What is wrong for a mask with structure, where two heads of q share one of keys: tiles that nobody sees are NaN."""
+    config = {**FLASH_SKIP, "BLOCK_M": 32 if as_numbers else 16}
+    q, k, v = tensors(dtype, (1, 2, rows, 16), (1, 1, keys, 16), None)
+    mask = mask_like(kind, rows, keys)
+    at = mask[0, 0].any(0).nonzero()
+    first, last = (int(at.min()), int(at.max())) if len(at) else (keys, -1)
+    k, spoiled = k.contiguous(), k.contiguous().clone()
+    spoiled[:, :, : first // 16 * 16] = torch.nan
+    spoiled[:, :, (last // 16 + 1) * 16 :] = torch.nan
+    mask = torch.where(mask, 0.0, -torch.inf).to(q.dtype) if as_numbers else mask
+    return wrong_of(config, [q, k, v, mask], False, given=[q, spoiled, v, mask])
+
+
+def wrong_tiles(kind: str) -> str | None:
+    """What is wrong with what is found of a mask's tiles, and with which of them are read by rows that see only some."""
+    q, k, v = tensors("float32", (1, 2, 48, 16), (1, 1, 90, 16), None)
+    mask = mask_like(kind, 48, 90)
+    k = k.contiguous()
+    k[:, :, 48:64] = torch.nan
+    specs = tuple(
+        TensorSpec(shape=tuple(x.shape), dtype=str(x.dtype).removeprefix("torch."), stride=tuple(x.stride()))
+        for x in (q, k, v, mask)
+    )  # fmt: skip
+    problem = Problem(op="attention", inputs=specs, device="cpu", scalars=(("scale", 0.3),))
+    plan = plan_of(problem, FLASH_SKIP)
+    tiles, out = torch.full(plan.scratch[0].shape, 9, dtype=torch.int32), torch.empty(1, 48, 2, 16).transpose(1, 2)
+    for launch in plan.launches:
+        launch.kernel[launch.grid](**resolve(launch, {"in": [q, k, v, mask], "out": [out], "scratch": [tiles]}))
+    blocks = [list(rows.split(16, 1)) for rows in mask[0, 0].split(16)]
+    expected = torch.tensor([[2 if tile.all() and tile.shape[1] == 16 else int(tile.any()) for tile in row] for row in blocks])
+    found = tiles[0, 0].clamp(max=2)
+    found[:, -1] = found[:, -1].clamp(max=1)  # the last tile is cut: it is looked at in any case
+    if not torch.equal(found, expected.int()):
+        return f"tiles {found.tolist()}, not {expected.tolist()}"
+    read = torch.tensor([bool((row[:4] > 0).any() and (row[3:] > 0).any()) for row in expected])
+    return None if torch.equal(~out.isfinite().flatten(2).reshape(2, 3, -1).all(-1)[0], read) else "other tiles are read"
+
+
 def twice(plan: KernelPlan, inputs: list[torch.Tensor]) -> torch.Tensor | None:
-    """The result of a second launch with the scratch memory of the first; None if its counters are not zero."""
+    """The result; with shared memory that of a second run on it. None if counters are not zero."""
     scratch = [
-        torch.zeros(buffer.shape, dtype=torch.int32) if buffer.zeroed else torch.full(buffer.shape, torch.nan)
+        torch.full(buffer.shape, 0 if buffer.zeroed else 9 if buffer.dtype == "int32" else torch.nan).to(
+            getattr(torch, buffer.dtype)
+        )
         for buffer in plan.scratch
     ]
-    (spec,), (launch,) = plan.outputs, plan.launches
-    for _ in range(2 if scratch else 1):
+    (spec,) = plan.outputs
+    for _ in range(2 if any(buffer.zeroed for buffer in plan.scratch) else 1):
         out = torch.empty_strided(spec.shape, spec.stride, dtype=inputs[0].dtype).fill_(torch.nan)
-        launch.kernel[launch.grid](**resolve(launch, {"in": inputs, "out": [out], "scratch": scratch}))
-        if scratch and scratch[-1].any():
+        for launch in plan.launches:
+            launch.kernel[launch.grid](**resolve(launch, {"in": inputs, "out": [out], "scratch": scratch}))
+        if any(found.any() for found, buffer in zip(scratch, plan.scratch, strict=True) if buffer.zeroed):
             return None
     return out
 
 
-def wrong_of(config: dict[str, ConfigValue], inputs: list[torch.Tensor], causal: bool) -> str | None:
-    """What is wrong with two launches on the same scratch memory, None if nothing is."""
+def wrong_of(
+    config: dict[str, ConfigValue], inputs: list[torch.Tensor], causal: bool, given: list[torch.Tensor] | None = None
+) -> str | None:
+    """What is wrong with launches on the same scratch memory, None if nothing is. `given`: what the kernel gets instead."""
     specs = tuple(
         TensorSpec(shape=tuple(x.shape), dtype=str(x.dtype).removeprefix("torch."), stride=tuple(x.stride())) for x in inputs
     )
@@ -82,7 +152,7 @@ def wrong_of(config: dict[str, ConfigValue], inputs: list[torch.Tensor], causal:
     )  # fmt: skip
     plan: KernelPlan = plan_of(problem, config)
     (expected,) = get_op("attention").reference(problem, *(x.double() if x.is_floating_point() else x for x in inputs))
-    out = twice(plan, inputs)
+    out = twice(plan, given or inputs)
     if out is None:
         return "counters are not zero"
     if out.stride() != expected.stride():
@@ -117,6 +187,15 @@ if __name__ == "__main__":
         wrong = wrong_of(config, tensors(dtype, q, kv, mask), causal)
         if wrong:
             print(config, dtype, q, kv, mask, wrong)
+    for name in ("causal", "window", "blocks", "empty block"):
+        wrong = wrong_tiles(name)
+        if wrong:
+            print(name, wrong)
+    for position, name in enumerate(MASKS):
+        rows, keys, kind = ((48, 80, "float32"), (37, 70, "float16"))[position % 2]
+        wrong = wrong_of_structure(name, position % 3 == 0, rows, keys, kind)
+        if wrong:
+            print(name, wrong)
     for config in ({**DECODE, "num_splits": 2}, WHOLE, FLASH):
         wrong = nonfinite_wrong(config)
         if wrong:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,13 @@ def problem(
     )  # fmt: skip
 
 
-def ptx_of(case: Problem, config: dict[str, ConfigValue]) -> str:
+def compiled_for_hopper(case: Problem, config: dict[str, ConfigValue], which: int = -1) -> Any:
+    """A launch of the config's plan, the last one if nothing is said, through Triton's compiler."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     plan = plan_of(case, config)
-    (launch,) = plan.launches
+    launch = plan.launches[which]
     names, pools = launch.kernel.arg_names, {"in": case.inputs, "out": plan.outputs, "scratch": plan.scratch}
     signature = {
         name: POINTERS[pools[value.kind][value.index].dtype] if isinstance(value, Operand) else "constexpr"
@@ -57,7 +60,22 @@ def ptx_of(case: Problem, config: dict[str, ConfigValue]) -> str:
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
     )
     options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def ptx_of(case: Problem, config: dict[str, ConfigValue], which: int = -1) -> str:
+    return str(compiled_for_hopper(case, config, which).asm["ptx"])
+
+
+def bytes_of_stack(ptx: str, folder: Path) -> int:
+    """What each thread of a kernel spills."""
+    from triton import knobs
+
+    (folder / "kernel.ptx").write_text(ptx)
+    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stderr
+    (found,) = re.findall(r"(\d+) bytes stack frame", said)
+    return int(found)
 
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -84,6 +102,54 @@ def test_tiles_of_64_rows_use_hoppers_matrix_instruction() -> None:
     ptx = ptx_of(problem(q_len=256, kv_len=256, mask=None, causal=True), FLASH)
     assert "wgmma.mma_async" in ptx
     assert "cp.async" in ptx
+
+
+def test_masked_prompts_use_registers_alone_and_read_masks_and_keys_ahead(tmp_path: Path) -> None:
+    case = prompt(((1, 1, 2048, 2048), "bool"))
+    ptx = ptx_of(case, {**FLASH, "BLOCK_M": 128, "num_warps": 8, "skip": True})
+    assert bytes_of_stack(ptx, tmp_path) == 0
+    # with the mask, without it, and with it again: each of both products, 8 and 4 steps of 16
+    assert ptx.count("wgmma.mma_async") == 3 * (8 + 4)
+    assert ptx.count("ld.global.v4") == 128 * 128 * 2 // (256 * 16), "only q is loaded where it is waited for"
+    looked = ptx_of(case, {**FLASH, "skip": True}, which=0)
+    assert "ld.global.v4" in looked
+
+
+@pytest.mark.parametrize(
+    ("mask", "tiles"),
+    [
+        ((2, 1, 1, 500), (2, 1, 1, 8)),
+        ((1, 4, 300, 500), (1, 4, 5, 8)),
+        ((1, 1, 300, 1), (1, 1, 5, 8)),
+        ((2, 4, 300, 500), (2, 4, 5, 8)),
+    ],
+)
+def test_a_mask_is_looked_at_once_for_all_that_share_it(mask: tuple[int, ...], tiles: tuple[int, ...]) -> None:
+    plan = plan_of(prompt((mask, "bool"), batch=2, heads=4, q_len=300, kv_len=500), {**FLASH, "skip": True})
+    look, attend = plan.launches
+    assert plan.scratch == (Buffer(tiles, "int32"),)
+    assert look.grid == (prod(tiles), 1, 1)
+    assert attend.grid == (2 * 4 * 5, 1, 1)
+    assert plan_of(prompt((mask, "bool"), batch=2, heads=4, q_len=300, kv_len=500), FLASH).scratch == ()
+
+
+def prompt(
+    mask: tuple[tuple[int, ...], str] | None, batch: int = 1, heads: int = 32, q_len: int = 2048, kv_len: int = 2048
+) -> Problem:  # fmt: skip
+    """A prompt's attention as Llama has it: the mask is computed, so that nobody knows what it hides."""
+    q = TensorSpec(shape=(batch, heads, q_len, 128), dtype="bfloat16", stride=(q_len * heads * 128, 128, heads * 128, 1))
+    kv = TensorSpec.contiguous((batch, heads // 4, kv_len, 128), "bfloat16")
+    masks = () if mask is None else (TensorSpec.contiguous(*mask),)
+    return Problem(op="attention", inputs=(q, kv, kv, *masks), device="cuda", scalars=(("scale", 128**-0.5),))
+
+
+def test_what_flash_attention_refuses_to_skip() -> None:
+    with pytest.raises(ValueError, match="there is none"):
+        plan_of(prompt(None), {**FLASH, "skip": True})
+    long = prompt(((1, 1, 1, 70_000), "bool"), kv_len=70_000)
+    with pytest.raises(ValueError, match="at most 4096 tiles of keys; there are 4375: set block_n higher"):
+        plan_of(long, {**FLASH, "BLOCK_N": 16, "skip": True})
+    assert plan_of(long, {**FLASH, "skip": True}).launches[1].arguments["MAX_TILES"] == 2048
 
 
 @pytest.mark.parametrize(
