@@ -165,7 +165,6 @@ def flash_attention_kernel(
         first, whole_first, whole_end, end = _parts_of_mask(tiles_at, end, whole_end, TILES, MAX_TILES)
     elif MASK:
         whole_first = end
-        whole_end = end
     if MASK:
         top, total, rows = _attend(
             queries, k_at, v_at, mask_at, mask_rows, mask_there, m, top, total, rows, first, whole_first, True, SCALE, CAUSAL,
