@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 from autokernel.backends.aten import is_stock as is_stock_config
@@ -208,25 +209,27 @@ def compatible(
 ) -> tuple[list[Winner], dict[str, str]]:
     """Winners that go together, and why others do not.
 
-    Merging takes its GEMMs away from their own entries: it must be faster than those, each at its best.
+    Merging takes its GEMMs away from their own entries: it must be faster than those. Stock GEMMs apart are what it was
+    confirmed against; what entries of their own gain on that is taken from their confirmations, as a ratio. Times as such
+    are not comparable: a card that confirms long kernels is hot, and its clock lower than in screening.
     """
     kept, dropped = [], {}
-    by_gemm: dict[Gemm | None, float] = {}
+    own = {gemm_of(w.hotspot.problem): w for w in winners if w.hotspot.problem.op != "merged_mm"}
+    screened: dict[Gemm | None, float] = {}
     for found in evaluations.values():
         for evaluation in found:
-            if evaluation.status is Status.OK and evaluation.measurement is not None:
-                gemm = gemm_of(evaluation.candidate.problem)
-                by_gemm[gemm] = min(by_gemm.get(gemm, float("inf")), evaluation.measurement.median_us)
-    for winner in winners:
-        if winner.hotspot.problem.op != "merged_mm":  # confirmed times, where there are any, rather than screening's
-            by_gemm[gemm_of(winner.hotspot.problem)] = winner.winner_us
+            if evaluation.status is Status.OK and evaluation.measurement is not None and is_stock(evaluation.candidate):
+                screened[gemm_of(evaluation.candidate.problem)] = evaluation.measurement.median_us
     for winner in winners:
         problem = winner.hotspot.problem
-        if problem.op == "merged_mm":
-            apart = [by_gemm.get(gemm_of(part)) for part in parts_of_merged(problem)]
-            known = [us for us in apart if us is not None]
-            if len(known) == len(apart) and sum(known) <= winner.winner_us:
-                dropped[problem.key] = f"its GEMMs take {sum(known):.1f} us apart, {winner.winner_us:.1f} us merged"
+        parts = [gemm_of(part) for part in parts_of_merged(problem)] if problem.op == "merged_mm" else []
+        if any(part in own for part in parts):
+            known = all(part in screened for part in parts)
+            stock = [screened[part] if known else math.prod(part.ns) if part is not None else 1.0 for part in parts]
+            left = [us / own[part].speedup.ratio if part in own else us for us, part in zip(stock, parts, strict=True)]
+            apart_us = winner.baseline_us * sum(left) / sum(stock)
+            if apart_us <= winner.winner_us:
+                dropped[problem.key] = f"its GEMMs take {apart_us:.1f} us apart, {winner.winner_us:.1f} us merged"
                 continue
         kept.append(winner)
     return kept, dropped
