@@ -18,7 +18,7 @@ from autokernel.events import ModelValidated, ScenarioResult
 from autokernel.records import Hotspot
 from autokernel.tracking.backends import backend_summaries
 from autokernel.tracking.summary import ProblemSummary, RunSummary
-from autokernel.tracking.titles import config_title, problem_title
+from autokernel.tracking.titles import config_title, problem_title, with_titles
 
 MAX_UNSEARCHED = 4  # rows of hotspots that nobody searched
 REPORT_NAME = "report.html"
@@ -313,10 +313,10 @@ def plan_table(summary: RunSummary) -> RenderableType:
 
 def _dropped(summary: RunSummary) -> RenderableType:
     assert summary.validated is not None
-    titles = {p.problem.key: problem_title(p.problem) for p in summary.problems}
+    problems = [item.problem for item in summary.problems]
     shown = table(("dropped", "fold"), ("why", "fold"), title="Winners that the whole model refused")
     for key, why in summary.validated.dropped.items():
-        shown.add_row(titles.get(key, key), Text(why, style="yellow"))
+        shown.add_row(with_titles(key, problems), Text(with_titles(why, problems), style="yellow"))
     return shown
 
 

@@ -230,21 +230,28 @@ def _render(node: Node, expressions: Mapping[Node, str]) -> str | None:
         return None
     import torch.fx
 
-    arguments = [expressions[a] if isinstance(a, torch.fx.Node) else _number(a) for a in node.args]
+    arguments = [expressions[a] if isinstance(a, torch.fx.Node) else spell_number(a) for a in node.args]
     arguments += [f"{key}={value}" for key, value in node.kwargs.items() if value != "none"]
-    return _call(name.removeprefix("aten."), *arguments)
+    return spell_call(name.removeprefix("aten."), *arguments)
 
 
-def _number(value: object) -> str:
+def spell_number(value: object) -> str:
+    """A number in an expression of an activation; anything else as it is."""
     return f"{float(value):.6g}" if isinstance(value, (int, float)) else str(value)
 
 
-def _call(name: str, *arguments: str) -> str:
+def spell_call(name: str, *arguments: str) -> str:
+    """A call in such an expression, where the order of a sum's or a product's operands says nothing."""
     return f"{name}({','.join(sorted(arguments) if name in ('add', 'mul') else arguments)})"
 
 
+def activation_named(expression: str) -> str | None:
+    """The activation function that an expression of `x` is, spelled by `spell_call` and `spell_number`."""
+    return _ACTIVATIONS.get(expression)
+
+
 def _cube_term() -> str:
-    return _call("mul", "0.044715", _call("mul", _call("mul", "x", "x"), "x"))
+    return spell_call("mul", "0.044715", spell_call("mul", spell_call("mul", "x", "x"), "x"))
 
 
 _ACTIVATIONS: Mapping[str, str] = {
@@ -254,13 +261,15 @@ _ACTIVATIONS: Mapping[str, str] = {
     "gelu(x)": "gelu",
     "gelu(x,approximate=tanh)": "gelu_tanh",
     "silu(x)": "silu",
-    _call("mul", "x", "sigmoid(x)"): "silu",
-    _call("div", "x", _call("add", "1", "exp(neg(x))")): "silu",
-    _call("mul", _call("mul", "x", "0.5"), _call("add", "1", f"erf({_call('mul', 'x', '0.707107')})")): "gelu",
-    _call(
+    spell_call("mul", "x", "sigmoid(x)"): "silu",
+    spell_call("div", "x", spell_call("add", "1", "exp(neg(x))")): "silu",
+    spell_call(
+        "mul", spell_call("mul", "x", "0.5"), spell_call("add", "1", f"erf({spell_call('mul', 'x', '0.707107')})")
+    ): "gelu",
+    spell_call(
         "mul",
-        _call("mul", "x", "0.5"),
-        _call("add", "1", f"tanh({_call('mul', '0.797885', _call('add', 'x', _cube_term()))})"),
+        spell_call("mul", "x", "0.5"),
+        spell_call("add", "1", f"tanh({spell_call('mul', '0.797885', spell_call('add', 'x', _cube_term()))})"),
     ): "gelu_tanh",
 }
 

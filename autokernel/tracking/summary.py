@@ -26,7 +26,7 @@ from autokernel.events import (
 )
 from autokernel.export.matching import gemm_of
 from autokernel.records import Hotspot, Problem, Speedup, Status, Winner
-from autokernel.tracking.titles import problem_title
+from autokernel.tracking.titles import problem_title, with_titles
 
 T = TypeVar("T")
 
@@ -359,6 +359,7 @@ def _problems(summary: RunSummary, trials: Iterable[Evaluated], confirmed: Itera
     for event in confirmed:
         _group(groups, event.candidate.problem).confirmed.append(event)
     order = sorted(groups.values(), key=lambda group: -sum(h.attainable_gain for h in group.hotspots))
+    problems = [hotspot.problem for hotspot in ranked] + [group.problem for group in order]
     dropped = summary.validated.dropped if summary.validated is not None else {}
     return tuple(
         ProblemSummary(
@@ -367,7 +368,7 @@ def _problems(summary: RunSummary, trials: Iterable[Evaluated], confirmed: Itera
             hotspots=tuple(group.hotspots),
             trials=tuple(group.trials),
             confirmed=tuple(group.confirmed),
-            dropped=dropped.get(group.problem.key, ""),
+            dropped=with_titles(dropped.get(group.problem.key, ""), problems),
         )
         for rank, group in enumerate(order, start=1)
     )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
+
 from autokernel.ops.attention import Attention, mask_position, sizes_of
 from autokernel.records import Candidate, Problem
+from autokernel.tracking.program_titles import program_title
 
 _DTYPES = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2",
@@ -20,20 +24,40 @@ _FIRST_MATRIX = {"mm": 0, "bmm": 0, "linear": 0, "merged_mm": 0, "addmm": 1, "ba
 def problem_title(problem: Problem) -> str:
     """`mm 1×1280×384 bf16 +silu` with M×N×K; `bmm 8·1×64×512` with a batch in front; merged GEMMs as `1×(384+128)×384`.
 
-    Attention is `attention 8·32/8 1×2048×128 bf16 +mask`: sequences, heads (of q / of keys where fewer), q×keys×dim. Any other
-    op has the shapes of its inputs; `problem.key` says everything.
+    Attention is `attention 8·32/8 1×2048×128 bf16 +mask`: sequences, heads (of q / of keys where fewer), q×keys×dim. What
+    carries a program says what it does: `generated rms_norm → 2 products → silu · mul 1×(64+64)×96 bf16`. Any other op has
+    the shapes of its inputs, without those that only broadcast to the first; `problem.key` says everything.
     """
     if problem.op == Attention.name:
         return _attention_title(problem)
+    if "program" in dict(problem.scalars):
+        with contextlib.suppress(ValueError):  # of another version
+            title = program_title(problem)
+            of = dict.fromkeys(_DTYPES.get(spec.dtype, spec.dtype) for spec in problem.inputs if len(spec.shape) > 1)
+            return " ".join(filter(None, (problem.op, title.words, title.shape, "/".join(of))))
     epilogue = "".join(f" +{name}" for name in problem.epilogue)
     shape, specs = _gemm_shape(problem), problem.inputs
     if shape:
         at = _FIRST_MATRIX[problem.op]
         specs = tuple(s for s in specs[at:] if len(s.shape) > 1) if problem.op == "merged_mm" else specs[at : at + 2]
     else:
-        shape = " · ".join("×".join(map(str, spec.shape)) for spec in specs)
+        first = specs[0].shape if specs else ()
+        told = [spec.shape for at, spec in enumerate(specs) if at == 0 or not _broadcasts(spec.shape, first)]
+        shape = " · ".join("×".join(map(str, shape)) for shape in told)
     dtypes = "/".join(dict.fromkeys(_DTYPES.get(spec.dtype, spec.dtype) for spec in specs))
     return f"{problem.op} {shape} {dtypes}{epilogue}"
+
+
+def with_titles(text: str, problems: Iterable[Problem]) -> str:
+    """A sentence with titles in place of the keys of these problems: a program makes a key long."""
+    for problem in sorted(problems, key=lambda problem: -len(problem.key)):  # one key may begin another
+        if problem.key in text:
+            text = text.replace(problem.key, problem_title(problem))
+    return text
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all(size in (1, other) for size, other in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _attention_title(problem: Problem) -> str:
