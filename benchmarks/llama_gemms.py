@@ -1,4 +1,4 @@
-"""One GEMM of a model, timed in every way against each other: cuBLAS, max-autotune's pick, and a bundle. For llama.py."""
+"""One GEMM of a model, timed in every way against each other: cuBLAS, max-autotune's pick, and a bundle. For gpu_run.py."""
 
 from __future__ import annotations
 
