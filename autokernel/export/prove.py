@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,22 @@ class Proof(Record):
     compile_s: Mapping[str, float] = field(default_factory=dict)
     step_us: Mapping[str, float] = field(default_factory=dict)
     speedup: Speedup | None = None
+
+
+def together(proofs: Sequence[Proof], order: Sequence[str]) -> Proof:
+    """What several processes saw, each of scenarios of its own, as if it were one; scenarios in the order given."""
+    found = {scenario.scenario: scenario for proof in proofs for scenario in proof.scenarios}
+    keys = dict.fromkeys(key for proof in proofs for key in proof.hits)
+    compared = next((proof for proof in proofs if proof.compile_s), proofs[0])
+    return replace(
+        compared,
+        scenarios=tuple(found[name] for name in order),
+        num_benchmarks=sum(proof.num_benchmarks for proof in proofs),
+        hits={key: sum(proof.hits.get(key, 0) for proof in proofs) for key in keys},
+        reasons={key: why for proof in proofs for key, why in proof.reasons.items()},
+        constant_bytes=sum(proof.constant_bytes for proof in proofs),
+        modules=tuple(dict.fromkeys(module for proof in proofs for module in proof.modules)),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,12 +170,14 @@ class _Process:
 
         import autokernel
         from autokernel.profiling.workload import load_model
+        from autokernel.workers.device_lock import device_lock
 
         torch.set_num_threads(int(request["threads"]))
         self.request, self.folder = request, folder
         self.device: str = request["device"]
         self.loaded = LoadedExperiment.model_validate(request["loaded"])
-        self.model = load_model(self.loaded, self.device)
+        with device_lock(self.device, exclusive=False):  # another process may time
+            self.model = load_model(self.loaded, self.device)
         self.backend: BundleBackend | None = autokernel.backend(request["bundle"]) if request["bundle"] else None
 
     def prove(self) -> Proof:
@@ -191,14 +209,19 @@ class _Process:
 
     def _program(self, name: str) -> ScenarioProgram:
         from autokernel.profiling.workload import build_scenario
+        from autokernel.workers.device_lock import device_lock
 
-        scenario, section = self.loaded.experiment.scenarios[name], self.loaded.experiment.model
-        return build_scenario(self.model, scenario, name, self.request["seed"], self.device, section.dtype, loaded=self.loaded)
+        scenario, section, seed = self.loaded.experiment.scenarios[name], self.loaded.experiment.model, self.request["seed"]
+        with device_lock(self.device, exclusive=False):
+            return build_scenario(self.model, scenario, name, seed, self.device, section.dtype, loaded=self.loaded)
 
     def _scenario(self, name: str, program: ScenarioProgram) -> tuple[ScenarioProof, Callable[[], Any]]:
         """Compile a scenario as production does, and compare it with eager; returns its step, too."""
+        from autokernel.workers.device_lock import device_lock
+
         forward, compile_s = self._compile(program, self.backend)
-        difference, problem = _difference(program, forward, self.request["seed"] + 1)
+        with device_lock(self.device, exclusive=False):
+            difference, problem = _difference(program, forward, self.request["seed"] + 1)
         limit = self.request["limits"].get(name, math.inf)
         if not problem and not difference <= limit:
             problem = f"outputs differ from eager by {difference:.3g} of their norm; the error budget allows {limit:.3g}"
@@ -233,14 +256,15 @@ class _Process:
         import torch
 
         from autokernel.evaluate.tensors import synchronize
+        from autokernel.workers.device_lock import device_lock
 
         # a product and a fused kernel: both sides of the compiler
         layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU()).to(self.device)
-        start = time.perf_counter()
-        with torch.no_grad():
+        with device_lock(self.device, exclusive=False), torch.no_grad():
+            start = time.perf_counter()
             torch.compile(layer)(torch.zeros(2, 8, device=self.device))
             synchronize(self.device)
-        return time.perf_counter() - start
+            return time.perf_counter() - start
 
     def _compare(self, name: str) -> tuple[ScenarioProof, dict[str, float], Comparison]:
         """The bundle and the default by turns: the least time of each with empty caches; then their steps, interleaved."""

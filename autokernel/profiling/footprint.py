@@ -30,31 +30,31 @@ class Footprint(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MeasureFootprint:
-    """Job: build the model without its weights, and count."""
+class MeasureFootprints:
+    """Job: build models without their weights, and count. One job for all, since importing transformers takes longest."""
 
-    loaded: LoadedExperiment
+    models: tuple[LoadedExperiment, ...]
 
-    def __call__(self) -> Footprint:
+    def __call__(self) -> tuple[Footprint, ...]:
         import torch
 
         device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-        experiment = self.loaded.experiment
-        only_calls = all(isinstance(scenario, CallScenario) for scenario in experiment.scenarios.values())
-        if only_calls or not experiment.model.by_auto_class:
-            return Footprint(scenarios={}, device=device)
-        return footprint(self.loaded, device)
+        return tuple(footprint(loaded, device) for loaded in self.models)
 
 
 def footprint(loaded: LoadedExperiment, device_bytes: int) -> Footprint:
     """An upper estimate for each scenario of a language model; the most that its contenders need together.
 
     Counted are the weights, once more what of them a bundle concatenates, the KV cache, and the activations of one layer:
-    those of attention with the keys and values of one layer repeated for each head, as transformers' code does it.
+    those of attention with the keys and values of one layer repeated for each head, as transformers' code does it. Of other
+    models nothing can be told.
     """
     from autokernel.profiling.workload import empty_model
 
     experiment = loaded.experiment
+    only_calls = all(isinstance(scenario, CallScenario) for scenario in experiment.scenarios.values())
+    if only_calls or not experiment.model.by_auto_class:
+        return Footprint(scenarios={}, device=device_bytes)
     model: Any = empty_model(loaded)
     config = model.config.get_text_config()
     size = DTYPE_BYTES[experiment.model.dtype]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.ops import OPS, Op, Site
 from autokernel.profiling.capture import CapturedScenario
-from autokernel.records import Hotspot
+from autokernel.records import Hotspot, Problem, digest_of
 
 # What a kernel takes beyond its roofline, at least: its launch within a CUDA graph, or its call and its threads' meeting. What
 # Inductor's own kernels take is not known by their nodes; a fusion's time is measured when stock code for it is.
@@ -28,11 +28,12 @@ def rank(captured: Sequence[CapturedScenario], ceilings: Ceilings, ops: Sequence
         ops: those that were looked for.
     """
     by_name = {op.name: op for op in ops}
-    hotspots = [
-        _hotspot(scenario, key, sites, _Limits(scenario, ceilings, by_name), by_name, len(captured))
-        for scenario in captured
-        for key, sites in _by_problem(scenario).items()
-    ]
+    hotspots: list[Hotspot] = []
+    for scenario in captured:
+        groups = _by_problem(scenario)
+        limits = _Limits(groups, ceilings, by_name)
+        nodes = {key: frozenset(name for site in sites for name in site.nodes) for key, sites in groups.items()}
+        hotspots += [_hotspot(scenario, key, sites, limits, nodes, len(captured)) for key, sites in groups.items()]
     return tuple(sorted(hotspots, key=lambda h: (-h.attainable_gain, -h.weight, h.scenario, h.problem.key)))
 
 
@@ -43,16 +44,18 @@ class _Limits:
     again, and is held against that cache's speed instead of the memory's.
     """
 
-    def __init__(self, scenario: CapturedScenario, ceilings: Ceilings, ops: dict[str, Op]) -> None:
-        whole = [site for site in scenario.sites if site.problem.op != "merged_mm"]
-        working_set = sum(ops[site.problem.op].num_bytes(site.problem) for site in whole)
+    def __init__(self, groups: Mapping[str, Sequence[Site]], ceilings: Ceilings, ops: Mapping[str, Op]) -> None:
+        problems = {key: sites[0].problem for key, sites in groups.items()}
+        # once per problem: of a generated fusion the program is read, which takes a millisecond, and there are a thousand sites
+        self._num_bytes = {key: ops[problem.op].num_bytes(problem) for key, problem in problems.items()}
+        working_set = sum(self._num_bytes[key] * len(sites) for key, sites in groups.items() if problems[key].op != "merged_mm")
         self._bytes_per_us = ceilings.read_ceiling(working_set) * 1e3
         self._ceilings = ceilings
+        self._ops = ops
 
-    def least_us(self, op: Op, site: Site) -> float:
-        problem = site.problem
+    def least_us(self, key: str, problem: Problem) -> float:
         flops_per_us = self._ceilings.peak_tflops(problem.inputs[0].dtype) * 1e6
-        return max(op.num_bytes(problem) / self._bytes_per_us, op.flops(problem) / flops_per_us)
+        return max(self._num_bytes[key] / self._bytes_per_us, self._ops[problem.op].flops(problem) / flops_per_us)
 
 
 def _by_problem(scenario: CapturedScenario) -> dict[str, list[Site]]:
@@ -63,10 +66,15 @@ def _by_problem(scenario: CapturedScenario) -> dict[str, list[Site]]:
 
 
 def _hotspot(
-    scenario: CapturedScenario, key: str, sites: list[Site], limits: _Limits, ops: dict[str, Op], num_scenarios: int
+    scenario: CapturedScenario,
+    key: str,
+    sites: list[Site],
+    limits: _Limits,
+    nodes: Mapping[str, frozenset[str]],
+    num_scenarios: int,
 ) -> Hotspot:
     problem = sites[0].problem
-    least_us = limits.least_us(ops[problem.op], sites[0])
+    least_us = limits.least_us(key, problem)
     estimated = key not in scenario.call_us
     time_us = (least_us + _KERNEL_US[problem.device] if estimated else scenario.call_us[key]) * len(sites)
     share = time_us / scenario.step_us
@@ -82,15 +90,8 @@ def _hotspot(
         producers=_distinct(site.producers for site in sites),
         consumers=_distinct(site.consumers for site in sites),
         estimated=estimated,
-        rivals=rivals_of(key, scenario.sites),
-    )
-
-
-def rivals_of(key: str, sites: Sequence[Site]) -> tuple[str, ...]:
-    """Keys of the problems that have a node in common with one."""
-    own = {name for site in sites if site.problem.key == key for name in site.nodes}
-    return tuple(
-        dict.fromkeys(site.problem.key for site in sites if site.problem.key != key and not own.isdisjoint(site.nodes))
+        rivals=tuple(other for other, names in nodes.items() if other != key and not names.isdisjoint(nodes[key])),
+        nodes=digest_of(sorted(nodes[key])) if nodes[key] else "",
     )
 
 

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 
 import optuna
 
-from autokernel.search.plans import Part, Plan, best_plans, completed
+from autokernel.search.plans import Part, Plan, best_plans, completed, nodes_of
 
 _TRIES = 64  # proposals that were known already before the study is taken to be exhausted
 _TOLD_PLANS = 32  # how many plans tell the sampler what sums of savings look like
 
 
 class PlanStudy:
-    """Proposes plans of one scenario, each once.
+    """Proposes plans of one scenario, each once. Of plans that take the same nodes only the one that should save most: they
+    leave their neighbours the same, so the times of their own kernels tell them apart.
 
     Args:
         parts: the entries that may be in a plan, with what each saves.
@@ -32,7 +33,7 @@ class PlanStudy:
         self._parts = tuple(parts)
         self._step_us = step_us
         self._limit = limit
-        self._proposed: dict[tuple[str, ...], Plan] = {}
+        self._proposed: dict[frozenset[str], Plan] = {}  # by the nodes that they take
         self._names = {part.key: f"part {number}" for number, part in enumerate(self._parts)}
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0, multivariate=True)
         self._study = optuna.create_study(sampler=sampler)
@@ -42,7 +43,12 @@ class PlanStudy:
 
     def first(self) -> list[Plan]:
         """The plans that should save most: the better half of what may be proposed, two at least."""
-        return [self._note(plan) for plan in self._ranked[: min(self._limit, max(2, math.ceil(self._limit / 2)))]]
+        count = min(self._limit, max(2, math.ceil(self._limit / 2)))
+        found: list[Plan] = []
+        for plan in self._ranked:
+            if len(found) < count and self._is_new(plan):
+                found.append(self._note(plan))
+        return found
 
     def next(self) -> list[Plan]:
         """What Optuna proposes for the rest, nothing twice; fewer where there are no other plans."""
@@ -53,7 +59,7 @@ class PlanStudy:
             trial = self._study.ask()
             wanted = [part.key for part in self._parts if trial.suggest_categorical(self._names[part.key], [True, False])]
             plan = completed(sorted(wanted, key=self._saved, reverse=True), self._parts)
-            if plan.keys not in self._proposed:
+            if self._is_new(plan):
                 found.append(self._note(plan))
             self._study.tell(trial, self._step_us - plan.saved_us)
         return found
@@ -73,8 +79,12 @@ class PlanStudy:
             )
         )
 
+    def _is_new(self, plan: Plan) -> bool:
+        known = self._proposed.get(nodes_of(plan, self._parts))
+        return known is None or (plan.keys != known.keys and plan.saved_us > known.saved_us)
+
     def _note(self, plan: Plan) -> Plan:
-        self._proposed[plan.keys] = plan
+        self._proposed[nodes_of(plan, self._parts)] = plan
         return plan
 
     def _saved(self, key: str) -> float:

@@ -94,16 +94,19 @@ class RunContext:
         running: dict[Future[Any], int] = {}
         values: dict[int, Any] = {}
         attempts = [0] * len(tasks)
+        began = [0.0] * len(tasks)
         error: BaseException | None = None
         while waiting or running:
             for i in list(waiting):
                 if not running or sum(weights[j] for j in running.values()) + weights[i] <= room or not sizes:
                     running[self.pool.submit(tasks[i][1], timeout_s)] = i
                     waiting.remove(i)
+                    began[i] = time.monotonic()
             self.progress(stage, len(values), len(tasks), tasks[next(iter(running.values()))][0])
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 i = running.pop(future)
                 problem = future.exception()
+                log.info("%s: %s took %.1f s", stage, tasks[i][0], time.monotonic() - began[i])
                 if problem is None:
                     values[i] = future.result()
                     if arrived is not None and i < len(jobs):

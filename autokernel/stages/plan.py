@@ -1,13 +1,16 @@
 """Part of stage 3's end: which winners go together where fusions exclude each other, judged end to end.
 
-Of a scenario's plans those that should save most are timed in the model, against each other and interleaved; then what Optuna
-proposes from that (`search/plan_study.py`). Where nothing excludes anything there is nothing to decide, and nothing is timed.
+Of a scenario's plans those that should save most are timed in the model, against each other and interleaved; then, where a
+measurement contradicts the sum of the savings, what Optuna proposes from that (`search/plan_study.py`). Where nothing excludes
+anything there is nothing to decide, and where plans differ in what takes no time nothing can be told: then nothing is timed.
+Scenarios take turns on the device and compile at the same time.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from autokernel.errors import WorkerError
 from autokernel.evaluate.end_to_end import Contender, ScenarioTiming, TimeScenario
@@ -15,7 +18,7 @@ from autokernel.events import PlanTrial, Profiled
 from autokernel.ops import FUSIONS
 from autokernel.records import Winner
 from autokernel.search.plan_study import PlanStudy
-from autokernel.search.plans import Part, Plan, rivals_of
+from autokernel.search.plans import Part, Plan, differing_us, rivals_of
 from autokernel.stages.confirm import entry_of
 from autokernel.stages.context import RunContext
 from autokernel.stages.production import make_bundle
@@ -25,6 +28,20 @@ log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 1800
 _STAGE = "plan"
+_TOLD_APART = 0.002  # of a step: what a comparison in the model does not resolve
+
+
+@dataclass(slots=True, kw_only=True)
+class _Contest:
+    """One scenario's plans. `step_us` is its step with the plan that should save most, by the sum of all savings."""
+
+    scenario: str
+    parts: Sequence[Part]
+    study: PlanStudy
+    best: Plan
+    step_us: float
+    challengers: list[Plan]  # of the round that comes next
+    trials: list[PlanTrial] = field(default_factory=list)
 
 
 def choose_plans(context: RunContext, profiled: Profiled, winners: Sequence[Winner]) -> tuple[list[Winner], dict[str, str]]:
@@ -35,16 +52,74 @@ def choose_plans(context: RunContext, profiled: Profiled, winners: Sequence[Winn
         return list(winners), {}
     if context.state is not None and _STAGE in context.state.stages_done:
         return _decided(winners, by_scenario, context.state.plan_trials)
-    trials: list[PlanTrial] = []
     with context.stage(_STAGE, total=len(by_scenario), note=", ".join(by_scenario)):
-        for done, (scenario, parts) in enumerate(by_scenario.items()):
-            context.progress(_STAGE, done, len(by_scenario), scenario)
-            study = PlanStudy(parts, profiled.scenario_us[scenario], settings.trials, context.seed)
-            trials += _search(context, scenario, study, winners)
-        context.progress(_STAGE, len(by_scenario), len(by_scenario))
+        contests = [
+            _contest(scenario, parts, profiled.scenario_us[scenario], winners, settings.trials, context.seed)
+            for scenario, parts in by_scenario.items()
+        ]
+        while open_ones := [contest for contest in contests if contest.challengers]:
+            timings = _time(context, open_ones, winners)
+            for contest in open_ones:
+                play(contest, timings.get(contest.scenario))
+        trials = [trial for contest in contests for trial in contest.trials]
         for trial in trials:
             context.emit(trial)
     return _decided(winners, by_scenario, trials)
+
+
+def _contest(
+    scenario: str, parts: Sequence[Part], stock_us: float, winners: Sequence[Winner], trials: int, seed: int
+) -> _Contest:
+    """The first round: those of the plans that should save most that can be told apart from the first of them."""
+    study = PlanStudy(parts, stock_us, trials, seed)
+    best, *others = study.first()
+    saved_us = sum(_saved_us(winner) for winner in _kept(scenario, best, parts, winners))
+    step_us = max(stock_us - saved_us, 0.0)
+    contest = _Contest(scenario=scenario, parts=parts, study=study, best=best, step_us=step_us, challengers=[])
+    contest.challengers = _worth_timing(contest, others)
+    if not contest.challengers:
+        reason = "the others differ from it in too little" if others else "no other plan"
+        contest.trials.append(_trial(scenario, best, None, accepted=True, reason=reason))
+    return contest
+
+
+def _worth_timing(contest: _Contest, plans: Sequence[Plan]) -> list[Plan]:
+    """Those that can be told apart from the best in the model; the others are noted, with why not."""
+    found = []
+    for plan in plans:
+        differing = differing_us(contest.best, plan, contest.parts)
+        if differing >= _TOLD_APART * contest.step_us:
+            found.append(plan)
+            continue
+        reason = (
+            f"not timed: it differs in {differing:.1f} us of a step of {contest.step_us:.0f} us, which nobody could tell "
+            f"apart; the plan that should save more is taken"
+        )
+        contest.trials.append(_trial(contest.scenario, plan, None, accepted=False, reason=reason))
+    return found
+
+
+def play(contest: _Contest, timing: ScenarioTiming | None) -> None:
+    """One round's result: its events, the plan that is the best now, and who challenges it next."""
+    challengers, contest.challengers = contest.challengers, []
+    challenged = contest.best
+    if timing is None:
+        reason = "the model does not run with the others"
+        contest.trials.append(_trial(contest.scenario, challenged, None, accepted=True, reason=reason))
+        return
+    surprising = False
+    for plan in challengers:
+        speedup = timing.speedups.get(_named(plan))
+        if speedup is None:
+            continue
+        # what it saves beyond the plan that it was timed against
+        contest.study.tell(plan, challenged.saved_us + contest.step_us * (1 - 1 / speedup.ratio))
+        expected = (plan.saved_us - challenged.saved_us) / contest.step_us if contest.step_us else 0.0
+        surprising |= not 1 - 1 / speedup.low - _TOLD_APART <= expected <= 1 - 1 / speedup.high + _TOLD_APART
+    contest.best, judged = judge(contest.scenario, challenged, challengers, timing)
+    contest.trials += judged
+    if surprising:  # else savings add up here, and Optuna knows nothing that the sums do not say
+        contest.challengers = _worth_timing(contest, contest.study.next())
 
 
 def parts_of(scenario: str, winners: Sequence[Winner]) -> list[Part]:
@@ -60,7 +135,14 @@ def parts_of(scenario: str, winners: Sequence[Winner]) -> list[Part]:
         for key, winner in own.items()
     }
     return [
-        Part(key=key, saved_us=(winner.baseline_us - winner.winner_us) * winner.hotspot.num_calls, rivals=rivals[key])
+        Part(
+            key=key,
+            saved_us=_saved_us(winner),
+            rivals=rivals[key],
+            stock_us=winner.baseline_us * winner.hotspot.num_calls,
+            # what Inductor can see into does not leave its neighbours the same
+            nodes=winner.hotspot.nodes if _is_fusion(winner) else "",
+        )
         for key, winner in own.items()
         if rivals[key] or any(key in others for others in rivals.values())
     ]
@@ -70,27 +152,8 @@ def _is_fusion(winner: Winner) -> bool:
     return winner.hotspot.problem.op in FUSIONS
 
 
-def _search(context: RunContext, scenario: str, study: PlanStudy, winners: Sequence[Winner]) -> list[PlanTrial]:
-    """Two rounds: what should save most, and what Optuna makes of it. The last event that is accepted decides."""
-    first = study.first()
-    if len(first) < 2:
-        return [_trial(scenario, plan, None, accepted=True, reason="no other plan") for plan in first]
-    best, trials = first[0], []
-    for plans in (first, None):
-        challengers = [plan for plan in (study.next() if plans is None else plans) if plan is not best]
-        if not challengers:
-            break
-        timing = _time(context, scenario, best, challengers, winners)
-        if timing is None:
-            trials.append(_trial(scenario, best, None, accepted=True, reason="the model does not run with the others"))
-            break
-        for plan in challengers:
-            speedup = timing.speedups.get(_named(plan))
-            if speedup is not None:  # what it saves beyond the plan that it was timed against
-                study.tell(plan, best.saved_us + timing.modes[0].median_us * (1 - 1 / speedup.ratio))
-        best, judged = judge(scenario, best, challengers, timing)
-        trials += judged
-    return trials
+def _saved_us(winner: Winner) -> float:
+    return (winner.baseline_us - winner.winner_us) * winner.hotspot.num_calls
 
 
 def judge(scenario: str, best: Plan, challengers: Sequence[Plan], timing: ScenarioTiming) -> tuple[Plan, list[PlanTrial]]:
@@ -120,41 +183,48 @@ def _named(plan: Plan) -> str:
     return " + ".join(plan.keys)
 
 
-def _time(
-    context: RunContext, scenario: str, best: Plan, challengers: Sequence[Plan], winners: Sequence[Winner]
-) -> ScenarioTiming | None:
-    """All plans against the one that is to be beaten; None, and a warning, where the model does not run."""
+def _time(context: RunContext, contests: Sequence[_Contest], winners: Sequence[Winner]) -> dict[str, ScenarioTiming]:
+    """Every challenger against the plan that is to be beaten, by scenario; without those on which the model does not run."""
     settings = context.experiment.plan
-    job = TimeScenario(
-        loaded=with_layers(context.loaded, settings.layers),
-        scenario=scenario,
-        device=context.device,
-        threads=context.threads,
-        contenders=tuple(_contender(context, scenario, plan, winners) for plan in (best, *challengers)),
-        baselines=(_named(best),),
-        rounds=max(11, context.experiment.validation.end_to_end_rounds // 2),
-        seed=context.seed + 7,
-        in_turn=context.device == "cuda",
-    )
-    try:
-        found: list[ScenarioTiming] = run_on_model(
-            context, _STAGE, [(f"plans: {scenario}", scenario, job)], _TIMEOUT_S, layers=settings.layers
+    loaded = with_layers(context.loaded, settings.layers)
+    jobs: list[tuple[str, str, Callable[[], ScenarioTiming]]] = []
+    for contest in contests:
+        plans = (contest.best, *contest.challengers)
+        job = TimeScenario(
+            loaded=loaded,
+            scenario=contest.scenario,
+            device=context.device,
+            threads=context.threads,
+            contenders=tuple(_contender(context, contest, plan, winners) for plan in plans),
+            baselines=(_named(contest.best),),
+            rounds=max(11, context.experiment.validation.end_to_end_rounds // 2),
+            seed=context.seed + 7,
+            in_turn=context.device == "cuda",
         )
+        jobs.append((f"plans: {contest.scenario}", contest.scenario, job))
+    found: dict[str, ScenarioTiming] = {}
+
+    def arrived(timing: ScenarioTiming) -> None:
+        found[timing.scenario] = timing
+
+    largest = make_bundle(context, [entry_of(winner) for winner in winners], {})
+    try:
+        run_on_model(context, _STAGE, jobs, _TIMEOUT_S, layers=settings.layers, bundle=largest, arrived=arrived)
     except WorkerError as error:
-        log.warning("%s: the plan that should save most is taken untimed: %s", scenario, error)
-        return None
-    return found[0]
+        missing = ", ".join(contest.scenario for contest in contests if contest.scenario not in found)
+        log.warning("%s: the plan that should save most is taken untimed: %s", missing, error)
+    return found
 
 
-def _contender(context: RunContext, scenario: str, plan: Plan, winners: Sequence[Winner]) -> Contender:
-    """The plan with all winners of the scenario that exclude nothing."""
-    rivals = {part.key for part in parts_of(scenario, winners)}
-    kept = [
-        winner
-        for winner in winners
-        if winner.hotspot.scenario == scenario
-        and (winner.hotspot.problem.key in plan.keys or winner.hotspot.problem.key not in rivals)
-    ]
+def _kept(scenario: str, plan: Plan, parts: Sequence[Part], winners: Sequence[Winner]) -> list[Winner]:
+    """The plan's winners, with all of the scenario that exclude nothing."""
+    rivals = {part.key for part in parts}
+    own = [winner for winner in winners if winner.hotspot.scenario == scenario]
+    return [w for w in own if w.hotspot.problem.key in plan.keys or w.hotspot.problem.key not in rivals]
+
+
+def _contender(context: RunContext, contest: _Contest, plan: Plan, winners: Sequence[Winner]) -> Contender:
+    kept = _kept(contest.scenario, plan, contest.parts, winners)
     return Contender(name=_named(plan), bundle=make_bundle(context, [entry_of(winner) for winner in kept], {}))
 
 

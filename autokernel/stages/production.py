@@ -12,12 +12,13 @@ import autokernel
 from autokernel.errors import WorkerError
 from autokernel.events import Exported, ModelValidated, Proved
 from autokernel.export.bundle import Bundle, Entry, ScenarioOptions, write_bundle
-from autokernel.export.prove import BUNDLE, DEFAULT, Proof, Prove
+from autokernel.export.prove import BUNDLE, DEFAULT, Proof, Prove, together
 from autokernel.records import ConfigValue
 from autokernel.stages.context import RunContext
-from autokernel.stages.whole_model import with_layers
+from autokernel.stages.whole_model import footprint_of, run_on_model, with_layers
 
 _TIMEOUT_S = 900
+_MOST_PROCESSES = 4  # that prove a few layers of a model at once
 _MAX_COMPILE_RATIO = {"cpu": 1.2, "cuda": 1.3}  # of a compilation with the bundle over Inductor's default
 
 
@@ -67,7 +68,10 @@ def export_bundle(context: RunContext, bundle: Bundle) -> Exported:
 
 
 def prove(context: RunContext, bundle: Bundle, validated: ModelValidated) -> Proved | None:
-    """A fresh process that compiles every scenario with entries; Inductor's default too on the one that gained most."""
+    """Fresh processes that compile every scenario with entries; Inductor's default too on the one that gained most.
+
+    On a GPU, where a few layers show it, there are several at once: one for what is compared, the others share the rest.
+    """
     if bundle.stock:
         return None
     best = max(validated.scenarios, key=lambda s: s.speedup.ratio).scenario
@@ -77,21 +81,25 @@ def prove(context: RunContext, bundle: Bundle, validated: ModelValidated) -> Pro
     layers = context.experiment.validation.ablation_layers if context.device == "cuda" else None
     loaded = with_layers(context.loaded, layers)
     part = f" ({layers} layers)" if loaded is not context.loaded else ""
-    job = Prove(
-        loaded=loaded,
-        scenarios=scenarios,
-        device=context.device,
-        threads=context.threads,
-        bundle=bundle,
-        limits=difference_limits(validated, scenarios),
-        compare=best,
-        max_compile_ratio=_MAX_COMPILE_RATIO[context.device],
-        seed=context.seed + 4,
-        timeout_s=_TIMEOUT_S - 30,
-    )
-    with context.stage("prove", total=1, note=f"{', '.join(scenarios)} in a fresh process{part}; {best} against stock"):
+    jobs: list[tuple[str, str, Prove]] = []
+    for own in _shares(scenarios, best) if loaded is not context.loaded else [scenarios]:
+        job = Prove(
+            loaded=loaded,
+            scenarios=own,
+            device=context.device,
+            threads=context.threads,
+            bundle=bundle,
+            limits=difference_limits(validated, own),
+            compare=best if best in own else None,
+            max_compile_ratio=_MAX_COMPILE_RATIO[context.device],
+            seed=context.seed + 4,
+            timeout_s=_TIMEOUT_S - 30,
+        )
+        jobs.append((f"proof: {', '.join(own)}", _largest(context, own, layers), job))
+    what = f"{', '.join(scenarios)} in {'a fresh process' if len(jobs) == 1 else 'fresh processes'}{part}"
+    with context.stage("prove", total=len(jobs), note=f"{what}; {best} against stock"):
         try:
-            (proof,) = context.run_all("prove", [(best, job)], _TIMEOUT_S)
+            proof = together(run_on_model(context, "prove", jobs, _TIMEOUT_S, layers=layers, bundle=bundle), scenarios)
         except WorkerError as error:
             proved = Proved(
                 passed=False,
@@ -106,6 +114,21 @@ def prove(context: RunContext, bundle: Bundle, validated: ModelValidated) -> Pro
             proved = _verdict(proof, [entry.key for entry in bundle.entries])
         context.emit(proved)
     return proved
+
+
+def _shares(scenarios: Sequence[str], best: str) -> list[tuple[str, ...]]:
+    """What each process proves: the scenario that is compared alone, and the others by turns."""
+    others = [name for name in scenarios if name != best]
+    count = min(_MOST_PROCESSES - 1, len(others))
+    return [(best,), *(tuple(others[i::count]) for i in range(count))]
+
+
+def _largest(context: RunContext, scenarios: Sequence[str], layers: int | None) -> str:
+    """Which of the scenarios of one process takes most memory: they are compiled one after the other."""
+    if context.device != "cuda":
+        return scenarios[0]
+    sizes = footprint_of(context, layers).scenarios
+    return max(scenarios, key=lambda name: sizes.get(name, 0))
 
 
 def difference_limits(validated: ModelValidated, scenarios: Sequence[str]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from autokernel.config import LoadedExperiment
 from autokernel.export.bundle import Bundle
-from autokernel.profiling.footprint import Footprint, MeasureFootprint
+from autokernel.profiling.footprint import Footprint, MeasureFootprints
 from autokernel.records import DTYPE_BYTES
 from autokernel.stages.context import RunContext
 
@@ -79,13 +79,14 @@ def size_of(found: Footprint, scenario: str, bundle: Bundle | None) -> int:
 
 
 def footprint_of(context: RunContext, layers: int | None = None) -> Footprint:
-    """What jobs on the model take, or on one with fewer layers; measured once per run."""
+    """What jobs on the model take, or on one with fewer layers; all that a run needs are measured once, by one job."""
     if layers not in context.footprints:
-        job = MeasureFootprint(loaded=with_layers(context.loaded, layers))
-        context.footprints[layers] = context.pool.submit(job, _FOOTPRINT_TIMEOUT_S).result()
-    found = context.footprints[layers]
-    assert isinstance(found, Footprint)
-    return found
+        experiment = context.experiment
+        asked = (None, experiment.plan.layers, experiment.graph.layers, experiment.validation.ablation_layers, layers)
+        wanted = [number for number in dict.fromkeys(asked) if number not in context.footprints]
+        job = MeasureFootprints(models=tuple(with_layers(context.loaded, number) for number in wanted))
+        context.footprints |= zip(wanted, context.pool.submit(job, _FOOTPRINT_TIMEOUT_S).result(), strict=True)
+    return context.footprints[layers]
 
 
 def with_layers(loaded: LoadedExperiment, num_layers: int | None) -> LoadedExperiment:

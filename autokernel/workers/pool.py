@@ -43,7 +43,7 @@ class Pool(Protocol):
         ...
 
     def renew(self) -> None:
-        """End the processes of idle workers, with all memory they hold on a device; the next jobs start new ones."""
+        """End the processes of idle workers that ran jobs, with all memory they hold on a device; later jobs start new ones."""
         ...
 
     def close(self) -> None:
@@ -71,7 +71,7 @@ class Runner(Protocol):
         ...
 
     def renew(self) -> None:
-        """End the process that ran the last job, unless one runs now."""
+        """End the process that ran the last job, if it is still there and runs none now."""
         ...
 
     def close(self) -> None:

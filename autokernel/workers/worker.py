@@ -101,6 +101,7 @@ class Worker:
         self._guard = threading.Lock()  # of the two below
         self._child: ChildProcess | None = None
         self._closed = False
+        self._used = False  # the child has run a job, or runs one: only then can it hold memory of a device
         self._log_tail = ""
 
     @property
@@ -128,6 +129,7 @@ class Worker:
         """Like `run`, for a job from `pickle_job`; what the job itself raised comes back inside the reply."""
         with self._busy:
             child = self._started()
+            self._used = True
             return self._exchange(child, job, timeout_s)
 
     def start(self) -> None:
@@ -151,8 +153,11 @@ class Worker:
             child.kill()
 
     def renew(self) -> None:
-        """End an idle child, with all memory it holds; the next job starts a new one. A job that runs is left alone."""
-        if self._busy.acquire(timeout=_IDLE_WITHIN_S):
+        """End an idle child that has run jobs, with all memory it holds; the next job starts a new one.
+
+        A job that runs is left alone, and so is a child that is new: it holds nothing, and starting one takes seconds.
+        """
+        if self._used and self._busy.acquire(timeout=_IDLE_WITHIN_S):
             try:
                 self._discard()
             finally:
@@ -210,6 +215,7 @@ class Worker:
         return Reply(kind=kind, payload=payload, message=message, trace=trace, log_tail=self._log_tail if message else "")
 
     def _discard(self) -> None:
+        self._used = False
         with self._guard:
             child, self._child = self._child, None
         if child is not None:

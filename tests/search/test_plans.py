@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
 from autokernel.search.plan_study import PlanStudy
-from autokernel.search.plans import Part, best_plans, completed, is_plan
+from autokernel.search.plans import Part, best_plans, completed, differing_us, is_plan
 
 
 def part(key: str, saved_us: float, *rivals: str) -> Part:
@@ -79,6 +80,20 @@ def test_the_study_proposes_each_plan_once_and_learns() -> None:
     assert len(set(everything)) == len(everything)
     assert all(is_plan(plan.keys, parts) for plan in later)
     assert study.next() == [] or len(everything) < 6
+
+
+def test_of_plans_that_take_the_same_nodes_the_best_is_proposed_alone() -> None:
+    parts = [replace(part("a", 3, "b", "c"), nodes="x"), replace(part("b", 2, "c"), nodes="x"), part("c", 1)]
+    study = PlanStudy(parts, 10, 9)
+    assert [plan.keys for plan in study.first()] == [("a",), ("c",)]
+    assert study.next() == []
+
+
+def test_plans_differ_by_no_more_than_what_is_in_one_of_them() -> None:
+    parts = [replace(part("a", 3, "b"), stock_us=20), replace(part("b", 2), stock_us=5), replace(part("c", 9), stock_us=100)]
+    first, second = best_plans(parts, 2)
+    assert differing_us(first, second, parts) == 25
+    assert differing_us(first, first, parts) == 0
 
 
 def test_two_plans_are_all_there_are() -> None:

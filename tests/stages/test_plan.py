@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from autokernel.evaluate.end_to_end import ScenarioTiming
-from autokernel.events import ModeTiming, PlanTrial, event_from_json, event_to_json
+from autokernel.config import load_experiment
+from autokernel.environment import Environment
+from autokernel.errors import JobCrashed
+from autokernel.evaluate.end_to_end import ScenarioTiming, TimeScenario
+from autokernel.events import ModeTiming, PlanTrial, Profiled, event_from_json, event_to_json
 from autokernel.records import (
     Candidate,
     Check,
@@ -22,7 +29,8 @@ from autokernel.records import (
     Winner,
 )
 from autokernel.search.plans import Plan
-from autokernel.stages.plan import _decided, judge, parts_of
+from autokernel.stages.context import RunContext
+from autokernel.stages.plan import _contest, _decided, choose_plans, judge, parts_of, play
 
 PASSED = Verdict(checks=(Check(name="all", value=0, limit=1, passed=True),))
 X = TensorSpec.contiguous((1, 2, 1, 64), "float32")
@@ -39,10 +47,12 @@ MERGED = replace(MM, op="merged_mm", inputs=(*MM.inputs, MM.inputs[1]))
 WHOLE, PART = attention(1.0), attention(2.0)
 
 
-def winner(problem: Problem, saved_us: float, *rivals: Problem, scenario: str = "decode", num_calls: int = 1) -> Winner:
+def winner(
+    problem: Problem, saved_us: float, *rivals: Problem, scenario: str = "decode", num_calls: int = 1, nodes: str = ""
+) -> Winner:
     hotspot = Hotspot(
         problem=problem, scenario=scenario, num_calls=num_calls, time_us=50, share=0.3, weight=0.1, roofline_us=1,
-        rivals=tuple(rival.key for rival in rivals),
+        rivals=tuple(rival.key for rival in rivals), nodes=nodes,
     )  # fmt: skip
     candidate = Candidate(problem=problem, backend="aten", config={"implementation": "stock"})
     found = Evaluation(
@@ -60,6 +70,7 @@ def test_parts_are_what_excludes_or_is_excluded_in_the_scenario() -> None:
     parts = parts_of("decode", winners)
     assert [(part.key, part.saved_us) for part in parts] == [(WHOLE.key, 15), (PART.key, 2), (MM.key, 1)]
     assert parts[0].rivals == {PART.key, MM.key}
+    assert parts[0].stock_us == 3 * (10 + 5)
     assert parts_of("prefill", winners) == []
     assert parts_of("decode", winners[1:]) == [], "who excluded them has not won"
 
@@ -107,3 +118,112 @@ def test_the_last_accepted_plan_decides_and_the_rest_is_dropped_with_the_reason(
     assert set(dropped) == {PART.key, MM.key}
     assert dropped[MM.key] == f"its nodes go to {WHOLE.key}, with which decode is faster"
     assert _decided(winners, parts, []) == (winners, {}), "nothing was decided: nothing is dropped"
+
+
+def contest(step_us: float, trials: int = 4) -> Any:
+    winners = [winner(WHOLE, 5, PART, num_calls=3), winner(PART, 2), winner(attention(3.0), 9)]
+    return _contest("decode", parts_of("decode", winners), step_us, winners, trials, 0)
+
+
+def test_what_could_not_be_told_apart_in_the_model_is_not_timed() -> None:
+    small = contest(step_us=100 + 24)  # without what the better plan and its company save
+    assert (small.step_us, [plan.keys for plan in small.challengers], small.trials) == (100, [(PART.key,)], [])
+    large = contest(step_us=(45 + 12) / 0.002 + 24 + 1)
+    assert large.challengers == []
+    refused, accepted = large.trials
+    assert (refused.keys, accepted.keys, accepted.accepted) == ((PART.key,), (WHOLE.key,), True)
+    assert "not timed: it differs in 57.0 us of a step of 28501 us" in refused.reason
+
+
+def test_plans_of_the_same_nodes_are_told_apart_by_their_own_times() -> None:
+    winners = [winner(WHOLE, 5, PART, nodes="x"), winner(PART, 2, nodes="x")]
+    (trial,) = _contest("decode", parts_of("decode", winners), 100, winners, 4, 0).trials
+    assert (trial.keys, trial.accepted, trial.reason) == ((WHOLE.key,), True, "no other plan")
+    gemms = [winner(WHOLE, 5, MM, nodes="x"), winner(MM, 2, nodes="x")]
+    found = _contest("decode", parts_of("decode", gemms), 100, gemms, 4, 0)
+    assert found.challengers, "what Inductor sees into may be fused with its neighbours"
+
+
+@pytest.mark.parametrize(("ratio", "surprising"), [(100 / 113, False), (1.02, True)])
+def test_optuna_is_asked_only_where_a_measurement_contradicts_the_sum(ratio: float, surprising: bool) -> None:
+    """The challenger should take 13 us more of 100."""
+    played = contest(step_us=124)
+    asked: list[str] = []
+
+    def nothing() -> list[Plan]:
+        asked.append("next")
+        return []
+
+    played.study.next = nothing
+    (challenger,) = played.challengers
+    speedup = Speedup(ratio=ratio, low=ratio - 0.005, high=ratio + 0.005, num_rounds=11)
+    modes = (ModeTiming(mode=WHOLE.key, median_us=20, spread_us=1),)  # of a part of the model
+    timing = ScenarioTiming(scenario="decode", baseline=WHOLE.key, modes=modes, speedups={PART.key: speedup})
+    play(played, timing)
+    assert bool(asked) == surprising
+    assert played.best == (challenger if surprising else contest(124).best)
+    assert played.trials[-1].keys == played.best.keys
+
+
+@dataclass
+class Timer:
+    """A pool that answers comparisons of plans: the second one is faster, except where the model does not run."""
+
+    broken: str = ""
+    num_workers: int = 2
+    asked: list[TimeScenario] = field(default_factory=list)
+
+    def submit(self, job: Callable[[], Any], timeout_s: float) -> Future[Any]:
+        assert isinstance(job, TimeScenario)
+        self.asked.append(job)
+        future: Future[Any] = Future()
+        if job.scenario == self.broken:
+            future.set_exception(JobCrashed("it broke"))
+            return future
+        first, *others = (contender.name for contender in job.contenders)
+        faster = Speedup(ratio=1.1, low=1.09, high=1.11, num_rounds=11)
+        modes = (ModeTiming(mode=first, median_us=10, spread_us=1),)
+        future.set_result(
+            ScenarioTiming(scenario=job.scenario, baseline=first, modes=modes, speedups=dict.fromkeys(others, faster))
+        )
+        return future
+
+    def renew(self) -> None:
+        """There is nothing to end."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def test_all_scenarios_are_timed_together_and_one_that_fails_costs_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    names = "decode-b1", "decode-b16", "decode-b64"
+    winners = [
+        one
+        for number, name in enumerate(names)
+        for one in (
+            winner(attention(10.0 + number), 5, attention(20.0 + number), scenario=name),
+            winner(attention(20.0 + number), 2, scenario=name),
+        )
+    ]
+    pool, events = Timer(broken="decode-b16"), []
+
+    class Listener:
+        def record(self, event: object) -> None:
+            events.append(event)
+
+        def close(self) -> None:
+            """Nothing is open."""
+
+    context = RunContext(
+        loaded=load_experiment(Path(__file__).parents[2] / "experiments" / "llama.yaml"), folder=Path("unused"),
+        run_id="r", device="cpu", threads=2, pool=pool, recorders=[Listener()],
+        environment=Environment(device="cpu", device_name="A CPU", isa="x", num_units=2, torch="2.11.0"),
+    )  # fmt: skip
+    profiled = Profiled(hotspots=(), scenario_us=dict.fromkeys(names, 100.0), read_gb_per_s=1, peak_tflops={})
+    kept, dropped = choose_plans(context, profiled, winners)
+    assert [job.scenario for job in pool.asked[:3]] == list(names), "before any of them answers"
+    assert [one.hotspot.problem for one in kept] == [attention(20.0), attention(11.0), attention(22.0)]
+    assert len(dropped) == 3
+    assert "decode-b16: the plan that should save most is taken untimed: it broke" in caplog.text
+    accepted = {event.scenario: event for event in events if isinstance(event, PlanTrial) and event.accepted}
+    assert accepted["decode-b16"].reason == "the model does not run with the others"

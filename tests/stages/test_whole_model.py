@@ -17,7 +17,7 @@ from autokernel.environment import Environment
 from autokernel.errors import JobCrashed, JobLost
 from autokernel.evaluate.end_to_end import ScenarioTiming, TimeScenario
 from autokernel.export.bundle import Bundle, Entry
-from autokernel.profiling.footprint import Footprint, MeasureFootprint
+from autokernel.profiling.footprint import Footprint, MeasureFootprints
 from autokernel.records import Problem, Speedup, TensorSpec
 from autokernel.stages.ablation import without_useless
 from autokernel.stages.context import RunContext
@@ -41,14 +41,16 @@ class Threads:
     running: set[str] = field(default_factory=set)
     together: list[frozenset[str]] = field(default_factory=list)
     renewed: int = 0
+    measured: int = 0
 
     def renew(self) -> None:
         assert not self.running, "nothing runs between stages"
         self.renewed += 1
 
     def submit(self, job: Callable[[], Any], timeout_s: float) -> Future[Any]:
-        if isinstance(job, MeasureFootprint):
-            answer = Footprint(scenarios=SIZES, device=150, copies=10)
+        if isinstance(job, MeasureFootprints):
+            self.measured += 1
+            answer = tuple(Footprint(scenarios=SIZES, device=150, copies=10) for _ in job.models)
             return self.executor.submit(lambda: answer)
         return self.executor.submit(self._run, job)
 
@@ -127,11 +129,12 @@ def test_jobs_beside_may_fail() -> None:
     assert run_on_model(context_of(pool), "s", jobs, 10, beside=beside, beside_layers=4) == ["DECODE-B64"]
     assert pool.running == set()
     assert frozenset().union(*pool.together) == {"decode-b1", "decode-b16", "decode-b64"}
+    assert pool.measured == 1, "one job measures models of all sizes"
 
 
 def test_max_autotune_is_rehearsed_on_a_few_layers() -> None:
     context = context_of(Threads())
-    jobs = [job for _, _, job in _rehearsals(context)]
+    jobs: list[Any] = [job for _, _, job in _rehearsals(context)]
     assert [job.scenario for job in jobs] == list(SIZES)
     assert all(job.loaded.experiment.model.config_overrides == {"num_hidden_layers": 4} for job in jobs)
     assert _rehearsals(context_of(Threads(), "cpu")) == []

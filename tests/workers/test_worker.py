@@ -58,8 +58,11 @@ def test_an_idle_process_is_renewed_and_a_busy_one_is_not(worker: Worker, all_go
     first = worker.run(jobs.Pid(), GENEROUS_S)
     worker.renew()
     all_gone([first])
+    worker.start()
+    new = worker.pid
+    worker.renew()
     second = worker.run(jobs.Pid(), GENEROUS_S)
-    assert second != first
+    assert second == new != first, "a process that ran nothing holds nothing"
     with ThreadPoolExecutor(1) as thread:
         busy = thread.submit(worker.run, partial(time.sleep, 1.0), GENEROUS_S)
         time.sleep(0.2)
