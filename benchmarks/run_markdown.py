@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -151,23 +152,26 @@ def _spread(ordered: Sequence[Mapping[str, Any]], most: int | None) -> list[Mapp
     return [*kept, *sorted(others, key=lambda row: -row["share"])[: most - len(kept)]]
 
 
-def kind_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def kind_table(rows: Sequence[Mapping[str, Any]], most: int | None) -> str:
     """Fusions by what they do: how many sizes were searched, what became of them, the best against stock code."""
-    head = ["fusion", "searched", *_ORDER, "best over stock [least, most]", "of the roofline: stock", "best"]
+    verdicts = [verdict for verdict in _ORDER if any(row["verdict"] == verdict for row in rows)]
+    head = ["fusion", "searched", *verdicts, "best over stock [least, most]", "of the roofline: stock", "best"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: -row["share"]):
         kinds.setdefault(row["kind"], []).append(row)
-    for kind, mine in kinds.items():
+    for kind, mine in list(kinds.items())[:most]:
         gains = [row["speedup"]["ratio"] if row["speedup"] else row["screened"] for row in mine]
         gains = [gain for gain in gains if gain]
-        cells = [kind, str(len(mine)), *(str(sum(row["verdict"] == verdict for row in mine) or "") for verdict in _ORDER)]
+        cells = [kind, str(len(mine)), *(str(sum(row["verdict"] == verdict for row in mine) or "") for verdict in verdicts)]
         cells.append(f"{_mean(gains):.2f} [{min(gains):.2f}, {max(gains):.2f}]" if gains else "")
         for name in ("stock_of_roofline", "best_of_roofline"):
             parts = [row[name] for row in mine if row[name]]
             cells.append(f"{_mean(parts):.2f}" if parts else "")
         lines.append(f"| {' | '.join(cells)} |")
     note = "Means are geometric; a best that was not confirmed counts as screened."
+    if most is not None and len(kinds) > most:
+        note = f"{note} Not shown, since they take least of a step: {', '.join(list(kinds)[most:])}."
     return "\n".join([*lines, "", note])
 
 
@@ -188,6 +192,8 @@ def _said(row: Mapping[str, Any], short: bool = False) -> str:
         return str(verdict)
     if short and why.startswith("its nodes go to "):
         why = "the model is faster with others on its nodes"
+    if short and "GEMMs take" in why:
+        why = "apart they were taken to be faster"
     return f"{verdict}: {why.partition(':')[0] if short else why}"
 
 
@@ -235,7 +241,7 @@ def generated_winners(runs: Iterable[Mapping[str, Any]]) -> str:
 
 def where_table(runs: Iterable[Mapping[str, Any]]) -> str:
     """Where a step's time goes before and after, in ms; in brackets what the profiler measured in stock's step."""
-    rows = [row for run in runs for row in run["where"]]
+    rows = _in_order(row for run in runs for row in run["where"])
     if not rows:
         return ""
     head = ["scenario", "code", *(f"{kind} ms" for kind in KINDS), "rest ms", "step ms"]
@@ -252,7 +258,7 @@ def where_table(runs: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def backend_table(rows: Iterable[Mapping[str, Any]], least_rows: int = 0) -> str:
+def backend_table(rows: Iterable[Mapping[str, Any]], least_rows: int = 0, short: bool = False) -> str:
     """Every GEMM by backend: the best of each as screened, and what was confirmed and shipped."""
     rows = [row for row in rows if row["m"] >= least_rows]
     names = list(dict.fromkeys(name for row in rows for name in sorted(row["by_backend"])))
@@ -262,7 +268,7 @@ def backend_table(rows: Iterable[Mapping[str, Any]], least_rows: int = 0) -> str
     for row in sorted(rows, key=_at_stake, reverse=True):
         cells = [", ".join(row["scenarios"]), row["title"]]
         cells += [f"{row['by_backend'][name][0]:.1f}" if name in row["by_backend"] else "" for name in names]
-        lines.append(f"| {' | '.join([*cells, _gain(row), row['kernel'], _said(row)])} |")
+        lines.append(f"| {' | '.join([*cells, _gain(row), row['kernel'], _said(row, short)])} |")
     return "\n".join(lines)
 
 
@@ -295,7 +301,12 @@ def _mean(ratios: Sequence[float]) -> float:
 
 def scenarios_of(runs: Sequence[Mapping[str, Any]]) -> str:
     """End to end, all runs in one table."""
-    return scenario_table({"scenarios": [scenario for run in runs for scenario in run["scenarios"]]})
+    return scenario_table({"scenarios": _in_order(scenario for run in runs for scenario in run["scenarios"])})
+
+
+def _in_order(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """By the name of the scenario, numbers in it as numbers."""
+    return sorted(rows, key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row["scenario"])])
 
 
 def markdown(files: Sequence[Mapping[str, Any]], most: int | None = None) -> str:
@@ -315,10 +326,10 @@ def markdown(files: Sequence[Mapping[str, Any]], most: int | None = None) -> str
         parts.append(scenarios_of(runs))
     if new:
         rows = [row for run in new for row in run["fusions"]]
-        parts += [where_table(new), kind_table(rows), fusion_table(rows, most)]
+        parts += [where_table(new), kind_table(rows, most), fusion_table(rows, most)]
         parts += [generated_table(new), generated_winners(new)]
         if any(row["m"] >= _PROMPT for row in gemms):
-            parts += [backend_table(gemms, _PROMPT), backend_lines(gemms, _PROMPT)]
+            parts += [backend_table(gemms, _PROMPT, most is not None), backend_lines(gemms, _PROMPT)]
     for found in files:
         if found.get("gemms"):
             parts += [gemm_table(found["gemms"]), mean_lines(found["gemms"])]

@@ -4,9 +4,9 @@ The two steps are measured end to end. Their parts are summed: what an entry rep
 stock code, or the winner, takes for one when timed alone (cold L2, CUDA graphs of many calls). GEMMs and attention that no
 entry replaces count as the profiler saw them in the step; other kernels as stock code was screened, or, if it was not, by
 their roofline and a launch. What is left of a step, copies and gaps between kernels among it, is `rest`: also what an entry
-leaves of a pattern that it shares nodes with. It may be negative, since a step finds some of its operands in L2.
-`profiled_us` is what the profiler measured in stock's step: library calls alone, so for attention without the copies of keys
-and values in front of it.
+leaves of a pattern that it shares nodes with. It may be negative, since a step finds some of its operands in L2; in a long
+step the card is hot and its clock lower than in a short measurement, and what that adds is in it, too. `profiled_us` is what
+the profiler measured in stock's step: library calls alone, so for attention without the copies of keys and values before it.
 """
 
 from __future__ import annotations

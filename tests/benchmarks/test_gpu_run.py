@@ -149,7 +149,7 @@ def test_tables(run: dict[str, Any]) -> None:
     assert "0.80 screened | triton row_norm | lost |" in text
     assert "| decode | stock | 0.050 (0.030) | 0.042 (0.040) | 0.006 | 0.005 | 0.017 | 0.120 |" in text
     assert "4 fusions were searched: 2 shipped, 1 lost, 1 refused." in text
-    assert "| attention | 1 | 1 |  |  |  |  |  | 5.00 [5.00, 5.00] |" in text
+    assert "| attention | 1 | 1 |  |  | 5.00 [5.00, 5.00] |" in text
     assert "4 of 4 GEMM calls (100.0%) have a region, 2 regions in all; 2 were searched with 2 kernels" in text
     short = run_markdown.fusion_table(run["fusions"] * 3, most=6)
     assert short.count("\n| decode") == 6
