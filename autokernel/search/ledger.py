@@ -6,11 +6,19 @@ import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from autokernel.records import Candidate, ConfigValue, Evaluation, Problem, Status
 from autokernel.search.space import BoundSpace, Config
 
 MAX_LOST = 2  # a candidate whose worker went away is tried again this often
+MAX_WRONG = 5  # of one kind, and none of it is right: no more of it are proposed
+# What speaks against a kind, in wrong candidates. What does not build is often only too large: other tiles may do. What a
+# machine under load may cause does not count.
+_REFUSED: Mapping[Status, Fraction] = {
+    Status.WRONG: Fraction(1), Status.INVALID: Fraction(1, 3), Status.BUILD_ERROR: Fraction(1, 3),
+}  # fmt: skip
+_KIND = ("implementation", "template", "kernel", "source", "mode", "precision")  # parameters that choose an algorithm
 _COUNT_LIMIT = 1_000  # spaces beyond this are not counted, and never called exhausted
 _MAX_MUTATIONS = 32
 _MAX_RANDOM = 64
@@ -29,6 +37,24 @@ class Outcome:
         measured = evaluation.measurement
         median = measured.median_us if measured is not None else None
         return cls(candidate=evaluation.candidate, status=evaluation.status, median_us=median)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """Configs of a backend that run the same algorithm, with other tiles: if some are not exact enough, all of them are."""
+
+    backend: str
+    chosen: tuple[tuple[str, ConfigValue], ...]  # parameter and value
+
+    @classmethod
+    def of(cls, backend: str, config: Mapping[str, ConfigValue]) -> Kind:
+        """The kind of a config."""
+        return cls(backend=backend, chosen=tuple((name, config[name]) for name in _KIND if name in config))
+
+    @property
+    def label(self) -> str:
+        """As it is said in a log: "inductor template=mm"."""
+        return " ".join([self.backend, *(f"{name}={value}" for name, value in self.chosen)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +78,21 @@ class Ledger:
         self._pending: set[str] = set()
         self._lost: dict[str, int] = {}
         self._legal_seen: set[str] = set()
+        self._refused: dict[Kind, Fraction] = {}
+        self._right: set[Kind] = set()
+
+    @property
+    def given_up(self) -> frozenset[Kind]:
+        """Kinds whose candidates were all refused so far, enough of them to say that the next would be, too.
+
+        It depends on outcomes alone, not on their order; one in flight that comes back right takes its kind off again.
+        """
+        return frozenset(kind for kind, count in self._refused.items() if count >= MAX_WRONG and kind not in self._right)
+
+    def num_of(self, kind: Kind) -> int:
+        """How many of a kind ended."""
+        ended = (outcome.candidate for outcome in self.outcomes.values())
+        return sum(Kind.of(candidate.backend, candidate.config) == kind for candidate in ended)
 
     @property
     def size(self) -> int | None:
@@ -93,12 +134,13 @@ class Ledger:
         return True
 
     def next_waiting(self) -> Waiting | None:
-        """The first of the queue."""
-        if not self._waiting:
-            return None
-        waiting = self._waiting.popleft()
-        self._waiting_ids.discard(waiting.candidate.id)
-        return waiting
+        """The first of the queue whose kind is not given up."""
+        for place, waiting in enumerate(self._waiting):
+            if not self._is_given_up(waiting.candidate):
+                del self._waiting[place]
+                self._waiting_ids.discard(waiting.candidate.id)
+                return waiting
+        return None
 
     def start(self, candidate: Candidate) -> None:
         """The candidate is in flight."""
@@ -117,6 +159,11 @@ class Ledger:
                 self._waiting_ids.add(identity)
                 return
         self.outcomes[identity] = outcome
+        kind = Kind.of(outcome.candidate.backend, outcome.candidate.config)
+        if outcome.status is Status.OK:
+            self._right.add(kind)
+        elif outcome.status in _REFUSED:
+            self._refused[kind] = self._refused.get(kind, Fraction(0)) + _REFUSED[outcome.status]
         if not self.violations(outcome.candidate):
             self._legal_seen.add(identity)
 
@@ -125,21 +172,29 @@ class Ledger:
         done = [outcome for outcome in self.outcomes.values() if outcome.median_us is not None]
         return min(done, key=lambda outcome: outcome.median_us or 0.0, default=None)
 
+    def worth_trying(self, candidate: Candidate) -> bool:
+        """Whether it is not seen, and its kind is not given up."""
+        return not self._is_given_up(candidate) and not self.seen(candidate)
+
     def unseen_of(self, backends: Iterable[str]) -> Iterator[Candidate]:
-        """Legal candidates of these backends that are not seen, in the order of the file."""
+        """Legal candidates of these backends that are worth trying, in the order of the file."""
         for backend in backends:
             for config in self.spaces[backend].enumerate():
                 candidate = self.candidate(backend, config)
-                if not self.seen(candidate):
+                if self.worth_trying(candidate):
                     yield candidate
 
     def unseen_near(self, backend: str, config: Config | None, rng: random.Random) -> Candidate | None:
-        """A legal candidate that is not seen: close to `config` if possible, else at random, else the first one left."""
+        """A legal candidate worth trying: close to `config` if possible, else at random, else the first one left."""
         for draw in _draws(self.spaces[backend], config, rng):
             candidate = self.candidate(backend, draw)
-            if not self.seen(candidate):
+            if self.worth_trying(candidate):
                 return candidate
         return next(self.unseen_of([backend]), None)
+
+    def _is_given_up(self, candidate: Candidate) -> bool:
+        kind = Kind.of(candidate.backend, candidate.config)
+        return self._refused.get(kind, 0) >= MAX_WRONG and kind not in self._right
 
 
 def _draws(space: BoundSpace, config: Config | None, rng: random.Random) -> Iterator[Config]:

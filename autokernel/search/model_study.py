@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from scipy.special import ndtr
 
 from autokernel.records import Candidate, ConfigValue, Status
 from autokernel.search.cost_model import CostModel, Floats
-from autokernel.search.ledger import Outcome
+from autokernel.search.ledger import Kind, Outcome
 from autokernel.search.space import BoundSpace, Config
 
 _MAX_CONFIGS = 40_000  # of one backend; a random part of larger spaces
@@ -67,6 +67,7 @@ class ModelStudy:
         self._observed: dict[int, float] = {}  # position -> log(us)
         self._failed: set[int] = set()
         self._pending: set[int] = set()
+        self._left_out = np.zeros(len(self._prior), dtype=bool)
         self._local = self._beliefs.local
 
     @property
@@ -112,6 +113,10 @@ class ModelStudy:
         if known is not None:
             self.learn(known, trial)
 
+    def leave_out(self, kinds: Collection[Kind]) -> None:
+        """Draw none of these as long as there are others."""
+        self._left_out = np.array([Kind.of(arm.backend, config) in kinds for arm in self._arms for config in arm.configs])
+
     def thin(self) -> None:
         """Forget the slowest; they stay tried in the ledger."""
         keep = sorted(self._observed, key=lambda place: self._observed[place])[:_MAX_OBSERVED]
@@ -128,7 +133,7 @@ class ModelStudy:
 
     def _next(self) -> int:
         tried = [*self._observed, *self._failed, *self._pending]
-        open_ = np.ones(len(self._prior), dtype=bool)
+        open_ = ~self._left_out
         open_[tried] = False
         if not open_.any():
             return int(self._prior.argmin())

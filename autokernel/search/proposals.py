@@ -2,7 +2,7 @@
 
 Seeds come first, then all of every small backend space, then the sampler. What the sampler draws is checked here: an
 illegal config is told as a violated constraint and never proposed, a known one is answered at once. Lost candidates
-are proposed again.
+are proposed again. Of a kind of kernel whose first candidates were all refused, no more are proposed.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from autokernel.records import Candidate, Evaluation, Problem, Status
-from autokernel.search.ledger import Ledger, Outcome, Waiting
+from autokernel.search.ledger import Kind, Ledger, Outcome, Waiting
 from autokernel.search.space import BoundSpace, Config
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ class Sampled(Protocol):
         """A draw was known, or in flight."""
         ...
 
+    def leave_out(self, kinds: Collection[Kind]) -> None:
+        """Draw none of these if that can be helped, and again of those that were left out before."""
+        ...
+
     def thin(self) -> None:
         """Forget what matters least; draws in flight are forgotten too."""
         ...
@@ -116,6 +120,8 @@ class Proposer(ABC):
         self._num_startup = num_startup
         self._in_flight: dict[int, _InFlight] = {}
         self._study: Sampled | None = None
+        self._left_out: frozenset[Kind] = frozenset()  # what the study leaves out
+        self._used_up: set[str] = set()  # backends that had nothing left to try, given what is left out
         self._mirror = mirror
         for outcome in mirror.load(problem) if mirror is not None else ():
             self._ledger.finish(outcome, "resumed")
@@ -229,7 +235,13 @@ class Proposer(ABC):
             self._mirror.close()
 
     def _learn(self, outcome: Outcome, origin: str, trial: Draw | None) -> None:
+        before = self._ledger.given_up
         self._ledger.finish(outcome, origin)
+        for kind in self._ledger.given_up - before:
+            logger.info(
+                "%s: %s: its first %d candidates were all wrong or did not build; no more are tried, others get the trials",
+                self.problem, kind.label, self._ledger.num_of(kind),
+            )  # fmt: skip
         known_here = outcome.candidate.backend in self._sampled and not self._ledger.violations(outcome.candidate)
         if self._study is not None and known_here:
             self._study.learn(outcome, trial)
@@ -261,21 +273,26 @@ class Proposer(ABC):
                 candidate = self._ledger.candidate(backend, config)
                 if violated:
                     study.reject(trial, float(violated))
-                elif not self._ledger.seen(candidate):
+                elif self._ledger.seen(candidate):
+                    study.repeat(trial, self._ledger.outcomes.get(candidate.id))
+                elif self._ledger.worth_trying(candidate):
                     return candidate, trial
                 else:
-                    study.repeat(trial, self._ledger.outcomes.get(candidate.id))
+                    study.reject(trial, 1.0)
         for place in [backend, *(b for b in self._sampled if b != backend)]:
+            if place in self._used_up:
+                continue
             found = self._ledger.unseen_near(place, config if place == backend else None, self._rng)
             if found is not None:
                 return found, study.start(found)
+            self._used_up.add(place)
         return None, None
 
     def _current_study(self) -> Sampled:
         if self._study is None:
             spaces = {backend: self._ledger.spaces[backend] for backend in self._sampled}
             seed = self._rng.getrandbits(31)
-            self._study = self._new_study(spaces, seed)
+            self._study, self._left_out = self._new_study(spaces, seed), frozenset()
             for outcome in self._ledger.outcomes.values():
                 if outcome.candidate.backend in spaces and not self._ledger.violations(outcome.candidate):
                     self._study.learn(outcome, None)
@@ -287,4 +304,9 @@ class Proposer(ABC):
             self._study.thin()
             for flight in in_flight:
                 flight.trial = self._study.start(flight.proposal.candidate)
+        given_up = self._ledger.given_up
+        if given_up != self._left_out:
+            self._study.leave_out(given_up)
+            self._left_out = given_up
+            self._used_up.clear()
         return self._study

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from autokernel.errors import ConfigError, StorageError
 from autokernel.records import Candidate, Problem, Status, digest_of
 from autokernel.search.cost_model import PREDICTED_OPS, CostModel, load_model
-from autokernel.search.ledger import Outcome
+from autokernel.search.ledger import Kind, Outcome
 from autokernel.search.model_study import ModelStudy
 from autokernel.search.observations import Observation, Observations
 from autokernel.search.proposals import Proposal, Proposer, Sampled
@@ -40,6 +40,9 @@ SamplerName = Literal["model", "tpe", "random", "cmaes", "gp"]
 _T = TypeVar("_T")
 
 __all__ = ["Proposal", "SamplerName", "Tuner"]
+
+
+_RANKED = frozenset({"nvmatmul", "default", "inductor"})  # whose seeds the cost model's order replaces
 
 
 class Tuner(Proposer):
@@ -99,12 +102,13 @@ class Tuner(Proposer):
         )
 
     def enqueue(self, seeds: Iterable[Seed]) -> int:
-        """As `Proposer.enqueue`. nvMatmulHeuristics' seeds are left out where the cost model knows the backend: it ranks
-        better (docs/search.md), and each seed costs a trial.
+        """As `Proposer.enqueue`. Where the cost model knows the backend, nvMatmulHeuristics' seeds, the backend's default and
+        Inductor's own choices are left out: it ranks better (docs/search.md), and with a few trials for a hotspot they
+        would be all that is tried.
         """
         if self._sampler == "model" and self._cost_model is not None:
             known = self._cost_model.cost
-            seeds = [seed for seed in seeds if seed.origin != "nvmatmul" or seed.candidate.backend not in known]
+            seeds = [seed for seed in seeds if seed.origin not in _RANKED or seed.candidate.backend not in known]
         return super().enqueue(seeds)
 
     def _new_study(self, spaces: Mapping[str, BoundSpace], seed: int) -> Sampled:
@@ -169,6 +173,9 @@ class _MemoryStudy:
             self._study.tell(trial, state=TrialState.FAIL)
         else:
             self.learn(known, trial)
+
+    def leave_out(self, kinds: Collection[Kind]) -> None:
+        """Nothing to do: such draws are rejected, and samplers learn from that."""
 
     def thin(self) -> None:
         """Start over with the best and the latest trials; the caller starts running trials again."""
