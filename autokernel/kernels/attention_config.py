@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autokernel.kernels.generated_config import PRECISIONS, Precision
 from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
 from autokernel.kernels.parameters import Parameters
 from autokernel.ops.attention import AttentionSizes, mask_position, sizes_of
@@ -32,6 +33,7 @@ class DecodeConfig(Parameters):
         skip: look at the mask first, and leave out the tiles that it rules out for all rows, at both ends. For caches that
             are longer than what they hold; a NaN behind the mask is then not read.
         num_warps, num_stages: of Triton.
+        precision: of products in fp32, as in `generated_config.ProductsConfig`.
     """
 
     block_s: int
@@ -39,12 +41,15 @@ class DecodeConfig(Parameters):
     skip: bool
     num_warps: int
     num_stages: int
+    precision: Precision = "ieee"
 
     def problem(self, problem: Problem) -> str | None:
         """The rule that a problem breaks, None if the kernel takes it."""
         sizes = sizes_of(problem)
         rows, blocks = _rows(sizes), -(-sizes.kv_len // self.block_s)
-        wrong = _common_problem(problem) or _tile_problem("block_s", self.block_s)
+        wrong = (
+            _common_problem(problem) or _precision_problem(problem, self.precision) or _tile_problem("block_s", self.block_s)
+        )
         if wrong:
             return wrong
         if _is_causal(problem):
@@ -71,6 +76,7 @@ class FlashConfig(Parameters):
         skip: look at the mask first (a kernel of its own), leave out the tiles that it rules out for all rows, at both ends,
             and the mask where all rows see all. For masks with structure; a NaN behind the mask is then not read.
         num_warps, num_stages: of Triton.
+        precision: of products in fp32, as in `generated_config.ProductsConfig`.
     """
 
     block_m: int
@@ -78,10 +84,12 @@ class FlashConfig(Parameters):
     num_warps: int
     num_stages: int
     skip: bool = False
+    precision: Precision = "ieee"
 
     def problem(self, problem: Problem) -> str | None:
         """The rule that a problem breaks, None if the kernel takes it."""
-        wrong = _common_problem(problem) or _tile_problem("block_m", self.block_m) or _tile_problem("block_n", self.block_n)
+        wrong = _common_problem(problem) or _precision_problem(problem, self.precision)
+        wrong = wrong or _tile_problem("block_m", self.block_m) or _tile_problem("block_n", self.block_n)
         if wrong or not self.skip:
             return wrong
         if mask_position(problem) is None:
@@ -114,6 +122,7 @@ def plan_decode(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPl
         "SPLITS": chosen.num_splits,
         "MAX_SPLITS": _power_of_two(chosen.num_splits),
         "SKIP": int(chosen.skip),
+        "TF32X3": int(chosen.precision == "tf32x3"),
     }
     programs = pairs * chosen.num_splits
     scratch = (Buffer((programs, rows, sizes.v_dim), "float32"), Buffer((programs, rows, 2), "float32"))
@@ -145,6 +154,7 @@ def plan_flash(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPla
         "HEADS": sizes.heads,
         "SKIP": int(chosen.skip),
         "MAX_TILES": _power_of_two(tiles),
+        "TF32X3": int(chosen.precision == "tf32x3"),
     }
     programs = blocks * sizes.heads * sizes.batch
     launch = Launch(flash_attention_kernel, (programs, 1, 1), arguments, chosen.num_warps, chosen.num_stages)
@@ -174,6 +184,14 @@ def _common_problem(problem: Problem) -> str | None:
             return f"offsets within a sequence are 32-bit; {name} reaches {reach} elements far"
     if sizes.q_len * sizes.heads * sizes.v_dim > MAX_ELEMENTS:
         return f"offsets within a sequence are 32-bit; the result has {sizes.q_len * sizes.heads * sizes.v_dim} elements"
+    return None
+
+
+def _precision_problem(problem: Problem, precision: str) -> str | None:
+    if precision not in PRECISIONS:
+        return f"precision must be one of {', '.join(PRECISIONS)}; it is {precision}"
+    if precision != "ieee" and problem.inputs[0].dtype != "float32":
+        return f"precision is for fp32; q is {problem.inputs[0].dtype}: leave it out"
     return None
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from autokernel.kernels.online_softmax import absorb, divided, load_tile, mask_tile
+from autokernel.kernels.online_softmax import absorb, divided, load_tile, mask_tile, row_products
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
@@ -102,7 +102,7 @@ def decode_attention_kernel(
     V_B: tl.constexpr, V_H: tl.constexpr, V_S: tl.constexpr, V_D: tl.constexpr,
     MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_H: tl.constexpr, MASK_Q: tl.constexpr, MASK_S: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, SKIP: tl.constexpr,
+    SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, SKIP: tl.constexpr, TF32X3: tl.constexpr,
 ):  # fmt: skip
     """softmax(q k' * SCALE + mask) v; grid: [batch * GROUPS * SPLITS].
 
@@ -115,6 +115,7 @@ def decode_attention_kernel(
         parts: fp32 scratch, [B * GROUPS * SPLITS, REPEAT * Q_LEN, V_DIM]; not used without splits, like states and counters.
         states: fp32 scratch, [B * GROUPS * SPLITS, REPEAT * Q_LEN, 2]: largest score and sum of weights.
         counters: int32 zeros, one for each batch and head of k.
+        TF32X3: whether products in fp32 are three of the matrix instruction's.
     """
     ROWS: tl.constexpr = REPEAT * Q_LEN
     HEADS: tl.constexpr = GROUPS * REPEAT
@@ -156,11 +157,11 @@ def decode_attention_kernel(
         # asked for first, so that it comes while the keys are multiplied
         added = mask_tile(mask_at + mask_rows + s[None, :] * MASK_S, mask_there & (s < KV_LEN)[None, :], MASK)
         keys = load_tile(k_at + d[:, None] * K_D + s[None, :] * K_S, d[:, None], s[None, :], HEAD_DIM, KV_LEN, ALL_D, ALL_S)
-        scores = tl.dot(queries, keys, input_precision="ieee") * SCALE + added
+        scores = row_products(queries, keys, TF32X3) * SCALE + added
         if not ALL_S:
             scores = tl.where((s < KV_LEN)[None, :], scores, float("-inf"))
         values = load_tile(v_at + s[:, None] * V_S + e[None, :] * V_D, s[:, None], e[None, :], KV_LEN, V_DIM, ALL_S, ALL_E)
-        top, total, rows = absorb(scores, values, top, total, rows)
+        top, total, rows = absorb(scores, values, top, total, rows, TF32X3)
 
     out_at = out + batch * (Q_LEN * HEADS * V_DIM)
     if SPLITS == 1:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from autokernel.kernels.online_softmax import absorb, absorb_products, divided, load_tile, mask_tile
+from autokernel.kernels.online_softmax import absorb, absorb_products, divided, load_tile, mask_tile, row_products
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
@@ -73,12 +73,13 @@ def _attend(
     queries, k_at, v_at, mask_at, mask_rows, mask_there, m, top, total, rows, first, end, CHECKED: tl.constexpr,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, KV_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     K_S: tl.constexpr, K_D: tl.constexpr, V_S: tl.constexpr, V_D: tl.constexpr, MASK: tl.constexpr, MASK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, TF32X3: tl.constexpr,
 ):  # fmt: skip
     """The state of rows with tiles [first, end) of keys; without CHECKED all of them are seen by all rows."""
     ALL_N: tl.constexpr = not CHECKED or KV_LEN % BLOCK_N == 0
     ALL_D: tl.constexpr = HEAD_DIM == BLOCK_D
     ALL_E: tl.constexpr = V_DIM == BLOCK_E
+    ONE_TILE: tl.constexpr = KV_LEN <= BLOCK_N  # nothing is read ahead: values are asked for before keys are waited for
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     for tile in tl.range(first, end):
@@ -86,19 +87,22 @@ def _attend(
         if CHECKED:  # asked for first, so that it comes while the keys are multiplied
             added = mask_tile(mask_at + mask_rows + n[None, :] * MASK_S, mask_there & (n < KV_LEN)[None, :], MASK)
         keys = load_tile(k_at + d[:, None] * K_D + n[None, :] * K_S, d[:, None], n[None, :], HEAD_DIM, KV_LEN, ALL_D, ALL_N)
-        scores = tl.dot(queries, keys, input_precision="ieee")
-        values = load_tile(v_at + n[:, None] * V_S + e[None, :] * V_D, n[:, None], e[None, :], KV_LEN, V_DIM, ALL_N, ALL_E)
+        if ONE_TILE:
+            values = load_tile(v_at + n[:, None] * V_S + e[None, :] * V_D, n[:, None], e[None, :], KV_LEN, V_DIM, ALL_N, ALL_E)
+        scores = row_products(queries, keys, TF32X3)
+        if not ONE_TILE:
+            values = load_tile(v_at + n[:, None] * V_S + e[None, :] * V_D, n[:, None], e[None, :], KV_LEN, V_DIM, ALL_N, ALL_E)
         if CHECKED:
             scores = scores * SCALE + added
             if CAUSAL:
                 scores = tl.where(n[None, :] <= m[:, None], scores, float("-inf"))
             if not ALL_N:
                 scores = tl.where((n < KV_LEN)[None, :], scores, float("-inf"))
-            top, total, rows = absorb(scores, values, top, total, rows)
+            top, total, rows = absorb(scores, values, top, total, rows, TF32X3)
         elif SCALE > 0:
-            top, total, rows = absorb_products(scores, values, top, total, rows, SCALE)
+            top, total, rows = absorb_products(scores, values, top, total, rows, SCALE, TF32X3)
         else:
-            top, total, rows = absorb(scores * SCALE, values, top, total, rows)
+            top, total, rows = absorb(scores * SCALE, values, top, total, rows, TF32X3)
     return top, total, rows
 
 
@@ -112,7 +116,7 @@ def flash_attention_kernel(
     V_B: tl.constexpr, V_H: tl.constexpr, V_S: tl.constexpr, V_D: tl.constexpr,
     MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_H: tl.constexpr, MASK_Q: tl.constexpr, MASK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    SKIP: tl.constexpr, MASK_HEADS: tl.constexpr, MASK_ROWS: tl.constexpr, MAX_TILES: tl.constexpr,
+    SKIP: tl.constexpr, MASK_HEADS: tl.constexpr, MASK_ROWS: tl.constexpr, MAX_TILES: tl.constexpr, TF32X3: tl.constexpr,
 ):  # fmt: skip
     """softmax(q k' * SCALE + mask) v; grid: [blocks of q * HEADS * B].
 
@@ -123,6 +127,7 @@ def flash_attention_kernel(
         mask: broadcasts to [B, HEADS, Q_LEN, KV_LEN] with strides of 0; not read where MASK is 0 (see `mask_tile`).
         out: [B, Q_LEN, HEADS, V_DIM] row-major.
         tiles: what `mask_tiles_kernel` found; not read without SKIP, like MASK_HEADS, MASK_ROWS and MAX_TILES.
+        TF32X3: whether products in fp32 are three of the matrix instruction's.
     """
     BLOCKS: tl.constexpr = (Q_LEN + BLOCK_M - 1) // BLOCK_M
     TILES: tl.constexpr = (KV_LEN + BLOCK_N - 1) // BLOCK_N
@@ -168,18 +173,17 @@ def flash_attention_kernel(
     if MASK:
         top, total, rows = _attend(
             queries, k_at, v_at, mask_at, mask_rows, mask_there, m, top, total, rows, first, whole_first, True, SCALE, CAUSAL,
-            KV_LEN, HEAD_DIM, V_DIM, K_S, K_D, V_S, V_D, MASK, MASK_S, BLOCK_N, BLOCK_D, BLOCK_E,
+            KV_LEN, HEAD_DIM, V_DIM, K_S, K_D, V_S, V_D, MASK, MASK_S, BLOCK_N, BLOCK_D, BLOCK_E, TF32X3,
         )  # fmt: skip
     if SKIP or not MASK:
         top, total, rows = _attend(
             queries, k_at, v_at, mask_at, mask_rows, mask_there, m, top, total, rows, whole_first, whole_end, False, SCALE,
-            CAUSAL, KV_LEN, HEAD_DIM, V_DIM, K_S, K_D, V_S, V_D, MASK, MASK_S, BLOCK_N, BLOCK_D, BLOCK_E,
+            CAUSAL, KV_LEN, HEAD_DIM, V_DIM, K_S, K_D, V_S, V_D, MASK, MASK_S, BLOCK_N, BLOCK_D, BLOCK_E, TF32X3,
         )  # fmt: skip
     if SKIP or (not MASK and (CAUSAL or KV_LEN % BLOCK_N != 0)):
         top, total, rows = _attend(
             queries, k_at, v_at, mask_at, mask_rows, mask_there, m, top, total, rows, whole_end, end, True, SCALE, CAUSAL,
-            KV_LEN, HEAD_DIM, V_DIM, K_S, K_D, V_S, V_D, MASK, MASK_S, BLOCK_N, BLOCK_D, BLOCK_E,
+            KV_LEN, HEAD_DIM, V_DIM, K_S, K_D, V_S, V_D, MASK, MASK_S, BLOCK_N, BLOCK_D, BLOCK_E, TF32X3,
         )  # fmt: skip
-
     at = out + batch * (Q_LEN * HEADS * V_DIM) + (m * HEADS + head)[:, None] * V_DIM + e[None, :]
     tl.store(at, divided(rows, total).to(out.dtype.element_ty), mask=(m < Q_LEN)[:, None] & (e < V_DIM)[None, :])

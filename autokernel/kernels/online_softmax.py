@@ -3,6 +3,9 @@
 What a row has seen so far is `top` (its largest score), `total` (the sum of weights) and `rows` (weighted values), both
 relative to `top`. Scores stay in natural units: times log2(e), a mask of the dtype's lowest number would be -inf. Masks are
 added, so that NaN and infinities go where they go in the library.
+
+Products of fp32 are added up in parts: a score's error is the relative error of its weight, and one chain of additions over
+the whole head makes errors twice as large as the library's now and then.
 """
 
 # ruff: noqa: N803
@@ -41,26 +44,70 @@ def mask_tile(at, inside, MASK: tl.constexpr):
 
 
 @triton.jit
-def absorb(scores, values, top, total, rows):
+def _halves(x):
+    """[R, D] -> its even and odd columns, [R, D / 2] each: neighbours in registers stay where they are."""
+    return tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)).split()
+
+
+@triton.jit
+def _product(a, b, TF32X3: tl.constexpr):
+    """a [R, D] times b' [S, D], added up by itself: without the last argument Triton would make sums of products one chain."""
+    return tl.dot(a, tl.trans(b), input_precision="tf32x3" if TF32X3 else "ieee", max_num_imprecise_acc=1)
+
+
+@triton.jit
+def row_products(queries, keys, TF32X3: tl.constexpr):
+    """Rows of q [R, D] times keys [D, S] -> [R, S], fp32."""
+    if queries.dtype != tl.float32:
+        found = tl.dot(queries, keys)
+    elif queries.shape[1] < 32:
+        found = _product(queries, tl.trans(keys), TF32X3)
+    else:
+        q0, q1 = _halves(queries)
+        k0, k1 = _halves(tl.trans(keys))
+        if queries.shape[1] < 64:
+            found = _product(q0, k0, TF32X3) + _product(q1, k1, TF32X3)
+        else:
+            q00, q01 = _halves(q0)
+            q10, q11 = _halves(q1)
+            k00, k01 = _halves(k0)
+            k10, k11 = _halves(k1)
+            found = _product(q00, k00, TF32X3) + _product(q01, k01, TF32X3)
+            found += _product(q10, k10, TF32X3) + _product(q11, k11, TF32X3)
+    return found
+
+
+@triton.jit
+def _added_rows(weights, values, rows, TF32X3: tl.constexpr):
+    """rows + weights [R, S] times values [S, E]; in fp32 a tile's products are added up by themselves."""
+    if values.dtype == tl.float32:
+        rows += tl.dot(weights, values, input_precision="tf32x3" if TF32X3 else "ieee", max_num_imprecise_acc=1)
+    else:
+        rows = tl.dot(weights.to(values.dtype), values, rows)
+    return rows
+
+
+@triton.jit
+def absorb(scores, values, top, total, rows, TF32X3: tl.constexpr):
     """The state of rows [R], [R], [R, E] with a tile of scores [R, S] and values [S, E] added to it."""
     highest = tl.maximum(top, tl.max(scores, 1))
     level = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen yet: weights of zero, not NaN
     weights = tl.exp2((scores - level[:, None]) * 1.4426950408889634)
     shrink = tl.exp2((top - level) * 1.4426950408889634)
     total = total * shrink + tl.sum(weights, 1)
-    rows = tl.dot(weights.to(values.dtype), values, rows * shrink[:, None], input_precision="ieee")
+    rows = _added_rows(weights, values, rows * shrink[:, None], TF32X3)
     return highest, total, rows
 
 
 @triton.jit
-def absorb_products(products, values, top, total, rows, SCALE: tl.constexpr):
+def absorb_products(products, values, top, total, rows, SCALE: tl.constexpr, TF32X3: tl.constexpr):
     """`absorb` of scores that are products [R, S] times a positive SCALE: each of their weights is one fma and one exp2."""
     highest = tl.maximum(top, tl.max(products, 1) * SCALE)
     level = tl.where(highest == float("-inf"), 0.0, highest)
     weights = tl.exp2(products * (SCALE * 1.4426950408889634) - (level * 1.4426950408889634)[:, None])
     shrink = tl.exp2((top - level) * 1.4426950408889634)
     total = total * shrink + tl.sum(weights, 1)
-    rows = tl.dot(weights.to(values.dtype), values, rows * shrink[:, None], input_precision="ieee")
+    rows = _added_rows(weights, values, rows * shrink[:, None], TF32X3)
     return highest, total, rows
 
 

@@ -49,7 +49,10 @@ CASES = {
         attention(1, (32, 8), 2048, 2048, mask="bool"),
         {"kernel": "flash_attention", "skip": True, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
     ),
-    "chronos": (attention(1, (12, 12), 37, 37, dim=64, dtype="float32", mask="float32"), {"kernel": "decode_attention"}),
+    "chronos": (
+        attention(1, (12, 12), 37, 37, dim=64, dtype="float32", mask="float32"),
+        {"kernel": "flash_attention", "BLOCK_M": 16, "num_stages": 1, "precision": "tf32x3"},
+    ),
     "vit": (attention(8, (12, 12), 197, 197, dim=64), {"kernel": "flash_attention"}),
     "wide": (attention(1, (4, 4), 300, 300, dim=256, dtype="float32"), {"kernel": "flash_attention"}),
 }

@@ -75,11 +75,17 @@ KERNEL_CASES: Mapping[str, tuple[Problem, Config]] = {
         {**FLASH, "BLOCK_M": 128, "num_warps": 8, "skip": True},
     ),
 }
+TF32X3: Config = {"precision": "tf32x3", "num_stages": 1}
 CHRONOS: Mapping[str, Any] = {"dim": 64, "dtype": "float32", "mask": "float32"}
 FP32_CASES: Mapping[str, tuple[Problem, Config]] = {
     "time": (attention(2, (12, 12), 37, 37, **CHRONOS), {**DECODE, "num_splits": 1, "num_stages": 2}),
     "split": (attention(2, (12, 12), 1, 512, **CHRONOS), {**DECODE, "num_stages": 2}),
     "long": (attention(1, (12, 12), 146, 146, **CHRONOS), {**FLASH, "BLOCK_N": 32, "num_stages": 2}),
+    "short": (attention(1, (12, 12), 37, 37, **CHRONOS), {**FLASH, "BLOCK_M": 16, "num_stages": 1}),
+    "short by matrix instructions": (attention(1, (12, 12), 37, 37, **CHRONOS), {**FLASH, **TF32X3, "BLOCK_M": 16}),
+    "short by Hopper's": (attention(1, (12, 12), 37, 37, **CHRONOS), {**FLASH, **TF32X3}),
+    "long by Hopper's": (attention(1, (12, 12), 146, 146, **CHRONOS), {**FLASH, **TF32X3, "num_stages": 2}),
+    "split by matrix instructions": (attention(2, (12, 12), 1, 512, **CHRONOS), {**DECODE, **TF32X3, "num_stages": 2}),
 }
 
 

@@ -20,6 +20,7 @@ SKIP: dict[str, ConfigValue] = {**DECODE, "skip": True}
 WHOLE: dict[str, ConfigValue] = {**DECODE, "num_splits": 1, "BLOCK_S": 32}
 FLASH: dict[str, ConfigValue] = {"kernel": "flash_attention", "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 
+SHORT: dict[str, ConfigValue] = {**FLASH, "BLOCK_N": 64, "precision": "tf32x3"}  # one tile of keys
 FLASH_SKIP: dict[str, ConfigValue] = {**FLASH, "skip": True}
 
 # config, dtype, q's [B, H, Q, D], k's [B, G, S, D], mask (shape, dtype) or None, causal
@@ -35,6 +36,8 @@ CASES = (
     (FLASH, "float32", (2, 2, 18, 24), (2, 2, 50, 24), ((2, 1, 1, 50), "float32"), False),
     (FLASH, "float32", (1, 2, 18, 16), (1, 2, 33, 16), ((1, 2, 18, 33), "bool"), False),
     (FLASH, "float16", (1, 2, 20, 16), (1, 1, 40, 16), None, False),
+    (SHORT, "float32", (1, 3, 37, 64), (1, 3, 37, 64), ((1, 1, 1, 37), "float32"), False),
+    ({**WHOLE, "BLOCK_S": 64, "precision": "tf32x3"}, "float32", (1, 3, 3, 64), (1, 1, 37, 64), None, False),
     (FLASH_SKIP, "float32", (2, 2, 18, 24), (2, 2, 90, 24), ((2, 1, 1, 90), "bool"), False),
     (FLASH_SKIP, "float16", (2, 4, 18, 16), (2, 2, 90, 16), ((2, 4, 18, 90), "float16"), False),
     (FLASH_SKIP, "float32", (2, 2, 40, 16), (2, 1, 70, 16), ((1, 2, 40, 70), "bool"), True),

@@ -16,7 +16,10 @@ import pytest
 from autokernel.kernels.attention_config import DecodeConfig, FlashConfig, broadcast_strides
 from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
 from autokernel.kernels.plans import plan_of
+from autokernel.ops import get_op
 from autokernel.records import ConfigValue, Problem, TensorSpec
+from autokernel.search.space import DeviceFacts, names_for
+from autokernel.search.space_file import load_space
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
@@ -104,6 +107,51 @@ def test_tiles_of_64_rows_use_hoppers_matrix_instruction() -> None:
     assert "cp.async" in ptx
 
 
+def time_series(kv_len: int = 37, mask: bool = True) -> Problem:
+    """Attention of Chronos-2: fp32, short, scores that are not scaled."""
+    q = TensorSpec(shape=(1, 12, 37, 64), dtype="float32", stride=(37 * 768, 64, 768, 1))
+    kv = TensorSpec(shape=(1, 12, kv_len, 64), dtype="float32", stride=(kv_len * 768, 64, 768, 1))
+    masks = (TensorSpec.contiguous((1, 1, 1, kv_len), "float32"),) if mask else ()
+    return Problem(op="attention", inputs=(q, kv, kv, *masks), device="cuda", scalars=(("scale", 1.0),))
+
+
+def default(case: Problem) -> dict[str, ConfigValue]:
+    device = DeviceFacts(device="cuda", isa="sm_90", num_units=132, smem_bytes=232448, l2_bytes=50 << 20)
+    config = load_space("attention")["triton"].default(names_for(get_op("attention").dims(case), device))
+    assert config is not None
+    return config
+
+
+def test_short_attention_in_fp32_is_one_tile_by_matrix_instructions(tmp_path: Path) -> None:
+    case = time_series()
+    config = default(case)
+    assert config == {**FLASH, "skip": False, "BLOCK_M": 16, "num_stages": 1, "precision": "tf32x3"}
+    (launch,) = plan_of(case, config).launches
+    assert launch.grid == (3 * 12, 1, 1)
+    ptx = ptx_of(case, config)
+    assert bytes_of_stack(ptx, tmp_path) == 0
+    assert "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32" in ptx
+    assert ptx.rindex("ld.global") < ptx.index("mma.sync"), "all loads are under way before the first product"
+    assert "tf32" not in ptx_of(case, {**config, "precision": "ieee"})
+
+
+def test_fp32_uses_hoppers_matrix_instruction_where_a_tile_has_64_rows(tmp_path: Path) -> None:
+    case = time_series(kv_len=512, mask=False)
+    ptx = ptx_of(case, {**FLASH, "precision": "tf32x3", "num_stages": 2})
+    assert bytes_of_stack(ptx, tmp_path) == 0
+    assert "wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32" in ptx
+    assert "cp.async" in ptx
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+def test_scores_of_fp32_are_added_up_in_parts(precision: str) -> None:
+    compiled = compiled_for_hopper(time_series(), {**default(time_series()), "precision": precision})
+    lines = [line for line in str(compiled.asm["ttir"]).splitlines() if "tt.dot " in line]
+    assert len(lines) == 4 + 1, "four parts of the head, and the values"
+    assert all(line.split("tt.dot ")[1].split(",")[2].split()[0].startswith("%cst") for line in lines), "each starts at zero"
+    assert all("tensor<16x16xf32> * tensor<16x64xf32>" in line for line in lines[:4])
+
+
 def test_masked_prompts_use_registers_alone_and_read_masks_and_keys_ahead(tmp_path: Path) -> None:
     case = prompt(((1, 1, 2048, 2048), "bool"))
     ptx = ptx_of(case, {**FLASH, "BLOCK_M": 128, "num_warps": 8, "skip": True})
@@ -163,6 +211,8 @@ def test_what_flash_attention_refuses_to_skip() -> None:
         ({"skip": True}, problem(mask=None), "there is none"),
         ({}, problem(dtype="float64", mask=None), "they are float64"),
         ({}, problem(mask="int32"), "masks of bool"),
+        ({"precision": "tf32"}, problem(dtype="float32"), "precision must be one of ieee, tf32x3; it is tf32"),
+        ({"precision": "tf32x3"}, problem(), "precision is for fp32; q is bfloat16: leave it out"),
         ({"block_n": 3}, problem(), "unknown: block_n"),
         ({"kernel": "fast"}, problem(), "attention has no Triton kernel 'fast'; there are decode_attention, flash_attention"),
     ],
