@@ -11,6 +11,8 @@ from autokernel.kernels.generated_source import Columns, Scope, Writer, indented
 from autokernel.ops.program import Line, Program
 from autokernel.records import TensorSpec
 
+_STATISTICS_BYTES = 98304  # of shared memory, for rows that are read ahead; the loop over K has it afterwards
+
 
 @dataclass(frozen=True, slots=True)
 class ProductsSource:
@@ -111,7 +113,8 @@ class _Section:
             # columns that are not there are read from the last one, and never stored
             f"n_read = tl.minimum(n_at, {self.group.columns - 1})" if self.n.ragged else "n_read = n_at",
         ]
-        self.writer.walk({self.left}, Columns("k", self.depth, self.config.block_s), lines)
+        ahead = _STATISTICS_BYTES if self.rows > 1 else 0
+        self.writer.walk({self.left}, Columns("k", self.depth, self.config.block_s), lines, ahead)
         self._product(lines)
         if config.split_k == 1:
             lines += self._epilogue()

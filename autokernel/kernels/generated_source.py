@@ -24,7 +24,7 @@ from autokernel.kernels.generated_ops import (
     sum_of_row,
 )
 from autokernel.ops.program import COMPARISONS, GEMMS, REDUCTIONS, Line, Program
-from autokernel.records import TensorSpec, digest_of
+from autokernel.records import DTYPE_BYTES, TensorSpec, digest_of
 
 _TRUTHS = (*COMPARISONS, "isnan", "logical_not")
 
@@ -173,8 +173,15 @@ class Writer:
                 found[line.name] = [Statistic(line.name, source, line.op, level, float(columns))]
         return sorted((s for parts in found.values() for s in parts), key=lambda s: s.level)
 
-    def walk(self, names: set[str], columns: Columns, lines: list[str]) -> None:
-        """Find the statistics in loops over the row, those of one level in one loop."""
+    def walk(self, names: set[str], columns: Columns, lines: list[str], smem_bytes: int = 0) -> None:
+        """Find the statistics in loops over the row, those of one level in one loop.
+
+        Args:
+            names: of the values that need them.
+            columns: of a tile.
+            lines: what the loops are added to.
+            smem_bytes: shared memory for tiles that are read ahead.
+        """
         statistics = self.statistics(names)
         for level in sorted({s.level for s in statistics}):
             found = [s for s in statistics if s.level == level]
@@ -183,11 +190,19 @@ class Writer:
                 start = reduction_of(statistic).start
                 lines.append(f"{_variable(statistic)}_sum = tl.full([{self.row_block}, {columns.block}], {start}, tl.float32)")
                 self._join(statistic, scope)
-            lines.append(f"for start in range(0, {columns.count}, {columns.block}):")
+            stages = self._stages(scope, smem_bytes)
+            ahead = f", num_stages={stages}" if stages > 1 else ""
+            lines.append(f"for start in tl.range(0, {columns.count}, {columns.block}{ahead}):")
             lines.append(f"    {columns.name} = start + tl.arange(0, {columns.block})[None, :]")
             lines += [f"    {text}" for text in scope.lines]
             for statistic in found:
                 self._finish(statistic, f"{_variable(statistic)}_sum", lines)
+
+    def _stages(self, scope: Scope, smem_bytes: int) -> int:
+        """Tiles of each operand that fit into so much shared memory, 3 at most: loads then hide most of each other's time."""
+        operands = [self.results[name] for name, frame in scope.known if name.startswith("i") and frame]
+        size = sum(DTYPE_BYTES[spec.dtype] for spec in operands) * self.row_block * scope.columns.block
+        return min(3, smem_bytes // size) if size else 0
 
     def at_once(self, names: set[str], scope: Scope) -> None:
         """Find the statistics of rows that a tile holds whole."""

@@ -70,6 +70,11 @@ def residual_fp32(m: int) -> Problem:
 
 
 def ptx_of(problem: Problem, plan: KernelPlan, stage: str = "ptx") -> str:
+    return compiled(problem, plan, stage)[0]
+
+
+def compiled(problem: Problem, plan: KernelPlan, stage: str = "ptx") -> tuple[str, int]:
+    """A stage of the compiler, and the bytes of shared memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -84,9 +89,9 @@ def ptx_of(problem: Problem, plan: KernelPlan, stage: str = "ptx") -> str:
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(names))},
     )
     options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert compiled.metadata.shared <= H200.smem_bytes
-    return str(compiled.asm[stage])
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert kernel.metadata.shared <= H200.smem_bytes
+    return str(kernel.asm[stage]), int(kernel.metadata.shared)
 
 
 def test_kernels_compute_what_their_programs_do(tmp_path: Path) -> None:
@@ -125,6 +130,47 @@ def test_fp32_products_can_be_sums_of_three_products_of_the_matrix_instruction(m
     ptx = ptx_of(problem, plan_of(problem, config))
     assert ptx.count("wgmma.mma_async") == 3 * 32 // 8, "three for each 8 of K"
     assert "tf32" not in ptx_of(problem, plan_of(problem, {**config, "precision": "ieee"}))
+
+
+def norm_product_fp32(n: int, products: int = 1) -> Problem:
+    """A norm, and products that share it, as in Chronos-2."""
+    text = (
+        "t0 = pow(i1, 2); t1 = mean(t0); t2 = add(t1, 1e-06); t3 = rsqrt(t2); t4 = mul(i1, t3); t5 = mul(i0, t4); "
+        "t6 = reshape(t5, [37, 768])"
+    )
+    for j in range(products):
+        text += f"; t{7 + j} = t(i{2 + j}); o{j} = mm(t6, t{7 + j})"
+    shapes = [(768,), (1, 37, 768), *[(n, 768)] * products]
+    operands = tuple(TensorSpec.contiguous(shape, "float32") for shape in shapes)
+    return Problem(op="generated", inputs=operands, device="cuda", scalars=(("program", text),))
+
+
+@pytest.mark.parametrize(
+    ("problem", "split_k", "programs"),
+    [
+        (norm_product_fp32(768, 3), 6, 216),
+        (residual_fp32(37), 8, 96),
+        (norm_product_fp32(3072), 4, 192),  # five parts of twelve tiles would leave one empty
+        (norm_product_fp32(12288), 1, 192),
+    ],
+    ids=["q, k and v", "down", "up", "wide"],
+)
+def test_parts_of_k_fill_the_device_once(problem: Problem, split_k: int, programs: int) -> None:
+    config = default(problem)
+    (launch,) = plan_of(problem, config).launches
+    assert (config["split_k"], launch.grid[0]) == (split_k, programs)
+    _, shared = compiled(problem, plan_of(problem, config))
+    assert shared * -(-programs // H200.num_units) <= H200.smem_bytes, "all of them run at once"
+
+
+def test_statistics_of_rows_are_read_ahead() -> None:
+    problem = norm_product_fp32(768)
+    config = default(problem)
+    assert config["block_s"] == 128, "64 rows of it in registers"
+    ptx = ptx_of(problem, plan_of(problem, config))
+    loop = ptx.index("wgmma.mma_async")
+    found = [at for at in range(len(ptx)) if ptx.startswith("cp.async.commit_group", at)]
+    assert sum(at < loop for at in found) >= 2 + 1 + 3, "two tiles ahead, one in the loop, and those of the products"
 
 
 def test_a_row_of_a_norm_is_read_once_and_in_full_width() -> None:
