@@ -14,9 +14,9 @@ from autokernel.errors import JobCrashed
 from autokernel.evaluate.outputs import Trio, compare_outputs
 from autokernel.events import ModelValidated
 from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.prove import BUNDLE, DEFAULT, Proof, Prove, ScenarioProof
+from autokernel.export.prove import BUNDLE, DEFAULT, Proof, Prove, ScenarioProof, together
 from autokernel.records import Problem, Speedup, TensorSpec
-from autokernel.stages.production import _verdict, difference_limits
+from autokernel.stages.production import _shares, _verdict, difference_limits
 
 pytestmark = pytest.mark.clock
 
@@ -129,6 +129,34 @@ def proof_with(**changes: object) -> Proof:
         "speedup": Speedup(ratio=1.11, low=1.1, high=1.12, num_rounds=21),
     }
     return Proof(**(good | changes))  # type: ignore[arg-type]
+
+
+def test_several_processes_are_judged_as_one() -> None:
+    compared = proof_with(hits={"a": 2, "b": 0}, constant_bytes=10)
+    other = Proof(
+        scenarios=(ScenarioProof(scenario="t", compile_s=1.0, difference=0.5, problem="it is wrong"),),
+        num_benchmarks=1,
+        hits={"a": 0, "b": 1, "c": 0},
+        reasons={"c": "its shape is another"},
+        constant_bytes=5,
+        modules=("optuna",),
+    )
+    proof = together([other, compared], ["s", "t"])
+    assert [scenario.scenario for scenario in proof.scenarios] == ["s", "t"]
+    assert (proof.hits, proof.reasons) == ({"a": 2, "b": 1, "c": 0}, other.reasons)
+    assert (proof.num_benchmarks, proof.constant_bytes, proof.modules) == (1, 15, ("optuna",))
+    assert (proof.compile_s, proof.step_us, proof.speedup) == (compared.compile_s, compared.step_us, compared.speedup)
+    assert together([compared], ["s"]) == compared
+    proved = _verdict(proof, ["a", "b", "c"])
+    assert (proved.passed, proved.num_hits, proved.stock_compile_s) == (False, 2, 2.0)
+    for told in ("its shape is another", "t: it is wrong", "benchmarked 1", "optuna"):
+        assert told in proved.message
+
+
+def test_scenarios_are_shared_among_few_processes() -> None:
+    assert _shares(["a", "b", "c", "d", "e", "f"], "c") == [("c",), ("a", "e"), ("b", "f"), ("d",)]
+    assert _shares(["a", "b"], "b") == [("b",), ("a",)]
+    assert _shares(["a"], "a") == [("a",)]
 
 
 def test_a_good_proof_passes() -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from autokernel.evaluate.roofline import Ceilings
-from autokernel.ops import Site
+from autokernel.ops import Site, get_op
 from autokernel.profiling.capture import CapturedScenario
 from autokernel.profiling.hotspots import rank
 from autokernel.records import Problem, TensorSpec
@@ -86,3 +86,39 @@ def test_what_has_no_library_call_is_estimated_from_its_roofline() -> None:
     assert hotspot.estimated
     assert hotspot.time_us == pytest.approx(hotspot.roofline_us + 2 * 5.0)
     assert hotspot.attainable_gain > 0
+
+
+class Counting:
+    """`mm`, which notes what it is asked."""
+
+    name = "mm"
+
+    def __init__(self) -> None:
+        self.asked: list[Problem] = []
+
+    def num_bytes(self, problem: Problem) -> int:
+        self.asked.append(problem)
+        return get_op("mm").num_bytes(problem)
+
+    def flops(self, problem: Problem) -> int:
+        return get_op("mm").flops(problem)
+
+
+def test_a_problem_is_looked_at_once_however_often_the_model_has_it() -> None:
+    """What a generated fusion reads and writes is worked out from its program: a thousand sites would take half a minute."""
+    problems = mm(1, 100, 100), mm(1, 200, 100)
+    op = Counting()
+    rank([scenario("s", 1000, *((problem, 100, 1) for problem in problems))], CEILINGS, [op])  # type: ignore[list-item]
+    assert sorted(op.asked, key=str) == sorted(problems, key=str)
+
+
+def test_problems_of_the_same_nodes_are_rivals_and_say_so() -> None:
+    nodes = {mm(1, 100, 100): ("a", "b"), mm(1, 200, 100): ("b", "a"), mm(1, 300, 100): ("b",), mm(1, 400, 100): ("c",)}
+    captured = scenario("s", 1000, *((problem, 1, 1) for problem in nodes))
+    sites = tuple(dataclasses.replace(site, nodes=nodes[site.problem]) for site in captured.sites)
+    found = {hotspot.problem: hotspot for hotspot in rank([dataclasses.replace(captured, sites=sites)], CEILINGS)}
+    same, other, part, apart = (found[problem] for problem in nodes)
+    assert same.nodes == other.nodes != part.nodes
+    assert set(same.rivals) == {other.problem.key, part.problem.key}
+    assert apart.rivals == ()
+    assert rank([captured], CEILINGS)[0].nodes == "", "not known"

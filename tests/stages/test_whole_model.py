@@ -16,11 +16,14 @@ from autokernel.config import load_experiment
 from autokernel.environment import Environment
 from autokernel.errors import JobCrashed, JobLost
 from autokernel.evaluate.end_to_end import ScenarioTiming, TimeScenario
+from autokernel.events import ModelValidated, ScenarioResult
 from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.prove import Proof, Prove, ScenarioProof
 from autokernel.profiling.footprint import Footprint, MeasureFootprints
-from autokernel.records import Problem, Speedup, TensorSpec
+from autokernel.records import Problem, Speedup, TensorSpec, Verdict
 from autokernel.stages.ablation import without_useless
 from autokernel.stages.context import RunContext
+from autokernel.stages.production import prove
 from autokernel.stages.profile import _rehearsals
 from autokernel.stages.whole_model import run_on_model, size_of, with_layers
 
@@ -208,3 +211,44 @@ def test_ablation_drops_what_the_model_is_clearly_faster_without() -> None:
     for contender in pool.jobs[0].contenders[1:]:
         assert contender.bundle is not None
         assert {e.key for e in entries} - {e.key for e in contender.bundle.entries} == {contender.name}
+
+
+@dataclass
+class Proofs(Threads):
+    """Answers proofs: every entry of a job's scenarios is hit."""
+
+    jobs: list[Prove] = field(default_factory=list)
+
+    def _run(self, job: Any) -> Any:
+        self.jobs.append(job)
+        return Proof(
+            scenarios=tuple(ScenarioProof(scenario=name, compile_s=1.0, difference=0.0) for name in job.scenarios),
+            num_benchmarks=0,
+            hits={entry.key: int(entry.scenario in job.scenarios) for entry in job.bundle.entries},
+            compile_s={"default": 2.0, "bundle": 1.0} if job.compare else {},
+        )
+
+
+def test_a_proof_of_a_few_layers_is_shared_among_processes() -> None:
+    names = list(SIZES)
+    entries = tuple(entry(16 * (number + 1), name) for number, name in enumerate(names))
+    bundle = Bundle(name="t", created="", version="", environment=ENVIRONMENT, entries=entries)
+    results = tuple(
+        ScenarioResult(
+            scenario=name, modes=(), best_stock="default", passed=True,
+            speedup=Speedup(ratio=2.0 if name == "decode-b64" else 1.0, low=1, high=2, num_rounds=11),
+        )
+        for name in names
+    )  # fmt: skip
+    pool = Proofs()
+    validated = ModelValidated(verdict=Verdict(checks=()), evals=(), scenarios=results)
+    proved = prove(context_of(pool), bundle, validated)
+    assert proved is not None
+    assert (proved.passed, proved.num_hits, proved.stock_compile_s, proved.scenarios) == (True, 6, 2.0, tuple(names))
+    assert sorted(name for job in pool.jobs for name in job.scenarios) == sorted(names)
+    assert [(job.scenarios, job.compare) for job in pool.jobs if job.compare] == [(("decode-b64",), "decode-b64")]
+    assert len(pool.jobs) == 4
+    assert all(job.loaded.experiment.model.config_overrides == {"num_hidden_layers": 4} for job in pool.jobs)
+    on_cpu = Proofs()
+    prove(context_of(on_cpu, "cpu"), bundle, validated)
+    assert [job.scenarios for job in on_cpu.jobs] == [tuple(names)], "where the whole model is compiled, one by one"
