@@ -69,6 +69,9 @@ def run(
 
 def _run_stages(context: RunContext, until: str) -> RunOutcome:
     """The flow on one screen."""
+    from autokernel.stages.whole_model import measure_ahead
+
+    measure_ahead(context)  # while the other stages are imported
     from autokernel.stages.confirm import compatible, confirm, entry_of, within_memory
     from autokernel.stages.graph import search_graph_options
     from autokernel.stages.model import validate

@@ -44,6 +44,7 @@ class RunContext:
     history: Sequence[Path] = field(default_factory=tuple)  # journals of earlier runs, for seeds
     started: float = field(default_factory=time.monotonic)
     footprints: dict[int | None, Footprint] = field(default_factory=dict)  # by the model's number of layers, if fewer
+    measuring: Future[tuple[Footprint, ...]] | None = None  # of all that a run needs, while they are not there yet
 
     @property
     def experiment(self) -> Experiment:

@@ -78,15 +78,26 @@ def size_of(found: Footprint, scenario: str, bundle: Bundle | None) -> int:
     return found.scenarios[scenario] - found.copies + min(copies, found.copies)
 
 
+def measure_ahead(context: RunContext) -> None:
+    """On a GPU: have what jobs on the model take measured, all sizes by one job, while the driver gets ready for them."""
+    if context.device == "cuda" and not context.footprints and context.measuring is None:
+        models = tuple(with_layers(context.loaded, layers) for layers in _layers_of(context))
+        context.measuring = context.pool.submit(MeasureFootprints(models=models), _FOOTPRINT_TIMEOUT_S)
+
+
 def footprint_of(context: RunContext, layers: int | None = None) -> Footprint:
-    """What jobs on the model take, or on one with fewer layers; all that a run needs are measured once, by one job."""
-    if layers not in context.footprints:
-        experiment = context.experiment
-        asked = (None, experiment.plan.layers, experiment.graph.layers, experiment.validation.ablation_layers, layers)
-        wanted = [number for number in dict.fromkeys(asked) if number not in context.footprints]
-        job = MeasureFootprints(models=tuple(with_layers(context.loaded, number) for number in wanted))
-        context.footprints |= zip(wanted, context.pool.submit(job, _FOOTPRINT_TIMEOUT_S).result(), strict=True)
+    """What jobs on the model take, or on one with as many layers as some stage asks for; measured once per run."""
+    measure_ahead(context)
+    measuring, context.measuring = context.measuring, None
+    if measuring is not None:
+        context.footprints |= zip(_layers_of(context), measuring.result(), strict=True)
     return context.footprints[layers]
+
+
+def _layers_of(context: RunContext) -> tuple[int | None, ...]:
+    """Numbers of layers of the models that jobs load; None: all."""
+    experiment = context.experiment
+    return tuple(dict.fromkeys((None, experiment.plan.layers, experiment.graph.layers, experiment.validation.ablation_layers)))
 
 
 def with_layers(loaded: LoadedExperiment, num_layers: int | None) -> LoadedExperiment:

@@ -25,7 +25,7 @@ from autokernel.stages.ablation import without_useless
 from autokernel.stages.context import RunContext
 from autokernel.stages.production import prove
 from autokernel.stages.profile import _rehearsals
-from autokernel.stages.whole_model import run_on_model, size_of, with_layers
+from autokernel.stages.whole_model import footprint_of, measure_ahead, run_on_model, size_of, with_layers
 
 pytestmark = pytest.mark.clock
 
@@ -133,6 +133,17 @@ def test_jobs_beside_may_fail() -> None:
     assert pool.running == set()
     assert frozenset().union(*pool.together) == {"decode-b1", "decode-b16", "decode-b64"}
     assert pool.measured == 1, "one job measures models of all sizes"
+
+
+def test_what_jobs_take_may_be_measured_ahead_and_is_so_once() -> None:
+    pool = Threads()
+    context = context_of(pool)
+    for _ in range(2):
+        measure_ahead(context)
+        assert footprint_of(context, 4).scenarios == SIZES
+    assert pool.measured == 1
+    measure_ahead(context_of(pool, "cpu"))
+    assert pool.measured == 1
 
 
 def test_max_autotune_is_rehearsed_on_a_few_layers() -> None:
