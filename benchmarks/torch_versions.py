@@ -249,6 +249,8 @@ def references() -> str | None:
         ("gated_rms_norm", (x, weight, scale, x), eps),
         ("gated", (x, x), (("activation", "silu"),)),
         ("rotary", (heads, heads, heads), ()),
+        ("norm_rotary", (heads, weight, *(TensorSpec.contiguous((2, 3, 4, 8), "float32"),) * 2), eps),
+        ("rotary_qk", (heads, weight, heads, weight, heads, heads), (("heads", "first"), *eps)),
         ("attention", (heads, heads, heads), (("causal", True), ("scale", 0.25))),
         ("generated", (x,), program),
     ):

@@ -27,9 +27,10 @@ def insert(graph: torch.fx.Graph, region: Region, plan: KernelPlan) -> list[torc
     assert mode is not None, "Inductor's graphs carry fake tensors"
     device = region.outputs[0].meta["val"].device
     zeros = {buffer.dtype: _zeros(graph, buffer, device, mode) for buffer in _zeroed(plan)}
-    strides = tuple(tuple(node.meta["val"].stride()) for node in region.inputs)
+    inputs = [_as_real(graph, node, mode) for node in region.inputs]
+    strides = tuple(tuple(node.meta["val"].stride()) for node in inputs)
     lower = functools.wraps(lower_region)(functools.partial(lower_region, plan, strides, tuple(zeros)))
-    call = graph.call_function(lower, (*region.inputs, *zeros.values()))
+    call = graph.call_function(lower, (*inputs, *zeros.values()))
     with mode:
         call.meta["val"] = tuple(_empty(spec, device) for spec in plan.outputs)
     found = []
@@ -38,6 +39,16 @@ def insert(graph: torch.fx.Graph, region: Region, plan: KernelPlan) -> list[torc
         node.meta["val"] = value
         found.append(_laid_out(graph, node, old.meta["val"]))
     return found
+
+
+def _as_real(graph: torch.fx.Graph, node: torch.fx.Node, mode: Any) -> torch.fx.Node:
+    """The node itself, or a view of its complex numbers as pairs: Triton knows none."""
+    if not node.meta["val"].is_complex():
+        return node
+    pairs = graph.call_function(torch.ops.aten.view_as_real.default, (node,))
+    with mode:
+        pairs.meta["val"] = torch.view_as_real(node.meta["val"])
+    return pairs
 
 
 def lower_region(

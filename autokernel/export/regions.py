@@ -22,6 +22,8 @@ from autokernel.export.one_row import ORIGIN
 from autokernel.export.plan import Plan
 from autokernel.kernels.plans import plan_of
 from autokernel.ops import OPS, FusionOp, Region
+from autokernel.ops.matching import computed_before
+from autokernel.ops.patterns import writes_in
 from autokernel.rewrites import find_rewrite
 
 TRITON = "triton"  # the backend whose entries are kernels of ours
@@ -34,7 +36,7 @@ class RegionPass(CustomGraphPass):
         self.plan = plan
 
     def uuid(self) -> str:
-        return f"autokernel-regions-1-{self.plan.digest}"
+        return f"autokernel-regions-2-{self.plan.digest}"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         wanted = self.plan.region_ops if self.plan.active else frozenset()
@@ -75,12 +77,8 @@ def replace_region(graph: torch.fx.Graph, region: Region, entry: Entry) -> list[
         insert = _inserter(region, entry)
     except ValueError as error:
         raise UnfitError(str(error)) from None
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    first = min(region.outputs, key=order.__getitem__)
-    late = [node.name for node in region.inputs if order[node] > order[first]]
-    if late:
-        raise UnfitError(f"{', '.join(late)} is computed behind {first.name}, which would need it")
-    with graph.inserting_before(first):
+    place, early = _place(graph, region)
+    with graph.inserting_before(place):
         before = set(graph.nodes)
         results = insert(graph)
     for node in graph.nodes:
@@ -88,10 +86,35 @@ def replace_region(graph: torch.fx.Graph, region: Region, entry: Entry) -> list[
             node.meta.update({key: region.name_of.meta[key] for key in ORIGIN if key in region.name_of.meta})
     for old, new in zip(region.outputs, results, strict=True):
         old.replace_all_uses_with(new)
+    for node in early:
+        place.prepend(node)
     for node in reversed([node for node in graph.nodes if node in region.inner]):
         if not node.users:
             graph.erase_node(node)
     return results
+
+
+def _place(graph: torch.fx.Graph, region: Region) -> tuple[torch.fx.Node, list[torch.fx.Node]]:
+    """The node that the call comes before, and what has to follow it there: what is computed from its results sooner.
+
+    It is the first output; or what is behind the last input.
+
+    Raises:
+        UnfitError: an input is computed from a result, or memory is written meanwhile.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    first, last = min(region.outputs, key=order.__getitem__), max(region.inputs, key=order.__getitem__)
+    if order[last] < order[first]:
+        return first, []
+    early = computed_before(last, region.outputs, region.inner, order)
+    for node in early:
+        if node in region.inputs:
+            raise UnfitError(f"{node.name} is computed behind {first.name}, which would need it")
+    if early:
+        for position, written in writes_in(order):
+            if order[early[0]] <= position <= order[last]:
+                raise UnfitError(f"{written.name} is written between {first.name} and {last.name}")
+    return last.next, early
 
 
 def _inserter(region: Region, entry: Entry) -> Callable[[torch.fx.Graph], list[torch.fx.Node]]:

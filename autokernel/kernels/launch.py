@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor that a kernel gets: an input of the problem, an output, or scratch, by its position."""
+    """A tensor that a kernel gets: an input of the problem (`as_real`), an output, or scratch, by its position."""
 
     kind: Literal["in", "out", "scratch"]
     index: int
@@ -78,13 +78,20 @@ def resolve(launch: Launch, tensors: Mapping[str, Sequence[Any]]) -> dict[str, A
     }
 
 
+def as_real(spec: TensorSpec) -> TensorSpec:
+    """As kernels see an input: complex numbers are pairs of real ones, in one more dimension."""
+    if spec.dtype != "complex64":
+        return spec
+    return TensorSpec(shape=(*spec.shape, 2), dtype="float32", stride=(*(2 * s for s in spec.stride), 1))
+
+
 def run(plan: KernelPlan, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Launch a plan's kernels on tensors that have the problem's shapes, dtypes and strides; returns its outputs."""
     import torch
 
     device = inputs[0].device
     tensors = {
-        "in": inputs,
+        "in": [torch.view_as_real(x) if x.is_complex() else x for x in inputs],
         "out": [
             torch.empty_strided(spec.shape, spec.stride, dtype=getattr(torch, spec.dtype), device=device)
             for spec in plan.outputs

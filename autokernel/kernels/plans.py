@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from autokernel.kernels.attention_config import plan_decode, plan_flash
 from autokernel.kernels.generated import plan_products, plan_rows
 from autokernel.kernels.launch import KernelPlan
+from autokernel.kernels.rotary_config import plan_rotary
 from autokernel.kernels.row_norm_config import plan_row_norm
 from autokernel.records import ConfigValue, Problem
 
@@ -23,6 +24,11 @@ PLANNERS: Mapping[str, Mapping[str, Planner]] = {
     "add_rms_norm": {"row_norm": plan_row_norm},
     "adaln_rms_norm": {"row_norm": plan_row_norm},
     "gated_rms_norm": {"row_norm": plan_row_norm},
+    "rotary": {"rotary": plan_rotary},
+    "rotary_complex": {"rotary": plan_rotary},
+    "norm_rotary": {"rotary": plan_rotary},
+    "norm_rotary_complex": {"rotary": plan_rotary},
+    "rotary_qk": {"rotary": plan_rotary},
     "generated": {"generated_mm": plan_products, "generated_rows": plan_rows},
 }
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _places(row, column, SIZE_1: tl.constexpr, SIZE_2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+def places(row, column, SIZE_1: tl.constexpr, SIZE_2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
             S3: tl.constexpr):  # fmt: skip
     """Offsets of a block of rows, whose numbers count through three dimensions."""
     first = row // (SIZE_1 * SIZE_2) * S0 + row // SIZE_2 % SIZE_1 * S1 + row % SIZE_2 * S2
@@ -46,21 +46,21 @@ def row_norm_kernel(
     for step in range(REPEAT):
         row = (block + step) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask = (row < ROWS)[:, None] & in_row[None, :]
-        value = tl.load(x + _places(row, column, SIZE_1, SIZE_2, X0, X1, X2, X3), mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(x + places(row, column, SIZE_1, SIZE_2, X0, X1, X2, X3), mask=mask, other=0.0).to(tl.float32)
         if SUM or GATE:
-            stream = tl.load(residual + _places(row, column, SIZE_1, SIZE_2, R0, R1, R2, R3), mask=mask, other=0.0)
+            stream = tl.load(residual + places(row, column, SIZE_1, SIZE_2, R0, R1, R2, R3), mask=mask, other=0.0)
         if SUM:
             added = (value + stream.to(tl.float32)).to(total.dtype.element_ty)
-            tl.store(total + _places(row, column, SIZE_1, SIZE_2, T0, T1, T2, T3), added, mask=mask)
+            tl.store(total + places(row, column, SIZE_1, SIZE_2, T0, T1, T2, T3), added, mask=mask)
             value = added.to(tl.float32)
         scale = tl.rsqrt(tl.sum(value * value, axis=1) / COLS + EPS)
         result = value * scale[:, None] * gain[None, :]
         if SCALE or GATE:
-            by = tl.load(factor + _places(row, column, SIZE_1, SIZE_2, F0, F1, F2, F3), mask=mask, other=0.0).to(tl.float32)
+            by = tl.load(factor + places(row, column, SIZE_1, SIZE_2, F0, F1, F2, F3), mask=mask, other=0.0).to(tl.float32)
             if SCALE:
                 by += 1.0
             result *= by
         if GATE:
             result += stream.to(tl.float32)
-        place = _places(row, column, SIZE_1, SIZE_2, Y0, Y1, Y2, Y3)
+        place = places(row, column, SIZE_1, SIZE_2, Y0, Y1, Y2, Y3)
         tl.store(y + place, result.to(y.dtype.element_ty), mask=mask)

@@ -19,9 +19,12 @@ from autokernel.ops.generated import Generated
 from autokernel.ops.int_mm import IntMm
 from autokernel.ops.merged_mm import MergedMm
 from autokernel.ops.mm import Mm
+from autokernel.ops.norm_rotary import NormRotary
+from autokernel.ops.norm_rotary_complex import NormRotaryComplex
 from autokernel.ops.rms_norm import RmsNorm
 from autokernel.ops.rotary import Rotary
 from autokernel.ops.rotary_complex import RotaryComplex
+from autokernel.ops.rotary_qk import RotaryQk
 from autokernel.ops.scaled_mm import ScaledMm
 
 # In order of precedence: an opportunity that spans several GEMMs comes before the GEMMs themselves.
@@ -34,6 +37,9 @@ OPS: tuple[Op, ...] = (
     ScaledMm(),
     IntMm(),
     Attention(),
+    RotaryQk(),
+    NormRotaryComplex(),
+    NormRotary(),
     RotaryComplex(),
     Rotary(),
     GatedRmsNorm(),

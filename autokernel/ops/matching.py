@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from autokernel.records import DTYPE_BYTES, TensorSpec
@@ -83,6 +84,17 @@ def identity(node: Node) -> tuple[object, ...]:
     """Equal for two nodes that are the same elements of the same memory: separate views of one value are."""
     value = node.meta["val"]
     return source_of(node), tuple(value.shape), tuple(value.stride()), value.storage_offset(), value.dtype
+
+
+def computed_before(last: Node, nodes: Iterable[Node], inner: frozenset[Node], order: Mapping[Node, int]) -> list[Node]:
+    """What is computed from these nodes up to another one, itself included, in order; the set that they belong to left out."""
+    found: set[Node] = set()
+    left = list(nodes)
+    while left:
+        users = [user for user in left.pop().users if user not in inner and order[user] <= order[last]]
+        left += [user for user in users if user not in found]
+        found.update(users)
+    return sorted(found, key=order.__getitem__)
 
 
 def site_name(node: Node) -> str:

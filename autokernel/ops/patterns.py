@@ -45,6 +45,9 @@ _MAX_READINGS = 8  # ways to see a spelling at one place that are tried
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
+Order = Mapping["Node", int]  # positions of a graph's nodes
+Writes = Sequence[tuple[int, "Node"]]  # where memory is written, and what lies behind all views of it
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pattern:
@@ -68,7 +71,7 @@ class Pattern:
     def match(self, graph: Graph, device: str) -> list[Region]:
         """Its regions, in the graph's order and without overlap; of two, the one in 16 bits, which has the conversions."""
         order = {node: position for position, node in enumerate(graph.nodes)}
-        writes = _writes(order)
+        writes = writes_in(order)
         by_kind: dict[str, list[Node]] = {}
         for node in order:
             if node.op == "call_function":
@@ -95,8 +98,8 @@ class Pattern:
         spelling: Spelling,
         traced: Traced,
         anchor: Node,
-        order: Mapping[Node, int],
-        writes: Sequence[tuple[int, Node]],
+        order: Order,
+        writes: Writes,
         device: str,
     ) -> Region | None:
         """The region that ends at this node, None if there is none or the rules forbid it."""
@@ -119,7 +122,7 @@ class Pattern:
                 continue
             outputs = tuple(sure.nodes[node] for node in whole.outputs)
             inner = _inner(sure, outputs, fixed)
-            if inner is None or _written_between(nodes, inner, outputs, order, writes):
+            if inner is None or written_between(nodes, inner, outputs, order, writes):
                 continue
             problem = Problem(op=self.op, inputs=known, device=device, scalars=scalars)
             return Region(problem=problem, inputs=tuple(nodes), outputs=outputs, inner=inner, name_of=anchor)
@@ -272,7 +275,7 @@ def _inner(reading: _Reading, outputs: tuple[Node, ...], fixed: Mapping[Node, No
     return frozenset(inner) if all({*node.users} <= inner for node in needed) else None
 
 
-def _writes(order: Mapping[Node, int]) -> list[tuple[int, Node]]:
+def writes_in(order: Order) -> list[tuple[int, Node]]:
     """Where memory is written, and what lies behind all views of it."""
     found = []
     for node, position in order.items():
@@ -291,16 +294,16 @@ def _written_by(node: Node) -> list[Node]:
     return [x for value in values for x in (value if isinstance(value, (list, tuple)) else [value]) if is_node(x)]
 
 
-def _written_between(
+def written_between(
     inputs: Sequence[Node],
     inner: frozenset[Node],
     outputs: Sequence[Node],
-    order: Mapping[Node, int],
-    writes: Sequence[tuple[int, Node]],
+    order: Order,
+    writes: Writes,
 ) -> bool:
     """Whether an input's memory changes between the region's first read and its last one.
 
-    The fusion reads everything at one place, where its first output is.
+    The fusion reads everything at one place, behind its last input and not behind its last output.
     """
     first, last = min(order[node] for node in inner), max(order[node] for node in outputs)
     sources = {source_of(node) for node in inputs}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from autokernel.ops.fusion import PatternFusion, wide
 from autokernel.ops.patterns import Pattern
 from autokernel.ops.spelling import Spelling
-from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
+from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -44,19 +44,22 @@ def norm_by_product(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
 
 
 def norm_patterns(
-    op: str, around: Callable[[Norm], Spelling], inputs: Callable[[str], tuple[TensorSpec, ...]]
+    op: str,
+    around: Callable[[Norm], Spelling],
+    inputs: Callable[[str], tuple[TensorSpec, ...]],
+    fixed: tuple[tuple[str, ConfigValue], ...] = (),
 ) -> tuple[Pattern, ...]:
     """Patterns of a fusion around a norm.
 
     Args:
         op: its name.
         around: for a norm, the function of the inputs and of `eps` that has it in it.
-        inputs: see `Pattern`.
+        inputs, fixed: see `Pattern`.
     """
     early = tuple(around(norm) for norm in (norm_early, norm_by_product))
     return (
-        Pattern(op=op, spellings=early, inputs=inputs, scalars=("eps",)),
-        Pattern(op=op, spellings=(around(norm_late),), inputs=inputs, scalars=("eps",), fixed=LATE),
+        Pattern(op=op, spellings=early, inputs=inputs, scalars=("eps",), fixed=fixed),
+        Pattern(op=op, spellings=(around(norm_late),), inputs=inputs, scalars=("eps",), fixed=(*LATE, *fixed)),
     )
 
 

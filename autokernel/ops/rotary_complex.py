@@ -32,19 +32,25 @@ class RotaryComplex(PatternFusion):
     """
 
     name = "rotary_complex"
-    patterns = (Pattern(op=name, spellings=(rotate,), inputs=_inputs),)
+    patterns: tuple[Pattern, ...] = (Pattern(op=name, spellings=(rotate,), inputs=_inputs),)
 
     def dims(self, problem: Problem) -> Mapping[str, int]:
-        """`batch`, `length`, `heads`, `head_dim`, `dtype_bytes`."""
+        """`batch`, `length`, `heads`, `head_dim`, `rows` (of `head_dim` elements), `dtype_bytes`."""
         batch, length, heads, head_dim = problem.inputs[0].shape
-        size = DTYPE_BYTES[problem.inputs[0].dtype]
-        return {"batch": batch, "length": length, "heads": heads, "head_dim": head_dim, "dtype_bytes": size}
+        return {
+            "batch": batch,
+            "length": length,
+            "heads": heads,
+            "head_dim": head_dim,
+            "rows": batch * length * heads,
+            "dtype_bytes": DTYPE_BYTES[problem.inputs[0].dtype],
+        }
 
     def flops(self, problem: Problem) -> int:
         """Six for a product of two complex numbers."""
         return 3 * problem.inputs[0].num_elements
 
     def num_bytes(self, problem: Problem) -> int:
-        """Both inputs read once, the result written once."""
-        x, turns = problem.inputs
-        return x.num_bytes + turns.num_bytes + x.num_elements * DTYPE_BYTES[x.dtype]
+        """Every input read once, the result written once."""
+        x = problem.inputs[0]
+        return x.num_elements * DTYPE_BYTES[x.dtype] + sum(spec.num_bytes for spec in problem.inputs)

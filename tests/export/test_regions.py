@@ -154,8 +154,9 @@ def test_another_problem_gets_stock_code_without_a_word() -> None:
 
 def test_a_region_whose_input_comes_too_late_stays() -> None:
     graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    first, late = (graph.call_function(op, (x,)) for op in (torch.ops.aten.relu.default, torch.ops.aten.exp.default))
+    x, aten = graph.placeholder("x"), torch.ops.aten
+    first = graph.call_function(aten.relu.default, (x,))
+    late = graph.call_function(aten.exp.default, (first,))
     graph.output((first, late))
     with FakeTensorMode():
         for node in (x, first, late):
