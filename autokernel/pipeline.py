@@ -179,7 +179,7 @@ def open_run(
             num_workers=experiment.search.workers,
             env=worker_env(threads),
             memory_limit_bytes=memory_limit(experiment.search.workers, checkpoint_bytes(loaded)),
-            preload=("torch",),
+            preload=("torch", "torch._inductor.compile_fx"),  # what nearly every job needs; while it is waited for
         )
         try:
             yield RunContext(

@@ -24,6 +24,7 @@ from autokernel.evaluate.modes import (
     build_program,
     compile_errors,
     failure_of,
+    load_scenario,
     own_code,
     prepare,
 )
@@ -182,12 +183,9 @@ class TimeScenario(ModelJob):
 
     def _on_gpu(self, turns: JobTurns) -> ScenarioTiming:
         from autokernel.evaluate.cuda_graphs import Capturer
-        from autokernel.profiling.workload import load_model
 
-        with turns.alone():
-            model = load_model(self.loaded, self.device)
-            program = build_program(self.loaded, model, self.scenario, self.device, self.seed)
-            capturer = Capturer()
+        model, program = load_scenario(self.loaded, self.scenario, turns, self.seed)
+        capturer = Capturer()
         found = _Found()
         start = time.monotonic()
         baseline = ""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
+from autokernel.evaluate.turns import wake
 from autokernel.evaluate.whole_model import JobTurns, stock_backend, unknown_options
 from autokernel.export.bundle import OWN_OPTIONS, Bundle
 
@@ -79,6 +80,22 @@ def build_program(loaded: LoadedExperiment, model: torch.nn.Module, scenario: st
     return build_scenario(
         model, loaded.experiment.scenarios[scenario], scenario, seed, device, loaded.experiment.model.dtype, loaded=loaded
     )
+
+
+def load_scenario(
+    loaded: LoadedExperiment, scenario: str, turns: JobTurns, seed: int
+) -> tuple[torch.nn.Module, ScenarioProgram]:
+    """The model and a program for one scenario. On a GPU alone on it, but not while code is imported and a context is made."""
+    from autokernel.profiling.workload import import_model, load_model
+
+    if turns.device != "cuda":
+        model = load_model(loaded, turns.device)
+        return model, build_program(loaded, model, scenario, turns.device, seed)
+    import_model(loaded)
+    wake(turns.device)
+    with turns.alone():
+        model = load_model(loaded, turns.device)
+        return model, build_program(loaded, model, scenario, turns.device, seed)
 
 
 def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | None = None) -> Prepared:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from autokernel.config import CallScenario, LoadedExperiment
 from autokernel.errors import WorkerError
-from autokernel.evaluate.modes import BUNDLE, Contender, build_program, compile_errors, failure_of, own_code, prepare
+from autokernel.evaluate.modes import (
+    BUNDLE,
+    Contender,
+    build_program,
+    compile_errors,
+    failure_of,
+    load_scenario,
+    own_code,
+    prepare,
+)
 from autokernel.evaluate.outputs import Run, ScenarioCheck, Trio, check_trio, compare_outputs, verdict_of
 from autokernel.evaluate.statistics import paired_relative_difference
 from autokernel.evaluate.whole_model import JobTurns
@@ -79,11 +88,7 @@ def check_scenario(loaded: LoadedExperiment, bundle: Bundle, name: str, turns: J
     Raises:
         WorkerError: the model does not compile or run with the bundle.
     """
-    from autokernel.profiling.workload import load_model
-
-    with turns.alone():
-        model = load_model(loaded, turns.device)
-        program = build_program(loaded, model, name, turns.device, seed)
+    model, program = load_scenario(loaded, name, turns, seed)
     try:
         with turns.building():
             prepared = prepare(Contender(name=BUNDLE, bundle=bundle), program, turns)
@@ -183,8 +188,9 @@ def check_metric(loaded: LoadedExperiment, bundle: Bundle, turns: JobTurns, seed
     Raises:
         ConfigError: the experiment has none.
     """
-    from autokernel.profiling.workload import load_model
+    from autokernel.profiling.workload import import_model, load_model
 
+    import_model(loaded)
     with turns.alone():
         return _eval(loaded, bundle, load_model(loaded, turns.device), turns.device, seed)
 

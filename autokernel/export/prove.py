@@ -169,13 +169,14 @@ class _Process:
         import torch
 
         import autokernel
-        from autokernel.profiling.workload import load_model
+        from autokernel.profiling.workload import import_model, load_model
         from autokernel.workers.device_lock import device_lock
 
         torch.set_num_threads(int(request["threads"]))
         self.request, self.folder = request, folder
         self.device: str = request["device"]
         self.loaded = LoadedExperiment.model_validate(request["loaded"])
+        import_model(self.loaded)
         with device_lock(self.device, exclusive=False):  # another process may time
             self.model = load_model(self.loaded, self.device)
         self.backend: BundleBackend | None = autokernel.backend(request["bundle"]) if request["bundle"] else None

@@ -42,7 +42,7 @@ def from_class(loaded: LoadedExperiment, class_path: str, dtype: torch.dtype, de
 
     stay_offline()
     section = loaded.experiment.model
-    kind = _class(loaded, class_path)
+    kind = class_of(loaded, class_path)
     if section.checkpoint is not None:
         return _pretrained(kind, class_path, loaded.resolve(section.checkpoint), dtype)
     build = _from_arguments(kind, class_path, section.arguments) if section.config is None else _from_keys(kind, loaded)
@@ -58,7 +58,7 @@ def from_class(loaded: LoadedExperiment, class_path: str, dtype: torch.dtype, de
         ) from error
 
 
-def _class(loaded: LoadedExperiment, class_path: str) -> Any:
+def class_of(loaded: LoadedExperiment, class_path: str) -> Any:
     from torch import nn
 
     kind = load_function(loaded, class_path, "model.class_path")

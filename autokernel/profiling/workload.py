@@ -12,7 +12,16 @@ from autokernel.config import CallScenario, DecodeScenario, LoadedExperiment, Pr
 from autokernel.errors import ConfigError, WorkloadError
 from autokernel.profiling.corpus import Corpus, load_corpus
 from autokernel.profiling.precision import convert
-from autokernel.profiling.sources import first_line, from_class, from_factory, no_room, overridden, read_json, stay_offline
+from autokernel.profiling.sources import (
+    class_of,
+    first_line,
+    from_class,
+    from_factory,
+    no_room,
+    overridden,
+    read_json,
+    stay_offline,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +51,23 @@ class ScenarioProgram:
     def reset(self) -> None:
         """Put back what steps have written (the KV cache behind the context)."""
         self.restore()
+
+
+def import_model(loaded: LoadedExperiment) -> None:
+    """Import the code that `load_model` builds the model with: seconds in a new process, for which nobody needs the device.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
+    section = loaded.experiment.model
+    if section.class_path is not None:
+        class_of(loaded, section.class_path)
+    elif section.by_auto_class:
+        kind, auto = type(model_config(loaded)), _auto_classes()
+        for classes in (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_MAPPING):
+            if kind in classes:
+                classes[kind]  # imports its module
+                break
 
 
 def load_model(loaded: LoadedExperiment, device: str) -> nn.Module:

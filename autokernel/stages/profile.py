@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
-from autokernel.evaluate.modes import Contender, build_program, compile_errors, failure_of, prepare
+from autokernel.evaluate.modes import Contender, compile_errors, failure_of, load_scenario, prepare
 from autokernel.evaluate.roofline import EIGHT_BIT_DTYPES, MeasureCeilings
 from autokernel.evaluate.whole_model import JobTurns, ModelJob, model_job
 from autokernel.events import Profiled
@@ -42,11 +41,8 @@ class ProfileScenario(ModelJob):
 
     def _capture(self, turns: JobTurns) -> CapturedScenario:
         from autokernel.profiling.capture import capture
-        from autokernel.profiling.workload import load_model
 
-        with turns.alone() if self.device == "cuda" else contextlib.nullcontext():
-            model = load_model(self.loaded, self.device)
-            program = build_program(self.loaded, model, self.scenario, self.device, self.seed)
+        _, program = load_scenario(self.loaded, self.scenario, turns, self.seed)
         return capture(program, self.device, turns=turns)
 
 
@@ -73,11 +69,7 @@ class Rehearse(ModelJob):
         return time.monotonic() - start
 
     def _compile(self, turns: JobTurns) -> None:
-        from autokernel.profiling.workload import load_model
-
-        with turns.alone():
-            model = load_model(self.loaded, self.device)
-            program = build_program(self.loaded, model, self.scenario, self.device, self.seed)
+        _, program = load_scenario(self.loaded, self.scenario, turns, self.seed)
         try:
             with turns.building():
                 prepare(Contender(name=_REHEARSED), program, turns)

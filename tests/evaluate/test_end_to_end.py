@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autokernel.config import LoadedExperiment, load_experiment
 from autokernel.environment import current_environment
 from autokernel.errors import WorkerError
+from autokernel.evaluate import modes
 from autokernel.evaluate.end_to_end import BUNDLE, Contender, ScenarioTiming, TimeScenario, scenario_result
 from autokernel.evaluate.whole_model import JobTurns, _tuning_takes_turns
 from autokernel.events import ModeTiming
 from autokernel.export.bundle import Bundle
+from autokernel.profiling import workload
 from autokernel.records import Speedup
 from autokernel.workers.device_lock import device_lock
 
@@ -196,3 +202,34 @@ def test_compiled_code_runs_alone_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert kept == [lock_is_free]
     assert run() == 0
     assert run() > 0
+
+
+def test_nobody_waits_for_the_device_while_code_is_imported(
+    loaded: LoadedExperiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    turns, seen = JobTurns("cuda"), []
+
+    def note(name: str) -> Callable[..., Any]:
+        return lambda *_, **__: seen.append((name, turns._holder is not None))
+
+    monkeypatch.setattr(turns, "_finish", lambda: None)  # there is no device
+    monkeypatch.setattr(modes, "wake", note("wake"))
+    monkeypatch.setattr(modes, "build_program", note("build"))
+    for name in ("import_model", "load_model"):
+        monkeypatch.setattr(workload, name, note(name))
+    modes.load_scenario(loaded, "decode", turns, 0)
+    assert seen == [("import_model", False), ("wake", False), ("load_model", True), ("build", True)]
+    assert turns._holder is None
+
+
+def test_the_code_of_a_model_is_imported_without_building_it(loaded: LoadedExperiment) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from autokernel.config import load_experiment
+from autokernel.profiling.workload import import_model
+import_model(load_experiment(Path({str(loaded.path)!r})))
+assert "transformers.models.llama.modeling_llama" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
