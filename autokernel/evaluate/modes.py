@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import types
 from collections.abc import Callable, Mapping
@@ -143,8 +144,9 @@ def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | No
     start = time.perf_counter()
     call()
     compile_s = time.perf_counter() - start
-    program.reset()
-    call()
+    with turns.alone() if on_gpu and turns is not None else contextlib.nullcontext():
+        program.reset()
+        call()
     usage = backend.usage() if backend is not None else {}
     return Prepared(
         call=call,

@@ -119,7 +119,8 @@ def capture(
             step_us, spread_us = _time_replays(lambda: compiled(*program.inputs), budget_s)
         else:
             step_us, spread_us = _time_steps(step, budget_s)
-        shares, kernel_share = _profile(step, device, step_us)
+        profiler = _profile(step, device)
+    shares, kernel_share = _shares(profiler, device, step_us)
     call_us = _attribute({site.problem.key: site.problem for site in sites}, shares, step_us, program.name)
     return CapturedScenario(
         scenario=program.name,
@@ -220,14 +221,8 @@ def _time_replays(call: Callable[[], Any], budget_s: float) -> tuple[float, floa
     return median, high - low
 
 
-def _profile(step: Callable[[], None], device: str, step_us: float) -> tuple[dict[Call, float], float]:
-    """Each library call's share of a step (one call of it), and that of all kernels
-    (on a CPU, of all library calls).
-
-    Both parts and whole are the lower quartile of the profiled steps: a step that was preempted is long as a whole, and in
-    few of its parts. Taken together, the parts are never more than the whole. On a GPU the parts are times of kernels, and
-    the whole is `step_us`: launched one by one, kernels wait for the host.
-    """
+def _profile(step: Callable[[], None], device: str) -> Any:
+    """A profiler that saw a few steps. What it saw is worked out when it is asked: seconds that need no device."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
@@ -235,6 +230,17 @@ def _profile(step: Callable[[], None], device: str, step_us: float) -> tuple[dic
         for _ in range(_NUM_PROFILED):
             with record_function(_STEP):
                 step()
+    return profiler
+
+
+def _shares(profiler: Any, device: str, step_us: float) -> tuple[dict[Call, float], float]:
+    """Each library call's share of a step (one call of it), and that of all kernels
+    (on a CPU, of all library calls).
+
+    Both parts and whole are the lower quartile of the profiled steps: a step that was preempted is long as a whole, and in
+    few of its parts. Taken together, the parts are never more than the whole. On a GPU the parts are times of kernels, and
+    the whole is `step_us`: launched one by one, kernels wait for the host.
+    """
     # On a GPU, spans of the same names show up again as the device's own events.
     everything = profiler.events() or []
     events = [event for event in everything if not str(event.device_type).endswith("CUDA")]
