@@ -13,6 +13,8 @@ from autokernel.records import Hotspot, Problem, digest_of
 # Inductor's own kernels take is not known by their nodes; a fusion's time is measured when stock code for it is.
 _KERNEL_US = {"cuda": 2.5, "cpu": 5.0}
 
+_DIGEST = 10  # hex digits: to tell the calls of one graph apart
+
 
 def rank(captured: Sequence[CapturedScenario], ceilings: Ceilings, ops: Sequence[Op] = OPS) -> tuple[Hotspot, ...]:
     """The problems of all scenarios, by what could be gained: the largest first.
@@ -91,7 +93,7 @@ def _hotspot(
         consumers=_distinct(site.consumers for site in sites),
         estimated=estimated,
         rivals=tuple(other for other, names in nodes.items() if other != key and not names.isdisjoint(nodes[key])),
-        nodes=digest_of(sorted(nodes[key])) if nodes[key] else "",
+        nodes=tuple(digest_of(sorted(site.nodes), _DIGEST) for site in sites if site.nodes),
     )
 
 

@@ -11,29 +11,31 @@ from collections.abc import Sequence
 
 import optuna
 
-from autokernel.search.plans import Part, Plan, best_plans, completed, nodes_of
+from autokernel.search.plans import Part, Plan, best_plans, completed, differing_us
 
 _TRIES = 64  # proposals that were known already before the study is taken to be exhausted
 _TOLD_PLANS = 32  # how many plans tell the sampler what sums of savings look like
 
 
 class PlanStudy:
-    """Proposes plans of one scenario, each once. Of plans that take the same nodes only the one that should save most: they
-    leave their neighbours the same, so the times of their own kernels tell them apart.
+    """Proposes plans of one scenario, each once. Of plans that could not be told apart only the one that should save most.
 
     Args:
         parts: the entries that may be in a plan, with what each saves.
         step_us: one step of the scenario without any of them.
         limit: plans to propose in all.
         seed: makes proposals reproducible, given the same measurements.
+        told_apart_us: plans that differ in less than this could not be told apart.
     """
 
-    def __init__(self, parts: Sequence[Part], step_us: float, limit: int, seed: int = 0) -> None:
+    def __init__(self, parts: Sequence[Part], step_us: float, limit: int, seed: int = 0, told_apart_us: float = 0.0) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise a line per trial
         self._parts = tuple(parts)
         self._step_us = step_us
         self._limit = limit
-        self._proposed: dict[frozenset[str], Plan] = {}  # by the nodes that they take
+        self._told_apart_us = told_apart_us
+        self._proposed: list[Plan] = []
+        self.left_out: list[tuple[Plan, float]] = []  # of the first plans: in what, in us, they differ from a better one
         self._names = {part.key: f"part {number}" for number, part in enumerate(self._parts)}
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0, multivariate=True)
         self._study = optuna.create_study(sampler=sampler)
@@ -46,8 +48,13 @@ class PlanStudy:
         count = min(self._limit, max(2, math.ceil(self._limit / 2)))
         found: list[Plan] = []
         for plan in self._ranked:
-            if len(found) < count and self._is_new(plan):
+            if len(found) == count:
+                break
+            us = self._differs_us(plan)
+            if us > self._told_apart_us:
                 found.append(self._note(plan))
+            else:
+                self.left_out.append((plan, us))
         return found
 
     def next(self) -> list[Plan]:
@@ -59,7 +66,7 @@ class PlanStudy:
             trial = self._study.ask()
             wanted = [part.key for part in self._parts if trial.suggest_categorical(self._names[part.key], [True, False])]
             plan = completed(sorted(wanted, key=self._saved, reverse=True), self._parts)
-            if self._is_new(plan):
+            if self._differs_us(plan) > self._told_apart_us:
                 found.append(self._note(plan))
             self._study.tell(trial, self._step_us - plan.saved_us)
         return found
@@ -79,12 +86,13 @@ class PlanStudy:
             )
         )
 
-    def _is_new(self, plan: Plan) -> bool:
-        known = self._proposed.get(nodes_of(plan, self._parts))
-        return known is None or (plan.keys != known.keys and plan.saved_us > known.saved_us)
+    def _differs_us(self, plan: Plan) -> float:
+        """In how much it differs from any plan that was proposed and should save as much, at least."""
+        better = (known for known in self._proposed if known.saved_us >= plan.saved_us)
+        return min((differing_us(known, plan, self._parts) for known in better), default=math.inf)
 
     def _note(self, plan: Plan) -> Plan:
-        self._proposed[nodes_of(plan, self._parts)] = plan
+        self._proposed.append(plan)
         return plan
 
     def _saved(self, key: str) -> float:

@@ -18,15 +18,15 @@ _MAX_STEPS = 200_000  # of the search; a graph's rivals come in small groups, wh
 class Part:
     """An entry that may be in a plan. `saved_us` is what a step of its scenario takes less with it, by its own timing.
 
-    `stock_us` is what stock code takes for all its calls, and `nodes` stands for the nodes of the graph that it takes: parts
-    that have it in common take the same ones. "": not known.
+    `stock_us` is what stock code takes for all its calls. `nodes` stands for the nodes of the graph that each call takes: calls
+    of two parts that have one in common take the very same ones. Empty: not known.
     """
 
     key: str
     saved_us: float
     rivals: frozenset[str]  # keys of parts that it excludes
     stock_us: float = math.inf
-    nodes: str = ""
+    nodes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,14 +111,21 @@ def rivals_of(key: str, parts: Sequence[Part]) -> frozenset[str]:
     return own | {part.key for part in parts if key in part.rivals}
 
 
-def nodes_of(plan: Plan, parts: Sequence[Part]) -> frozenset[str]:
-    """Stands for the nodes that a plan takes: plans that have it in common leave their neighbours the same."""
-    return frozenset(part.nodes or part.key for part in parts if part.key in plan.keys)
-
-
 def differing_us(a: Plan, b: Plan, parts: Sequence[Part]) -> float:
-    """What stock code takes per step for the parts that are in one of two plans alone: far apart the plans cannot be."""
-    return sum(part.stock_us for part in parts if (part.key in a.keys) != (part.key in b.keys))
+    """What stock code takes per step for the calls that only one of two plans replaces.
+
+    Where both replace the very same nodes, their neighbours are the same, and the kernels' own times tell the plans apart. What
+    they do to their neighbours elsewhere is of the order of this time.
+    """
+    only_a = [part for part in parts if part.key in a.keys and part.key not in b.keys]
+    only_b = [part for part in parts if part.key in b.keys and part.key not in a.keys]
+    total = 0.0
+    for own, others in ((only_a, only_b), (only_b, only_a)):
+        taken = {call for part in others for call in part.nodes}
+        for part in own:
+            apart = len(part.nodes - taken) / len(part.nodes) if part.nodes else 1.0
+            total += part.stock_us * apart if apart else 0.0
+    return total
 
 
 def is_plan(keys: Sequence[str], parts: Sequence[Part]) -> bool:

@@ -18,7 +18,7 @@ from autokernel.events import PlanTrial, Profiled
 from autokernel.ops import FUSIONS
 from autokernel.records import Winner
 from autokernel.search.plan_study import PlanStudy
-from autokernel.search.plans import Part, Plan, differing_us, rivals_of
+from autokernel.search.plans import Part, Plan, best_plans, rivals_of
 from autokernel.stages.confirm import entry_of
 from autokernel.stages.context import RunContext
 from autokernel.stages.production import make_bundle
@@ -70,33 +70,22 @@ def choose_plans(context: RunContext, profiled: Profiled, winners: Sequence[Winn
 def _contest(
     scenario: str, parts: Sequence[Part], stock_us: float, winners: Sequence[Winner], trials: int, seed: int
 ) -> _Contest:
-    """The first round: those of the plans that should save most that can be told apart from the first of them."""
-    study = PlanStudy(parts, stock_us, trials, seed)
+    """The first round: those of the plans that should save most that could be told apart in the model."""
+    best = best_plans(parts, 1)[0]
+    step_us = max(stock_us - sum(_saved_us(winner) for winner in _kept(scenario, best, parts, winners)), 0.0)
+    study = PlanStudy(parts, stock_us, trials, seed, _TOLD_APART * step_us)
     best, *others = study.first()
-    saved_us = sum(_saved_us(winner) for winner in _kept(scenario, best, parts, winners))
-    step_us = max(stock_us - saved_us, 0.0)
-    contest = _Contest(scenario=scenario, parts=parts, study=study, best=best, step_us=step_us, challengers=[])
-    contest.challengers = _worth_timing(contest, others)
-    if not contest.challengers:
-        reason = "the others differ from it in too little" if others else "no other plan"
+    contest = _Contest(scenario=scenario, study=study, parts=parts, best=best, step_us=step_us, challengers=others)
+    for plan, us in study.left_out[:trials]:
+        reason = (
+            f"not timed: it replaces other calls than a plan that should save more in {us:.1f} us of {step_us:.0f} us, which "
+            f"could not be told apart"
+        )
+        contest.trials.append(_trial(scenario, plan, None, accepted=False, reason=reason))
+    if not others:
+        reason = "no plan that could be told apart from it" if study.left_out else "no other plan"
         contest.trials.append(_trial(scenario, best, None, accepted=True, reason=reason))
     return contest
-
-
-def _worth_timing(contest: _Contest, plans: Sequence[Plan]) -> list[Plan]:
-    """Those that can be told apart from the best in the model; the others are noted, with why not."""
-    found = []
-    for plan in plans:
-        differing = differing_us(contest.best, plan, contest.parts)
-        if differing >= _TOLD_APART * contest.step_us:
-            found.append(plan)
-            continue
-        reason = (
-            f"not timed: it differs in {differing:.1f} us of a step of {contest.step_us:.0f} us, which nobody could tell "
-            f"apart; the plan that should save more is taken"
-        )
-        contest.trials.append(_trial(contest.scenario, plan, None, accepted=False, reason=reason))
-    return found
 
 
 def play(contest: _Contest, timing: ScenarioTiming | None) -> None:
@@ -119,7 +108,7 @@ def play(contest: _Contest, timing: ScenarioTiming | None) -> None:
     contest.best, judged = judge(contest.scenario, challenged, challengers, timing)
     contest.trials += judged
     if surprising:  # else savings add up here, and Optuna knows nothing that the sums do not say
-        contest.challengers = _worth_timing(contest, contest.study.next())
+        contest.challengers = contest.study.next()
 
 
 def parts_of(scenario: str, winners: Sequence[Winner]) -> list[Part]:
@@ -141,7 +130,7 @@ def parts_of(scenario: str, winners: Sequence[Winner]) -> list[Part]:
             rivals=rivals[key],
             stock_us=winner.baseline_us * winner.hotspot.num_calls,
             # what Inductor can see into does not leave its neighbours the same
-            nodes=winner.hotspot.nodes if _is_fusion(winner) else "",
+            nodes=frozenset(winner.hotspot.nodes if _is_fusion(winner) else ()),
         )
         for key, winner in own.items()
         if rivals[key] or any(key in others for others in rivals.values())

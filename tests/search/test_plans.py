@@ -82,18 +82,26 @@ def test_the_study_proposes_each_plan_once_and_learns() -> None:
     assert study.next() == [] or len(everything) < 6
 
 
-def test_of_plans_that_take_the_same_nodes_the_best_is_proposed_alone() -> None:
-    parts = [replace(part("a", 3, "b", "c"), nodes="x"), replace(part("b", 2, "c"), nodes="x"), part("c", 1)]
-    study = PlanStudy(parts, 10, 9)
-    assert [plan.keys for plan in study.first()] == [("a",), ("c",)]
-    assert study.next() == []
+def calls(key: str, saved_us: float, stock_us: float, nodes: str, *rivals: str) -> Part:
+    return replace(part(key, saved_us, *rivals), stock_us=stock_us, nodes=frozenset(nodes))
 
 
-def test_plans_differ_by_no_more_than_what_is_in_one_of_them() -> None:
-    parts = [replace(part("a", 3, "b"), stock_us=20), replace(part("b", 2), stock_us=5), replace(part("c", 9), stock_us=100)]
+def test_plans_differ_in_the_calls_that_only_one_of_them_replaces() -> None:
+    parts = [calls("a", 3, 20, "wxyz", "b"), calls("b", 2, 5, "xyz"), replace(part("c", 9), stock_us=100)]
     first, second = best_plans(parts, 2)
-    assert differing_us(first, second, parts) == 25
+    assert differing_us(first, second, parts) == 20 / 4
     assert differing_us(first, first, parts) == 0
+    parts[1] = replace(parts[1], nodes=frozenset())
+    assert differing_us(first, second, parts) == 25, "not known: all of them"
+
+
+def test_of_plans_that_cannot_be_told_apart_the_best_is_proposed_alone() -> None:
+    parts = [calls("a", 3, 20, "wxyz", "b", "c"), calls("b", 2, 5, "xyz", "c"), calls("c", 1, 20, "pq")]
+    study = PlanStudy(parts, 10, 9, told_apart_us=5)
+    assert [plan.keys for plan in study.first()] == [("a",), ("c",)]
+    assert [(plan.keys, us) for plan, us in study.left_out] == [(("b",), 5)]
+    assert study.next() == []
+    assert [plan.keys for plan in PlanStudy(parts, 10, 9, told_apart_us=4.9).first()] == [("a",), ("b",), ("c",)]
 
 
 def test_two_plans_are_all_there_are() -> None:
