@@ -32,7 +32,7 @@ class Rotary(PatternFusion):
     """
 
     name = "rotary"
-    patterns = (Pattern(op=name, spellings=(rotate,), inputs=_inputs),)
+    patterns: tuple[Pattern, ...] = (Pattern(op=name, spellings=(rotate,), inputs=_inputs),)
 
     def dims(self, problem: Problem) -> Mapping[str, int]:
         """`rows` (of `head_dim` elements), `head_dim`, `dtype_bytes`."""
