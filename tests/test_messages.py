@@ -282,7 +282,7 @@ def test_a_bundle_that_does_not_hold_in_a_fresh_process_fails_the_run(tmp_path: 
         "profile.profile": None, "search.search": {}, "confirm.confirm": [], "confirm.compatible": ([], {}),
         "plan.choose_plans": ([], {}), "confirm.within_memory": ([], {}),
         "graph.search_graph_options": ({}, ()), "model.validate": (None, Anything()), "production.make_bundle": Anything(),
-        "production.export_bundle": None, "production.prove": proved,
+        "production.export_bundle": None, "production.prove": proved, "whole_model.measure_ahead": None,
     }  # fmt: skip
     for name, result in stages.items():
         monkeypatch.setattr(f"autokernel.stages.{name}", lambda *_, _result=result, **__: _result)
