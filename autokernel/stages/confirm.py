@@ -209,9 +209,9 @@ def compatible(
 ) -> tuple[list[Winner], dict[str, str]]:
     """Winners that go together, and why others do not.
 
-    Merging takes its GEMMs away from their own entries: it must be faster than those. Stock GEMMs apart are what it was
-    confirmed against; what entries of their own gain on that is taken from their confirmations, as a ratio. Times as such
-    are not comparable: a card that confirms long kernels is hot, and its clock lower than in screening.
+    Merging takes its GEMMs away from their own entries: it must be faster than those, as they were confirmed. A GEMM without
+    an entry stays stock, and takes its share of what merging was confirmed against. Screened times are good for shares alone:
+    a card that confirms long kernels is hot, and its clock lower.
     """
     kept, dropped = [], {}
     own = {gemm_of(w.hotspot.problem): w for w in winners if w.hotspot.problem.op != "merged_mm"}
@@ -226,8 +226,8 @@ def compatible(
         if any(part in own for part in parts):
             known = all(part in screened for part in parts)
             stock = [screened[part] if known else math.prod(part.ns) if part is not None else 1.0 for part in parts]
-            left = [us / own[part].speedup.ratio if part in own else us for us, part in zip(stock, parts, strict=True)]
-            apart_us = winner.baseline_us * sum(left) / sum(stock)
+            share = winner.baseline_us / sum(stock)
+            apart_us = sum(own[part].winner_us if part in own else us * share for us, part in zip(stock, parts, strict=True))
             if apart_us <= winner.winner_us:
                 dropped[problem.key] = f"its GEMMs take {apart_us:.1f} us apart, {winner.winner_us:.1f} us merged"
                 continue
