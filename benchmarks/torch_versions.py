@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -350,9 +351,11 @@ def in_environment(version: str, folder: Path, find_links: str | None) -> dict[s
         if done.returncode != 0:
             return {"torch": version, "passed": False, "checks": {"install": f"pip ended with {done.returncode}"}}
     answer = folder / f"{version}.json"
+    cache = folder / f"cache-{version}"
+    shutil.rmtree(cache, ignore_errors=True)  # of an earlier run: one of the checks counts what is found in it
     env = {
         **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache-{version}"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
         "OMP_WAIT_POLICY": "passive",
         "PYTHONPATH": str(ROOT),
     }
