@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autokernel.kernels.generated_config import PRECISIONS, Precision
 from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
-from autokernel.kernels.parameters import Parameters
+from autokernel.kernels.parameters import Parameters, Precision, precision_problem
 from autokernel.ops.attention import AttentionSizes, mask_position, sizes_of
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
@@ -188,8 +187,8 @@ def _common_problem(problem: Problem) -> str | None:
 
 
 def _precision_problem(problem: Problem, precision: str) -> str | None:
-    if precision not in PRECISIONS:
-        return f"precision must be one of {', '.join(PRECISIONS)}; it is {precision}"
+    if wrong := precision_problem(precision):
+        return wrong
     if precision != "ieee" and problem.inputs[0].dtype != "float32":
         return f"precision is for fp32; q is {problem.inputs[0].dtype}: leave it out"
     return None

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from autokernel.kernels.parameters import Parameters
+from autokernel.kernels.parameters import Parameters, Precision, precision_problem
 
 Mode = Literal["rows", "swap", "vector"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-Precision = Literal["ieee", "tf32x3"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MAX_WHOLE_ROW = 32768  # columns that a program holds at once
 _MIN_TILE = 16  # of matrix instructions
 
@@ -69,8 +67,8 @@ class ProductsConfig(Parameters):
         """The rule that products of so many rows and such a depth break, None if there is none."""
         if self.mode not in MODES:
             return f"mode must be one of {', '.join(MODES)}; it is {self.mode}"
-        if self.precision not in PRECISIONS:
-            return f"precision must be one of {', '.join(PRECISIONS)}; it is {self.precision}"
+        if wrong := precision_problem(self.precision):
+            return wrong
         for name in ("block_m", "block_n", "block_k", "block_s"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):

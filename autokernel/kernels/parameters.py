@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from autokernel.records import ConfigValue
 
+Precision = Literal["ieee", "tf32x3"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _CONVERSIONS: Mapping[str, Callable[[Any], Any]] = {"int": int, "bool": bool}  # by the field's annotation; others stay
 
 
@@ -31,6 +33,11 @@ class Parameters:
                 f"missing: {', '.join(missing) or 'none'}"
             )
         return cls(**{name: _CONVERSIONS.get(str(known[name].type), _same)(value) for name, value in given.items()})
+
+
+def precision_problem(precision: str) -> str | None:
+    """What is wrong with a precision of products in fp32, None if nothing is."""
+    return None if precision in PRECISIONS else f"precision must be one of {', '.join(PRECISIONS)}; it is {precision}"
 
 
 def _same(value: Any) -> Any:

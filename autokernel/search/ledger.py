@@ -87,7 +87,7 @@ class Ledger:
 
         It depends on outcomes alone, not on their order; one in flight that comes back right takes its kind off again.
         """
-        return frozenset(kind for kind, count in self._refused.items() if count >= MAX_WRONG and kind not in self._right)
+        return frozenset(kind for kind in self._refused if self._gives_up(kind))
 
     def num_of(self, kind: Kind) -> int:
         """How many of a kind ended."""
@@ -193,7 +193,9 @@ class Ledger:
         return next(self.unseen_of([backend]), None)
 
     def _is_given_up(self, candidate: Candidate) -> bool:
-        kind = Kind.of(candidate.backend, candidate.config)
+        return self._gives_up(Kind.of(candidate.backend, candidate.config))
+
+    def _gives_up(self, kind: Kind) -> bool:
         return self._refused.get(kind, 0) >= MAX_WRONG and kind not in self._right
 
 

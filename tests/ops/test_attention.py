@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from export.pretended_h200 import Generated, pretended_h200
+from ops.function_module import Fn
 from torch import nn
 from torch.fx import Graph
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,15 +22,6 @@ from autokernel.records import Problem, TensorSpec
 PostGrad = Callable[..., tuple[Graph, frozenset[str]]]
 B, H, G, S, D = 2, 4, 2, 37, 16
 aten = torch.ops.aten
-
-
-class Fn(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self._function = function
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        return self._function(*inputs)
 
 
 def regions(graph: Graph, device: str = "cpu") -> list[Region]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from ops.function_module import Fn
 from torch.nn import functional
 
 from autokernel.export.plan import region_key
@@ -15,17 +15,6 @@ from autokernel.ops import FusionOp, get_op
 from autokernel.records import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Fn(nn.Module):
-    """A function as a module; its inputs are no constants."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self._function = function
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        return self._function(*inputs)
 
 
 def found(post_grad: Any, op: str, function: Callable[..., Any], *inputs: torch.Tensor) -> list[Problem]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops.function_module import Fn
 from torch import nn
 from torch.fx import Graph
 
@@ -17,17 +18,6 @@ from autokernel.records import Problem
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = ("rotary_qk", "norm_rotary", "norm_rotary_complex", "rotary", "rotary_complex")
 B, T, H, G, D = 2, 3, 4, 2, 8
-
-
-class Fn(nn.Module):
-    """A function as a module; its inputs are no constants."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self._function = function
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        return self._function(*inputs)
 
 
 def regions(graph: Graph, op: str) -> list[Region]:
