@@ -86,12 +86,9 @@ def build_program(loaded: LoadedExperiment, model: torch.nn.Module, scenario: st
 def load_scenario(
     loaded: LoadedExperiment, scenario: str, turns: JobTurns, seed: int
 ) -> tuple[torch.nn.Module, ScenarioProgram]:
-    """The model and a program for one scenario. On a GPU alone on it, but not while code is imported and a context is made."""
+    """The model and a program for one scenario, made alone on the device; code is imported and a context made before that."""
     from autokernel.profiling.workload import import_model, load_model
 
-    if turns.device != "cuda":
-        model = load_model(loaded, turns.device)
-        return model, build_program(loaded, model, scenario, turns.device, seed)
     import_model(loaded)
     wake(turns.device)
     with turns.alone():
