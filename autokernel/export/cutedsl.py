@@ -320,9 +320,9 @@ class Site:
     columns: int
     path: str
 
-    def replace(self, graph: torch.fx.Graph, order: Mapping[torch.fx.Node, int]) -> None:
-        """Put the kernel's call in the place of all of it."""
-        value = self.node.meta["val"]
+    def replace(self, graph: torch.fx.Graph, order: dict[torch.fx.Node, int]) -> None:
+        """Put the kernel's call in the place of all of it; and into the order, for a later GEMM may take its result."""
+        value, before = self.node.meta["val"], self.node.prev
         with graph.inserting_before(self.node):
             operands = [_viewed(graph, scale, (scale.meta["val"].numel(),)) for scale in self.product.scales]
             for operand in self.operands:
@@ -335,6 +335,10 @@ class Site:
             for extra in self.added:
                 result = _call(graph, aten.add.Tensor, result, extra)
             result = _viewed(graph, result, tuple(self.last.meta["val"].shape))
+        new = before.next
+        while new is not self.node:
+            order[new] = order[self.node]
+            new = new.next
         self.last.replace_all_uses_with(result)
         _erase(graph, self.last, order[self.node], order)
 

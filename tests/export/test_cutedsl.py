@@ -219,6 +219,26 @@ def test_gate_and_up_become_one_kernel_with_half_the_columns(tmp_path: Path) -> 
     assert hits(plan) == [1]
 
 
+def test_a_product_takes_the_result_of_one_that_was_replaced_before_it(tmp_path: Path) -> None:
+    """SwiGLU of two products, each with a kernel of its own; the first one's result is reshaped before the second takes it."""
+    silu = Problem(op="mm", inputs=(spec(M, K), WEIGHT), device="cuda", constants=(1,), epilogue=("silu",))
+    mul = Problem(op="mm", inputs=(spec(M, 64), spec(64, N), spec(M, N)), device="cuda", constants=(1,), epilogue=("mul",))
+    plan = with_objects(tmp_path, entry(silu, FUSED), entry(mul, FUSED))
+
+    def block(x: torch.Tensor, w: torch.Tensor, z: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        gate = torch.nn.functional.silu((x.view(M, K) @ w.t()).view(1, M, N))
+        return gate * (z.view(M, 64) @ v).view(1, M, N)
+
+    module = traced(block, (1, M, K), (N, K), (1, M, 64), (64, N))
+    CutePass(plan)(module.graph)
+    module.graph.lint()
+    first, second = calls(module)
+    assert (epilogue_of(plan, first), epilogue_of(plan, second)) == (("silu",), ("mul",))
+    (operand,) = second.args[2]  # type: ignore[misc]
+    assert first in (operand, *operand.all_input_nodes, *operand.all_input_nodes[0].all_input_nodes)
+    assert hits(plan) == [1, 1]
+
+
 def test_gate_and_up_that_are_used_otherwise_get_the_plain_kernel(tmp_path: Path) -> None:
     plan = with_objects(tmp_path, entry(GATE_UP, {**FUSED, "merge": "concat"}))
     options = inductor_options(plan, {}, frozen=False)
