@@ -65,6 +65,17 @@ class GraphSection(Section):
     )
 
 
+class ProfileSection(Section):
+    """What the model spends its time on, under Inductor's defaults."""
+
+    layers: int | None = Field(
+        None,
+        ge=2,
+        description="capture a language model of so many layers and one of half as many, and reckon from both what all layers "
+        "take; where layers differ in kind, the whole model is captured all the same",
+    )
+
+
 class PlanSection(Section):
     """Which fusions go together, where several would take the same part of a graph; judged end to end."""
 
@@ -147,6 +158,7 @@ class Experiment(Section):
     threads: PositiveInt | None = Field(None, description="CPU threads of the model; default: physical cores")
     backends: tuple[Literal["aten", "inductor", "triton", "cutedsl"], ...] = ("aten", "inductor")
     search: SearchSection = SearchSection()
+    profile: ProfileSection = ProfileSection()
     plan: PlanSection = PlanSection()
     graph: GraphSection = GraphSection()
     validation: ValidationSection = ValidationSection()

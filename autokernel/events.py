@@ -56,13 +56,17 @@ class StageFinished(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profiled(Record):
-    """Hotspots, ranked by attainable gain, with the ceilings their rooflines come from."""
+    """Hotspots, ranked by attainable gain, with the ceilings their rooflines come from.
+
+    `layers`: where a part of the model was captured, the number of its layers; times and calls are reckoned for all of them.
+    """
 
     hotspots: tuple[Hotspot, ...]
     scenario_us: Mapping[str, float]  # one step of each scenario under Inductor's default
     read_gb_per_s: float
     peak_tflops: Mapping[str, float]  # by dtype
     ceilings: Mapping[str, Any] = field(default_factory=dict)  # `evaluate.roofline.Ceilings` as JSON
+    layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

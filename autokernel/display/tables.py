@@ -62,7 +62,9 @@ def profile_table(summary: RunSummary, limit: int = 20) -> RenderableType:
         )
     steps = ", ".join(f"{name} {microseconds(us)} us" for name, us in profiled.scenario_us.items())
     peaks = ", ".join(f"{dtype} {tflops:.3g} TFLOP/s" for dtype, tflops in profiled.peak_tflops.items())
-    notes = [f"One step: {steps}.", f"Ceilings: {profiled.read_gb_per_s:.3g} GB/s read, {peaks}."]
+    layers = profiled.layers
+    part = f", reckoned from captures of {layers // 2} and {layers} layers" if layers is not None else ""
+    notes = [f"One step: {steps}{part}.", f"Ceilings: {profiled.read_gb_per_s:.3g} GB/s read, {peaks}."]
     notes.append("us and share are of one step of the scenario; could gain is of all scenarios together, at the roofline.")
     if any(hotspot.estimated for hotspot in ranked[:limit]):
         notes.append("~: the roofline and one kernel's launch; the search times what the compiler makes of it.")

@@ -38,7 +38,8 @@ class CapturedScenario:
     `call_us` is the time that stock code takes for one call of a problem, by problem key, scaled so that it can be set
     against `step_us`; an opportunity that stands for several kernels takes as long as all of them, and one that has no library
     call at all is not among them. `kernel_us` is the
-    device time of all kernels of a step on a GPU; on a CPU, that of the library kernels alone.
+    device time of all kernels of a step on a GPU; on a CPU, that of the library kernels alone. `num_calls` is there where the
+    model has more layers than the graph: the calls of each problem in all of them.
     """
 
     scenario: str
@@ -49,6 +50,7 @@ class CapturedScenario:
     call_us: Mapping[str, float]
     graph: str
     compile_s: float
+    num_calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -33,9 +33,10 @@ def rank(captured: Sequence[CapturedScenario], ceilings: Ceilings, ops: Sequence
     hotspots: list[Hotspot] = []
     for scenario in captured:
         groups = _by_problem(scenario)
-        limits = _Limits(groups, ceilings, by_name)
+        counts = {key: scenario.num_calls.get(key, len(sites)) for key, sites in groups.items()}
+        limits = _Limits(groups, counts, ceilings, by_name)
         nodes = {key: frozenset(name for site in sites for name in site.nodes) for key, sites in groups.items()}
-        hotspots += [_hotspot(scenario, key, sites, limits, nodes, len(captured)) for key, sites in groups.items()]
+        hotspots += [_hotspot(scenario, key, sites, counts[key], limits, nodes, len(captured)) for key, sites in groups.items()]
     return tuple(sorted(hotspots, key=lambda h: (-h.attainable_gain, -h.weight, h.scenario, h.problem.key)))
 
 
@@ -46,11 +47,13 @@ class _Limits:
     again, and is held against that cache's speed instead of the memory's.
     """
 
-    def __init__(self, groups: Mapping[str, Sequence[Site]], ceilings: Ceilings, ops: Mapping[str, Op]) -> None:
+    def __init__(
+        self, groups: Mapping[str, Sequence[Site]], counts: Mapping[str, int], ceilings: Ceilings, ops: Mapping[str, Op]
+    ) -> None:
         problems = {key: sites[0].problem for key, sites in groups.items()}
         # once per problem: of a generated fusion the program is read, which takes a millisecond, and there are a thousand sites
         self._num_bytes = {key: ops[problem.op].num_bytes(problem) for key, problem in problems.items()}
-        working_set = sum(self._num_bytes[key] * len(sites) for key, sites in groups.items() if problems[key].op != "merged_mm")
+        working_set = sum(self._num_bytes[key] * counts[key] for key in groups if problems[key].op != "merged_mm")
         self._bytes_per_us = ceilings.read_ceiling(working_set) * 1e3
         self._ceilings = ceilings
         self._ops = ops
@@ -71,6 +74,7 @@ def _hotspot(
     scenario: CapturedScenario,
     key: str,
     sites: list[Site],
+    num_calls: int,
     limits: _Limits,
     nodes: Mapping[str, frozenset[str]],
     num_scenarios: int,
@@ -78,16 +82,16 @@ def _hotspot(
     problem = sites[0].problem
     least_us = limits.least_us(key, problem)
     estimated = key not in scenario.call_us
-    time_us = (least_us + _KERNEL_US[problem.device] if estimated else scenario.call_us[key]) * len(sites)
+    time_us = (least_us + _KERNEL_US[problem.device] if estimated else scenario.call_us[key]) * num_calls
     share = time_us / scenario.step_us
     return Hotspot(
         problem=problem,
         scenario=scenario.scenario,
-        num_calls=len(sites),
+        num_calls=num_calls,
         time_us=time_us,
         share=share,
         weight=share / num_scenarios,
-        roofline_us=least_us * len(sites),
+        roofline_us=least_us * num_calls,
         sites=tuple(site.name for site in sites),
         producers=_distinct(site.producers for site in sites),
         consumers=_distinct(site.consumers for site in sites),

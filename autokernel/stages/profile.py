@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
 from autokernel.evaluate.modes import Contender, compile_errors, failure_of, load_scenario, prepare
 from autokernel.evaluate.roofline import EIGHT_BIT_DTYPES, MeasureCeilings
-from autokernel.evaluate.whole_model import JobTurns, ModelJob, model_job
+from autokernel.evaluate.whole_model import JobTurns, ModelJob, free_memory, model_job
 from autokernel.events import Profiled
 from autokernel.stages.context import RunContext
 from autokernel.stages.whole_model import run_on_model, with_layers
@@ -27,23 +27,45 @@ _REHEARSED = "max-autotune"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileScenario(ModelJob):
-    """Job: capture one scenario's graph and time its kernels."""
+    """Job: capture one scenario's graph and time its kernels; of a part of the model's layers, if `layers` says how many."""
 
     loaded: LoadedExperiment
     scenario: str
     device: str
     threads: int
     seed: int
+    layers: int | None = None
 
-    def __call__(self) -> CapturedScenario:
+    def __call__(self) -> CapturedScenario | None:
+        """What was captured; None where layers differ in kind, so that a part of them does not tell of the rest."""
+        from autokernel.profiling.extrapolation import extrapolated
+
         with model_job(self.device, self.threads) as turns:
-            return self._capture(turns)
+            whole = _num_layers(self.loaded) if self.layers is not None else 0
+            if self.layers is None or whole <= self.layers:
+                return self._capture(None, turns)
+            depths = self.layers // 2, self.layers
+            fewer, more = (self._capture(layers, turns) for layers in depths)
+        return extrapolated(fewer, more, depths, whole)
 
-    def _capture(self, turns: JobTurns) -> CapturedScenario:
+    def _capture(self, layers: int | None, turns: JobTurns) -> CapturedScenario:
         from autokernel.profiling.capture import capture
 
-        _, program = load_scenario(self.loaded, self.scenario, turns, self.seed)
-        return capture(program, self.device, turns=turns)
+        _, program = load_scenario(with_layers(self.loaded, layers), self.scenario, turns, self.seed)
+        captured = capture(program, self.device, turns=turns)
+        del program
+        with turns.alone():
+            free_memory()
+        return captured
+
+
+def _num_layers(loaded: LoadedExperiment) -> int:
+    """Of the whole model; 0 where there is no telling."""
+    from autokernel.profiling.workload import model_config
+
+    if not loaded.experiment.model.by_auto_class:
+        return 0
+    return int(getattr(model_config(loaded).get_text_config(), "num_hidden_layers", 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +74,7 @@ class Rehearse(ModelJob):
 
     Layers are alike, and so are their kernels, down to their names: when the whole model is compiled with max-autotune for
     validation, most of its choices are found in Inductor's own caches. They were made as always, alone on the device; but
-    meanwhile other scenarios compile, on cores that profiling leaves idle.
+    meanwhile other scenarios compile, on cores that profiling and search leave idle.
     """
 
     loaded: LoadedExperiment
@@ -93,6 +115,34 @@ def _rehearsals(context: RunContext) -> list[tuple[str, str, Callable[[], Any]]]
     ]
 
 
+def _captures(context: RunContext, scenarios: Sequence[str], layers: int | None) -> list[tuple[str, str, Callable[[], Any]]]:
+    return [
+        (
+            f"scenario {name}",
+            name,
+            ProfileScenario(
+                loaded=context.loaded,
+                scenario=name,
+                device=context.device,
+                threads=context.threads,
+                seed=context.seed,
+                layers=layers,
+            ),
+        )
+        for name in scenarios
+    ]
+
+
+def _complete(context: RunContext, found: dict[str, CapturedScenario | None]) -> list[CapturedScenario]:
+    """All scenarios in order; those of which a part did not tell enough are captured as a whole."""
+    missing = [name for name, captured in found.items() if captured is None]
+    if missing:
+        log.warning("%s: layers differ in kind, so all are captured", ", ".join(missing))
+        whole = run_on_model(context, "profile", _captures(context, missing, None), _TIMEOUT_S)
+        found |= dict(zip(missing, whole, strict=True))
+    return [captured for captured in found.values() if captured is not None]
+
+
 def profile(context: RunContext) -> Profiled:
     """The hotspots of all scenarios, from the journal if an earlier process found them."""
     if context.state is not None and context.state.profiled is not None:
@@ -103,27 +153,27 @@ def profile(context: RunContext) -> Profiled:
     with context.stage("profile", total=len(experiment.scenarios) + 1):
         eight_bit = EIGHT_BIT_DTYPES if context.device == "cuda" else ()  # a CPU may take seconds for one such product
         dtypes = tuple(dict.fromkeys(("float32", experiment.model.dtype, *eight_bit)))
-        jobs: list[tuple[str, str, Callable[[], Any]]] = [
-            (
-                f"scenario {name}",
-                name,
-                ProfileScenario(
-                    loaded=context.loaded, scenario=name, device=context.device, threads=context.threads, seed=context.seed
-                ),
-            )
-            for name in experiment.scenarios
-        ]
+        layers = experiment.profile.layers
+        names = tuple(experiment.scenarios)
+        jobs = _captures(context, names, layers)
         jobs.append(("ceilings", "", MeasureCeilings(device=context.device, threads=context.threads, dtypes=dtypes)))
-        layers = context.experiment.validation.ablation_layers
-        *captured, ceilings = run_on_model(
-            context, "profile", jobs, _TIMEOUT_S, beside=_rehearsals(context), beside_layers=layers
+        *found, ceilings = run_on_model(
+            context,
+            "profile",
+            jobs,
+            _TIMEOUT_S,
+            layers=layers,
+            beside=_rehearsals(context),
+            beside_layers=experiment.validation.ablation_layers,
         )
+        captured = _complete(context, dict(zip(names, found, strict=True)))
         profiled = Profiled(
             hotspots=rank(captured, ceilings),
             scenario_us={c.scenario: c.step_us for c in captured},
             read_gb_per_s=ceilings.read_gb_per_s,
             peak_tflops=dict(ceilings.tflops),
             ceilings=ceilings.to_json(),
+            layers=layers if any(scenario.num_calls for scenario in captured) else None,
         )
         context.emit(profiled)
     return profiled

@@ -39,7 +39,8 @@ def run_on_model(
         timeout_s: of each.
         layers: of the model that the jobs load, if it has fewer than the experiment's.
         bundle: that they use; what weights it holds a second time needs room, too. None: they use none.
-        beside: more jobs, which may fail and whose values nobody needs; of stock models with `beside_layers` layers.
+        beside: more jobs, which may fail and whose values nobody needs; of stock models with `beside_layers` layers. They are
+            not waited for, but by the next call.
         arrived: is told of each value as soon as it is there.
 
     Raises:
@@ -49,6 +50,7 @@ def run_on_model(
     extra = [(label, job) for label, _, job in beside]
     if context.device != "cuda":
         return context.run_all(stage, plain, timeout_s, optional=extra, arrived=arrived)
+    context.settle()
     context.pool.renew()  # what earlier jobs left on the GPU is in nobody's count
     found = footprint_of(context, layers)
     # what cannot be told runs alone
@@ -97,7 +99,8 @@ def footprint_of(context: RunContext, layers: int | None = None) -> Footprint:
 def _layers_of(context: RunContext) -> tuple[int | None, ...]:
     """Numbers of layers of the models that jobs load; None: all."""
     experiment = context.experiment
-    return tuple(dict.fromkeys((None, experiment.plan.layers, experiment.graph.layers, experiment.validation.ablation_layers)))
+    parts = experiment.profile.layers, experiment.plan.layers, experiment.graph.layers, experiment.validation.ablation_layers
+    return tuple(dict.fromkeys((None, *parts)))
 
 
 def with_layers(loaded: LoadedExperiment, num_layers: int | None) -> LoadedExperiment:

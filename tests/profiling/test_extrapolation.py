@@ -1,0 +1,79 @@
+"""All layers of a model, from captures of a few."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from autokernel.evaluate.roofline import Ceilings
+from autokernel.ops import Site
+from autokernel.profiling.capture import CapturedScenario
+from autokernel.profiling.extrapolation import extrapolated
+from autokernel.profiling.hotspots import rank
+from autokernel.records import Problem, TensorSpec
+
+
+def product(n: int) -> Problem:
+    x, w = TensorSpec.contiguous((1, 64), "float32"), TensorSpec.contiguous((64, n), "float32")
+    return Problem(op="mm", inputs=(x, w), device="cpu", constants=(1,))
+
+
+HEAD, INNER, LAST = product(1000), product(256), product(64)
+
+
+def captured(calls: Mapping[Problem, int], step_us: float, kernel_us: float = 0.0) -> CapturedScenario:
+    sites = tuple(Site(problem=problem, name=f"{problem.key} {i}") for problem, count in calls.items() for i in range(count))
+    return CapturedScenario(
+        scenario="decode",
+        step_us=step_us,
+        step_spread_us=4,
+        kernel_us=kernel_us,
+        sites=sites,
+        call_us={problem.key: 2.0 for problem in calls},
+        graph="",
+        compile_s=0,
+    )
+
+
+TWO = captured({INNER: 4, LAST: 1, HEAD: 1}, 130, 100)
+FOUR = captured({INNER: 8, LAST: 3, HEAD: 1}, 230, 180)
+
+
+def test_what_a_layer_adds_is_added_for_every_layer() -> None:
+    whole = extrapolated(TWO, FOUR, (2, 4), 32)
+    assert whole is not None
+    assert whole.num_calls == {INNER.key: 64, LAST.key: 31, HEAD.key: 1}
+    assert whole.step_us == 230 + 28 * 50
+    assert whole.kernel_us == 180 + 28 * 40
+    assert whole.sites == FOUR.sites
+
+
+def test_hotspots_count_and_cost_all_calls() -> None:
+    whole = extrapolated(TWO, FOUR, (2, 4), 32)
+    assert whole is not None
+    ceilings = Ceilings(device="cpu", threads=1, read_gb_per_s=100, tflops={"float32": 1.0})
+    found = {hotspot.problem.key: hotspot for hotspot in rank([whole], ceilings)}
+    assert {key: hotspot.num_calls for key, hotspot in found.items()} == whole.num_calls
+    assert found[INNER.key].time_us == 64 * 2.0
+    assert found[INNER.key].share == pytest.approx(128 / whole.step_us)
+    assert found[INNER.key].roofline_us == pytest.approx(64 / 8 * rank([FOUR], ceilings)[0].roofline_us, rel=0.5)
+    assert len(found[INNER.key].sites) == 8
+
+
+@pytest.mark.parametrize(
+    "four",
+    [
+        captured({INNER: 7, LAST: 3, HEAD: 1}, 230),  # every other layer has one of it, or is it one in three?
+        captured({INNER: 8, HEAD: 1}, 230),  # only a shallow model has it
+        captured({INNER: 2, LAST: 3, HEAD: 1}, 230),
+    ],
+)
+def test_layers_that_differ_tell_nothing_of_the_others(four: CapturedScenario) -> None:
+    assert extrapolated(TWO, four, (2, 4), 32) is None
+
+
+def test_a_deeper_model_is_never_reckoned_faster() -> None:
+    whole = extrapolated(captured({INNER: 4}, 240), captured({INNER: 8}, 230), (2, 4), 32)
+    assert whole is not None
+    assert whole.step_us == 230

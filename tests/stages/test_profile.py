@@ -1,0 +1,64 @@
+"""Profiles of a part of a model's layers, captured for real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from autokernel.config import LoadedExperiment, load_experiment
+from autokernel.environment import Environment
+from autokernel.evaluate.roofline import Ceilings
+from autokernel.profiling.hotspots import rank
+from autokernel.stages.context import RunContext
+from autokernel.stages.profile import ProfileScenario, _complete
+from autokernel.workers.pool import InlinePool
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 100,
+    "num_hidden_layers": 5,
+}
+
+
+def experiment(folder: Path, **config: object) -> LoadedExperiment:
+    path = folder / "e.yaml"
+    model = {"config": {**CONFIG, **config}, "dtype": "float32"}
+    scenarios = {"decode": {"kind": "decode", "batch": 1, "context": 8}}
+    path.write_text(yaml.safe_dump({"name": "e", "device": "cpu", "model": model, "scenarios": scenarios}))
+    return load_experiment(path)
+
+
+def calls(loaded: LoadedExperiment, layers: int | None) -> dict[str, int] | None:
+    found = ProfileScenario(loaded=loaded, scenario="decode", device="cpu", threads=1, seed=0, layers=layers)()
+    if found is None:
+        return None
+    ceilings = Ceilings(device="cpu", threads=1, read_gb_per_s=100, tflops={"float32": 1.0})
+    return {hotspot.problem.key: hotspot.num_calls for hotspot in rank([found], ceilings)}
+
+
+@pytest.mark.slow
+def test_a_part_of_the_layers_tells_the_calls_of_all(tmp_path: Path) -> None:
+    loaded = experiment(tmp_path)
+    whole = calls(loaded, None)
+    assert whole is not None
+    assert sum(whole.values()) > 5 * 10
+    assert calls(loaded, 2) == whole
+
+
+@pytest.mark.slow
+def test_where_a_part_does_not_tell_all_layers_are_captured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    environment = Environment(device="cpu", device_name="A CPU", isa="AVX2", num_units=1, torch="2.13.0")
+    context = RunContext(
+        loaded=experiment(tmp_path), folder=tmp_path, run_id="r", device="cpu", threads=1,
+        environment=environment, pool=InlinePool(), recorders=[],
+    )  # fmt: skip
+    (found,) = _complete(context, {"decode": None})
+    assert sum(site.problem.op == "attention" for site in found.sites) == 5
+    assert "decode: layers differ in kind" in caplog.text
+    assert _complete(context, {"decode": found}) == [found]
