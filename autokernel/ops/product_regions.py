@@ -68,6 +68,8 @@ class ProductRegions:
             if computes(part):
                 alone = frozenset({node}) | ({right} if (right := weight_view(node)) is not None else frozenset())
                 wanted.append(alone | part | self._shared_views([node]))
+        if not joint and not any(map(computes, parts)) and _lacks_kernels(products[0]):
+            wanted.append(bare | self._shared_views(products))
         any_legal = False
         for inner in dict.fromkeys(wanted):
             wrong = self._growth.problem_of(inner)
@@ -177,6 +179,12 @@ class ProductRegions:
             if operand not in held and (spec is None or not fits(spec.shape, rows, columns)):
                 return Broken(Rule.BROADCAST, node.name, f"reads {operand.name}")
         return None
+
+
+def _lacks_kernels(product: Node) -> bool:
+    """Whether nothing but the library serves the product itself: Inductor's templates are too inexact in fp32."""
+    spec = tensor_spec(product)
+    return spec is not None and spec.dtype == "float32"
 
 
 def why_not_product(node: Node) -> Broken | None:

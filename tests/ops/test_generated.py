@@ -222,7 +222,7 @@ def test_a_prologue_that_others_use_is_read_from_memory(post_grad: Any) -> None:
     alone = graph_of(post_grad, lambda x, w: function(x, w, False), rows(6, K), weights=(W,))
     shared = graph_of(post_grad, lambda x, w: function(x, w, True), rows(6, K), weights=(W,))
     assert "pow mean add rsqrt mul mm" in [ops_of(region) for region in found(alone)]
-    assert [ops_of(region) for region in found(shared)] == ["pow mean add rsqrt mul"]
+    assert [ops_of(region) for region in found(shared)] == ["mm", "pow mean add rsqrt mul"]
     assert Rule.USER in [broken.rule for broken in only(shared, "aten.mm").before]
 
 
@@ -232,8 +232,16 @@ def test_products_that_share_a_prologue_are_one_region(post_grad: Any) -> None:
         return functional.linear(normed, w).cumsum(0), functional.linear(normed, v).cumsum(0)
 
     regions = found(graph_of(post_grad, function, rows(2, 3, K), weights=(W, V)))
-    assert [ops_of(region) for region in regions] == ["pow mean add rsqrt mul mm mm", "pow mean add rsqrt mul"]
+    assert [ops_of(region) for region in regions] == ["pow mean add rsqrt mul mm mm", "mm mm", "pow mean add rsqrt mul"]
     assert len(regions[0].outputs) == 2
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, ["mm"]), (torch.bfloat16, [])])
+def test_products_alone_are_a_region_where_nothing_else_serves_them(
+    post_grad: Any, dtype: torch.dtype, expected: list[str]
+) -> None:
+    graph = graph_of(post_grad, lambda x, w: x @ w.t(), rows(6, K, dtype=dtype), weights=(W.to(dtype),))
+    assert [ops_of(region) for region in found(graph)] == expected
 
 
 def test_nothing_is_fused_over_a_write_to_what_is_read(post_grad: Any) -> None:
