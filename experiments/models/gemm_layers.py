@@ -6,7 +6,33 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-WIDTH, HIDDEN, QKV, LARGEST = 4096, 14336, 6144, torch.finfo(torch.float8_e4m3fn).max
+WIDTH, KEY_VALUE, HIDDEN, VOCABULARY = 4096, 1024, 14336, 128256
+QKV = WIDTH + 2 * KEY_VALUE
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+class PlainGemms(nn.Module):
+    """q/k/v, o, gate/up and down of a layer, and the LM head; nothing before, between and behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.k = nn.Linear(WIDTH, KEY_VALUE, bias=False)
+        self.v = nn.Linear(WIDTH, KEY_VALUE, bias=False)
+        self.o = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.gate = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.up = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(
+        self, x: torch.Tensor, attended: torch.Tensor, normed: torch.Tensor, hidden: torch.Tensor, last: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """x, attended, normed [M, 4096], hidden [M, 14336], last [rows of logits, 4096] -> eight products."""
+        return (
+            *(self.q(x), self.k(x), self.v(x), self.o(attended)),
+            *(self.gate(normed), self.up(normed), self.down(hidden), self.head(last)),
+        )
 
 
 class FusedGemms(nn.Module):
@@ -54,6 +80,10 @@ class Float8Gemms(nn.Module):
     def forward(self, x: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x [M, 4096], hidden [M, 14336] -> [M, 6144], [M, 4096], [M, 28672], [M, 4096]."""
         return self.qkv(x), self.o(x), self.gate_up(x), self.down(hidden)
+
+
+def plain_gemms() -> nn.Module:
+    return PlainGemms()
 
 
 def fused_gemms() -> nn.Module:
