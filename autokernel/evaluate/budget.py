@@ -4,17 +4,21 @@ Errors are against the op in float64 (float32 where float64 does not run), both 
 as the relative norm. The floor is a rounding's worth: half a unit in the last place of the reference's largest element
 (a quarter of that for the norm), so that an eager result that happens to be exact does not forbid a rounded one. Integers
 are exact. NaN, +Inf and -Inf must be where eager has them, or where the exact result has them.
+
+Indices of the largest of some scores are integers too, and right where their scores are: an index passes if its exact score is
+below the largest by at most twice the budget of the scores. That is what is left of the gap where the one is computed too low
+and the other too high, each by no more than that budget; so no index passes that scores within it could not have.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from autokernel.ops import Op
-from autokernel.records import DTYPE_BYTES, Problem
+from autokernel.ops import ChoosingOp, Op
+from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +33,7 @@ class Expected:
 
     `reference` holds the exact result (integers: eager's own), `classes` says where eager is not finite (0 finite, 1 NaN,
     2 +Inf, 3 -Inf; None: all finite). `shares_with` are earlier outputs of the same call whose storage eager shares.
+    `scores` of indices are the exact values that they choose among, in the last dimension; `limit_max` is in their unit then.
     """
 
     reference: torch.Tensor
@@ -41,16 +46,18 @@ class Expected:
     device: torch.device
     num_bytes: int
     shares_with: tuple[int, ...]
+    scores: torch.Tensor | None = None
 
     @property
     def exact(self) -> bool:
-        return not self.dtype.is_floating_point
+        return not self.dtype.is_floating_point and self.scores is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Errors:
     """How wrong one output is. `misplaced` counts elements whose NaN/Inf/finite class is neither eager's nor, where the exact
-    result is not finite, that one's.
+    result is not finite, that one's. Of indices `max` is what their scores lack to the largest, and misplaced are those of
+    nothing, and those of a score that is finite or not where the largest is the other.
     """
 
     max: float
@@ -63,18 +70,36 @@ def expectation_bytes(op: Op, problem: Problem, num_references: int) -> int:
     dtype = problem.inputs[0].dtype
     out_bytes = op.dims(problem).get("out_bytes", DTYPE_BYTES[dtype])
     outputs = max(0, op.num_bytes(problem) - sum(spec.num_bytes for spec in problem.inputs)) // out_bytes
+    if isinstance(op, ChoosingOp):
+        outputs = sum(spec.num_elements for spec in _scores_of(op, problem))
     kept_bytes = (8 if out_bytes > 2 else 4) if dtype.startswith(("float", "bfloat")) else out_bytes
     return num_references * outputs * kept_bytes
 
 
+def _scores_of(op: ChoosingOp, problem: Problem) -> tuple[TensorSpec, ...]:
+    """What the scores look like, without computing them."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        inputs = [torch.empty_strided(s.shape, s.stride, dtype=getattr(torch, s.dtype)) for s in problem.inputs]
+        return tuple(TensorSpec.contiguous(tuple(x.shape), problem.inputs[0].dtype) for x in op.scores(problem, *inputs))
+
+
 def run_reference(op: Op, problem: Problem, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The op in float64, or in float32 where it does not run in float64. Integer inputs stay as they are."""
+    return _raised(op.reference, problem, inputs)
+
+
+def _raised(
+    function: Callable[..., tuple[torch.Tensor, ...]], problem: Problem, inputs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     import torch
 
     for dtype in (torch.float64, torch.float32):
         raised = [x.to(dtype) if x.dtype.is_floating_point else x for x in inputs]
         try:
-            return op.reference(problem, *raised)
+            return function(problem, *raised)
         except (RuntimeError, NotImplementedError):
             if dtype is torch.float32:
                 raise
@@ -87,17 +112,26 @@ def expected_outputs(op: Op, problem: Problem, inputs: Sequence[torch.Tensor]) -
 
     with torch.no_grad():
         eager = op.reference(problem, *inputs)
-        exact = run_reference(op, problem, inputs)
+        exact = eager if isinstance(op, ChoosingOp) else run_reference(op, problem, inputs)
         expected = []
         for i, (own, reference) in enumerate(zip(eager, exact, strict=True)):
             shared = tuple(j for j in range(i) if eager[j].untyped_storage().data_ptr() == own.untyped_storage().data_ptr())
             expected.append(_expected(own, reference, shared))
-        return tuple(expected)
+        if not isinstance(op, ChoosingOp):
+            return tuple(expected)
+        pairs = zip(op.scores(problem, *inputs), _raised(op.scores, problem, inputs), strict=True)
+        scored = [_expected(own, reference, ()) for own, reference in pairs]
+        return tuple(
+            replace(index, scores=score.reference, limit_max=2 * score.limit_max)
+            for index, score in zip(expected, scored, strict=True)
+        )
 
 
 def errors_of(out: torch.Tensor, expected: Expected) -> Errors:
     """Errors of an output of the expected shape and dtype, over the elements where eager and reference are finite."""
 
+    if expected.scores is not None:
+        return _shortfall(out, expected.scores)
     if expected.exact:
         different = out != expected.reference
         worst = (out.double() - expected.reference.double()).abs().max().item() if out.numel() else 0.0
@@ -141,6 +175,20 @@ def _expected(eager: torch.Tensor, reference: torch.Tensor, shared: tuple[int, .
         num_bytes=eager.numel() * eager.element_size(),
         shares_with=shared,
     )
+
+
+def _shortfall(indices: torch.Tensor, scores: torch.Tensor) -> Errors:
+    """What the scores of indices lack to the largest ones. Who has a NaN where there is one, or an infinity, lacks nothing."""
+    import torch
+
+    scores, picked = scores.reshape(-1, scores.shape[-1]), indices.reshape(-1)
+    exists = (picked >= 0) & (picked < scores.shape[1])
+    chosen = scores.gather(1, picked.clamp(0, scores.shape[1] - 1)[:, None])[:, 0].double()
+    best = scores.amax(1).double()  # NaN where there is one
+    missing = torch.where((chosen == best) | (chosen.isnan() & best.isnan()), 0.0, best - chosen)
+    misplaced = ~exists | ~torch.isfinite(missing)
+    worst = torch.where(misplaced, 0.0, missing).max().item() if missing.numel() else 0.0
+    return Errors(max=worst, norm=0.0, misplaced=int(misplaced.sum()))
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

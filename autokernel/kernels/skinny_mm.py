@@ -31,8 +31,8 @@ def _rows_and_columns(tile, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
-def _vector_product(x, w, tile, block, count, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def vector_product(x, w, tile, block, count, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One row of x times BLOCK_N rows of w over `count` blocks of K, as [1, BLOCK_N]; products are added up per lane first."""
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if N % BLOCK_N != 0:
@@ -74,20 +74,20 @@ def _tma_product(x, w, tile, block, count, M: tl.constexpr, BLOCK_M: tl.constexp
 
 
 @triton.jit
-def _matrix_product(x, w, tile, block, count, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
-    """A tile's product over `count` blocks of K, loads go through pointers."""
+def matrix_product(x, w, tile, block, count, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, X_ROW: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
+    """A tile's product over `count` blocks of K, loads go through pointers. Rows of x are X_ROW elements apart."""
     m, n = _rows_and_columns(tile, M, BLOCK_M, BLOCK_N, SWAP)
     if N % BLOCK_N != 0:
         n = tl.minimum(n, N - 1)
     k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     if SWAP:
         w_at = w + n * K + k[None, :]
-        x_at = x + m * K + k[:, None]
+        x_at = x + m * X_ROW + k[:, None]
         total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     else:
         w_at = w + n * K + k[:, None]
-        x_at = x + m * K + k[None, :]
+        x_at = x + m * X_ROW + k[None, :]
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in tl.range(0, count):
         weights = tl.load(w_at, eviction_policy="evict_first")
@@ -110,11 +110,11 @@ def _product(x, w, tile, block, count, M: tl.constexpr, N: tl.constexpr, K: tl.c
              STAGES: tl.constexpr):  # fmt: skip
     """A tile's product over `count` blocks of K, as [BLOCK_N, BLOCK_M] with swapped operands, else as [BLOCK_M, BLOCK_N]."""
     if MODE == 2:
-        total = _vector_product(x, w, tile, block, count, N, K, BLOCK_N, BLOCK_K, STAGES)
+        total = vector_product(x, w, tile, block, count, N, K, BLOCK_N, BLOCK_K, STAGES)
     elif TMA:
         total = _tma_product(x, w, tile, block, count, M, BLOCK_M, BLOCK_N, BLOCK_K, MODE == 1)
     else:
-        total = _matrix_product(x, w, tile, block, count, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, MODE == 1)
+        total = matrix_product(x, w, tile, block, count, M, N, K, K, BLOCK_M, BLOCK_N, BLOCK_K, MODE == 1)
     return total
 
 

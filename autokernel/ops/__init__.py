@@ -10,14 +10,16 @@ from autokernel.ops.add_rms_norm import AddRmsNorm
 from autokernel.ops.addmm import Addmm
 from autokernel.ops.attention import Attention
 from autokernel.ops.baddbmm import Baddbmm
-from autokernel.ops.base import FusionOp, Op, Region, Site
+from autokernel.ops.base import ChoosingOp, FusionOp, Op, Region, Site
 from autokernel.ops.bmm import Bmm
 from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, apply_epilogue
 from autokernel.ops.gated import Gated
 from autokernel.ops.gated_rms_norm import GatedRmsNorm
 from autokernel.ops.generated import Generated
 from autokernel.ops.int_mm import IntMm
+from autokernel.ops.lm_head_argmax import LmHeadArgmax
 from autokernel.ops.merged_mm import MergedMm
+from autokernel.ops.mlp import Mlp
 from autokernel.ops.mm import Mm
 from autokernel.ops.norm_rotary import NormRotary
 from autokernel.ops.norm_rotary_complex import NormRotaryComplex
@@ -36,6 +38,7 @@ OPS: tuple[Op, ...] = (
     Baddbmm(),
     ScaledMm(),
     IntMm(),
+    LmHeadArgmax(),
     Attention(),
     RotaryQk(),
     NormRotaryComplex(),
@@ -47,6 +50,7 @@ OPS: tuple[Op, ...] = (
     AddRmsNorm(),
     RmsNorm(),
     Gated(),
+    Mlp(),
     Generated(),
 )
 
@@ -72,6 +76,7 @@ __all__ = [
     "FUSIONS",
     "OPS",
     "UNARY_EPILOGUES",
+    "ChoosingOp",
     "FusionOp",
     "Op",
     "Region",

@@ -101,3 +101,18 @@ class FusionOp(Op, Protocol):
     def match(self, graph: torch.fx.Graph, constants: frozenset[str], device: str) -> list[Region]:
         """The regions of a post-grad ATen graph, in its order. Arguments as of `find`; without overlap."""
         ...
+
+
+@runtime_checkable
+class ChoosingOp(Op, Protocol):
+    """An op whose outputs are indices of what is largest.
+
+    Exact indices would be asked too much: where two values are closer than rounding, a right kernel may take the other one.
+    """
+
+    def scores(self, problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What each output chooses among: its shape with the choices as the last dimension. Inputs as of `reference`.
+
+        An index is judged by the exact score that it has (`evaluate/budget.py`).
+        """
+        ...

@@ -97,8 +97,9 @@ def shape_of(node: Any) -> tuple[Any, ...] | None:
 
 
 def is_exact(node: Node) -> bool:
-    """Whether it is a conversion from 16 bits to float32: arithmetic in float32 needs none."""
-    return kind_of(node) == CONVERT and dtype_of(node) == "float32" and dtype_of(node.args[0]) in HALVES  # type: ignore[arg-type]
+    """Whether it is a conversion to float32 from 16 bits, or from itself: arithmetic in float32 needs none."""
+    source = dtype_of(node.args[0]) if kind_of(node) == CONVERT else None  # type: ignore[arg-type]
+    return dtype_of(node) == "float32" and source in (*HALVES, "float32")
 
 
 def is_free(node: Node) -> bool:

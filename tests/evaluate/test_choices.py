@@ -1,0 +1,105 @@
+"""Indices of the largest of some scores are judged by their exact scores: another token is right where it is as likely."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from autokernel.evaluate.budget import errors_of, expectation_bytes, expected_outputs
+from autokernel.evaluate.numerics import check
+from autokernel.evaluate.probes import make_constants
+from autokernel.ops import get_op
+from autokernel.records import Problem, TensorSpec, Verdict
+
+OP = get_op("lm_head_argmax")
+VOCABULARY = 4000
+
+
+def problem(dtype: str = "bfloat16", rows: int = 24) -> Problem:
+    specs = (TensorSpec.contiguous((rows, 64), dtype), TensorSpec.contiguous((VOCABULARY, 64), dtype))
+    return Problem(op=OP.name, inputs=specs, device="cpu", constants=(1,), scalars=(("keepdim", False),))
+
+
+def verdict(wrap: Any, kernel: Any, dtype: str = "bfloat16") -> Verdict:
+    case = problem(dtype)
+    constants = make_constants(case, 7, 2)
+    return check(OP, case, wrap(case, constants, kernel), constants, seed=11)
+
+
+def logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.float() @ weight.float().t()
+
+
+def last_of_equals(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return VOCABULARY - 1 - (x @ weight.t()).flip(-1).argmax(-1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "kernel",
+    [lambda x, w: (x @ w.t()).argmax(-1), lambda x, w: logits(x, w).argmax(-1), last_of_equals],
+    ids=["eager", "without rounding", "another of equals"],
+)
+def test_honest_choices_pass(wrap: Any, kernel: Any, dtype: str) -> None:
+    found = verdict(wrap, kernel, dtype)
+    assert found.passed, found.failures
+
+
+def second_best(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return logits(x, weight).topk(2).indices[:, 1].contiguous()
+
+
+def half_the_vocabulary(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return logits(x, weight[: VOCABULARY // 2]).argmax(-1)
+
+
+def coarse(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Products of what is rounded to five bits."""
+    return (x.to(torch.float8_e5m2).float() @ weight.to(torch.float8_e5m2).float().t()).argmax(-1)
+
+
+def finite_alone(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return logits(x, weight).nan_to_num(nan=0.0, posinf=-1.0, neginf=0.0).argmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "failing"),
+    [
+        (second_best, "error_max[model]"),
+        (half_the_vocabulary, "error_max[model]"),
+        (coarse, "error_max[model]"),
+        (finite_alone, "nonfinite_placement"),
+        (lambda x, w: logits(x, w).argmax(-1) + VOCABULARY, "nonfinite_placement"),
+        (lambda x, w: torch.zeros(len(x), dtype=torch.int64), "error_max[model]"),
+        (lambda x, w: logits(x, w).argmax(-1).int(), "metadata"),
+    ],
+)
+def test_wrong_choices_fail(wrap: Any, kernel: Any, failing: str) -> None:
+    assert failing in [failure.name for failure in verdict(wrap, kernel).failures]
+
+
+def test_the_budget_is_that_of_two_scores() -> None:
+    """The largest may be too low and the one that is taken too high, each by twice what eager errs and a rounding."""
+    case = problem(rows=2)
+    x, weight = torch.zeros(2, 64), torch.zeros(VOCABULARY, 64)
+    x[:, 0], weight[:, 0] = torch.tensor([1.0, 64.0]), torch.linspace(0, 1, VOCABULARY)
+    inputs = (x.bfloat16(), weight.bfloat16())
+    (expected,) = expected_outputs(OP, case, inputs)
+    exact = inputs[0].double() @ inputs[1].double().t()
+    eager = ((inputs[0] @ inputs[1].t()).double() - exact).abs().max().item()
+    assert expected.limit_max == pytest.approx(2 * (2 * eager + 2**-8 * 64))
+    assert not expected.exact
+    best = exact.argmax(-1)
+    assert errors_of(best, expected).max == 0.0
+    first = errors_of(torch.tensor([int(best[0]), 0]), expected)
+    assert (first.max, first.misplaced) == (64.0, 0)
+    assert errors_of(torch.tensor([-1, 0]), expected).misplaced == 1
+
+
+def test_what_the_scores_take_is_foretold() -> None:
+    case = problem()
+    (expected,) = expected_outputs(OP, case, [torch.randn(s.shape).bfloat16() for s in case.inputs])
+    assert expected.scores is not None
+    assert expectation_bytes(OP, case, 3) == 3 * expected.scores.nbytes
