@@ -1,4 +1,4 @@
-"""The kernel for the LM head with greedy sampling in Triton's interpreter and through its compiler for Hopper, without a GPU."""
+"""The kernel for the LM head with greedy sampling in Triton's interpreter and through its compiler for Hopper; no GPU."""
 
 from __future__ import annotations
 
