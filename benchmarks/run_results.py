@@ -53,6 +53,7 @@ def results_of_run(folder: Path) -> dict[str, Any]:
         "conditions": {name: list(limits) for name, limits in summary.conditions.items()},
         "scenarios": [scenario.to_json() for scenario in summary.scenarios],
         "profiled_us": dict(profiled.scenario_us),
+        "profiled_layers": profiled.layers,
         "checks": [check.to_json() for check in validated.verdict.checks] if validated is not None else [],
         "evals": [result.to_json() for result in validated.evals] if validated is not None else [],
         "dropped": dict(validated.dropped) if validated is not None else {},

@@ -1,0 +1,90 @@
+"""Two runs of one experiment: are the winners the same, and if not, how much slower is the worse one?
+
+    python benchmarks/repeatability.py RUN RUN [--out FILE]        # folders of two runs, or files that gpu_run.py wrote
+
+Compared are the problems for which both runs confirmed a winner, or one of them did: by the winners' confirmed times, or by the
+one winner's speed-up over stock code. The runs may have been on different cards of a kind, which then is part of the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+
+from run_results import results_of_run  # noqa: E402
+
+
+def confirmed(path: Path) -> dict[str, dict[str, Any]]:
+    """A run's searched problems by key."""
+    run = results_of_run(path) if path.is_dir() else json.loads(path.read_text())["run"]
+    return {row["problem"]: row for row in run["confirmed"]}
+
+
+def compare(first: dict[str, dict[str, Any]], second: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Both runs, problem by problem, and what is true of all."""
+    rows = []
+    for key in first.keys() & second.keys():
+        pair = first[key], second[key]
+        if not any(row["winner"] for row in pair):
+            continue
+        both = all(row["winner"] for row in pair)
+        times = [row["winner_us"] if both else row["speedup"]["ratio"] if row["winner"] else 1.0 for row in pair]
+        rows.append(
+            {
+                "title": pair[0]["title"],
+                "scenarios": pair[0]["scenarios"],
+                "winners": [row["winner"] for row in pair],
+                "winner_us": [row["winner_us"] for row in pair],
+                "speedups": [row["speedup"] for row in pair],
+                "same": both and pair[0]["winner"] == pair[1]["winner"],
+                "worse_by": max(times) / min(times) - 1,
+            }
+        )
+    rows.sort(key=lambda row: -row["worse_by"])
+    both = [row for row in rows if all(row["winners"])]
+    worse = [row["worse_by"] for row in rows]
+    return {
+        "problems": rows,
+        "num": len(rows),
+        "won_in_both": len(both),
+        "same_config": sum(row["same"] for row in both),
+        "worse_by_median": statistics.median(worse) if worse else None,
+        "worse_by_geometric_mean": math.exp(statistics.fmean(math.log1p(w) for w in worse)) - 1 if worse else None,
+        "within_2_percent": sum(w <= 0.02 for w in worse),
+        "within_5_percent": sum(w <= 0.05 for w in worse),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs=2)
+    parser.add_argument("--out", type=Path, default=None, help="file for the raw comparison")
+    arguments = parser.parse_args()
+    found = compare(*(confirmed(path) for path in arguments.runs))
+    print("| scenario | problem | first run's winner | second run's | apart | same config |\n|---|---|---|---|---|---|")
+    for row in found["problems"]:
+        texts = [
+            f"{us:.1f} us, {s['ratio']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" if s else "stock"
+            for us, s in zip(row["winner_us"], row["speedups"], strict=True)
+        ]
+        cells = ", ".join(row["scenarios"]), row["title"], *texts, f"{row['worse_by']:.1%}", "yes" if row["same"] else ""
+        print(f"| {' | '.join(cells)} |")
+    print(
+        f"\n{found['num']} problems with a winner in a run, {found['won_in_both']} in both, {found['same_config']} of the same "
+        f"config; {found['within_2_percent']} are within 2 % of each other, {found['within_5_percent']} within 5 %; "
+        f"{found['worse_by_median'] or 0:.1%} apart in the median."
+    )
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
