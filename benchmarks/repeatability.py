@@ -2,8 +2,8 @@
 
     python benchmarks/repeatability.py RUN RUN [--out FILE]        # folders of two runs, or files that gpu_run.py wrote
 
-Compared are the problems for which both runs confirmed a winner, or one of them did: by the winners' confirmed times, or by the
-one winner's speed-up over stock code. The runs may have been on different cards of a kind, which then is part of the difference.
+Compared are the problems for which both runs, or one of them, confirmed a winner: by the winners' times as confirmed, or by the
+one winner's speed-up over stock code. The runs may have been on different cards, which then is part of the difference.
 """
 
 from __future__ import annotations
