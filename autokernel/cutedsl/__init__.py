@@ -5,7 +5,8 @@
     operators.py, quack.py   the two sources: nvidia-cutlass-operators and quack-kernels (the only imports of either)
     compiler.py  one kernel, in this process, to a shared object
     cache.py     shared objects on disk, under their specs' keys
-    objects.py   loading and launching: all that production needs, and the only import of tvm_ffi
+    call.py      the Python function that calls one kernel, written out for its launch
+    objects.py   loading: all that production needs, and the only import of tvm_ffi
     op.py        torch.ops.autokernel.cute_gemm
 
 Kernels are compiled for any size: dtypes, majors, config and epilogue decide a shared object, rows and columns do not.

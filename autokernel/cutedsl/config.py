@@ -9,6 +9,7 @@ from typing import Any
 OPERATORS, QUACK = "operators", "quack"
 SOURCES = (OPERATORS, QUACK)
 ROWS, COLUMNS = "rows", "columns"
+DEFAULT_SWIZZLE = 8
 ALIGNMENT_BYTES = 16  # of what is contiguous: TMA reads and writes nothing narrower
 DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 
@@ -57,7 +58,7 @@ class CuteConfig:
     swap: bool = False
     split_k: int = 1
     ordered: bool = True
-    swizzle: int = 8
+    swizzle: int = DEFAULT_SWIZZLE
     raster: str = ROWS
     fuse: bool = False
 
@@ -91,6 +92,16 @@ class CuteConfig:
     def deterministic(self) -> bool:
         """Whether two runs agree to the bit."""
         return self.split_k == 1 or self.ordered
+
+    @property
+    def at_calls(self) -> tuple[str, ...]:
+        """Parameters that the kernel takes at each call: one object serves all their values."""
+        return ("swizzle",) if self.source == QUACK else ()
+
+    @property
+    def swizzle_of_calls(self) -> int:
+        """The swizzle that calls name; the default where the object has its own."""
+        return self.swizzle if "swizzle" in self.at_calls else DEFAULT_SWIZZLE
 
     @classmethod
     def from_entry(cls, config: Mapping[str, object]) -> CuteConfig:

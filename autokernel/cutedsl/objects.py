@@ -11,19 +11,17 @@ import functools
 import hashlib
 import importlib.util
 import json
-import math
-import operator
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from autokernel.cutedsl.spec import Launch, ObjectInfo
+from autokernel.cutedsl.call import current_gpu, on_device_of_operands, written
+from autokernel.cutedsl.config import DEFAULT_SWIZZLE
+from autokernel.cutedsl.spec import ObjectInfo
 from autokernel.errors import AutokernelError
-
-_TRANSPOSED = "^T"
 
 
 class ObjectError(AutokernelError):
@@ -33,101 +31,28 @@ class ObjectError(AutokernelError):
 class Kernel:
     """A loaded kernel.
 
-    Call it with a [M, K], b [K, N] (batched: a dimension in front of each) and the epilogue's operands, all on one GPU, of the
-    spec's dtypes and majors; it returns [M, N] ([M, N / 2] if it is gated), row by row. Launched on torch's current stream;
-    nothing is waited for, and result and scratch memory come from torch's allocator, so it can be captured in a graph. Sizes
-    that it does not take are the object's own errors: they name the argument.
-    """
-
-    def __init__(self, info: ObjectInfo, function: Callable[..., Any]) -> None:
-        # all that is the same for every call is worked out here: a call must cost the host next to nothing
-        self.info = info
-        self._function = function
-        self._dtype: torch.dtype = getattr(torch, info.spec.out_dtype)
-        self._halves = info.spec.gated
-        self._launch = info.launch if info.launch.scratch_tile else None
-        readers = [_reader(part) for part in info.launch.arguments]
-        self._fixed = [
-            part if reader is None else None for part, reader in zip(_tuples(info.launch.arguments), readers, strict=True)
-        ]
-        self._read = [(position, reader) for position, reader in enumerate(readers) if reader is not None]
-        self._needs_stream = "stream" in _names(info.launch.arguments)
-        self._operands = tuple(info.spec.operands())
-
-    def __call__(self, a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-        size = list(a.shape)
-        size[-1] = b.shape[-1] // 2 if self._halves else b.shape[-1]
-        out = torch.empty(size, dtype=self._dtype, device=a.device)
-        tensors: dict[str, Any] = {"a": a, "b": b, "out": out}
-        if operands:
-            tensors.update(zip(self._operands, operands, strict=True))
-        if self._launch is not None:
-            tensors["semaphore"], tensors["workspace"] = scratch(self._launch, out)
-        if self._needs_stream:
-            tensors["stream"] = ctypes.c_void_p(_stream(a.get_device()))
-        arguments = self._fixed.copy()
-        for position, read in self._read:
-            arguments[position] = read(tensors)
-        self._function(*arguments)
-        return out
-
-
-def _stream(device: int) -> int:
-    """torch's current stream on a GPU: what `torch.cuda.current_stream` says, without the Python object around it."""
-    return torch._C._cuda_getCurrentRawStream(device)
-
-
-def scratch(launch: Launch, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a kernel that splits K sums its parts in: an int32 per tile, [tiles along M, along N, batch], zero; and the parts.
+    Call it, or `run`, with a [M, K], b [K, N] (batched: a dimension in front of each) and the epilogue's operands, all on one
+    GPU, of the spec's dtypes and majors; it returns [M, N] ([M, N / 2] if it is gated), row by row. Launched on torch's current
+    stream; nothing is waited for, and result and scratch memory come from torch's allocator, so it can be captured in a graph.
+    Sizes that it does not take are the object's own errors: they name the argument.
 
     Args:
-        launch: of the kernel.
-        out: its result, [M, N] or [batch, M, N].
-
-    Returns:
-        The counters, and fp32 [elements of a tile, tiles along M, along N, batch].
+        info: of the object.
+        function: the object's own.
+        swizzle: for kernels that take it at a call.
     """
-    tile_m, tile_n, cluster_m, cluster_n = launch.scratch_tile
-    m, n = out.shape[-2:] if not launch.transposed else (out.shape[-1], out.shape[-2])
-    batch = out.shape[0] if out.dim() == 3 else 1
-    tiles = (batch, _rounded(m, tile_m, cluster_m), _rounded(n, tile_n, cluster_n))
-    semaphore = torch.zeros(tiles, dtype=torch.int32, device=out.device)
-    make = torch.zeros if launch.zeroed_workspace else torch.empty
-    workspace = make((*tiles, tile_m * tile_n), dtype=torch.float32, device=out.device)
-    return semaphore.permute(1, 2, 0), workspace.permute(3, 1, 2, 0)
 
+    def __init__(self, info: ObjectInfo, function: Callable[..., Any], swizzle: int = DEFAULT_SWIZZLE) -> None:
+        from tvm_ffi import convert
 
-def _rounded(size: int, tile: int, cluster: int) -> int:
-    """Tiles along an axis, in whole clusters."""
-    return math.ceil(math.ceil(size / tile) / cluster) * cluster
+        self.info = info
+        self._function = function
+        self.run = written(info, function, current_gpu(), swizzle, convert)
+        if torch.cuda.device_count() > 1:
+            self.run = on_device_of_operands(self.run)
 
-
-def _names(template: Sequence[object]) -> set[str]:
-    found: set[str] = set()
-    for part in template:
-        if isinstance(part, str):
-            found.add(part)
-        elif isinstance(part, list | tuple):
-            found |= _names(part)
-    return found
-
-
-def _tuples(template: Sequence[object]) -> tuple[Any, ...]:
-    """The template, as JSON has it, with tuples for its lists."""
-    return tuple(_tuples(part) if isinstance(part, list | tuple) else part for part in template)
-
-
-def _reader(part: object) -> Callable[[Mapping[str, Any]], Any] | None:
-    """A part of the template as a function of the tensors by name, None where no tensor is in it."""
-    if isinstance(part, str):
-        name = part.removesuffix(_TRANSPOSED)
-        if name != part:
-            return lambda tensors: tensors[name].mT if tensors[name].dim() > 1 else tensors[name]
-        return operator.itemgetter(name)
-    if isinstance(part, list | tuple) and _names(part):
-        inner = [(_reader(item), item) for item in part]
-        return lambda tensors: tuple([item if read is None else read(tensors) for read, item in inner])
-    return None
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        return self.run(a, b, operands)
 
 
 def info_path(path: Path) -> Path:
@@ -179,15 +104,22 @@ def why_not_here(info: ObjectInfo) -> str | None:
 
 
 @functools.cache
-def load(path: str) -> Kernel:
+def load(path: str, swizzle: int = DEFAULT_SWIZZLE) -> Kernel:
     """A kernel, loaded once in this process.
 
     Args:
         path: of the shared object, whose record lies beside it.
+        swizzle: for kernels that take it at a call.
 
     Raises:
         ObjectError: missing, damaged, or not for this machine.
     """
+    info, function = _loaded(path)
+    return Kernel(info, function, swizzle)
+
+
+@functools.cache
+def _loaded(path: str) -> tuple[ObjectInfo, Callable[..., Any]]:
     file = Path(path)
     info = read_info(file)
     check_content(info, file)
@@ -197,10 +129,9 @@ def load(path: str) -> Kernel:
     import tvm_ffi
 
     try:
-        function = tvm_ffi.load_module(path)[info.launch.function]
+        return info, tvm_ffi.load_module(path)[info.launch.function]
     except (RuntimeError, AttributeError, KeyError) as error:
         raise ObjectError(f"compiled kernel {file.name} does not load: {error}; export the bundle again") from error
-    return Kernel(info, function)
 
 
 def _share_cuda_runtime(major: int) -> None:

@@ -1,55 +1,84 @@
 """`torch.ops.autokernel.cute_gemm`: a compiled CuTe DSL kernel as an operator, so that torch.compile can call it.
 
 The kernel is named by the file of its shared object. Opaque to Inductor: what it fuses is decided by the object's epilogue.
+Every argument costs the host a fraction of a microsecond at each call: what the object's record says is no argument, kernels
+without an epilogue's operands have an overload without the list, and the usual swizzle is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from autokernel.cutedsl.objects import load
+from autokernel.cutedsl.config import DEFAULT_SWIZZLE
+from autokernel.cutedsl.objects import load, read_info
+from autokernel.cutedsl.spec import KernelSpec
 
-NAME = "autokernel::cute_gemm"
 
-
-def cute_gemm(
-    a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor], columns: int, out_dtype: torch.dtype, path: str
-) -> torch.Tensor:
+def cute_gemm(a: torch.Tensor, b: torch.Tensor, path: str, swizzle: int = DEFAULT_SWIZZLE) -> torch.Tensor:
     """The product of two matrices, with the object's epilogue.
 
     Args:
         a: [M, K], or [batch, M, K].
         b: [K, N], or [batch, K, N].
-        operands: of the epilogue, in its order: a bias [N], matrices [M, N].
-        columns: of the result: N, or half of it.
-        out_dtype: of the result; the object's own.
         path: of the object.
+        swizzle: as `CuteConfig` has it, for objects that take it at a call.
 
     Returns:
-        [M, columns] or [batch, M, columns], row by row.
+        [M, N] or [batch, M, N], or with half the columns, in the object's dtype, row by row.
 
     Raises:
         ObjectError: the object is missing, damaged, or not for this machine.
     """
-    return load(path)(a, b, operands)
+    return load(path, swizzle).run(a, b, ())
 
 
-def _fake(
-    a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor], columns: int, out_dtype: torch.dtype, path: str
+def fused_cute_gemm(
+    a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor], path: str, swizzle: int = DEFAULT_SWIZZLE
 ) -> torch.Tensor:
-    return a.new_empty((*a.shape[:-1], columns), dtype=out_dtype)
+    """As `cute_gemm`, with the epilogue's operands in its order: a bias [N], matrices [M, N]."""
+    return load(path, swizzle).run(a, b, operands)
+
+
+def _fake(a: torch.Tensor, b: torch.Tensor, path: str, swizzle: int = DEFAULT_SWIZZLE) -> torch.Tensor:
+    spec = _spec_of(path)
+    return a.new_empty((*a.shape[:-1], spec.num_columns(b.shape[-1])), dtype=getattr(torch, spec.out_dtype))
+
+
+def _fused_fake(
+    a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor], path: str, swizzle: int = DEFAULT_SWIZZLE
+) -> torch.Tensor:
+    return _fake(a, b, path)
+
+
+@functools.cache
+def _spec_of(path: str) -> KernelSpec:
+    return read_info(Path(path)).spec
 
 
 # Without the checks and wrappers of `torch.library.custom_op`, which take 10 us a call. Kernels are compiled for the strides
 # that the graph has: Inductor must not change them.
 _library: Any = torch.library.Library("autokernel", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
-    "cute_gemm(Tensor a, Tensor b, Tensor[] operands, int columns, ScalarType out_dtype, str path) -> Tensor",
-    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
-)
-_library.impl("cute_gemm", cute_gemm, "CUDA")
-torch.library.register_fake(NAME, _fake)
-OVERLOAD: Any = torch.ops.autokernel.cute_gemm.default  # as graphs have it
+
+
+def _define(name: str, arguments: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    schema = f"{name}({arguments}, str path, int swizzle={DEFAULT_SWIZZLE}) -> Tensor"
+    _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    _library.impl(name, function, "CUDA")
+    torch.library.register_fake(f"autokernel::{name}", fake)
+
+
+_define("cute_gemm", "Tensor a, Tensor b", cute_gemm, _fake)
+_define("cute_gemm.fused", "Tensor a, Tensor b, Tensor[] operands", fused_cute_gemm, _fused_fake)
+PLAIN: Any = torch.ops.autokernel.cute_gemm.default  # as graphs have them
+FUSED: Any = torch.ops.autokernel.cute_gemm.fused
+
+
+def call_arguments(a: Any, b: Any, operands: Sequence[Any], path: str, swizzle: int) -> tuple[Any, tuple[Any, ...]]:
+    """The overload, and its arguments, for tensors or a graph's nodes."""
+    target, tensors = (FUSED, (a, b, list(operands))) if operands else (PLAIN, (a, b))
+    return target, (*tensors, path) if swizzle == DEFAULT_SWIZZLE else (*tensors, path, swizzle)

@@ -12,7 +12,7 @@ from quack.cute_dsl_utils import get_max_active_clusters
 from quack.gemm_config import SplitKMode, cta_tile_shape_m
 
 from autokernel.cutedsl.epilogue_source import GATED_RESULT, epilogue_of
-from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, KernelSpec, Launch
+from autokernel.cutedsl.spec import AT_A_CALL, BIAS, MATRICES, SCALE_A, TRANSPOSED, KernelSpec, Launch
 
 
 def compile_spec(
@@ -44,7 +44,6 @@ def compile_spec(
         cluster_M=config.cluster_m,
         cluster_N=config.cluster_n,
         pingpong=config.pingpong,
-        max_swizzle_size=config.swizzle,
         b_kn=True,
         swap_ab=config.swap and not by_hand,
         split_k=config.split_k,
@@ -72,7 +71,7 @@ def _operands(spec: KernelSpec, out: torch.Tensor, transposed: bool) -> dict[str
 def _launch(spec: KernelSpec, fields: tuple[str, ...], function: str, by_hand: bool) -> Launch:
     """How quack's own `run_gemm_epi_plan` would call the kernel."""
     config = spec.cute
-    mark = "^T" if by_hand else ""
+    mark = TRANSPOSED if by_hand else ""
     first, second = ("b", "a") if config.swap else ("a", "b")
     epilogue: list[object] = []
     for field in fields:
@@ -84,7 +83,7 @@ def _launch(spec: KernelSpec, fields: tuple[str, ...], function: str, by_hand: b
             scratch = {"split_k_semaphore": "semaphore", "split_k_workspace": "workspace"}
             epilogue.append(scratch[field] if config.split_k > 1 else None)
     clusters = get_max_active_clusters(config.cluster_m * config.cluster_n)
-    scheduler = [clusters, None, config.swizzle, None, None, None]
+    scheduler = [clusters, None, AT_A_CALL, None, None, None]
     result = None if spec.gated else "out" + mark
     arguments = (first + mark, second + mark, result, None, epilogue, scheduler, None, None, None)
     tile_m = cta_tile_shape_m(config.tile_m, config.cluster_m, int(spec.arch[3:-2]))

@@ -9,11 +9,13 @@ from autokernel.cutedsl.config import CuteConfig
 from autokernel.ops.epilogue import GATED_EPILOGUES
 from autokernel.records import ConfigValue, Record, digest_of
 
-REVISION = 1  # of our own part in a shared object: raised, every one is compiled again
+REVISION = 2  # of our own part in a shared object: raised, every one is compiled again
 BIAS = "bias"  # a vector of N elements, added to each row
 SCALE_A, SCALE_B = "scale_a", "scale_b"  # fp32 vectors of M and of N elements, by which rows and columns are multiplied
 TENSOR_SCALE_A, TENSOR_SCALE_B = "tensor_scale_a", "tensor_scale_b"  # fp32 tensors of one element, [1]
 MATRICES = ("add", "mul")  # names of `ops.epilogue` with an operand like the result
+TRANSPOSED = "^T"  # behind a tensor's name in a `Launch`
+AT_A_CALL = "swizzle"  # in a `Launch`: a number that the caller chooses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,7 @@ class Launch(Record):
     """How the object's function is called.
 
     `arguments` is a template of nested lists: strings are the names of tensors ("a", "b", "out", "operand0", ..., with "^T"
-    behind for a transposed view, "semaphore", "workspace", "stream"), numbers and None stand for themselves.
+    behind for a transposed view, "semaphore", "workspace", "stream") or "swizzle", numbers and None stand for themselves.
     `scratch_tile` is given for a kernel that splits K: per tile of the product as the kernel sees it, one int32 that is zero,
     and tile_m x tile_n fp32 elements, zero unless parts are summed in order. Tiles are counted in whole clusters.
     """

@@ -118,7 +118,7 @@ def spec_for(
     Raises:
         ValueError: the config or the layout is not one that a kernel has; the message says which rule.
     """
-    CuteConfig.from_entry(config)
+    at_calls = CuteConfig.from_entry(config).at_calls
     if x.dtype != w.dtype or x.dtype not in DTYPES:
         raise ValueError(
             f"CuTe DSL kernels multiply two matrices of one dtype of {', '.join(DTYPES)}, not {x.dtype} and {w.dtype}"
@@ -129,7 +129,7 @@ def spec_for(
     if w.shape[-1] * DTYPE_BYTES[out_dtype] % ALIGNMENT_BYTES:
         raise ValueError(f"the result's rows are {w.shape[-1]} {out_dtype}, no multiple of {ALIGNMENT_BYTES} bytes")
     return KernelSpec(
-        config={name: config[name] for name in _KERNEL_PARAMETERS if name in config},
+        config={name: config[name] for name in _KERNEL_PARAMETERS if name in config and name not in at_calls},
         dtype=x.dtype,
         out_dtype=out_dtype,
         a_major="k" if x.stride[-1] == 1 else "m",
@@ -255,11 +255,16 @@ class CutePass(CustomGraphPass):
         )
         path = str(self._resolve(kernel))
         load(path)  # what cannot be loaded is found out here, where stock code is still to be had
-        columns = kernel.num_columns(int(node.meta["val"].shape[-1]))
-        if fused is None:
-            return Site(node=node, product=product, operands=(), added=product.added, last=node, columns=columns, path=path)
-        operands = (*product.added, *fused.operands)
-        return Site(node=node, product=product, operands=operands, added=(), last=fused.last, columns=columns, path=path)
+        return Site(
+            node=node,
+            product=product,
+            operands=() if fused is None else (*product.added, *fused.operands),
+            added=product.added if fused is None else (),
+            last=node if fused is None else fused.last,
+            columns=kernel.num_columns(int(node.meta["val"].shape[-1])),
+            path=path,
+            swizzle=CuteConfig.from_entry(entry.config).swizzle_of_calls,
+        )
 
     def _fused(
         self, node: torch.fx.Node, product: Product, entry: Entry, order: Mapping[torch.fx.Node, int]
@@ -319,6 +324,7 @@ class Site:
     last: torch.fx.Node
     columns: int
     path: str
+    swizzle: int
 
     def replace(self, graph: torch.fx.Graph, order: dict[torch.fx.Node, int]) -> None:
         """Put the kernel's call in the place of all of it; and into the order, for a later GEMM may take its result."""
@@ -328,10 +334,9 @@ class Site:
             for operand in self.operands:
                 vector = operand.meta["val"].dim() == 1
                 operands.append(operand if vector else _viewed(graph, operand, tuple(value.shape)))
-            columns = self.columns
-            arguments = (self.product.x, self.product.w, operands, columns, value.dtype, self.path)
-            result = graph.call_function(op.OVERLOAD, arguments)
-            result.meta["val"] = value.new_empty((*value.shape[:-1], columns))
+            call = op.call_arguments(self.product.x, self.product.w, operands, self.path, self.swizzle)
+            result = graph.call_function(*call)
+            result.meta["val"] = value.new_empty((*value.shape[:-1], self.columns))
             for extra in self.added:
                 result = _call(graph, aten.add.Tensor, result, extra)
             result = _viewed(graph, result, tuple(self.last.meta["val"].shape))

@@ -103,9 +103,20 @@ def hits(plan: Plan) -> list[int]:
     return [usage.hits for usage in plan.usage.values()]
 
 
+def path_of(call: torch.fx.Node) -> str:
+    """Of the object that a call names."""
+    return str(call.args[2] if str(call.target).endswith("default") else call.args[3])
+
+
 def epilogue_of(plan: Plan, node: torch.fx.Node) -> tuple[str, ...]:
     """What the object of a call computes behind the product."""
-    (found,) = [info.spec.epilogue for info in plan.bundle.objects if info.file_name == Path(str(node.args[5])).name]
+    (found,) = [info.spec.epilogue for info in plan.bundle.objects if info.file_name == Path(path_of(node)).name]
+    return found
+
+
+def file_of(plan: Plan, epilogue: tuple[str, ...]) -> str:
+    """Of the object with an epilogue."""
+    (found,) = [info.file_name for info in plan.bundle.objects if info.spec.epilogue == epilogue]
     return found
 
 
@@ -118,10 +129,13 @@ def test_a_product_becomes_one_call_of_its_object(tmp_path: Path) -> None:
     module.graph.lint()
     (call,) = calls(module)
     assert targets(module).count("aten.mm.default") == 1  # the other product
-    assert call.args[3:5] == (N, torch.bfloat16)
-    assert Path(str(call.args[5])).read_bytes() == BYTES
-    assert call.meta["val"].shape == (M, N)
+    assert Path(path_of(call)).read_bytes() == BYTES
+    assert (call.meta["val"].shape, call.meta["val"].dtype) == ((M, N), torch.bfloat16)
     assert call.meta["val"].is_contiguous()
+    with FakeTensorMode():
+        a, b = torch.empty(M, K, dtype=torch.bfloat16, device="cuda"), torch.empty(K, N, dtype=torch.bfloat16, device="cuda")
+        fake = call.target(a, b, *call.args[2:])  # type: ignore[operator]
+    assert (fake.shape, fake.dtype, fake.stride()) == ((M, N), torch.bfloat16, (N, 1))
     assert hits(plan) == [1]
 
 
@@ -133,7 +147,7 @@ def test_what_follows_is_fused_with_its_operands(tmp_path: Path) -> None:
     (call,) = calls(module)
     assert epilogue_of(plan, call) == ("silu", "add")
     assert [node.name for node in call.args[2]] == ["r_1"]  # type: ignore[union-attr]
-    assert targets(module) == ["aten.t.default", "autokernel.cute_gemm.default"]
+    assert targets(module) == ["aten.t.default", "autokernel.cute_gemm.fused"]
 
 
 def test_operands_and_result_in_another_shape_are_seen_through_views(tmp_path: Path) -> None:
@@ -168,7 +182,7 @@ def test_a_product_with_another_epilogue_keeps_it_behind_a_plain_kernel(tmp_path
     module.graph.lint()
     assert () in {epilogue_of(plan, call) for call in calls(module)}
     assert "aten.mm.default" not in targets(module)
-    assert any(name in targets(module) for name in ("aten.tanh.default", "aten.silu.default", "autokernel.cute_gemm.default"))
+    assert any(name in targets(module) for name in ("aten.tanh.default", "aten.silu.default", "autokernel.cute_gemm.fused"))
 
 
 def test_a_bias_goes_into_the_kernel_or_behind_it(tmp_path: Path) -> None:
@@ -180,7 +194,7 @@ def test_a_bias_goes_into_the_kernel_or_behind_it(tmp_path: Path) -> None:
     CutePass(inside)(module.graph)
     (call,) = calls(module)
     assert epilogue_of(inside, call) == ("bias", "relu")
-    assert targets(module) == ["aten.t.default", "autokernel.cute_gemm.default"]
+    assert targets(module) == ["aten.t.default", "autokernel.cute_gemm.fused"]
     behind = with_objects(tmp_path / "behind", entry(ADDMM, QUACK))
     module = traced(linear, (M, K), (N, K), (N,))
     CutePass(behind)(module.graph)
@@ -214,7 +228,8 @@ def test_gate_and_up_become_one_kernel_with_half_the_columns(tmp_path: Path) -> 
     options = inductor_options(plan, {}, frozen=False)
     code = generated_code(gate_and_up, [spec(M, K), spec(N, K), spec(N, K)], options)
     assert code.count("torch.ops.autokernel.cute_gemm.default(") == 1
-    assert f", [], {N}, torch.bfloat16, " in code
+    assert file_of(plan, ("gated_silu",)) in code
+    assert f", ({M}, {N}), ({N}, 1)" in code
     assert "extern_kernels.mm" not in code
     assert hits(plan) == [1]
 
@@ -244,7 +259,7 @@ def test_gate_and_up_that_are_used_otherwise_get_the_plain_kernel(tmp_path: Path
     options = inductor_options(plan, {}, frozen=False)
     code = generated_code(lambda x, w, v: torch.tanh(x @ w.t()) * (x @ v.t()), [spec(M, K), spec(N, K), spec(N, K)], options)
     assert code.count("torch.ops.autokernel.cute_gemm.default(") == 1
-    assert f", [], {2 * N}, torch.bfloat16, " in code
+    assert file_of(plan, ()) in code
 
 
 E4M3 = {"dtype": "float8_e4m3fn"}
@@ -291,7 +306,7 @@ def test_integer_products_have_integer_sums(tmp_path: Path) -> None:
     module = traced(lambda x, w: torch._int_mm(x.to(torch.int8), w.to(torch.int8).t()), (M, K), (N, K))
     CutePass(plan)(module.graph)
     (call,) = calls(module)
-    assert (call.args[4], call.meta["val"].dtype) == (torch.int32, torch.int32)
+    assert call.meta["val"].dtype == torch.int32
     assert hits(plan) == [1]
 
 
@@ -338,6 +353,21 @@ def test_merged_weights_are_one_matrix() -> None:
     assert "merge" not in kernel.config
 
 
+@pytest.mark.parametrize(("config", "objects"), [(QUACK, 1), (OPERATORS, 2)], ids=["quack", "operators"])
+def test_what_a_kernel_takes_at_a_call_is_not_compiled_into_it(
+    config: dict[str, ConfigValue], objects: int, tmp_path: Path
+) -> None:
+    entries = [entry(MM, {**config, "swizzle": swizzle}) for swizzle in (8, 2)]
+    plans = [with_objects(tmp_path, one) for one in entries]
+    found = []
+    for plan in plans:
+        module = traced(lambda x, w: x @ w.t(), (M, K), (N, K))
+        CutePass(plan)(module.graph)
+        found.append(calls(module)[0].args[2:])
+    assert len({path for path, *_ in found}) == objects
+    assert [rest for _, *rest in found] == ([[], [2]] if objects == 1 else [[], []])
+
+
 def test_entries_that_differ_in_merging_and_fusing_alone_share_an_object() -> None:
     keys = {
         kernel.key({})
@@ -366,7 +396,7 @@ def test_inductor_calls_the_object_with_the_strides_of_the_graph(tmp_path: Path)
         return torch.nn.functional.silu(torch.sin(x) @ w.t()) + r
 
     code = generated_code(block, [spec(M, K), spec(N, K), spec(M, N)], inductor_options(plan, {}, frozen=False))
-    assert code.count("torch.ops.autokernel.cute_gemm.default(") == 1
+    assert code.count("torch.ops.autokernel.cute_gemm.fused(") == 1
     assert f"reinterpret_tensor(arg1_1, ({K}, {N}), (1, {K}), 0)" in code
     assert str(tmp_path) in code
     assert "extern_kernels.mm" not in code

@@ -18,6 +18,7 @@ import torch
 from gpu.cuda_problems import spec as contiguous
 from gpu.cuda_problems import weight
 
+from autokernel.cutedsl import op
 from autokernel.cutedsl.cache import ObjectCache
 from autokernel.cutedsl.compiler import unavailable
 from autokernel.cutedsl.objects import Kernel, load
@@ -225,6 +226,25 @@ def test_it_runs_on_the_current_stream_and_waits_for_nothing(config: dict[str, C
     assert torch.equal(y, reference)
 
 
+def test_one_object_serves_every_swizzle(cache: ObjectCache) -> None:
+    kernel_spec = spec(PINGPONG)
+    path = str(cache.get_or_compile(kernel_spec)[1])
+    a, b = matrices(kernel_spec, 1500, 2560, 512)  # more tiles than run at once
+    reference = load(path)(a, b)
+    assert error_of(reference, a.double() @ b.double()) <= LIMITS["bfloat16"]
+    assert all(torch.equal(load(path, swizzle)(a, b), reference) for swizzle in (1, 2, 4))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("config", [PINGPONG, {**SWAP, "split_k": 4}, OPERATORS], ids=["quack", "split_k", "operators"])
+def test_a_kernel_runs_where_its_operands_lie(config: dict[str, ConfigValue], cache: ObjectCache) -> None:
+    kernel, a, b = some_kernel(cache, config)
+    reference = kernel(a, b)
+    elsewhere = kernel(a.to("cuda:1"), b.to("cuda:1"))
+    assert (elsewhere.device.index, torch.cuda.current_device()) == (1, 0)
+    assert torch.equal(elsewhere.to("cuda:0"), reference)
+
+
 @pytest.mark.parametrize(
     ("config", "epilogue"),
     [(PINGPONG, ()), (PINGPONG, ("bias", "silu", "add")), (OPERATORS, ())],
@@ -236,13 +256,13 @@ def test_a_call_costs_the_host_little(config: dict[str, ConfigValue], epilogue: 
     path = str(cache.get_or_compile(kernel_spec)[1])
     a, b = matrices(kernel_spec, 8, 128, 128)
     given = operands(kernel_spec, 8, 128)
-    call = torch.ops.autokernel.cute_gemm.default
+    call, arguments = op.call_arguments(a, b, given, path, kernel_spec.cute.swizzle_of_calls)
     best, end = float("inf"), time.monotonic() + 2.0  # long enough for moments in which nobody else has the cores
     while time.monotonic() < end:
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(50):
-            call(a, b, given, 128, torch.bfloat16, path)
+            call(*arguments)
         best = min(best, (time.perf_counter() - start) / 50)
     print(f"host time of a call, {config['source']}, {len(epilogue)} steps behind it: {best * 1e6:.1f} us")
     assert best * 1e6 <= MAX_CALL_US
