@@ -12,6 +12,7 @@ from autokernel.kernels.attention_config import plan_decode, plan_flash
 from autokernel.kernels.generated import plan_products, plan_rows
 from autokernel.kernels.launch import KernelPlan
 from autokernel.kernels.lm_head_argmax_config import plan_lm_head
+from autokernel.kernels.mlp_config import plan_mlp
 from autokernel.kernels.rotary_config import plan_rotary
 from autokernel.kernels.row_norm_config import plan_row_norm
 from autokernel.records import ConfigValue, Problem
@@ -31,6 +32,7 @@ PLANNERS: Mapping[str, Mapping[str, Planner]] = {
     "norm_rotary": {"rotary": plan_rotary},
     "norm_rotary_complex": {"rotary": plan_rotary},
     "rotary_qk": {"rotary": plan_rotary},
+    "mlp": {"mlp": plan_mlp},
     "generated": {"generated_mm": plan_products, "generated_rows": plan_rows},
 }
 

@@ -19,6 +19,7 @@ from autokernel.ops.generated import Generated
 from autokernel.ops.int_mm import IntMm
 from autokernel.ops.lm_head_argmax import LmHeadArgmax
 from autokernel.ops.merged_mm import MergedMm
+from autokernel.ops.mlp import Mlp
 from autokernel.ops.mm import Mm
 from autokernel.ops.norm_rotary import NormRotary
 from autokernel.ops.norm_rotary_complex import NormRotaryComplex
@@ -49,6 +50,7 @@ OPS: tuple[Op, ...] = (
     AddRmsNorm(),
     RmsNorm(),
     Gated(),
+    Mlp(),
     Generated(),
 )
 
