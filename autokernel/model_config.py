@@ -178,6 +178,10 @@ class DecodeScenario(Section):
     kind: Literal["decode"]
     batch: PositiveInt = 1
     context: PositiveInt = Field(description="tokens already in the cache; the cache has room for a few more")
+    sample: Literal["none", "argmax"] = Field(
+        "none",
+        description="argmax: the step ends with the next token of each sequence, the likeliest one, instead of its logits",
+    )
 
 
 class CallScenario(Section):

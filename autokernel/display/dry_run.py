@@ -113,7 +113,8 @@ def _scenario(scenario: PrefillScenario | DecodeScenario | CallScenario) -> str:
         case PrefillScenario():
             return f"prefill, batch {scenario.batch}, {scenario.length} tokens"
         case DecodeScenario():
-            return f"decode, batch {scenario.batch}, {scenario.context} tokens in the cache"
+            greedy = ", greedy sampling" if scenario.sample == "argmax" else ""
+            return f"decode, batch {scenario.batch}, {scenario.context} tokens in the cache{greedy}"
         case CallScenario():
             inputs = f"from {scenario.inputs}" if isinstance(scenario.inputs, str) else ", ".join(scenario.inputs)
             return f"call, batch {scenario.batch}, inputs {inputs}"

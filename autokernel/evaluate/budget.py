@@ -131,7 +131,7 @@ def errors_of(out: torch.Tensor, expected: Expected) -> Errors:
     """Errors of an output of the expected shape and dtype, over the elements where eager and reference are finite."""
 
     if expected.scores is not None:
-        return _shortfall(out, expected.scores)
+        return shortfall(out, expected.scores)
     if expected.exact:
         different = out != expected.reference
         worst = (out.double() - expected.reference.double()).abs().max().item() if out.numel() else 0.0
@@ -177,7 +177,7 @@ def _expected(eager: torch.Tensor, reference: torch.Tensor, shared: tuple[int, .
     )
 
 
-def _shortfall(indices: torch.Tensor, scores: torch.Tensor) -> Errors:
+def shortfall(indices: torch.Tensor, scores: torch.Tensor) -> Errors:
     """What the scores of indices lack to the largest ones. Who has a NaN where there is one, or an infinity, lacks nothing."""
     import torch
 

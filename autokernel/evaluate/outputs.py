@@ -2,23 +2,24 @@
 
 The budget is the kernels': the contender's error may be twice that of stock PyTorch in the model's own dtype, over all draws
 of a scenario's inputs together. Tokens and divergence, for language models, follow the same rule (a divergence grows with
-the square of the error).
+the square of the error). Where a scenario returns tokens, they are judged by the logits that stock and reference have for them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from autokernel.evaluate.budget import EAGER_FACTOR
+from autokernel.evaluate.budget import EAGER_FACTOR, shortfall
 from autokernel.records import Check, Record, Verdict
 
 if TYPE_CHECKING:
     import torch
 
 Run = Callable[..., Any]
+Outputs = tuple[Sequence["torch.Tensor"], Sequence["torch.Tensor"]]
 _KL_FLOOR = 1e-7
 _PIECE = 1 << 27  # elements of an output that are compared at a time: some ten copies of them, in float64
 
@@ -35,7 +36,10 @@ class ScenarioCheck(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trio:
-    """One scenario run in three ways on the same inputs: as tuned, stock, and in higher precision."""
+    """One scenario run in three ways on the same inputs: as tuned, stock, and in higher precision.
+
+    With `greedy` the contender returns the likeliest tokens, and stock and reference the logits that they are chosen from.
+    """
 
     name: str
     contender: Run
@@ -43,6 +47,7 @@ class Trio:
     reference: Run
     draws: Sequence[tuple[torch.Tensor, ...]]
     is_language: bool = False
+    greedy: bool = False
     raised: torch.dtype | None = None  # of the reference's floating-point inputs; None: as they are
     max_abs_error: float | None = None  # how far the contender may be from stock itself
 
@@ -69,6 +74,7 @@ class _Errors:
     unit: float = 0.0  # half of the dtype's epsilon
     difference: float = 0.0  # the contender's largest, from stock
     misplaced: int = 0  # NaN and infinities that are not where stock has them; integers that differ
+    missing: float = 0.0  # what the chosen tokens' logits lack to the largest
 
 
 def compare_outputs(trios: Sequence[Trio], min_top1_agreement: float) -> Verdict:
@@ -105,6 +111,41 @@ def verdict_of(scenarios: Sequence[ScenarioCheck], min_top1_agreement: float) ->
     return Verdict(checks=tuple(checks))
 
 
+def difference_from(draws: Iterable[Outputs]) -> tuple[float, str]:
+    """(actual outputs, eager's) of each draw -> (norm of the difference over eager's norm, what is wrong besides)."""
+    import torch
+
+    square = scale = 0.0
+    for actual, expected in draws:
+        if [(a.shape, a.dtype) for a in actual] != [(e.shape, e.dtype) for e in expected]:
+            return math.inf, "outputs have other shapes or dtypes than eager's"
+        for mine, theirs in zip(actual, expected, strict=True):
+            if not theirs.dtype.is_floating_point:
+                if not torch.equal(mine, theirs):
+                    return math.inf, "integer outputs differ from eager's"
+                continue
+            if not torch.equal(torch.isfinite(mine), torch.isfinite(theirs)):
+                return math.inf, "NaN or infinities are not where eager has them"
+            finite = torch.isfinite(theirs)
+            kept = torch.where(finite, theirs, 0).float()
+            square += float((torch.where(finite, mine, 0).float() - kept).norm()) ** 2
+            scale += float(kept.norm()) ** 2
+    return math.sqrt(square / scale) if scale else math.sqrt(square), ""
+
+
+def missing_of_tokens(draws: Iterable[Outputs]) -> tuple[float, str]:
+    """(tokens, eager's logits) of each draw -> (what the tokens' logits lack to the largest, what is wrong besides)."""
+    worst = 0.0
+    for actual, (logits,) in draws:
+        if _mismatch(actual, [logits.argmax(-1)]):
+            return math.inf, "outputs have other shapes or dtypes than eager's"
+        found = shortfall(actual[0], logits)
+        if found.misplaced:
+            return math.inf, "tokens are none of the vocabulary, or not where eager's logits are finite"
+        worst = max(worst, found.max)
+    return worst, ""
+
+
 def _check_scenario(trio: Trio, tokens: _Tokens) -> Iterator[Check]:
     errors: list[_Errors] = []
     kl, kl_stock, num = 0.0, 0.0, 0
@@ -114,11 +155,14 @@ def _check_scenario(trio: Trio, tokens: _Tokens) -> Iterator[Check]:
         own = [tensor.clone() for tensor in _tensors(trio.stock(*inputs))]
         given = [tensor.clone() for tensor in inputs]
         outputs = _tensors(trio.contender(*inputs))
-        problem = _mismatch(outputs, own) or _changed(inputs, given)
+        problem = _mismatch(outputs, [own[0].argmax(-1)] if trio.greedy else own) or _changed(inputs, given)
         if problem:
             yield Check(name=f"{trio.name}: outputs", value=1, limit=0, passed=False, note=problem)
             return
         errors = errors or [_Errors() for _ in own]
+        if trio.greedy:
+            _measure_tokens(errors[0], tokens, outputs[0], own[0], exact[0])
+            continue
         for total, *tensors in zip(errors, outputs, own, exact, strict=True):
             for out, stock, reference in _pieces(*tensors):
                 _measure(total, out, stock, reference)
@@ -129,6 +173,9 @@ def _check_scenario(trio: Trio, tokens: _Tokens) -> Iterator[Check]:
                 kl += part * _divergence(reference, out)
                 kl_stock += part * _divergence(reference, stock)
             num += 1
+    if trio.greedy:
+        yield _token_budget(trio.name, errors[0])
+        return
     for number, total in enumerate(errors):
         name = trio.name if len(errors) == 1 else f"{trio.name}[{number}]"
         yield from _budget(name, total)
@@ -173,6 +220,25 @@ def _budget(name: str, errors: _Errors) -> Iterator[Check]:
     yield Check(name=f"{name}: norm of error", value=norm, limit=limit, passed=norm <= limit, note=note)
 
 
+def _token_budget(name: str, errors: _Errors) -> Check:
+    """As of indices that a kernel chooses: the exact logit is below the largest by at most twice the budget of a logit."""
+    limit = 2 * (EAGER_FACTOR * errors.stock_max + errors.unit * errors.largest)
+    value = math.inf if errors.misplaced else errors.missing
+    note = f"what the tokens' logits lack to the largest; stock's logits err by up to {errors.stock_max:.3g}"
+    return Check(name=f"{name}: chosen logits", value=value, limit=limit, passed=value <= limit, note=note)
+
+
+def _measure_tokens(
+    total: _Errors, tokens: _Tokens, out: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor
+) -> None:  # fmt: skip
+    """Add one draw's tokens, and stock's errors of their logits."""
+    _measure(total, stock, stock, reference)
+    found = shortfall(out, reference)
+    total.missing, total.misplaced = max(total.missing, found.max), total.misplaced + found.misplaced
+    if not found.misplaced:
+        _count_picked(tokens, out.unsqueeze(-1), stock, reference)
+
+
 def _measure(total: _Errors, out: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor) -> None:
     """Add one draw's errors of one output."""
     import torch
@@ -197,7 +263,11 @@ def _measure(total: _Errors, out: torch.Tensor, stock: torch.Tensor, reference: 
 
 
 def _count_tokens(tokens: _Tokens, out: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor) -> None:
-    picked = out.argmax(dim=-1, keepdim=True)
+    _count_picked(tokens, out.argmax(dim=-1, keepdim=True), stock, reference)
+
+
+def _count_picked(tokens: _Tokens, picked: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor) -> None:
+    """As `_count_tokens`; `picked` are the contender's, with a last dimension of one."""
     best = stock.max(dim=-1, keepdim=True).values
     tokens.num += picked.numel()
     # In a 16-bit dtype several tokens may share the largest logit: any of them is stock's.

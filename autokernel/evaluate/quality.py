@@ -117,10 +117,11 @@ def check_program(
     trio = Trio(
         name=name,
         contender=_resetting(program, forward),
-        stock=_resetting(program, program.module),
+        stock=_resetting(program, program.scores or program.module),
         reference=_resetting(program, own_reference),
         draws=_draws(program, is_language, seed),
         is_language=is_language,
+        greedy=program.scores is not None,
         raised=higher,
         max_abs_error=loaded.experiment.validation.max_abs_error,
     )
@@ -165,10 +166,11 @@ def _trio(
     return Trio(
         name=name,
         contender=_resetting(tuned, prepared.forward),
-        stock=_resetting(stock, stock.module),
-        reference=_resetting(raised, raised.module),
+        stock=_resetting(stock, stock.scores or stock.module),
+        reference=_resetting(raised, raised.scores or raised.module),
         draws=_draws(tuned, is_language, seed),
         is_language=is_language,
+        greedy=tuned.scores is not None,
         raised=higher,
         max_abs_error=loaded.experiment.validation.max_abs_error,
     )

@@ -43,7 +43,9 @@ _ROUNDS = 21
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScenarioProof(Record):
-    """One scenario, compiled. `difference` is of its outputs from eager, relative to their norm, over all draws together."""
+    """One scenario, compiled. `difference` is of its outputs from eager, relative to their norm, over all draws together; of
+    tokens it is what eager's logits of them lack to the largest.
+    """
 
     scenario: str
     compile_s: float
@@ -218,14 +220,21 @@ class _Process:
 
     def _scenario(self, name: str, program: ScenarioProgram) -> tuple[ScenarioProof, Callable[[], Any]]:
         """Compile a scenario as production does, and compare it with eager; returns its step, too."""
+        from autokernel.evaluate.outputs import difference_from, missing_of_tokens
         from autokernel.workers.device_lock import device_lock
 
         forward, compile_s = self._compile(program, self.backend)
+        draws = _draws(program, program.scores or program.module, forward, self.request["seed"] + 1)
         with device_lock(self.device, exclusive=False):
-            difference, problem = _difference(program, forward, self.request["seed"] + 1)
+            if program.scores is None:
+                difference, problem = difference_from(draws)
+                how = f"outputs differ from eager by {difference:.3g} of their norm"
+            else:
+                difference, problem = missing_of_tokens(draws)
+                how = f"eager's logits of the chosen tokens lack {difference:.3g} to the largest"
         limit = self.request["limits"].get(name, math.inf)
         if not problem and not difference <= limit:
-            problem = f"outputs differ from eager by {difference:.3g} of their norm; the error budget allows {limit:.3g}"
+            problem = f"{how}; the error budget allows {limit:.3g}"
         proof = ScenarioProof(scenario=name, compile_s=compile_s, difference=difference, problem=problem)
         return proof, lambda: forward(*program.inputs)
 
@@ -336,33 +345,20 @@ def _as_served(calls: Mapping[str, Callable[[], Any]], device: str) -> Mapping[s
     return {mode: graph.replay for mode, graph in graphs.items()}
 
 
-def _difference(program: ScenarioProgram, forward: Callable[..., Any], seed: int) -> tuple[float, str]:
-    """(norm of the difference from eager over eager's norm, what is wrong besides), over a few draws of inputs."""
+def _draws(
+    program: ScenarioProgram, eager: Callable[..., Any], forward: Callable[..., Any], seed: int
+) -> Iterator[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]:
+    """Outputs of the compiled code and of eager code on the same inputs, a few times."""
     import torch
 
-    square = scale = 0.0
     num_draws = max(1, min(_MAX_DRAWS, _NUM_TOKENS // max(1, program.inputs[0].numel())))
     for draw in range(num_draws):
         inputs = program.fresh_inputs(seed + draw)
         program.reset()
         with torch.no_grad():
-            expected = [tensor.clone() for tensor in _tensors(program.module(*inputs))]
+            expected = [tensor.clone() for tensor in _tensors(eager(*inputs))]
         program.reset()
-        actual = _tensors(forward(*inputs))
-        if [(a.shape, a.dtype) for a in actual] != [(e.shape, e.dtype) for e in expected]:
-            return math.inf, "outputs have other shapes or dtypes than eager's"
-        for mine, theirs in zip(actual, expected, strict=True):
-            if not theirs.dtype.is_floating_point:
-                if not torch.equal(mine, theirs):
-                    return math.inf, "integer outputs differ from eager's"
-                continue
-            if not torch.equal(torch.isfinite(mine), torch.isfinite(theirs)):
-                return math.inf, "NaN or infinities are not where eager has them"
-            finite = torch.isfinite(theirs)
-            kept = torch.where(finite, theirs, 0).float()
-            square += float((torch.where(finite, mine, 0).float() - kept).norm()) ** 2
-            scale += float(kept.norm()) ** 2
-    return math.sqrt(square / scale) if scale else math.sqrt(square), ""
+        yield _tensors(forward(*inputs)), expected
 
 
 def _tensors(value: Any) -> Sequence[torch.Tensor]:

@@ -36,14 +36,15 @@ class Prefill(nn.Module):
 
 
 class Decode(nn.Module):
-    """One token per sequence behind `context` others: ids and positions of `[batch, 1]` to logits of `[batch, 1, vocabulary]`.
+    """One token per sequence behind `context` others: ids and positions of `[batch, 1]` to logits of `[batch, 1, vocabulary]`,
+    or with `greedy` to the likeliest tokens, `[batch, 1]`.
 
     transformers' static cache counts its own length up with each call. The step starts by setting the counters, which are
     tensors, from the positions: every call is the same step, replays of a CUDA graph included, and overwrites the one slot
     that the call before wrote.
     """
 
-    def __init__(self, model: nn.Module, prompt: torch.Tensor) -> None:
+    def __init__(self, model: nn.Module, prompt: torch.Tensor, *, greedy: bool = False) -> None:
         """Fill the cache by reading the prompt; a batch of more than 8 has the keys and values of the first 8 prompts in turn.
 
         So they are what this model computes, distinct in memory, and 128 x 2,048 tokens take no longer than 8 x 2,048.
@@ -51,12 +52,13 @@ class Decode(nn.Module):
         Args:
             model: a causal language model of transformers.
             prompt: `[batch, context]` token ids.
+            greedy: return tokens instead of logits.
 
         Raises:
             WorkloadError: a layer's state is not a plain window of keys and values.
         """
         super().__init__()
-        self.model = model
+        self.model, self.greedy = model, greedy
         batch, self.context = prompt.shape
         self.num_slots = -(-(self.context + 1 + _CACHE_ROOM) // 16) * 16
         self.cache = self._new_cache()
@@ -68,6 +70,11 @@ class Decode(nn.Module):
                 _spread(read, self.cache, batch)
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits = self.logits(tokens, positions)
+        return logits.argmax(-1) if self.greedy else logits
+
+    def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Of the next token, `[batch, 1, vocabulary]`."""
         for layer in self.cache.layers:
             layer.cumulative_length.copy_(positions[0, 0])
             if hasattr(layer, "cumulative_length_int"):  # layers with a sliding window count in Python, too
@@ -93,7 +100,7 @@ class Decode(nn.Module):
             for start in range(0, len(tokens), _EXACT_ROWS):
                 rows = slice(start, start + _EXACT_ROWS)
                 step = _on_cache(self, rows, dtype)
-                parts.append(step(tokens[rows], positions[rows]))
+                parts.append(step.logits(tokens[rows], positions[rows]))
         return torch.cat(parts)
 
     def _new_cache(self) -> Any:

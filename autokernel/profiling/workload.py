@@ -35,7 +35,8 @@ class ScenarioProgram:
     """One scenario, ready to run: `module(*inputs)` is one step and returns a tensor or a tuple of tensors.
 
     The module is what is to be compiled, with `fullgraph=True, dynamic=False`. A step depends on its inputs alone: repeated
-    calls with the same ones return the same.
+    calls with the same ones return the same. Where it returns tokens, `scores` is the same step up to the logits that they are
+    chosen from.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ScenarioProgram:
     inputs: Inputs
     make_inputs: Callable[[int], Inputs]
     restore: Callable[[], None]
+    scores: Callable[..., torch.Tensor] | None = None
 
     def fresh_inputs(self, seed: int) -> Inputs:
         """Other inputs of the same shapes."""
@@ -169,7 +171,8 @@ def _decode_program(
 
     vocabulary = _vocabulary(model)
     text = draw_tokens(corpus, vocabulary, scenario.batch, scenario.context + 1, seed).to(device)
-    module = Decode(model, text[:, :-1]).eval()
+    greedy = scenario.sample == "argmax"
+    module = Decode(model, text[:, :-1], greedy=greedy).eval()
     # A copy: a column of one row counts as contiguous whatever its strides, and other strides would mean to compile again.
     last = text[:, -1:].clone(memory_format=torch.contiguous_format)
     positions = torch.full((scenario.batch, 1), scenario.context, dtype=torch.long, device=device)
@@ -177,7 +180,14 @@ def _decode_program(
     def make_inputs(seed: int) -> Inputs:
         return draw_tokens(corpus, vocabulary, scenario.batch, 1, seed).to(device), positions
 
-    return ScenarioProgram(name=name, module=module, inputs=(last, positions), make_inputs=make_inputs, restore=module.reset)
+    return ScenarioProgram(
+        name=name,
+        module=module,
+        inputs=(last, positions),
+        make_inputs=make_inputs,
+        restore=module.reset,
+        scores=module.logits if greedy else None,
+    )
 
 
 def _call_program(

@@ -132,14 +132,16 @@ def _largest(context: RunContext, scenarios: Sequence[str], layers: int | None) 
 
 
 def difference_limits(validated: ModelValidated, scenarios: Sequence[str]) -> dict[str, float]:
-    """How far outputs may be from eager's, relative to their norm, by what validation measured against higher precision.
+    """How far outputs may be from eager's, relative to their norm, by what validation measured against higher precision; of
+    tokens, what their logits may lack to the largest.
 
     A bundle may be off by the check's limit, and eager by half of that: the sum is the most that two right answers differ by.
     """
     limits = {}
     for scenario in scenarios:
-        names = (f"{scenario}: norm of error", f"{scenario}[")
-        found = [c.limit for c in validated.verdict.checks if c.name.startswith(names) and c.name.endswith("norm of error")]
+        names = (f"{scenario}: norm of error", f"{scenario}: chosen logits", f"{scenario}[")
+        ends = ("norm of error", "chosen logits")
+        found = [c.limit for c in validated.verdict.checks if c.name.startswith(names) and c.name.endswith(ends)]
         if found:
             limits[scenario] = 1.5 * max(found)
     return limits

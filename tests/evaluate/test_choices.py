@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from autokernel.evaluate.budget import errors_of, expectation_bytes, expected_outputs
 from autokernel.evaluate.numerics import check
+from autokernel.evaluate.outputs import Trio, compare_outputs, missing_of_tokens
 from autokernel.evaluate.probes import make_constants
 from autokernel.ops import get_op
 from autokernel.records import Problem, TensorSpec, Verdict
@@ -103,3 +105,39 @@ def test_what_the_scores_take_is_foretold() -> None:
     (expected,) = expected_outputs(OP, case, [torch.randn(s.shape).bfloat16() for s in case.inputs])
     assert expected.scores is not None
     assert expectation_bytes(OP, case, 3) == 3 * expected.scores.nbytes
+
+
+def greedy_trio(tokens: Any, noise: float = 0.01) -> Trio:
+    """Logits of eight positions; stock's are a little wrong."""
+    draws = [(torch.randn(8, 1, 50, generator=torch.Generator().manual_seed(seed)),) for seed in range(4)]
+
+    def stock(x: torch.Tensor) -> torch.Tensor:
+        return x + noise * torch.sin(100 * x)
+
+    return Trio(name="g", contender=tokens, stock=stock, reference=lambda x: x, draws=draws, is_language=True, greedy=True)
+
+
+def test_a_scenario_that_returns_tokens_is_judged_by_their_logits() -> None:
+    names = ("g: chosen logits", "top-1 disagreement")
+    verdict = compare_outputs([greedy_trio(lambda x: x.argmax(-1))], 0.99)
+    assert verdict.passed, verdict.failures
+    assert tuple(check.name for check in verdict.checks) == names
+    (chosen, _) = verdict.checks
+    assert chosen.limit == pytest.approx(4 * 0.01, rel=0.05)
+    assert compare_outputs([greedy_trio(lambda x: (x + 0.005 * x.cos()).argmax(-1))], 0.5).passed
+    second = compare_outputs([greedy_trio(lambda x: x.topk(2).indices[..., 1])], 0.0)
+    assert [check.name for check in second.failures] == [names[0]]
+    assert compare_outputs([greedy_trio(lambda x: x.topk(2).indices[..., 1])], 0.99).failures[1].name == names[1]
+    outside = compare_outputs([greedy_trio(lambda x: x.argmax(-1) + 50)], 0.0)
+    assert [check.value for check in outside.failures] == [math.inf]
+    logits = compare_outputs([greedy_trio(lambda x: x)], 0.0)
+    assert "output 0 is" in logits.failures[0].note
+
+
+def test_tokens_that_eager_has_as_likely_are_no_difference() -> None:
+    logits = torch.tensor([[[0.0, 2.0, 2.0, 1.5]]])
+    first, second, third = (([torch.tensor([[i]])], [logits]) for i in (1, 2, 3))
+    assert missing_of_tokens([first, second]) == (0.0, "")
+    assert missing_of_tokens([first, third]) == (0.5, "")
+    assert missing_of_tokens([([torch.tensor([[4]])], [logits])])[1].startswith("tokens are none of the vocabulary")
+    assert missing_of_tokens([([torch.tensor([1])], [logits])])[0] == math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,9 @@ def test_limits_come_from_what_validation_measured() -> None:
     limits = difference_limits(validated, ["one", "two", "unknown"])
     assert set(limits) == {"one", "two"}
     assert all(limit == pytest.approx(3e-3, rel=1e-2) for limit in limits.values())
+    tokens = replace(trio("g", 0.0, 1), contender=lambda x: x.argmax(-1), greedy=True)
+    validated = ModelValidated(verdict=compare_outputs([tokens], 0.99), evals=(), scenarios=())
+    assert difference_limits(validated, ["g"]) == {"g": pytest.approx(6e-3, rel=1e-2)}
 
 
 def proof_with(**changes: object) -> Proof:

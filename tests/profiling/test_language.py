@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from autokernel.config import load_experiment
+from autokernel.config import DecodeScenario, load_experiment
 from autokernel.errors import WorkloadError
 from autokernel.profiling.footprint import footprint
 from autokernel.profiling.language import Decode, Prefill, raised
-from autokernel.profiling.workload import empty_model, load_model
+from autokernel.profiling.workload import build_scenario, empty_model, load_model
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -66,6 +66,20 @@ def test_the_exact_step_reads_the_same_cache(tiny: nn.Module) -> None:
     assert exact.dtype == torch.float32
     assert exact.shape == plain.shape == (20, 1, 64)
     assert 0 < (plain - exact).abs().max() < 0.02
+
+
+def test_a_greedy_step_returns_the_likeliest_tokens(tiny: nn.Module) -> None:
+    scenario = DecodeScenario(kind="decode", batch=3, context=16, sample="argmax")
+    program = build_scenario(tiny, scenario, "g", 0, "cpu", "bfloat16")
+    plain = build_scenario(tiny, scenario.model_copy(update={"sample": "none"}), "d", 0, "cpu", "bfloat16")
+    assert plain.scores is None
+    assert program.scores is not None
+    with torch.no_grad():
+        chosen, logits = program.module(*program.inputs), plain.module(*plain.inputs)
+        assert torch.equal(program.scores(*program.inputs), logits)
+        assert torch.equal(chosen, logits.argmax(-1))
+        assert program.module.exact(*program.inputs, torch.float32).shape == logits.shape  # type: ignore[operator]
+    assert (chosen.shape, chosen.dtype) == ((3, 1), torch.int64)
 
 
 def test_a_large_batch_repeats_the_first_prompts(tiny: nn.Module) -> None:
