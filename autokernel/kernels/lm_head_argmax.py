@@ -60,8 +60,7 @@ def lm_head_argmax_kernel(
     BLOCKS: tl.constexpr = K // BLOCK_K
     tile = tl.program_id(0)
     x += X_START
-    # tokens behind the last one are read as that one again
-    n = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # behind the last token it is read again, and counts as that one: as 0 below
     m = tl.arange(0, BLOCK_M)
     if MODE == 2:
         logits = vector_product(x, w, tile, 0, BLOCKS, N, K, BLOCK_N, BLOCK_K, STAGES)

@@ -69,7 +69,10 @@ def wrong(config: Config, stored: tuple[int, ...], part: tuple[slice, ...], voca
     plan = replace(plan, launches=tuple(replace(launch, arguments=a) for launch, a in zip(plan.launches, few, strict=True)))
     scratch = [torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype)) for buffer in plan.scratch]
     for kind in KINDS:
-        inputs = (drawn(kind, x), weight.abs() if kind == "negative" else weight)
+        head = weight.abs() if kind == "negative" else weight.clone()
+        if kind == "nan":
+            head.view(torch.int16)[vocabulary // 2, 5] = -512  # a NaN whose sign bit is set: bits below all others
+        inputs = (drawn(kind, x), head)
         (expected,) = expected_outputs(op, problem, inputs)
         out = launched(plan, scratch, *inputs)
         if (out.shape, out.stride()) != (expected.shape, expected.stride):
