@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,7 @@ def written(info: ObjectInfo, function: Callable[..., Any], device: Device, swiz
         "stream_of": device.stream,
         "pointer": ctypes.c_void_p,
         "dtype": getattr(torch, info.spec.out_dtype),
+        "parts": info.spec.num_parts,
         "scratch": functools.partial(scratch, launch, empty=device.empty),
     }
     tensors = ("a", "b", "out", *operands, *(("semaphore", "workspace") if launch.scratch_tile else ()))
@@ -68,7 +69,7 @@ def written(info: ObjectInfo, function: Callable[..., Any], device: Device, swiz
         "def call(a, b, operands=()):",
         f"    [{', '.join(operands)}] = operands",
         f"    columns = {columns}",
-        *_RESULT[info.spec.batched],
+        *(_PARTS if info.spec.num_parts else _BATCHED if info.spec.batched else _PLAIN),
         *(["    semaphore, workspace = scratch(out)"] if launch.scratch_tile else []),
         f"    function({', '.join(arguments)})",
         "    return out",
@@ -78,13 +79,9 @@ def written(info: ObjectInfo, function: Callable[..., Any], device: Device, swiz
     return call
 
 
-_RESULT: Mapping[bool, tuple[str, ...]] = {  # whether batched -> lines
-    False: ("    rows, _ = a.shape", "    out = empty((rows, columns), (columns, 1), dtype)"),
-    True: (
-        "    batch, rows, _ = a.shape",
-        "    out = empty((batch, rows, columns), (rows * columns, columns, 1), dtype)",
-    ),
-}
+_PLAIN = ("    rows, _ = a.shape", "    out = empty((rows, columns), (columns, 1), dtype)")
+_BATCHED = ("    batch, rows, _ = a.shape", "    out = empty((batch, rows, columns), (rows * columns, columns, 1), dtype)")
+_PARTS = ("    rows, _ = a.shape", "    out = empty((parts, rows, columns), (rows * columns, columns, 1), dtype)")
 
 
 def _with_swizzle(template: Sequence[object], swizzle: int) -> tuple[object, ...]:

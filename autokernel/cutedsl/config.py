@@ -44,6 +44,7 @@ class CuteConfig:
         swap: computes the transpose, weights as rows: for few rows.
         split_k: parts of K, summed in fp32 by the last one to finish. quack.
         ordered: parts are summed in their order, so that results repeat to the bit; else in that of their arrival.
+        separate: the kernel leaves the parts, fp32, to the graph, which sums them in one kernel with what follows. quack.
         swizzle: most tiles that run side by side before the next row of them, so that they find each other's operands in L2.
         raster: which neighbours follow each other, "rows" or "columns" of tiles. operators; quack decides it by the shape.
         fuse: compute the problem's epilogue in the kernel; else it stays behind it. quack.
@@ -58,6 +59,7 @@ class CuteConfig:
     swap: bool = False
     split_k: int = 1
     ordered: bool = True
+    separate: bool = False
     swizzle: int = DEFAULT_SWIZZLE
     raster: str = ROWS
     fuse: bool = False
@@ -86,6 +88,8 @@ class CuteConfig:
             return f"split_k is 1 or more, swizzle 1, 2, 4 or 8, raster rows or columns, not {given}"
         if self.split_k == 1 and not self.ordered:
             return "ordered says how parts of K are summed: leave it on with split_k=1"
+        if self.separate and (self.split_k == 1 or not self.ordered or self.fuse):
+            return "separate leaves parts of K to what follows, which sums them in order: with split_k above 1, without fuse"
         return None
 
     @property
@@ -128,7 +132,7 @@ class CuteConfig:
         return made
 
 
-_FLAGS = ("pingpong", "swap", "ordered", "fuse")
+_FLAGS = ("pingpong", "swap", "ordered", "separate", "fuse")
 _OF_ENTRIES = ("merge",)  # what a config says beside the kernel's parameters
 
 

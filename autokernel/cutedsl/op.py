@@ -29,7 +29,7 @@ def cute_gemm(a: torch.Tensor, b: torch.Tensor, path: str, swizzle: int = DEFAUL
         swizzle: as `CuteConfig` has it, for objects that take it at a call.
 
     Returns:
-        [M, N] or [batch, M, N], or with half the columns, in the object's dtype, row by row.
+        [M, N], [batch, M, N] or [parts of K, M, N], or with half the columns, in the object's dtype, row by row.
 
     Raises:
         ObjectError: the object is missing, damaged, or not for this machine.
@@ -46,7 +46,8 @@ def fused_cute_gemm(
 
 def _fake(a: torch.Tensor, b: torch.Tensor, path: str, swizzle: int = DEFAULT_SWIZZLE) -> torch.Tensor:
     spec = _spec_of(path)
-    return a.new_empty((*a.shape[:-1], spec.num_columns(b.shape[-1])), dtype=getattr(torch, spec.out_dtype))
+    lead = (spec.num_parts, a.shape[0]) if spec.num_parts else a.shape[:-1]
+    return a.new_empty((*lead, spec.num_columns(b.shape[-1])), dtype=getattr(torch, spec.out_dtype))
 
 
 def _fused_fake(

@@ -5,11 +5,14 @@ quack compiles through its epilogue frontend for any sizes; what it would pass a
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from quack.cute_dsl_utils import get_max_active_clusters
+from quack.cute_dsl_utils import get_max_active_clusters, torch2cute_dtype_map
+from quack.gemm import GemmDefaultSm90, _compile_gemm
 from quack.gemm_config import SplitKMode, cta_tile_shape_m
+from quack.rounding import RoundingMode
 
 from autokernel.cutedsl.epilogue_source import GATED_RESULT, epilogue_of
 from autokernel.cutedsl.spec import AT_A_CALL, BIAS, MATRICES, SCALE_A, TRANSPOSED, KernelSpec, Launch
@@ -29,6 +32,8 @@ def compile_spec(
         What has `export_to_c`, and how to call it.
     """
     config = spec.cute
+    if config.separate:
+        return _compiled_parts(spec), _launch(spec, GemmDefaultSm90.EpilogueArguments._fields, function, config.swap)
     a, b, out = matrices
     # quack swaps when it traces, so that nothing is transposed at a call; with parts of K it does not: there we do
     by_hand = config.swap and config.split_k > 1
@@ -54,6 +59,28 @@ def compile_spec(
     return plan.compiled_fn, _launch(spec, plan.gemm_cls.EpilogueArguments._fields, function, by_hand)
 
 
+def _compiled_parts(spec: KernelSpec) -> Any:
+    """The kernel that leaves the parts of K. Its own frontends would sum them in a second kernel, with no epilogue of ours."""
+    config = spec.cute
+    a_major, b_major, d_major = spec.a_major, spec.b_major, "n"
+    if config.swap:
+        a_major, b_major, d_major = ("k" if spec.b_major == "k" else "m"), ("k" if spec.a_major == "k" else "n"), "m"
+    dtype = torch2cute_dtype_map[getattr(torch, spec.dtype)]
+    given = {
+        **dict.fromkeys(inspect.signature(inspect.unwrap(_compile_gemm)).parameters),
+        **{"a_dtype": dtype, "b_dtype": dtype, "d_dtype": torch2cute_dtype_map[torch.float32]},
+        **{"a_major": a_major, "b_major": b_major, "d_major": d_major, "b_kn": True, "batched": False, "sf_batched": True},
+        "tile_shape_mn": (config.tile_m, config.tile_n),
+        "cluster_shape_mnk": (config.cluster_m, config.cluster_n, 1),
+        **{"pingpong": config.pingpong, "persistent": True, "is_dynamic_persistent": False, "concat_layout": ()},
+        **{"colvec_ndim": 0, "alpha_mode": 0, "beta_mode": 0, "sr_seed_mode": 0, "sfd_norm_const_mode": 0},
+        **dict.fromkeys(("add_to_output", "varlen_m", "varlen_k", "gather_A", "use_tma_gather"), False),
+        **{"has_batch_idx_permute": False, "has_ag": False, "rounding_mode": RoundingMode.RN},
+        **{"device_capacity": (9, 0), "split_k": config.split_k, "split_k_mode": SplitKMode.SEPARATE},
+    }
+    return _compile_gemm(**given)
+
+
 def _operands(spec: KernelSpec, out: torch.Tensor, transposed: bool) -> dict[str, torch.Tensor]:
     """Examples of the epilogue's operands, [M, N] as the caller has it unless `transposed`."""
     made: dict[str, torch.Tensor] = {}
@@ -74,6 +101,7 @@ def _launch(spec: KernelSpec, fields: tuple[str, ...], function: str, by_hand: b
     mark = TRANSPOSED if by_hand else ""
     first, second = ("b", "a") if config.swap else ("a", "b")
     epilogue: list[object] = []
+    sums = config.split_k > 1 and not config.separate
     for field in fields:
         if field == GATED_RESULT:
             epilogue.append("out")
@@ -81,7 +109,7 @@ def _launch(spec: KernelSpec, fields: tuple[str, ...], function: str, by_hand: b
             epilogue.append(field + mark)
         else:
             scratch = {"split_k_semaphore": "semaphore", "split_k_workspace": "workspace"}
-            epilogue.append(scratch[field] if config.split_k > 1 else None)
+            epilogue.append(scratch.get(field) if sums else None)
     clusters = get_max_active_clusters(config.cluster_m * config.cluster_n)
     scheduler = [clusters, None, AT_A_CALL, None, None, None]
     result = None if spec.gated else "out" + mark
@@ -90,7 +118,7 @@ def _launch(spec: KernelSpec, fields: tuple[str, ...], function: str, by_hand: b
     return Launch(
         function=function,
         arguments=arguments,
-        scratch_tile=(tile_m, config.tile_n, config.cluster_m, config.cluster_n) if config.split_k > 1 else (),
+        scratch_tile=(tile_m, config.tile_n, config.cluster_m, config.cluster_n) if sums else (),
         transposed=config.swap,
-        zeroed_workspace=config.split_k > 1 and not config.ordered,
+        zeroed_workspace=sums and not config.ordered,
     )

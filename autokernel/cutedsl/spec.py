@@ -25,7 +25,8 @@ class KernelSpec(Record):
     A is [M, K], B [K, N], the result [M, N] row by row; batched ones have a dimension in front. `a_major` and `b_major` name
     the dimension that is contiguous. `epilogue` names the steps between accumulator and result in order: scales first if
     there are any, then "bias", then names of `ops.epilogue`. Operands have the result's dtype, scales are fp32. One of its
-    `GATED_EPILOGUES` stands alone: B is two weights side by side, and the result [M, N / 2].
+    `GATED_EPILOGUES` stands alone: B is two weights side by side, and the result [M, N / 2]. Parts of K that the kernel does
+    not sum are a dimension in front of the result, in fp32.
     """
 
     config: Mapping[str, ConfigValue]  # of `CuteConfig.from_entry`
@@ -47,6 +48,12 @@ class KernelSpec(Record):
         """What the epilogue's operands are called in a `Launch` -> the epilogue's name that takes it, in order."""
         takers = (BIAS, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, *MATRICES)
         return {f"operand{i}": name for i, name in enumerate(name for name in self.epilogue if name in takers)}
+
+    @property
+    def num_parts(self) -> int:
+        """Of K, where the result is not their sum: [num_parts, M, N]; else 0."""
+        config = self.cute
+        return config.split_k if config.separate else 0
 
     @property
     def gated(self) -> bool:

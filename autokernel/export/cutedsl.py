@@ -35,6 +35,7 @@ from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec, ca
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+prims = torch.ops.prims
 
 BACKEND = "cutedsl"
 _ADD = "add"
@@ -118,7 +119,7 @@ def spec_for(
     Raises:
         ValueError: the config or the layout is not one that a kernel has; the message says which rule.
     """
-    at_calls = CuteConfig.from_entry(config).at_calls
+    parameters = CuteConfig.from_entry(config)
     if x.dtype != w.dtype or x.dtype not in DTYPES:
         raise ValueError(
             f"CuTe DSL kernels multiply two matrices of one dtype of {', '.join(DTYPES)}, not {x.dtype} and {w.dtype}"
@@ -129,9 +130,9 @@ def spec_for(
     if w.shape[-1] * DTYPE_BYTES[out_dtype] % ALIGNMENT_BYTES:
         raise ValueError(f"the result's rows are {w.shape[-1]} {out_dtype}, no multiple of {ALIGNMENT_BYTES} bytes")
     return KernelSpec(
-        config={name: config[name] for name in _KERNEL_PARAMETERS if name in config and name not in at_calls},
+        config={name: config[name] for name in _KERNEL_PARAMETERS if name in config and name not in parameters.at_calls},
         dtype=x.dtype,
-        out_dtype=out_dtype,
+        out_dtype="float32" if parameters.separate else out_dtype,
         a_major="k" if x.stride[-1] == 1 else "m",
         b_major="n" if w.stride[-1] == 1 else "k",
         batched=len(x.shape) == 3,
@@ -261,9 +262,9 @@ class CutePass(CustomGraphPass):
             operands=() if fused is None else (*product.added, *fused.operands),
             added=product.added if fused is None else (),
             last=node if fused is None else fused.last,
-            columns=kernel.num_columns(int(node.meta["val"].shape[-1])),
             path=path,
             swizzle=CuteConfig.from_entry(entry.config).swizzle_of_calls,
+            parts=kernel.num_parts > 0,
         )
 
     def _fused(
@@ -313,8 +314,8 @@ class Product:
 class Site:
     """A GEMM of the graph that a compiled kernel takes over, from its node to the last that is fused into it.
 
-    `operands` go into the kernel, whose result has `columns`; `added` is what the GEMM's own node adds, where that is left to
-    Inductor.
+    `operands` go into the kernel, which leaves `parts` of K to be summed, or none; `added` is what the GEMM's own node adds,
+    where that is left to Inductor.
     """
 
     node: torch.fx.Node
@@ -322,9 +323,9 @@ class Site:
     operands: tuple[torch.fx.Node, ...]
     added: tuple[torch.fx.Node, ...]
     last: torch.fx.Node
-    columns: int
     path: str
     swizzle: int
+    parts: bool
 
     def replace(self, graph: torch.fx.Graph, order: dict[torch.fx.Node, int]) -> None:
         """Put the kernel's call in the place of all of it; and into the order, for a later GEMM may take its result."""
@@ -334,9 +335,11 @@ class Site:
             for operand in self.operands:
                 vector = operand.meta["val"].dim() == 1
                 operands.append(operand if vector else _viewed(graph, operand, tuple(value.shape)))
-            call = op.call_arguments(self.product.x, self.product.w, operands, self.path, self.swizzle)
-            result = graph.call_function(*call)
-            result.meta["val"] = value.new_empty((*value.shape[:-1], self.columns))
+            target, arguments = op.call_arguments(self.product.x, self.product.w, operands, self.path, self.swizzle)
+            result = _call(graph, target, *arguments)
+            if self.parts:
+                result = _call(graph, aten.sum.dim_IntList, result, [0])
+                result = _call(graph, prims.convert_element_type.default, result, value.dtype)
             for extra in self.added:
                 result = _call(graph, aten.add.Tensor, result, extra)
             result = _viewed(graph, result, tuple(self.last.meta["val"].shape))

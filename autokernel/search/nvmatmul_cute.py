@@ -147,6 +147,7 @@ def _wanted(source: str, row: CuteRow) -> list[dict[str, ConfigValue]]:
         "swap": row.swap,
         "split_k": row.split_k,
         "ordered": True,
+        "separate": False,
         "fuse": True,  # where something follows
     }
     if source == OPERATORS:

@@ -93,6 +93,8 @@ def test_strides_of_one_row_say_nothing() -> None:
         (MM, {**PLAIN, "tile_m": 100}, "quack has cooperative tiles .* not 100x64"),
         (MM, {**PLAIN, "source": "operators", "split_k": 2}, "neither pingpong nor split_k nor fuse"),
         (MM, {**PLAIN, "fuse": True}, "nothing follows this one"),
+        (MM, {**PLAIN, "separate": True}, "separate leaves parts of K to what follows"),
+        (ADDMM, {**PLAIN, "split_k": 2, "separate": True, "fuse": True}, "separate leaves parts of K to what follows"),
         (replace(MERGED, constants=()), {**PLAIN, "merge": "concat"}, "no constant input"),
         (replace(MM, inputs=(spec(M, K), weight(100))), PLAIN, "rows of 100 .* 16 bytes"),
         (
@@ -209,13 +211,13 @@ def _kernels() -> list[dict[str, ConfigValue]]:
     found = []
     tiles = {("operators", False): OPERATORS_TILES, ("quack", False): COOPERATIVE_TILES, ("quack", True): PINGPONG_TILES}
     for (source, pingpong), known in tiles.items():
-        for (tile_m, tile_n), swap, cluster_m, cluster_n, split_k, ordered, swizzle, raster in itertools.product(
-            known, flags, (1, 2), (1, 2), (1, 2, 3, 4, 6, 8, 12, 16), flags, (1, 2, 4, 8), ("rows", "columns")
+        for (tile_m, tile_n), swap, cluster_m, cluster_n, split_k, ordered, separate, swizzle, raster in itertools.product(
+            known, flags, (1, 2), (1, 2), (1, 2, 3, 4, 6, 8, 12, 16), flags, flags, (1, 2, 4, 8), ("rows", "columns")
         ):
             config: dict[str, ConfigValue] = {
                 "source": source, "tile_m": tile_m, "tile_n": tile_n, "pingpong": pingpong, "swap": swap,
                 "cluster_m": cluster_m, "cluster_n": cluster_n, "split_k": split_k, "ordered": ordered,
-                "swizzle": swizzle, "raster": raster,
+                "separate": separate, "swizzle": swizzle, "raster": raster,
             }  # fmt: skip
             if CuteConfig(**config).problem() is None:  # type: ignore[arg-type]
                 found.append(config)
@@ -225,7 +227,9 @@ def _kernels() -> list[dict[str, ConfigValue]]:
 def _said(config: Mapping[str, ConfigValue], name: str) -> bool:
     """Whether the space names the parameter for this config: where there is a choice."""
     quack = config["source"] == "quack"
-    return {"pingpong": quack, "split_k": quack, "ordered": config["split_k"] != 1, "raster": not quack}.get(name, True)
+    split, ordered = config["split_k"] != 1, bool(config["ordered"])
+    said = {"pingpong": quack, "split_k": quack, "ordered": split, "separate": split and ordered, "raster": not quack}
+    return said.get(name, True)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def spec(config: dict[str, Any], **changed: Any) -> KernelSpec:
     return KernelSpec(config=config, **given)
 
 
+PARTS = {**COOPERATIVE, "split_k": 4, "separate": True}
 SPECS = {
     "operators": spec(OPERATORS),
     "fused": spec({**PINGPONG, "fuse": True}, epilogue=("bias", "silu", "add")),
@@ -139,6 +140,10 @@ def test_scratch_memory_is_told_to_the_caller(many: Kernels) -> None:
         ({"config": COOPERATIVE, "epilogue": ("gated_silu", "add")}, "nothing before or behind it"),
         ({"epilogue": ("gated_silu",)}, "quack alone"),
         ({"dtype": "int8", "out_dtype": "bfloat16"}, "operators makes int32"),
+        ({"config": PARTS}, "separate makes float32 parts"),
+        ({"config": PARTS, "out_dtype": "float32", "epilogue": ("bias",)}, "without an epilogue"),
+        ({"config": PARTS, "out_dtype": "float32", "batched": True}, "of one product"),
+        ({"config": PARTS, "out_dtype": "float32", "arch": "sm_100a"}, "on sm_90a"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_said_without_compiling(changed: dict[str, Any], words: str) -> None:

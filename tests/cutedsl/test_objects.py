@@ -73,6 +73,10 @@ CASES = {
     "parts in order": spec({**COOPERATIVE, "split_k": 4}),
     "parts as they come": spec({**PINGPONG, "split_k": 3, "ordered": False}),
     "parts, swapped": spec({**COOPERATIVE, "split_k": 4, "swap": True}),
+    "parts for the graph": spec({**COOPERATIVE, "split_k": 4, "separate": True}, out_dtype="float32"),
+    "parts for the graph, swapped": spec(
+        {**PINGPONG, "split_k": 2, "separate": True, "swap": True}, out_dtype="float32", a_major="m", b_major="n"
+    ),
     "batched": spec(COOPERATIVE, batched=True),
     "fused": spec(PINGPONG, epilogue=("bias", "silu", "mul", "add")),
     "numbers": spec(PINGPONG, epilogue=("mul(0.125)", "gelu_tanh", "add(1.0)")),
@@ -105,7 +109,8 @@ def test_a_compiled_kernel_is_launched_as_its_record_says(name: str, cache: Obje
             else torch.zeros((*lead, n, k), dtype=dtype).mT
         )
         out = kernel(a, b, operands(kernel_spec, m, n))
-        assert (out.shape, out.dtype) == ((*lead, m, kernel_spec.num_columns(n)), getattr(torch, kernel_spec.out_dtype))
+        parts = (config.split_k,) if config.separate else ()
+        assert (out.shape, out.dtype) == ((*parts, *lead, m, kernel_spec.num_columns(n)), getattr(torch, kernel_spec.out_dtype))
         assert out.is_contiguous()
         assert list(cuda.launched.cluster)[:2] == [config.cluster_m, config.cluster_n]
         if kernel_spec.cute.source == "operators":

@@ -262,6 +262,28 @@ def test_gate_and_up_that_are_used_otherwise_get_the_plain_kernel(tmp_path: Path
     assert file_of(plan, ()) in code
 
 
+def test_parts_of_k_are_summed_in_front_of_what_follows(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path, entry(BIAS_RELU, {**QUACK, "split_k": 4, "separate": True}))
+    (info,) = plan.bundle.objects
+    assert (info.spec.out_dtype, info.spec.epilogue) == ("float32", ())
+
+    def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.relu(torch.addmm(b, x, w.t()))
+
+    module = traced(linear, (M, K), (N, K), (N,))
+    CutePass(plan)(module.graph)
+    module.graph.lint()
+    (call,) = calls(module)
+    assert (call.meta["val"].shape, call.meta["val"].dtype) == ((4, M, N), torch.float32)
+    assert targets(module)[2:] == [
+        "aten.sum.dim_IntList", "prims.convert_element_type.default", "aten.add.Tensor", "aten.relu.default"
+    ]  # fmt: skip
+    code = generated_code(linear, [spec(M, K), spec(N, K), spec(N)], inductor_options(plan, {}, frozen=False))
+    assert code.count("torch.ops.autokernel.cute_gemm.default(") == 1
+    assert "sum" in code
+    assert code.count(".run(") == 1, "one kernel for sum, bias and activation"
+
+
 E4M3 = {"dtype": "float8_e4m3fn"}
 OUT = (("out_dtype", "bfloat16"), ("use_fast_accum", True))
 
