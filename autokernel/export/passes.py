@@ -158,15 +158,13 @@ class SitePass(CustomGraphPass):
             gemm = packed_gemm(node)
             if gemm is not None and node.target is torch.ops.mkldnn._linear_pointwise.default:
                 by_input.setdefault(node.args[0], []).append((node, gemm))
-        for shared, users in by_input.items():
+        for users in by_input.values():
             for entry, merged in self.plan.groups(users[0][1].dtype, users[0][1].m, users[0][1].k):
                 if entry.config.get("merge") == "grouped":
                     nodes = [node for node, gemm in users if gemm.bias == merged.bias]
-                    self._group_one(graph, shared, nodes, entry, merged.ns)
+                    self._group_one(graph, nodes, entry, merged.ns)
 
-    def _group_one(
-        self, graph: torch.fx.Graph, shared: torch.fx.Node, users: list[torch.fx.Node], entry: Entry, ns: tuple[int, ...]
-    ) -> None:
+    def _group_one(self, graph: torch.fx.Graph, users: list[torch.fx.Node], entry: Entry, ns: tuple[int, ...]) -> None:
         from torch._inductor.mkldnn_lowerings import grouped_gemm_lowering
 
         members = _pick(users, ns)
@@ -180,7 +178,8 @@ class SitePass(CustomGraphPass):
             return
         first = min(members, key=list(graph.nodes).index)
         with graph.inserting_before(first):
-            arguments = (shared, [node.args[1] for node in members], [node.args[2] for node in members])
+            # the input as it is now: it may have been one of a group that was replaced before
+            arguments = (first.args[0], [node.args[1] for node in members], [node.args[2] for node in members])
             grouped = graph.call_function(grouped_gemm_lowering, arguments)
             grouped.meta["val"] = [node.meta["val"] for node in members]
             parts = [graph.call_function(operator.getitem, (grouped, i)) for i in range(len(members))]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from gated_layers import BATCHES, BOTH, BOTH_BIASED, DOWN, GATE, HIDDEN, Gated, K, M, bf16, bundle_of, entry
+from gated_layers import BATCHES, BOTH, BOTH_BIASED, DOWN, GATE, HIDDEN, Gated, K, M, bf16, bundle_of, entry, weight
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
@@ -69,6 +69,27 @@ def test_bf16_layers_group_in_one_template() -> None:
     compiled, backend = compiled_with(model, bundle_of(entry(bf16(BOTH), "inductor", template="cpp_gemm", merge="grouped")))
     torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
     assert [usage.hits for usage in backend.usage().values()] == [1]
+
+
+class TwoGroups(nn.Module):
+    """Two layers on one input, two more on the first one's result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(K, K, bias=False) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, other = self.layers[0](x), self.layers[1](x)
+        out: torch.Tensor = self.layers[2](first) * self.layers[3](first) + other
+        return out
+
+
+def test_a_group_takes_its_input_from_another_group() -> None:
+    square = replace(BOTH, inputs=(BOTH.inputs[0], weight(K, K), weight(K, K)))
+    model, x = TwoGroups().bfloat16(), torch.randn(M, K).bfloat16()
+    compiled, backend = compiled_with(model, bundle_of(entry(bf16(square), "inductor", template="cpp_gemm", merge="grouped")))
+    torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
+    assert [usage.hits for usage in backend.usage().values()] == [2]
 
 
 def test_batches_use_their_template_however_often_they_are_compiled() -> None:
