@@ -100,50 +100,47 @@ class RunContext:
         """Run labelled jobs on the pool and return their values in order.
 
         With `sizes`, one per job and then one per optional job, those that run at once are together no larger than `room`,
-        the largest first; one job always runs. The `optional` ones come last and are not waited for: what still runs of them
-        in the end is in the `background`, and what has found no room by then is left out. Their values are dropped.
+        the largest first; one job always runs. The `optional` ones start when all others have ended, and are not waited for:
+        those that fit into the room go to the `background`, and the rest is left out. Their values are dropped.
         `arrived` is told of each value of the others at once.
 
         Raises:
             WorkerError: a job crashed, hung, or was lost `MAX_LOST` times; the others are waited for first.
         """
-        tasks: list[tuple[str, Callable[[], Any]]] = [*jobs, *optional]
-        weights = list(sizes) or [0] * len(tasks)
-        waiting = sorted(range(len(tasks)), key=lambda i: (i >= len(jobs), -weights[i]))
+        weights = list(sizes) or [0] * (len(jobs) + len(optional))
+        waiting = sorted(range(len(jobs)), key=lambda i: -weights[i])
         running: dict[Future[Any], int] = {}
         values: dict[int, T] = {}
-        attempts = [0] * len(tasks)
-        began = [0.0] * len(tasks)
-        ended: set[int] = set()
+        attempts = [0] * len(jobs)
+        began = [0.0] * len(jobs)
         error: BaseException | None = None
-        while any(i not in ended for i in range(len(jobs))):
+        while waiting or running:
             for i in list(waiting):
                 if not running or sum(weights[j] for j in running.values()) + weights[i] <= room or not sizes:
-                    running[self.pool.submit(tasks[i][1], timeout_s)] = i
+                    running[self.pool.submit(jobs[i][1], timeout_s)] = i
                     waiting.remove(i)
                     began[i] = time.monotonic()
-            self.progress(stage, len(values), len(jobs), tasks[min(running.values())][0])
+            self.progress(stage, len(values), len(jobs), jobs[next(iter(running.values()))][0])
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 i = running.pop(future)
-                if i >= len(jobs):
-                    BackgroundJob(f"{stage}: {tasks[i][0]}", future, began[i]).settle()
-                    continue
                 problem = future.exception()
-                log.info("%s: %s took %.1f s", stage, tasks[i][0], time.monotonic() - began[i])
-                if isinstance(problem, JobLost) and attempts[i] < MAX_LOST - 1:
-                    attempts[i] += 1
-                    waiting.append(i)
-                    continue
-                ended.add(i)
+                log.info("%s: %s took %.1f s", stage, jobs[i][0], time.monotonic() - began[i])
                 if problem is None:
                     values[i] = future.result()
                     if arrived is not None:
                         arrived(values[i])
-                else:
-                    error = error or problem
-        self.background += [BackgroundJob(f"{stage}: {tasks[i][0]}", future, began[i]) for future, i in running.items()]
+                elif isinstance(problem, JobLost) and attempts[i] < MAX_LOST - 1:
+                    attempts[i] += 1
+                    waiting.append(i)
+                elif error is None:
+                    error = problem
         if error is not None:
             raise error
+        for (label, job), size in zip(optional, weights[len(jobs) :], strict=True):
+            room -= size
+            if room >= 0 or not sizes:
+                future = self.pool.submit(job, timeout_s)
+                self.background.append(BackgroundJob(f"{stage}: {label}", future, time.monotonic()))
         self.progress(stage, len(jobs), len(jobs))
         return [values[i] for i in range(len(jobs))]
 

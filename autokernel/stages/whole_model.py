@@ -39,8 +39,8 @@ def run_on_model(
         timeout_s: of each.
         layers: of the model that the jobs load, if it has fewer than the experiment's.
         bundle: that they use; what weights it holds a second time needs room, too. None: they use none.
-        beside: more jobs, which may fail and whose values nobody needs; of stock models with `beside_layers` layers. They are
-            not waited for, but by the next call.
+        beside: more jobs, which may fail and whose values nobody needs; of stock models with `beside_layers` layers. They
+            begin when the others have ended, and only the next call waits for them.
         arrived: is told of each value as soon as it is there.
 
     Raises:

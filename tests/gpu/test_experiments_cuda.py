@@ -31,7 +31,8 @@ def test_an_experiment_is_profiled_timed_and_checked(name: str) -> None:
     loaded = load_experiment(EXPERIMENTS / f"{name}.yaml", SMALL[name])
     scenario = next(iter(loaded.experiment.scenarios))
     captured = ProfileScenario(loaded=loaded, scenario=scenario, device="cuda", threads=1, seed=0)()
-    assert captured is not None and captured.sites
+    assert captured is not None
+    assert captured.sites
     assert captured.step_us > 0
     bundle = Bundle(name=name, created="", version="", environment=current_environment("cuda"), entries=())
     timing = TimeScenario(
