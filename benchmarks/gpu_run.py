@@ -11,8 +11,9 @@ measured and what is summed). Files are named after the experiment, the card and
 `--measure` is for the GEMMs of a language model with {qkv, o, gate-up, down, LM head}: it builds each in every
 number of rows that the experiment has, in child processes, in four ways: cuBLAS (one product of all the weights that share an
 input), stock (as the model has them), the pick of Inductor's max-autotune for the one product, and the bundle as production
-applies it. All are timed in one process against each other: cold L2 by rotation over copies, CUDA graphs of many calls,
-events, interleaved in random order; speed-ups are medians of paired ratios with 95 % intervals. Leave the machine alone.
+applies it (of a run that exported none, its confirmed winners). All are timed in one process against each other: cold L2 by
+rotation over copies, CUDA graphs of many calls, events, interleaved in random order; speed-ups are medians of paired ratios
+with 95 % intervals. Leave the machine alone.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ from run_results import results_of_run  # noqa: E402
 from autokernel.config import LoadedExperiment, load_experiment  # noqa: E402
 from autokernel.errors import WorkerError  # noqa: E402
 from autokernel.export.bundle import Bundle, read_bundle  # noqa: E402
+from autokernel.records import Evaluation  # noqa: E402
+from autokernel.stages.confirm import compatible, entry_of  # noqa: E402
+from autokernel.tracking.journal import read_entries  # noqa: E402
+from autokernel.tracking.state import RunState  # noqa: E402
 
 _TIMEOUT_S = 300
 
@@ -88,6 +93,24 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
+def winners_of(folder: Path) -> Bundle:
+    """The confirmed winners of a run that has exported nothing yet, as a bundle; kernels that it lacks are compiled."""
+    state = RunState.from_entries(read_entries(folder / "journal.jsonl"))
+    evaluations: dict[str, list[Evaluation]] = {}
+    for evaluation in state.evaluations.values():
+        evaluations.setdefault(evaluation.candidate.problem.key, []).append(evaluation)
+    winners = [event.winner for event in state.confirmed.values() if event.winner is not None]
+    kept, _ = compatible(winners, evaluations)
+    started = state.started
+    return Bundle(
+        name=started.name,
+        created="",
+        version=started.version,
+        environment=started.environment,
+        entries=tuple(entry_of(winner) for winner in kept),
+    )
+
+
 def _selected(loaded: LoadedExperiment, arguments: argparse.Namespace) -> list[GemmCase]:
     cases = cases_of(loaded, arguments.device)
     return [
@@ -127,10 +150,10 @@ def main() -> None:
     bundle = arguments.bundle
     if arguments.run is not None:
         results["run"] = results_of_run(arguments.run)
-        bundle = bundle if bundle is not None else arguments.run / "bundle"
+        bundle = bundle if bundle is not None or not (arguments.run / "bundle").exists() else arguments.run / "bundle"
     if arguments.measure:
         loaded = load_experiment(arguments.experiment)
-        found = read_bundle(bundle) if bundle is not None else None
+        found = read_bundle(bundle) if bundle is not None else winners_of(arguments.run) if arguments.run is not None else None
         run = results.get("run", {})
         results["gemms"] = measure(_selected(loaded, arguments), found, run, arguments.workers, arguments.rounds)
     print(markdown([results], arguments.most))
