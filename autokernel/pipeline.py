@@ -86,7 +86,7 @@ def _run_stages(context: RunContext, until: str) -> RunOutcome:
     evaluations = search(context, profiled)
     if until == "search":
         return _stopped(context, until)
-    winners, dropped = compatible(confirm(context, profiled, evaluations), evaluations)
+    winners, dropped = compatible(confirm(context, profiled, evaluations), evaluations, profiled.read_gb_per_s)
     winners, excluded = choose_plans(context, profiled, winners)
     winners, too_large = within_memory(context, winners)
     dropped |= excluded | too_large

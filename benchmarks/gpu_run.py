@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import re
 import subprocess
@@ -100,7 +101,8 @@ def winners_of(folder: Path) -> Bundle:
     for evaluation in state.evaluations.values():
         evaluations.setdefault(evaluation.candidate.problem.key, []).append(evaluation)
     winners = [event.winner for event in state.confirmed.values() if event.winner is not None]
-    kept, _ = compatible(winners, evaluations)
+    profiled = state.profiled
+    kept, _ = compatible(winners, evaluations, profiled.read_gb_per_s if profiled is not None else math.inf)
     started = state.started
     return Bundle(
         name=started.name,

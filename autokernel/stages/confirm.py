@@ -14,7 +14,7 @@ from autokernel.events import Confirmed, Profiled
 from autokernel.export.bundle import Entry
 from autokernel.export.freezing import needs_constant
 from autokernel.export.matching import Gemm, gemm_of, parts_of_merged
-from autokernel.records import Candidate, Evaluation, Hotspot, Status, Winner
+from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Hotspot, Problem, Status, Winner
 from autokernel.stages.context import RunContext
 
 log = logging.getLogger(__name__)
@@ -204,14 +204,29 @@ def copied_bytes(winner: Winner) -> int:
     return winner.hotspot.num_calls * sum(problem.inputs[i].num_bytes for i in problem.constants)
 
 
+def _behind_us(merged: Problem, read_gb_per_s: float) -> float:
+    """What a kernel takes at least that computes what follows merged GEMMs from their separate results."""
+    if not merged.epilogue:
+        return 0.0
+    rows, columns = merged.inputs[0].shape[0], [weight.shape[1] for weight in merged.inputs[1:]]
+    moved = rows * (sum(columns) + columns[0])  # reads all results, writes one
+    return moved * DTYPE_BYTES[merged.inputs[0].dtype] / (read_gb_per_s * 1e3)
+
+
 def compatible(
-    winners: Sequence[Winner], evaluations: Mapping[str, Sequence[Evaluation]]
+    winners: Sequence[Winner], evaluations: Mapping[str, Sequence[Evaluation]], read_gb_per_s: float
 ) -> tuple[list[Winner], dict[str, str]]:
     """Winners that go together, and why others do not.
 
     Merging takes its GEMMs away from their own entries: it must be faster than those, as they were confirmed. A GEMM without
-    an entry stays stock, and takes its share of what merging was confirmed against. Screened times are good for shares alone:
-    a card that confirms long kernels is hot, and its clock lower.
+    an entry stays stock, and takes its share of what merging was confirmed against. What follows all of them together
+    (`silu(gate) * up`) is a kernel of its own where they are apart. Screened times are good for shares alone: a card that
+    confirms long kernels is hot, and its clock lower.
+
+    Args:
+        winners: as they were confirmed.
+        evaluations: of all candidates, by problem key.
+        read_gb_per_s: of the device: what a kernel behind GEMMs takes.
     """
     kept, dropped = [], {}
     own = {gemm_of(w.hotspot.problem): w for w in winners if w.hotspot.problem.op != "merged_mm"}
@@ -226,8 +241,10 @@ def compatible(
         if any(part in own for part in parts):
             known = all(part in screened for part in parts)
             stock = [screened[part] if known else math.prod(part.ns) if part is not None else 1.0 for part in parts]
-            share = winner.baseline_us / sum(stock)
-            apart_us = sum(own[part].winner_us if part in own else us * share for us, part in zip(stock, parts, strict=True))
+            behind_us = _behind_us(problem, read_gb_per_s)
+            share = max(winner.baseline_us - behind_us, 0.0) / sum(stock)
+            pairs = zip(stock, parts, strict=True)
+            apart_us = behind_us + sum(own[part].winner_us if part in own else us * share for us, part in pairs)
             if apart_us <= winner.winner_us:
                 dropped[problem.key] = f"its GEMMs take {apart_us:.1f} us apart, {winner.winner_us:.1f} us merged"
                 continue

@@ -111,6 +111,9 @@ def test_without_a_sound_baseline_nothing_is_claimed() -> None:
     assert _judge(hotspot(MM), Confirmation(problem=MM, baseline=None), 0.02) == []
 
 
+GB_PER_S = 100.0
+
+
 def part(us: float, n: int = 32) -> Winner:
     """A GEMM of the merged ones with an entry of its own."""
     return winner(replace(MM, inputs=(X, weight(n))), us, prepack=True)
@@ -119,7 +122,7 @@ def part(us: float, n: int = 32) -> Winner:
 @pytest.mark.parametrize(("us", "stays"), [(4, False), (5, False), (5.1, True), (9, True)])
 def test_merged_winners_stay_only_if_entries_of_their_parts_are_slower(us: float, stays: bool) -> None:
     merged = winner(MERGED, 10, prepack=True, merge="concat")
-    kept, dropped = compatible([merged, part(us)], {MM.key: [evaluation(MM, 1, prepack=True)]})
+    kept, dropped = compatible([merged, part(us)], {MM.key: [evaluation(MM, 1, prepack=True)]}, GB_PER_S)
     assert (merged in kept) is stays
     if not stays:
         assert dropped == {MERGED.key: f"its GEMMs take {2 * us:.1f} us apart, 10.0 us merged"}
@@ -128,7 +131,7 @@ def test_merged_winners_stay_only_if_entries_of_their_parts_are_slower(us: float
 def test_screening_says_nothing_about_merging() -> None:
     merged = winner(MERGED, 10, prepack=True, merge="concat")
     screened = {MM.key: [evaluation(MM, 3, prepack=False), evaluation(MM, 2, prepack=True)]}
-    assert compatible([merged], screened) == ([merged], {})
+    assert compatible([merged], screened, GB_PER_S) == ([merged], {})
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,15 @@ def test_a_part_without_an_entry_takes_its_share_of_stock(stock_us: dict[int, fl
     merged = winner(problem, 10, prepack=True, merge="concat")
     apart = {n: replace(MM, inputs=(X, weight(n))) for n in stock_us}
     screened = {apart[n].key: [evaluation(apart[n], us, prepack=False)] for n, us in stock_us.items()}
-    kept, _ = compatible([merged, part(6.5)], screened)
+    kept, _ = compatible([merged, part(6.5)], screened, GB_PER_S)
+    assert (merged in kept) is stays
+
+
+@pytest.mark.parametrize(("gb_per_s", "stays"), [(1e6, False), (2.0, False), (1.0, True)])
+def test_what_follows_separate_parts_is_a_kernel_of_its_own(gb_per_s: float, stays: bool) -> None:
+    """32 + 32 results are read and 32 written: 384 bytes, 0.19 or 0.38 us beyond 2 times 4.85."""
+    merged = winner(replace(MERGED, epilogue=("gated_silu",)), 10, prepack=True, merge="concat")
+    kept, _ = compatible([merged, part(4.85)], {}, gb_per_s)
     assert (merged in kept) is stays
 
 
