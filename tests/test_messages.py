@@ -7,6 +7,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -279,7 +280,8 @@ def test_a_bundle_that_does_not_hold_in_a_fresh_process_fails_the_run(tmp_path: 
         passed=False, num_hits=0, num_entries=1, num_benchmarks=0, compile_s=1, stock_compile_s=1, message="no entry was hit"
     )
     stages = {
-        "profile.profile": None, "search.search": {}, "confirm.confirm": [], "confirm.compatible": ([], {}),
+        "profile.profile": SimpleNamespace(read_gb_per_s=1.0), "search.search": {}, "confirm.confirm": [],
+        "confirm.compatible": ([], {}),
         "plan.choose_plans": ([], {}), "confirm.within_memory": ([], {}),
         "graph.search_graph_options": ({}, ()), "model.validate": (None, Anything()), "production.make_bundle": Anything(),
         "production.export_bundle": None, "production.prove": proved, "whole_model.measure_ahead": None,

@@ -28,22 +28,6 @@ log = logging.getLogger(__name__)
 MAX_LOST = 3  # times that one job may be lost with its worker before the run gives up on it
 
 
-@dataclass(frozen=True, slots=True)
-class BackgroundJob:
-    """A job whose value nobody needs, and which may fail."""
-
-    label: str
-    future: Future[Any]
-    began: float
-
-    def settle(self) -> None:
-        """Wait for its end, and say how it was."""
-        problem = self.future.exception()
-        log.info("%s took %.1f s", self.label, time.monotonic() - self.began)
-        if problem is not None:
-            log.warning("%s failed, which costs nothing but time: %s", self.label, problem)
-
-
 @dataclass(slots=True, kw_only=True)
 class RunContext:
     """One run in progress. Used from one thread."""
@@ -61,7 +45,6 @@ class RunContext:
     started: float = field(default_factory=time.monotonic)
     footprints: dict[int | None, Footprint] = field(default_factory=dict)  # by the model's number of layers, if fewer
     measuring: Future[tuple[Footprint, ...]] | None = None  # of all that a run needs, while they are not there yet
-    background: list[BackgroundJob] = field(default_factory=list)  # jobs that nobody waits for, but who needs the whole device
 
     @property
     def experiment(self) -> Experiment:
@@ -100,55 +83,47 @@ class RunContext:
         """Run labelled jobs on the pool and return their values in order.
 
         With `sizes`, one per job and then one per optional job, those that run at once are together no larger than `room`,
-        the largest first; one job always runs. The `optional` ones start when all others have ended, and are not waited for:
-        those that fit into the room go to the `background`, and the rest is left out. Their values are dropped.
+        the largest first; one job always runs. What fails among the `optional` ones is logged, and their values are dropped.
         `arrived` is told of each value of the others at once.
 
         Raises:
             WorkerError: a job crashed, hung, or was lost `MAX_LOST` times; the others are waited for first.
         """
-        weights = list(sizes) or [0] * (len(jobs) + len(optional))
-        waiting = sorted(range(len(jobs)), key=lambda i: -weights[i])
+        tasks: list[tuple[str, Callable[[], Any]]] = [*jobs, *optional]
+        weights = list(sizes) or [0] * len(tasks)
+        waiting = sorted(range(len(tasks)), key=lambda i: -weights[i])
         running: dict[Future[Any], int] = {}
-        values: dict[int, T] = {}
-        attempts = [0] * len(jobs)
-        began = [0.0] * len(jobs)
+        values: dict[int, Any] = {}
+        attempts = [0] * len(tasks)
+        began = [0.0] * len(tasks)
         error: BaseException | None = None
         while waiting or running:
             for i in list(waiting):
                 if not running or sum(weights[j] for j in running.values()) + weights[i] <= room or not sizes:
-                    running[self.pool.submit(jobs[i][1], timeout_s)] = i
+                    running[self.pool.submit(tasks[i][1], timeout_s)] = i
                     waiting.remove(i)
                     began[i] = time.monotonic()
-            self.progress(stage, len(values), len(jobs), jobs[next(iter(running.values()))][0])
+            self.progress(stage, len(values), len(tasks), tasks[next(iter(running.values()))][0])
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 i = running.pop(future)
                 problem = future.exception()
-                log.info("%s: %s took %.1f s", stage, jobs[i][0], time.monotonic() - began[i])
+                log.info("%s: %s took %.1f s", stage, tasks[i][0], time.monotonic() - began[i])
                 if problem is None:
                     values[i] = future.result()
-                    if arrived is not None:
+                    if arrived is not None and i < len(jobs):
                         arrived(values[i])
                 elif isinstance(problem, JobLost) and attempts[i] < MAX_LOST - 1:
                     attempts[i] += 1
                     waiting.append(i)
+                elif i >= len(jobs):
+                    values[i] = None
+                    log.warning("%s failed, which costs nothing but time: %s", tasks[i][0], problem)
                 elif error is None:
                     error = problem
         if error is not None:
             raise error
-        for (label, job), size in zip(optional, weights[len(jobs) :], strict=True):
-            room -= size
-            if room >= 0 or not sizes:
-                future = self.pool.submit(job, timeout_s)
-                self.background.append(BackgroundJob(f"{stage}: {label}", future, time.monotonic()))
-        self.progress(stage, len(jobs), len(jobs))
+        self.progress(stage, len(tasks), len(tasks))
         return [values[i] for i in range(len(jobs))]
-
-    def settle(self) -> None:
-        """Wait for what runs in the background."""
-        pending, self.background = self.background, []
-        for job in pending:
-            job.settle()
 
 
 def close_all(recorders: Iterable[Recorder]) -> None:

@@ -74,7 +74,7 @@ class Rehearse(ModelJob):
 
     Layers are alike, and so are their kernels, down to their names: when the whole model is compiled with max-autotune for
     validation, most of its choices are found in Inductor's own caches. They were made as always, alone on the device; but
-    meanwhile other scenarios compile, on cores that profiling and search leave idle.
+    meanwhile other scenarios compile, on cores that profiling leaves idle.
     """
 
     loaded: LoadedExperiment

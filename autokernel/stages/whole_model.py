@@ -39,8 +39,7 @@ def run_on_model(
         timeout_s: of each.
         layers: of the model that the jobs load, if it has fewer than the experiment's.
         bundle: that they use; what weights it holds a second time needs room, too. None: they use none.
-        beside: more jobs, which may fail and whose values nobody needs; of stock models with `beside_layers` layers. They
-            begin when the others have ended, and only the next call waits for them.
+        beside: more jobs, which may fail and whose values nobody needs; of stock models with `beside_layers` layers.
         arrived: is told of each value as soon as it is there.
 
     Raises:
@@ -50,7 +49,6 @@ def run_on_model(
     extra = [(label, job) for label, _, job in beside]
     if context.device != "cuda":
         return context.run_all(stage, plain, timeout_s, optional=extra, arrived=arrived)
-    context.settle()
     context.pool.renew()  # what earlier jobs left on the GPU is in nobody's count
     found = footprint_of(context, layers)
     # what cannot be told runs alone

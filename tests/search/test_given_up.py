@@ -21,11 +21,11 @@ H200 = DeviceFacts(device="cuda", isa="sm_90", num_units=132, smem_bytes=232448,
 PROBLEM = Problem(
     op="mm",
     device="cuda",
-    inputs=(TensorSpec.contiguous((37, 768), "float32"), TensorSpec(shape=(768, 768), dtype="float32", stride=(1, 768))),
+    inputs=(TensorSpec.contiguous((37, 768), "bfloat16"), TensorSpec(shape=(768, 768), dtype="bfloat16", stride=(1, 768))),
     constants=(1,),
 )
 NAMES = names_for(
-    {"m": 37, "n": 768, "k": 768, "batch": 1, "dtype_bytes": 4, "has_constant_weight": 1, "num_epilogue": 0}, H200
+    {"m": 37, "n": 768, "k": 768, "batch": 1, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0}, H200
 )
 WRONG_TEMPLATES = ("mm", "mm_persistent_tma")
 

@@ -21,10 +21,10 @@ def test_names_of_studies_fit_into_a_database_and_stay_apart() -> None:
 
 def hunt(n: int) -> Hunt:
     """For a product of fp32 with n columns, on an H200, by Inductor's templates alone."""
-    left, right = TensorSpec.contiguous((37, 768), "float32"), TensorSpec.contiguous((768, n), "float32")
+    left, right = TensorSpec.contiguous((37, 768), "bfloat16"), TensorSpec.contiguous((768, n), "bfloat16")
     problem = Problem(op="mm", device="cuda", inputs=(left, right), constants=(1,))
     device = DeviceFacts(device="cuda", isa="sm_90", num_units=132, smem_bytes=232448, l2_bytes=60 << 20)
-    sizes = {"m": 37, "n": n, "k": 768, "batch": 1, "dtype_bytes": 4, "has_constant_weight": 1, "num_epilogue": 0}
+    sizes = {"m": 37, "n": n, "k": 768, "batch": 1, "dtype_bytes": 2, "has_constant_weight": 1, "num_epilogue": 0}
     tuner = Tuner(
         problem=problem, spaces={"inductor": load_space("mm")["inductor"]}, names=names_for(sizes, device), sampler="model",
         max_trials=30,
