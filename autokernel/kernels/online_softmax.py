@@ -101,10 +101,16 @@ def absorb(scores, values, top, total, rows, TF32X3: tl.constexpr):
 
 @triton.jit
 def absorb_products(products, values, top, total, rows, SCALE: tl.constexpr, TF32X3: tl.constexpr):
-    """`absorb` of scores that are products [R, S] times a positive SCALE: each of their weights is one fma and one exp2."""
-    highest = tl.maximum(top, tl.max(products, 1) * SCALE)
+    """`absorb` of scores that are products [R, S] times a positive SCALE: each of their weights is a difference, an fma, an exp2.
+
+    The difference is exact where it matters: one fma of large products, minus what was rounded before, would be off by hundreds.
+    """
+    largest = tl.max(products, 1)
+    highest = tl.maximum(top, largest * SCALE)
     level = tl.where(highest == float("-inf"), 0.0, highest)
-    weights = tl.exp2(products * (SCALE * 1.4426950408889634) - (level * 1.4426950408889634)[:, None])
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    below = (largest * SCALE - level) * 1.4426950408889634  # how far this tile's largest score is from the largest of all
+    weights = tl.exp2((products - base[:, None]) * (SCALE * 1.4426950408889634) + below[:, None])
     shrink = tl.exp2((top - level) * 1.4426950408889634)
     total = total * shrink + tl.sum(weights, 1)
     rows = _added_rows(weights, values, rows * shrink[:, None], TF32X3)

@@ -204,4 +204,10 @@ if __name__ == "__main__":
         wrong = nonfinite_wrong(config)
         if wrong:
             print("nonfinite", config, wrong)
+    for config, causal in ((FLASH, False), (FLASH, True), (FLASH_SKIP, False)):
+        q, k, v = tensors("float32", (1, 2, 40, 16), (1, 1, 70, 16), None)
+        masks = [torch.ones(1, 1, 40, 70, dtype=torch.bool)] if config.get("skip") else []
+        wrong = wrong_of(config, [q * 2**16, k * 2**16, v, *masks], causal)
+        if wrong:
+            print("large scores", config, causal, wrong)
     print("done")
