@@ -1,8 +1,9 @@
 """In which order candidates of one problem are proposed, and what becomes of them. Needs no optuna.
 
-Seeds come first, then all of every small backend space, then the sampler. What the sampler draws is checked here: an
-illegal config is told as a violated constraint and never proposed, a known one is answered at once. Lost candidates
-are proposed again. Of a kind of kernel whose first candidates were all refused, no more are proposed.
+Seeds come first (or by turns with the sampler, if that ranks some backends by a cost model), then all of every small backend
+space, then the sampler. What the sampler draws is checked here: an illegal config is told as a violated constraint and never
+proposed, a known one is answered at once. Lost candidates are proposed again. Of a kind of kernel whose first candidates were
+all refused, no more are proposed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _NUM_STARTUP = 10  # legal random configs before a model is fitted
 _MAX_REJECTIONS = 4  # draws that may be illegal or known before the unseen config nearest to one is taken
 _PATIENCE = 150  # trials; later draws mostly repeat, and a step from the last one is as good and much cheaper
 _MAX_STUDY_TRIALS = 300  # then the study in memory is thinned: fitting costs time in proportion
+
+# Whose seeds are many, and no better than what a sampler with a cost model proposes for other backends meanwhile.
+SEEDED_BY_RULE = frozenset({"nvmatmul", "default", "inductor"})
 
 Draw = Any  # the sampler's own handle of something it drew
 
@@ -110,6 +114,7 @@ class Proposer(ABC):
         use_model: bool,
         cheap: bool,
         num_startup: int = _NUM_STARTUP,
+        alternate: bool = False,
     ) -> None:
         self.problem = problem
         self.max_trials = max_trials
@@ -118,6 +123,8 @@ class Proposer(ABC):
         self._use_model = use_model
         self._cheap = cheap
         self._num_startup = num_startup
+        self._alternate = alternate  # the sampler knows enough from the start: seeds and its proposals take turns
+        self._after_seed = False
         self._in_flight: dict[int, _InFlight] = {}
         self._study: Sampled | None = None
         self._left_out: frozenset[Kind] = frozenset()  # what the study leaves out
@@ -198,17 +205,18 @@ class Proposer(ABC):
         """Up to `count` candidates that were never proposed before; fewer when budget or space run out."""
         proposals: list[Proposal] = []
         while len(proposals) < count and self._ledger.num_spent < self.max_trials:
-            waiting = self._waiting()
+            waiting = None if self._alternate and self._after_seed else self._waiting()
             trial: Draw | None = None
             if waiting is None:
                 candidate, trial = self._sample()
-                if candidate is None:
+                waiting = Waiting(candidate=candidate, origin=self._sampler_name) if candidate is not None else self._waiting()
+                if waiting is None:
                     break
-                waiting = Waiting(candidate=candidate, origin=self._sampler_name)
             elif self._study is not None and waiting.candidate.backend in self._sampled:
                 trial = self._study.start(waiting.candidate)
             proposal = Proposal(number=self._number, candidate=waiting.candidate, origin=waiting.origin)
             self._number += 1
+            self._after_seed = proposal.origin in SEEDED_BY_RULE
             self._ledger.start(proposal.candidate)
             self._in_flight[proposal.number] = _InFlight(proposal=proposal, trial=trial)
             proposals.append(proposal)

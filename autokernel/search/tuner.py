@@ -28,7 +28,7 @@ from autokernel.search.cost_model import PREDICTED_OPS, CostModel, load_model
 from autokernel.search.ledger import Kind, Outcome
 from autokernel.search.model_study import ModelStudy
 from autokernel.search.observations import Observation, Observations
-from autokernel.search.proposals import Proposal, Proposer, Sampled
+from autokernel.search.proposals import SEEDED_BY_RULE, Proposal, Proposer, Sampled
 from autokernel.search.space import BoundSpace, Config, Domain, Names, Space
 
 if TYPE_CHECKING:
@@ -40,9 +40,6 @@ SamplerName = Literal["model", "tpe", "random", "cmaes", "gp"]
 _T = TypeVar("_T")
 
 __all__ = ["Proposal", "SamplerName", "Tuner"]
-
-
-_RANKED = frozenset({"nvmatmul", "default", "inductor"})  # whose seeds the cost model's order replaces
 
 
 class Tuner(Proposer):
@@ -98,17 +95,18 @@ class Tuner(Proposer):
             max_trials=max_trials,
             use_model=chosen != "random",
             cheap=chosen != "gp",  # whose draws take a second each
+            alternate=chosen == "model" and cost_model is not None,
             **({"num_startup": 0} if chosen == "model" else {}),
         )
 
     def enqueue(self, seeds: Iterable[Seed]) -> int:
         """As `Proposer.enqueue`. Where the cost model knows the backend, nvMatmulHeuristics' seeds, the backend's default and
         Inductor's own choices are left out: it ranks better (docs/search.md), and with a few trials for a hotspot they
-        would be all that is tried.
+        would be all that is tried. Seeds of other backends take turns with what it ranks.
         """
         if self._sampler == "model" and self._cost_model is not None:
             known = self._cost_model.cost
-            seeds = [seed for seed in seeds if seed.origin not in _RANKED or seed.candidate.backend not in known]
+            seeds = [seed for seed in seeds if seed.origin not in SEEDED_BY_RULE or seed.candidate.backend not in known]
         return super().enqueue(seeds)
 
     def _new_study(self, spaces: Mapping[str, BoundSpace], seed: int) -> Sampled:

@@ -129,6 +129,16 @@ def test_other_backends_take_part() -> None:
     assert first.candidate.backend == "aten"  # a space this small is tried whole, and first
 
 
+def test_seeds_of_a_backend_that_the_model_does_not_know_take_turns_with_what_it_ranks() -> None:
+    spaces = {name: space for name, space in load_space("mm").items() if name in ("aten", "inductor", "cutedsl")}
+    search = tuner(spaces=spaces)
+    taken = search.enqueue(seeds_from(("stock", "nvmatmul"), SeedContext(problem=PROBLEM, spaces=spaces, names=NAMES)))
+    proposals = search.ask(2 * taken + 4)
+    assert [proposal.candidate.backend for proposal in proposals[:7]] == ["aten", *(["cutedsl", "inductor"] * 3)]
+    assert sum(proposal.origin == "nvmatmul" for proposal in proposals) >= taken - 2, "all come"
+    assert {proposal.origin for proposal in proposals if proposal.candidate.backend == "inductor"} == {"model"}
+
+
 def us_of_any(candidate: Candidate) -> float:
     """As `us_of`, with the best of all in another backend: quack's tiles of 128 x 64, transposed, K in four parts."""
     config: Any = candidate.config
