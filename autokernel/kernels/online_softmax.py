@@ -101,9 +101,9 @@ def absorb(scores, values, top, total, rows, TF32X3: tl.constexpr):
 
 @triton.jit
 def absorb_products(products, values, top, total, rows, SCALE: tl.constexpr, TF32X3: tl.constexpr):
-    """`absorb` of scores that are products [R, S] times a positive SCALE: each of their weights is a difference, an fma, an exp2.
+    """`absorb` of scores that are products [R, S] times a positive SCALE: a difference, an fma and an exp2 for each weight.
 
-    The difference is exact where it matters: one fma of large products, minus what was rounded before, would be off by hundreds.
+    The difference is exact where it matters: a single fma of large products and a rounded level would be off by hundreds.
     """
     largest = tl.max(products, 1)
     highest = tl.maximum(top, largest * SCALE)
