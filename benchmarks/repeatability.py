@@ -2,7 +2,10 @@
 
     python benchmarks/repeatability.py RUN RUN [--out FILE]        # folders of two runs, or files that gpu_run.py wrote
 
-Compared are the problems for which both runs, or one of them, confirmed a winner: by the winners' times as confirmed, or by the
+First, of folders: the candidates that both runs happened to measure, as screened. With these alone to choose from, does each
+run choose the same, and if not, how much slower is its choice by the other run's measurement?
+
+Then the problems for which both runs, or one of them, confirmed a winner: by the winners' times as confirmed, or by the
 one winner's speed-up over stock code. The runs may have been on different cards, which then is part of the difference.
 """
 
@@ -20,6 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
 from run_results import results_of_run  # noqa: E402
+
+from autokernel.events import Evaluated  # noqa: E402
+from autokernel.records import Status  # noqa: E402
+from autokernel.tracking.journal import read_entries  # noqa: E402
+
+_LEAST_SHARED = 3  # candidates: with fewer there is little to choose
 
 
 def confirmed(path: Path) -> dict[str, dict[str, Any]]:
@@ -63,11 +72,69 @@ def compare(first: dict[str, dict[str, Any]], second: dict[str, dict[str, Any]])
     }
 
 
+def common_candidates(first: Path, second: Path) -> dict[str, Any]:
+    """What both runs measured: how far apart the times of one candidate are, and whether the fastest is the same one."""
+    times = [_screened(path) for path in (first, second)]
+    ratios, problems = [], []
+    for key in times[0].keys() & times[1].keys():
+        shared = times[0][key].keys() & times[1][key].keys()
+        ratios += [times[1][key][name] / times[0][key][name] for name in shared]
+        if len(shared) < _LEAST_SHARED:
+            continue
+        choices = [min(shared, key=run[key].__getitem__) for run in times]
+        # what the first run's choice takes beyond the second's own, in the second run, and the other way round
+        losses = [
+            run[key][other] / run[key][own] - 1 for run, own, other in zip(times, choices, reversed(choices), strict=True)
+        ]
+        problems.append({"problem": key, "candidates": len(shared), "same": choices[0] == choices[1], "lost": max(losses)})
+    level = statistics.median(ratios) if ratios else 1.0
+    away = sorted(abs(ratio / level - 1) for ratio in ratios)
+    return {
+        "candidates": len(ratios),
+        "level": level,
+        "apart_median": statistics.median(away) if away else None,
+        "apart_95_percent": away[int(0.95 * (len(away) - 1))] if away else None,
+        "problems": len(problems),
+        "same_choice": sum(item["same"] for item in problems),
+        "lost_median": statistics.median([item["lost"] for item in problems]) if problems else None,
+        "lost_most": max((item["lost"] for item in problems), default=None),
+        "by_problem": problems,
+    }
+
+
+def _screened(run: Path) -> dict[str, dict[str, float]]:
+    """Median us of every candidate that passed, by problem and candidate."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in read_entries(run / "journal.jsonl"):
+        if isinstance(entry.event, Evaluated) and entry.event.evaluation.measurement is not None:
+            evaluation = entry.event.evaluation
+            us = evaluation.measurement.median_us if evaluation.measurement is not None else math.nan
+            if evaluation.status is Status.OK:
+                found.setdefault(evaluation.candidate.problem.key, {})[evaluation.candidate.id] = us
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs=2)
     parser.add_argument("--out", type=Path, default=None, help="file for the raw comparison")
     arguments = parser.parse_args()
+    shared: dict[str, Any] = {}
+    if all(path.is_dir() for path in arguments.runs):
+        shared = common_candidates(*arguments.runs)
+        if not shared["candidates"]:
+            parser.error("the runs have measured no candidate in common")
+        print(
+            f"{shared['candidates']} candidates were measured in both, the second time {shared['level']:.3f} times as long in "
+            f"the median; apart from that they differ by {shared['apart_median']:.2%} in the median and "
+            f"{shared['apart_95_percent']:.1%} at most for 95 % of them."
+        )
+        if shared["problems"]:
+            print(
+                f"Of {shared['problems']} problems with {_LEAST_SHARED} of them and more, both runs choose the same for "
+                f"{shared['same_choice']}; what the other run chose is slower by {shared['lost_median']:.2%} in the median and "
+                f"{shared['lost_most']:.1%} at most.\n"
+            )
     found = compare(*(confirmed(path) for path in arguments.runs))
     print("| scenario | problem | first run's winner | second run's | apart | same config |\n|---|---|---|---|---|---|")
     for row in found["problems"]:
@@ -83,7 +150,7 @@ def main() -> None:
         f"{found['worse_by_median'] or 0:.1%} apart in the median."
     )
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.out.write_text(json.dumps({"candidates": shared, "winners": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
