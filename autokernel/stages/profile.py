@@ -41,9 +41,11 @@ class ProfileScenario(ModelJob):
         from autokernel.profiling.extrapolation import extrapolated
 
         with model_job(self.device, self.threads) as turns:
-            whole = _num_layers(self.loaded) if self.layers is not None else 0
+            whole, alike = _layers_of(self.loaded) if self.layers is not None else (0, True)
             if self.layers is None or whole <= self.layers:
                 return self._capture(None, turns)
+            if not alike:
+                return None
             depths = self.layers // 2, self.layers
             fewer, more = (self._capture(layers, turns) for layers in depths)
         return extrapolated(fewer, more, depths, whole)
@@ -59,13 +61,20 @@ class ProfileScenario(ModelJob):
         return captured
 
 
-def _num_layers(loaded: LoadedExperiment) -> int:
-    """Of the whole model; 0 where there is no telling."""
+def _layers_of(loaded: LoadedExperiment) -> tuple[int, bool]:
+    """How many the whole model has (0 where there is no telling), and whether its config has them all of one kind.
+
+    The first few may all be of the same kind where later ones are not: captures of those alone would not show it.
+    """
     from autokernel.profiling.workload import model_config
 
     if not loaded.experiment.model.by_auto_class:
-        return 0
-    return int(getattr(model_config(loaded).get_text_config(), "num_hidden_layers", 0))
+        return 0, True
+    config = model_config(loaded).get_text_config()
+    whole = int(getattr(config, "num_hidden_layers", 0))
+    facts = [getattr(config, name) for name in dir(config) if "layer" in name]
+    lists = [fact for fact in facts if isinstance(fact, list) and len(fact) == whole]
+    return whole, all(kind == kinds[0] for kinds in lists for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,6 +51,12 @@ def test_a_part_of_the_layers_tells_the_calls_of_all(tmp_path: Path) -> None:
     assert calls(loaded, 2) == whole
 
 
+@pytest.mark.parametrize("model", ["gemma3_text", "jamba"])
+def test_layers_that_a_config_calls_different_are_not_reckoned_from_the_first(tmp_path: Path, model: str) -> None:
+    """The first four are alike, and a later one is not."""
+    assert calls(experiment(tmp_path, model_type=model, num_hidden_layers=8), 4) is None
+
+
 @pytest.mark.slow
 def test_where_a_part_does_not_tell_all_layers_are_captured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     environment = Environment(device="cpu", device_name="A CPU", isa="AVX2", num_units=1, torch="2.13.0")
