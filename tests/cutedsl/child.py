@@ -3,7 +3,8 @@
 child.py compile FOLDER     JSON specs on standard input -> objects in a cache in FOLDER; JSON per spec on standard output
 child.py bind SIZES         JSON paths of objects -> how far a call with tensors that say they lie on a GPU gets
 child.py epilogues          JSON specs -> the largest errors of their functions, made of torch's activations
-child.py blackwell          JSON [[problem, position], ...] -> names and bytes of compiled operators of SM100
+child.py blackwell FOLDER   JSON [[[problem, position], ...], specs] -> names and bytes of compiled operators of SM100; a line
+                            for each spec as above
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from autokernel.ops.epilogue import apply_epilogue, apply_gated
 SHAPE = (512, 768, 1024)
 
 
-def compile_all(folder: str) -> None:
+def compile_all(folder: str, specs: Any = None) -> None:
     cache = ObjectCache(Path(folder))
-    for given in json.load(sys.stdin):
+    for given in json.load(sys.stdin) if specs is None else specs:
         try:
             info, path = cache.get_or_compile(KernelSpec.from_json(given))
             print(json.dumps({"path": str(path), "compile_s": info.compile_s}), flush=True)
@@ -133,8 +134,8 @@ def expected(spec: KernelSpec, acc: torch.Tensor, operands: dict[str, torch.Tens
     return apply_epilogue(rest, value, [operands[o] for o, name in takers.items() if name in MATRICES])
 
 
-def blackwell() -> None:
-    asked = json.load(sys.stdin)
+def blackwell(cache_folder: str) -> None:
+    asked, specs = json.load(sys.stdin)
     with compiler.environment("sm_100a", 148), tempfile.TemporaryDirectory() as folder:
         from autokernel.cutedsl import blackwell as sm100
 
@@ -144,6 +145,7 @@ def blackwell() -> None:
             answer["offered"][problem] = len(names)
             content = compiler.link(sm100.compile_operator(names[position], problem, SHAPE), "kernel", Path(folder))
             answer["compiled"].append([names[position], len(content)])
+    compile_all(cache_folder, specs)
     print(json.dumps(answer))
 
 

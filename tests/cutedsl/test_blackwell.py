@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from autokernel.cutedsl.cache import ObjectCache
 from autokernel.cutedsl.spec import KernelSpec
 
 ASKED = [["dense", 0], ["dense", -1], ["mxfp8", 0], ["nvfp4", -1], ["grouped", 0]]
@@ -15,12 +16,20 @@ QUACK = {"source": "quack", "tile_m": 256, "tile_n": 128, "cluster_m": 2, "clust
 OPERATORS = {"source": "operators", "tile_m": 128, "tile_n": 128, "cluster_m": 2, "cluster_n": 1}
 
 
+GIVEN = {"dtype": "bfloat16", "out_dtype": "bfloat16", "a_major": "k", "b_major": "k", "arch": "sm_100a", "num_units": 148}
+SPECS = [
+    KernelSpec(config=OPERATORS, **GIVEN),
+    KernelSpec(config={**QUACK, "swap": True}, epilogue=("bias", "gelu", "gelu_tanh", "silu", "tanh", "relu", "add"), **GIVEN),
+    KernelSpec(config={**QUACK, "split_k": 2}, **GIVEN),
+]
+
+
 @pytest.fixture(scope="module")
-def answer(child: Any) -> dict[str, Any]:
-    done = child("blackwell", given=ASKED)
+def answer(child: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    done = child("blackwell", str(tmp_path_factory.mktemp("kernels")), given=[ASKED, [spec.to_json() for spec in SPECS]])
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    *kernels, found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {**found, "kernels": kernels}
 
 
 @pytest.mark.slow
@@ -45,16 +54,10 @@ def test_nvmatmulheuristics_ranks_them_for_a_b200(answer: dict[str, Any]) -> Non
 
 
 @pytest.mark.slow
-def test_both_sources_compile_our_configs_for_it(compile_all: Any) -> None:
-    common = {"dtype": "bfloat16", "out_dtype": "bfloat16", "a_major": "k", "b_major": "k", "arch": "sm_100a", "num_units": 148}
-    epilogue = ("bias", "gelu", "gelu_tanh", "silu", "tanh", "relu", "add")
-    found = compile_all(
-        [
-            KernelSpec(config=OPERATORS, **common),
-            KernelSpec(config={**QUACK, "swap": True}, epilogue=epilogue, **common),
-            KernelSpec(config={**QUACK, "split_k": 2}, **common),
-        ]
-    )
-    assert [isinstance(answer, str) for answer in found] == [False] * 3
-    assert found[2][0].launch.scratch_tile == (128, 128, 2, 1), "two blocks share a tile of 256 rows"
-    assert all(b"sm_100a" in Path(path).read_bytes() for _, path in found)
+def test_both_sources_compile_our_configs_for_it(answer: dict[str, Any]) -> None:
+    assert [sorted(kernel) for kernel in answer["kernels"]] == [["compile_s", "path"]] * len(SPECS)
+    paths = [Path(kernel["path"]) for kernel in answer["kernels"]]
+    split = ObjectCache(paths[2].parent).get(paths[2].stem)
+    assert split is not None
+    assert split[0].launch.scratch_tile == (128, 128, 2, 1), "two blocks share a tile of 256 rows"
+    assert all(b"sm_100a" in path.read_bytes() for path in paths)

@@ -1,4 +1,7 @@
-"""Kernels of both sources, compiled for a Hopper without one, down to the call that only a GPU could answer."""
+"""Kernels of both sources, compiled for a Hopper without one, down to the call that only a GPU could answer.
+
+Kinds of kernels that test_objects.py compiles and launches are not compiled here once more.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,6 @@ COOPERATIVE = {"source": "quack", "tile_m": 256, "tile_n": 128, "cluster_m": 2, 
 PINGPONG = {"source": "quack", "tile_m": 128, "tile_n": 192, "cluster_m": 1, "cluster_n": 2, "pingpong": True}
 FP8 = {"dtype": "float8_e4m3fn", "out_dtype": "bfloat16"}
 SIZES = (16, 64, 128)  # M, N, K at the call: others than at compilation
-QUICK = ("operators", "fused")
 
 
 def spec(config: dict[str, Any], **changed: Any) -> KernelSpec:
@@ -31,24 +33,16 @@ PARTS = {**COOPERATIVE, "split_k": 4, "separate": True}
 SPECS = {
     "operators": spec(OPERATORS),
     "fused": spec({**PINGPONG, "fuse": True}, epilogue=("bias", "silu", "add")),
-    "swapped, swizzled, by columns": spec({**OPERATORS, "swap": True, "swizzle": 4, "raster": "columns"}),
     "operators, any majors, batched": spec(OPERATORS, a_major="m", b_major="n", batched=True),
     "operators, fp8 from Hopper's other format": spec(OPERATORS, dtype="float8_e5m2", out_dtype="float16"),
-    "operators, integers": spec(OPERATORS, dtype="int8", out_dtype="int32"),
-    "quack": spec(COOPERATIVE, b_major="n"),
-    "quack, swapped": spec({**PINGPONG, "swap": True}),
-    "quack, fp16 in fp32": spec(COOPERATIVE, dtype="float16", out_dtype="float32"),
-    "parts of K in order": spec({**COOPERATIVE, "split_k": 4}),
+    "quack, fp16 in fp32": spec(COOPERATIVE, dtype="float16", out_dtype="float32", b_major="n"),
     "parts of K as they come, swapped, fused": spec(
         {**PINGPONG, "split_k": 3, "ordered": False, "swap": True}, epilogue=("bias", "gelu", "add")
     ),
-    "fused, swapped": spec({**PINGPONG, "swap": True}, epilogue=("bias", "gelu_tanh", "mul")),
     "all activations": spec(COOPERATIVE, epilogue=("gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "silu")),
-    "fp8, scaled by rows": spec(COOPERATIVE, **FP8, epilogue=("scale_a", "scale_b", "bias")),
     "fp8, scaled as a whole, swapped": spec(
         {**PINGPONG, "swap": True}, **FP8, epilogue=("tensor_scale_a", "tensor_scale_b", "silu")
     ),
-    "gated": spec({**PINGPONG, "fuse": True}, epilogue=("gated_silu",)),
     "gated, fp8, batched": spec(COOPERATIVE, **FP8, batched=True, epilogue=("gated_gelu_tanh",)),
     "batched, fused": spec(COOPERATIVE, batched=True, a_major="m", b_major="n", epilogue=("bias", "add")),
 }
@@ -64,63 +58,46 @@ class Compiled:
 Kernels = dict[str, Compiled]
 
 
-def compiled(compile_all: Any, child: Any, names: tuple[str, ...], sizes: tuple[int, int, int] = SIZES) -> Kernels:
-    found = compile_all([SPECS[name] for name in names])
+@pytest.fixture(scope="module")
+def kernels(compile_all: Any, child: Any) -> Kernels:
+    found = compile_all(list(SPECS.values()))
     assert not [answer for answer in found if isinstance(answer, str)]
-    called = child("bind", json.dumps(sizes), given=[str(path) for _, path in found])
+    called = child("bind", json.dumps(SIZES), given=[str(path) for _, path in found])
     said = [json.loads(line) for line in called.stdout.splitlines()]
-    return {name: Compiled(*kernel, reached) for name, kernel, reached in zip(names, found, said, strict=True)}
+    return {name: Compiled(*kernel, reached) for name, kernel, reached in zip(SPECS, found, said, strict=True)}
 
 
-@pytest.fixture(scope="module")
-def quick(compile_all: Any, child: Any) -> Kernels:
-    return compiled(compile_all, child, QUICK)
-
-
-@pytest.fixture(scope="module")
-def many(compile_all: Any, child: Any) -> Kernels:
-    return compiled(compile_all, child, tuple(name for name in SPECS if name not in QUICK))
-
-
-def check(kernel: Compiled) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPECS)
+def test_every_kind_of_kernel_takes_its_arguments(kernels: Kernels, name: str) -> None:
     """Our call fits the kernel's own checks of every argument: what is missing behind them is the CUDA runtime."""
+    kernel = kernels[name]
     assert kernel.info.key == kernel.info.spec.key(compiler.versions())
     assert kernel.info.num_bytes == kernel.path.stat().st_size < 400_000
     assert kernel.info.compile_s > 0
     assert "undefined symbol: cuda" in kernel.reached
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_a_kernel_takes_its_arguments(quick: Kernels, name: str) -> None:
-    check(quick[name])
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SPECS if name not in QUICK])
-def test_every_kind_of_kernel_takes_its_arguments(many: Kernels, name: str) -> None:
-    check(many[name])
-
-
-@pytest.mark.slow
-def test_a_call_that_does_not_fit_is_refused_by_the_kernel(quick: Kernels, child: Any) -> None:
-    """So that `check` proves something: 12 columns are no multiple of 16 bytes."""
-    done = child("bind", json.dumps((16, 12, 128)), given=[str(quick["fused"].path)])
+def test_a_call_that_does_not_fit_is_refused_by_the_kernel(kernels: Kernels, child: Any) -> None:
+    """So that the test before proves something: 12 columns are no multiple of 16 bytes."""
+    done = child("bind", json.dumps((16, 12, 128)), given=[str(kernels["fused"].path)])
     said = json.loads(done.stdout)
     assert "undefined symbol" not in said
     assert "mD" in said
 
 
-def test_an_object_needs_no_compiler(quick: Kernels) -> None:
-    for kernel in quick.values():
+@pytest.mark.slow
+def test_an_object_needs_no_compiler(kernels: Kernels) -> None:
+    for kernel in kernels.values():
         done = subprocess.run(["readelf", "-d", str(kernel.path)], capture_output=True, text=True, check=True)
         needed = [line.split("[")[1].rstrip("]") for line in done.stdout.splitlines() if "(NEEDED)" in line]
         assert set(needed) <= {"libtvm_ffi.so", "libc.so.6", "libstdc++.so.6", "libgcc_s.so.1"}
 
 
 @pytest.mark.slow
-def test_scratch_memory_is_told_to_the_caller(many: Kernels) -> None:
-    ordered, free = many["parts of K in order"].info.launch, many["parts of K as they come, swapped, fused"].info.launch
-    assert (ordered.scratch_tile, ordered.zeroed_workspace, ordered.transposed) == ((256, 128, 2, 1), False, False)
+def test_scratch_memory_is_told_to_the_caller(kernels: Kernels) -> None:
+    free = kernels["parts of K as they come, swapped, fused"].info.launch
     assert (free.scratch_tile, free.zeroed_workspace, free.transposed) == ((128, 192, 1, 2), True, True)
 
 

@@ -27,6 +27,7 @@ CPU = Device(empty=torch._C._dynamo.guards._empty_strided_cpu, stream=lambda dev
 M, N, K = 48, 512, 256
 COOPERATIVE = {"source": "quack", "tile_m": 128, "tile_n": 128, "cluster_n": 2}
 PINGPONG = {**COOPERATIVE, "pingpong": True}
+LARGE = {"source": "quack", "tile_m": 256, "tile_n": 128, "cluster_m": 2, "cluster_n": 1}
 OPERATORS = {"source": "operators", "tile_m": 64, "tile_n": 128, "cluster_m": 2}
 
 
@@ -69,8 +70,8 @@ def operands(kernel: KernelSpec, m: int, n: int) -> list[torch.Tensor]:
 CASES = {
     "quack": spec(COOPERATIVE),
     "pingpong": spec(PINGPONG, a_major="m", b_major="n"),
-    "swapped": spec({**COOPERATIVE, "swap": True}),
-    "parts in order": spec({**COOPERATIVE, "split_k": 4}),
+    "swapped": spec({**PINGPONG, "swap": True}),
+    "parts in order": spec({**LARGE, "split_k": 4}),
     "parts as they come": spec({**PINGPONG, "split_k": 3, "ordered": False}),
     "parts, swapped": spec({**COOPERATIVE, "split_k": 4, "swap": True}),
     "parts for the graph": spec({**COOPERATIVE, "split_k": 4, "separate": True}, out_dtype="float32"),
@@ -120,6 +121,11 @@ def test_a_compiled_kernel_is_launched_as_its_record_says(name: str, cache: Obje
         tiles = math.ceil(rows / config.tile_m) * math.ceil(columns / config.tile_n) * (lead or (1,))[0] * config.split_k
         assert math.prod(cuda.launched.grid) >= min(tiles, 66)
     assert cuda.launched.count == before + 2
+
+
+def test_scratch_memory_is_told_to_the_caller(cache: ObjectCache) -> None:
+    ordered = cache.get_or_compile(CASES["parts in order"])[0].launch
+    assert (ordered.scratch_tile, ordered.zeroed_workspace, ordered.transposed) == ((256, 128, 2, 1), False, False)
 
 
 @pytest.mark.usefixtures("here")
