@@ -16,7 +16,14 @@ QUACK = {"source": "quack", "tile_m": 256, "tile_n": 128, "cluster_m": 2, "clust
 OPERATORS = {"source": "operators", "tile_m": 128, "tile_n": 128, "cluster_m": 2, "cluster_n": 1}
 
 
-GIVEN = {"dtype": "bfloat16", "out_dtype": "bfloat16", "a_major": "k", "b_major": "k", "arch": "sm_100a", "num_units": 148}
+GIVEN: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "out_dtype": "bfloat16",
+    "a_major": "k",
+    "b_major": "k",
+    "arch": "sm_100a",
+    "num_units": 148,
+}
 SPECS = [
     KernelSpec(config=OPERATORS, **GIVEN),
     KernelSpec(config={**QUACK, "swap": True}, epilogue=("bias", "gelu", "gelu_tanh", "silu", "tanh", "relu", "add"), **GIVEN),
