@@ -211,7 +211,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_mirroring_costs_the_driver_less_than_a_millisecond_a_trial(
     runs: Path, synthetic_run: Callable[..., list[Event]], record_property: Callable[[str, object], None]
 ) -> None:
-    events = synthetic_run(80)
+    events = synthetic_run(40)
     folder = run_folder(runs, "synthetic-llama", _RUN_ID)
     journal, mirror = Journal(folder), MlflowMirror(folder)
     mirror.record(events[0])  # starts the child
