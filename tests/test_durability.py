@@ -129,10 +129,10 @@ def adopt(profiled: Path, runs: Path) -> Path:
 
 
 class Driver:
-    """`autokernel run` in a process of its own."""
+    """`autokernel run`, or a part of it, in a process of its own."""
 
-    def __init__(self, runs: Path, *prefix: str) -> None:
-        words = [*prefix, sys.executable, "-m", "autokernel", "run", str(EXPERIMENT), "--runs", str(runs)]
+    def __init__(self, runs: Path, *prefix: str, part: str = "run") -> None:
+        words = [*prefix, sys.executable, "-m", "autokernel", part, str(EXPERIMENT), "--runs", str(runs)]
         self.process = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -178,6 +178,11 @@ def check_nothing_lost_or_repeated(folder: Path) -> None:
     assert len(tried) == 8
     assert set(tried.values()) == {1}
     assert [e.stage for e in events if isinstance(e, StageFinished)].count("profile") == 1
+
+
+def check_whole(folder: Path) -> None:
+    check_nothing_lost_or_repeated(folder)
+    events = read_journal(folder)
     assert sum(isinstance(e, Exported) for e in events) == 1
     assert isinstance(events[-1], RunFinished)
     assert events[-1].outcome in ("won", "stock")
@@ -241,7 +246,7 @@ def test_a_run_that_is_killed_interrupted_and_locked_out_goes_on_each_time(profi
 
     code, said = Driver(tmp_path).end()
     assert code == 0, said
-    check_nothing_lost_or_repeated(folder)
+    check_whole(folder)
     check_search_time(folder)
     assert [e.resumed for e in read_journal(folder) if isinstance(e, RunStarted)] == [False, True, True, True, True]
     plan = plan_json(load_experiment(EXPERIMENT), tmp_path, fresh=False)
@@ -260,6 +265,19 @@ def check_search_time(folder: Path) -> None:
     assert len(budgets) == 3
     assert budgets[0] == 120
     assert budgets[0] > budgets[1] > budgets[2] > 0
+
+
+def test_a_run_that_was_stopped_goes_on_unless_it_shall_be_fresh(profiled: Path, tmp_path: Path) -> None:
+    folder = adopt(profiled, tmp_path)
+    before = len(read_journal(folder))
+    again = run(EXPERIMENT, runs_folder=tmp_path, until="profile")
+    assert (again.folder, again.outcome, again.bundle) == (folder, "stopped", None)
+    added = read_journal(folder)[before:]
+    assert [event.resumed for event in added if isinstance(event, RunStarted)] == [True]
+    assert not [event for event in added if isinstance(event, StageFinished)], "and does not profile again"
+    other = run(EXPERIMENT, runs_folder=tmp_path, until="profile", fresh=True)
+    assert other.folder != folder
+    assert [event.resumed for event in read_journal(other.folder) if isinstance(event, RunStarted)] == [False]
 
 
 def test_time_that_was_used_up_before_an_interruption_is_not_given_again(profiled: Path, tmp_path: Path) -> None:
@@ -322,8 +340,8 @@ def test_a_full_disk_ends_the_run_and_space_lets_it_go_on(profiled: Path, small_
     saved = read_journal(folder)
     assert evaluations(folder)
 
-    ballast.unlink()
-    code, said = Driver(small_disk / "runs").end()
+    ballast.unlink()  # what follows on the search is no other than after an interruption
+    code, said = Driver(small_disk / "runs", part="search").end()
     assert code == 0, said
     assert f"goes on: {sum(isinstance(event, Evaluated) for event in saved)} trials, stages done: profile" in said
     assert read_journal(folder)[: len(saved)] == saved
