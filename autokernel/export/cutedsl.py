@@ -31,7 +31,7 @@ from autokernel.export.templates import gemm_of_node
 from autokernel.ops.epilogue import GATED_EPILOGUES, Epilogue, find_epilogue, find_gated
 from autokernel.ops.int_mm import OUT_DTYPE
 from autokernel.ops.scaled_mm import ROW_WISE, TENSOR_WISE, ScaledCall, has_bias, scaling_of
-from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec, canonical_json
+from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec, canonical_json, digest_of
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -205,14 +205,15 @@ def with_objects(bundle: Bundle) -> tuple[Bundle, dict[str, Path]]:
 
 
 class CutePass(CustomGraphPass):
-    """Puts compiled kernels in the place of GEMMs that have an entry of backend "cutedsl"."""
+    """Puts compiled kernels in the place of GEMMs that have an entry of backend "cutedsl". Cached code names the files."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._resolve = objects_of(plan)
 
     def uuid(self) -> str:
-        return f"autokernel-cutedsl-1-{self.plan.digest}"
+        facts = [str(op.PLAIN._schema), str(op.FUSED._schema), *sorted(map(str, self.plan.files.values()))]
+        return f"autokernel-cutedsl-{digest_of(facts)}-{self.plan.digest}"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         if not self.plan.active or not any(is_cute(entry) for entry in self.plan.bundle.entries):
@@ -393,8 +394,7 @@ def _erase(graph: torch.fx.Graph, last: torch.fx.Node, first: int, order: Mappin
     waiting = [last]
     while waiting:
         node = waiting.pop()
-        if node.users or order.get(node, -1) < first:
-            continue
-        sources = node.all_input_nodes
-        graph.erase_node(node)
-        waiting += [source for source in sources if source not in waiting]
+        if not node.users and order.get(node, -1) >= first:
+            sources = node.all_input_nodes
+            graph.erase_node(node)
+            waiting += [source for source in sources if source not in waiting]

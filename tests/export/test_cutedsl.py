@@ -453,3 +453,15 @@ def test_objects_decide_the_digest_of_what_is_applied(tmp_path: Path) -> None:
     (info,) = plan.bundle.objects
     other = Bundle.from_json({**plan.bundle.to_json(), "objects": [info_of(info.spec, b"other").to_json()]})
     assert other.applied_digest != plan.bundle.applied_digest
+
+
+def test_cached_code_serves_neither_objects_elsewhere_nor_another_operator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names the file of an object, which lies in a folder of its own in each process that unpacks an archive."""
+    plans = [with_objects(tmp_path / place, entry(MM, QUACK)) for place in ("one", "one", "another")]
+    first, same, elsewhere = (CutePass(plan).uuid() for plan in plans)
+    assert plans[0].digest == plans[2].digest
+    assert first == same != elsewhere
+    monkeypatch.setattr("autokernel.cutedsl.op.PLAIN", torch.ops.aten.mm.default)
+    assert CutePass(plans[0]).uuid() != first
