@@ -190,7 +190,7 @@ def prepare(op: Op, problem: Problem, seed: int, threads: int | None, max_copies
     references take more keeps its turn through the build.
     """
     num_copies = num_copies_for(problem, cache_bytes(problem.device, threads), max_copies)
-    kept_bytes = expectation_bytes(op, problem, num_references(num_copies))
+    kept_bytes = expectation_bytes(op, problem, num_references(op, num_copies))
     alone = problem.device != "cpu" and 4 * kept_bytes > free_bytes(problem.device)
     constants = make_constants(problem, seed, num_copies)
     expectation = expect(op, problem, constants, seed)

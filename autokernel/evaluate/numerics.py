@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autokernel.backends import Built
@@ -27,23 +27,36 @@ from autokernel.evaluate.tensors import (
     plain_problem,
     synchronize,
 )
-from autokernel.ops import Op
+from autokernel.ops import ChoosingOp, Op
 from autokernel.records import Check, Problem, Verdict
 
 if TYPE_CHECKING:
     import torch
 
+_EDGES = "edges"
 _SETTLE_S = 0.02  # long enough for a thread that was left running to be seen writing
 Contents = list[list["torch.Tensor"]]  # per copy, the non-constant inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """What one copy is given in one call."""
+    """What one copy is given in one call. `first` stands for the first of the non-constant inputs as it is drawn."""
 
     seed: int
     draw: str
     scale: float
+    first: torch.Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return self.draw if self.first is None else _EDGES
+
+    def variables(self, problem: Problem) -> list[torch.Tensor]:
+        """The non-constant inputs, the same each time, in a memory of their own."""
+        made = make_variables(problem, self.seed, self.draw, scale=self.scale)
+        if self.first is not None:
+            made[0].copy_(self.first)
+        return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +68,7 @@ class Call:
 
     def contents(self, problem: Problem) -> Contents:
         """The non-constant inputs of every copy, the same each time."""
-        return [make_variables(problem, s.seed, s.draw, scale=s.scale) for s in self.slots]
+        return [slot.variables(problem) for slot in self.slots]
 
     @property
     def output_sizes(self) -> list[int]:
@@ -71,9 +84,10 @@ class Expectation:
     fresh: Call  # after timing
 
 
-def num_references(num_copies: int) -> int:
+def num_references(op: Op, num_copies: int) -> int:
     """How many references `expect` computes."""
-    return 2 * num_copies + math.ceil((len(DRAWS) - 1) / num_copies) * num_copies
+    num_calls = 2 + math.ceil((len(DRAWS) - 1) / num_copies) + isinstance(op, ChoosingOp)
+    return num_calls * num_copies
 
 
 def expect(op: Op, problem: Problem, constants: list[list[torch.Tensor]], seed: int) -> Expectation:
@@ -95,21 +109,23 @@ def expect(op: Op, problem: Problem, constants: list[list[torch.Tensor]], seed: 
     fresh = [DRAWS[i % len(DRAWS)] for i in range(num_copies)]
     shuffled.shuffle(fresh)
 
-    def call(name: object, names: Sequence[str]) -> Call:
-        slots = [_slot(op, problem, constants[i], derived_seed(seed, name, i), draw) for i, draw in enumerate(names)]
+    def slots(name: object, names: Sequence[str]) -> list[Slot]:
+        return [_slot(op, problem, constants[i], derived_seed(seed, name, i), draw) for i, draw in enumerate(names)]
+
+    def call(slots: Sequence[Slot]) -> Call:
         return Call(
             slots=tuple(slots),
             expected=tuple(
-                expected_outputs(op, problem, join(problem, make_variables(problem, s.seed, s.draw, scale=s.scale), fixed))
-                for s, fixed in zip(slots, constants, strict=True)
+                expected_outputs(op, problem, join(problem, slot.variables(problem), fixed))
+                for slot, fixed in zip(slots, constants, strict=True)
             ),
         )
 
-    return Expectation(
-        model=call("model", ["model"] * num_copies),
-        probes=tuple(call(i, draws[i * num_copies : (i + 1) * num_copies]) for i in range(num_calls)),
-        fresh=call("fresh", fresh),
-    )
+    model = slots("model", ["model"] * num_copies)
+    probes = [slots(i, draws[i * num_copies : (i + 1) * num_copies]) for i in range(num_calls)]
+    if isinstance(op, ChoosingOp):
+        probes.append([_at_the_edges(op, problem, *pair) for pair in zip(model, constants, strict=True)])
+    return Expectation(model=call(model), probes=tuple(map(call, probes)), fresh=call(slots("fresh", fresh)))
 
 
 def _slot(op: Op, problem: Problem, fixed: Sequence[torch.Tensor], seed: int, draw: str) -> Slot:
@@ -124,6 +140,24 @@ def _slot(op: Op, problem: Problem, fixed: Sequence[torch.Tensor], seed: int, dr
                 break
             scale /= 4
     return Slot(seed=seed, draw=draw, scale=max(scale, 1.0) if draw == "large" else scale)
+
+
+def _at_the_edges(op: ChoosingOp, problem: Problem, slot: Slot, fixed: Sequence[torch.Tensor]) -> Slot:
+    """With the last score of every other row as the largest, and the first one of those between.
+
+    Of a hundred thousand scores hardly ever one at an edge is the largest: a kernel that forgets some there would not be seen.
+    Scores grow the fastest along their gradient.
+    """
+    import torch
+
+    variables = slot.variables(problem)
+    with torch.enable_grad():
+        variables[0].requires_grad_()
+        scores = op.scores(problem, *join(problem, variables, fixed))[-1]
+        rows = scores.reshape(-1, scores.shape[-1])
+        (gradient,) = torch.autograd.grad(rows[::2, -1].sum() + rows[1::2, 0].sum(), variables[:1])
+    size = gradient.float().square().mean().sqrt().clamp(min=1e-9)
+    return replace(slot, first=gradient / size)
 
 
 def check(
@@ -280,9 +314,9 @@ class Checker:
     def _judge_draws(self, call: Call, outputs: Sequence[torch.Tensor]) -> None:
         for slot, out, expected in _by_output(call, outputs):
             errors = errors_of(out, expected)
-            self._note(f"error_max[{slot.draw}]", errors.max, expected.limit_max)
-            self._note(f"error_norm[{slot.draw}]", errors.norm, expected.limit_norm)
-            note = f"elements whose NaN, +Inf, -Inf or finite class is not eager's, draw {slot.draw}"
+            self._note(f"error_max[{slot.name}]", errors.max, expected.limit_max)
+            self._note(f"error_norm[{slot.name}]", errors.norm, expected.limit_norm)
+            note = f"elements whose NaN, +Inf, -Inf or finite class is not eager's, draw {slot.name}"
             self._note("nonfinite_placement", errors.misplaced, 0, note)
 
     def _judge_all(self, name: str, call: Call, outputs: Sequence[torch.Tensor]) -> None:
@@ -290,7 +324,7 @@ class Checker:
         for slot, out, expected in _by_output(call, outputs):
             errors = errors_of(out, expected)
             worst = max(_ratio(errors.max, expected.limit_max), _ratio(errors.norm, expected.limit_norm))
-            self._note(name, math.inf if errors.misplaced else worst, 1, f"worst error over its budget, draw {slot.draw}")
+            self._note(name, math.inf if errors.misplaced else worst, 1, f"worst error over its budget, draw {slot.name}")
 
     def _judge_pair(self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> None:
         """Same inputs, memory poisoned differently: what shows both poisons was not written."""

@@ -213,7 +213,7 @@ def test_a_problem_too_large_to_wait_keeps_its_turn_through_the_build(
     backend: Any, linear: Any, ops: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = linear()
-    needed = budget.expectation_bytes(ops["linear"], problem, num_references(2))
+    needed = budget.expectation_bytes(ops["linear"], problem, num_references(ops["linear"], 2))
     for device, free, alone in (("cuda", 4 * needed - 1, True), ("cuda", 4 * needed, False), ("cpu", 1, False)):
         monkeypatch.setattr(candidate_module, "free_bytes", lambda device, free=free: free)
         monkeypatch.setattr(candidate_module, "return_spare_memory", lambda device: None)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autokernel.evaluate.budget import errors_of, expectation_bytes, expected_outputs
-from autokernel.evaluate.numerics import check
+from autokernel.evaluate.numerics import check, expect, num_references
 from autokernel.evaluate.outputs import Trio, compare_outputs, missing_of_tokens
 from autokernel.evaluate.probes import make_constants
 from autokernel.ops import get_op
@@ -76,6 +76,8 @@ def finite_alone(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         (lambda x, w: logits(x, w).argmax(-1) + VOCABULARY, "nonfinite_placement"),
         (lambda x, w: torch.zeros(len(x), dtype=torch.int64), "error_max[model]"),
         (lambda x, w: logits(x, w).argmax(-1).int(), "metadata"),
+        (lambda x, w: logits(x, w[:-1]).argmax(-1), "error_max[edges]"),
+        (lambda x, w: logits(x, w[1:]).argmax(-1) + 1, "error_max[edges]"),
     ],
 )
 def test_wrong_choices_fail(wrap: Any, kernel: Any, failing: str) -> None:
@@ -98,6 +100,21 @@ def test_the_budget_is_that_of_two_scores() -> None:
     first = errors_of(torch.tensor([int(best[0]), 0]), expected)
     assert (first.max, first.misplaced) == (64.0, 0)
     assert errors_of(torch.tensor([-1, 0]), expected).misplaced == 1
+
+
+def test_what_falls_on_the_edges_of_the_vocabulary_is_known() -> None:
+    """In each copy the last token of every other row, and the first one of those between: the same each time."""
+    case = problem(rows=5)
+    constants = make_constants(case, 7, 2)
+    edges = expect(OP, case, constants, 11).probes[-1]
+    for (x,), (again,), (weight,) in zip(edges.contents(case), edges.contents(case), constants, strict=True):
+        assert logits(x, weight).argmax(-1).tolist() == [VOCABULARY - 1, 0] * 2 + [VOCABULARY - 1]
+        assert torch.equal(x, again)
+        assert x.data_ptr() != again.data_ptr()
+        assert not x.requires_grad
+    found = expect(OP, case, constants, 11)
+    calls = (found.model, *found.probes, found.fresh)
+    assert sum(len(call.expected) for call in calls) == num_references(OP, 2)
 
 
 def test_what_the_scores_take_is_foretold() -> None:

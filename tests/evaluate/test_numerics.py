@@ -227,6 +227,6 @@ def test_references_are_as_many_and_as_large_as_foretold(linear: Any, ops: Any) 
         expectation = expect(ops["linear"], problem, make_constants(problem, 0, num_copies), 0)
         calls = (expectation.model, *expectation.probes, expectation.fresh)
         references = [e.reference for call in calls for copy in call.expected for e in copy]
-        assert len(references) == num_references(num_copies)
+        assert len(references) == num_references(ops["linear"], num_copies)
         size = sum(r.numel() * r.element_size() for r in references)
         assert size == budget.expectation_bytes(ops["linear"], problem, len(references))
