@@ -10,6 +10,7 @@ OPERATORS, QUACK = "operators", "quack"
 SOURCES = (OPERATORS, QUACK)
 ROWS, COLUMNS = "rows", "columns"
 DEFAULT_SWIZZLE = 8
+AT_CALLS: Mapping[str, tuple[str, ...]] = {QUACK: ("swizzle",)}  # source -> see `CuteConfig.at_calls`
 ALIGNMENT_BYTES = 16  # of what is contiguous: TMA reads and writes nothing narrower
 DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 
@@ -100,7 +101,7 @@ class CuteConfig:
     @property
     def at_calls(self) -> tuple[str, ...]:
         """Parameters that the kernel takes at each call: one object serves all their values."""
-        return ("swizzle",) if self.source == QUACK else ()
+        return AT_CALLS.get(self.source, ())
 
     @property
     def swizzle_of_calls(self) -> int:

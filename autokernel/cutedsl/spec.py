@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from autokernel.cutedsl.config import CuteConfig
+from autokernel.cutedsl.config import AT_CALLS, CuteConfig
 from autokernel.ops.epilogue import GATED_EPILOGUES
-from autokernel.records import ConfigValue, Record, digest_of
+from autokernel.records import ConfigValue, Record, canonical_json, digest_of
 
 REVISION = 2  # of our own part in a shared object: raised, every one is compiled again
 BIAS = "bias"  # a vector of N elements, added to each row
@@ -63,6 +63,12 @@ class KernelSpec(Record):
     def num_columns(self, n: int) -> int:
         """Of the result, for B of n columns."""
         return n // 2 if self.gated else n
+
+    @property
+    def identity(self) -> str:
+        """Equal for kernels that serve the same calls: records of earlier versions also say what is left to calls now."""
+        left = AT_CALLS.get(str(self.config.get("source")), ())
+        return canonical_json(self.to_json() | {"config": {k: v for k, v in self.config.items() if k not in left}})
 
     def key(self, versions: Mapping[str, str]) -> str:
         """Names the shared object: hash of the spec, of the compilers' versions, and of our own part in it."""

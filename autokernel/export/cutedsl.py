@@ -31,7 +31,7 @@ from autokernel.export.templates import gemm_of_node
 from autokernel.ops.epilogue import GATED_EPILOGUES, Epilogue, find_epilogue, find_gated
 from autokernel.ops.int_mm import OUT_DTYPE
 from autokernel.ops.scaled_mm import ROW_WISE, TENSOR_WISE, ScaledCall, has_bias, scaling_of
-from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec, canonical_json, digest_of
+from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec, digest_of
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -156,10 +156,10 @@ def layout_problem(spec: TensorSpec) -> str | None:
 
 def objects_of(plan: Plan) -> Resolver:
     """Finds the objects of kernels: among those of the plan's bundle, else in this machine's cache, compiled where need be."""
-    shipped = {canonical_json(info.spec.to_json()): info for info in plan.bundle.objects}
+    shipped = {info.spec.identity: info for info in plan.bundle.objects}
 
     def resolve(spec: KernelSpec) -> Path:
-        info = shipped.get(canonical_json(spec.to_json()))
+        info = shipped.get(spec.identity)
         if info is None:
             return compiled_object(spec)[1]
         file = plan.files.get(info.key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -388,6 +389,21 @@ def test_what_a_kernel_takes_at_a_call_is_not_compiled_into_it(
         found.append(calls(module)[0].args[2:])
     assert len({path for path, *_ in found}) == objects
     assert [rest for _, *rest in found] == ([[], [2]] if objects == 1 else [[], []])
+
+
+def test_objects_of_an_earlier_version_serve_what_they_were_made_for(tmp_path: Path) -> None:
+    """Their records say the swizzle, which is left to calls now; nothing is compiled where a bundle is used."""
+    one = entry(MM, {**QUACK, "swizzle": 4})
+    (kernel,) = specs_of(one, arch="sm_90a", num_units=132)
+    earlier = replace(kernel, config={**kernel.config, "swizzle": 4})
+    info = info_of(earlier)
+    (tmp_path / info.file_name).write_bytes(BYTES)
+    (tmp_path / f"{info.key}.json").write_text(json.dumps(info.to_json()))
+    bundle = Bundle(name="b", created="", version="", environment=H200, entries=(one,), objects=(info,))
+    plan = Plan(bundle, None, {info.key: tmp_path / info.file_name})
+    module = traced(lambda x, w: x @ w.t(), (M, K), (N, K))
+    CutePass(plan)(module.graph)
+    assert [path_of(call) for call in calls(module)] == [str(tmp_path / info.file_name)]
 
 
 def test_entries_that_differ_in_merging_and_fusing_alone_share_an_object() -> None:
