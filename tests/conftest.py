@@ -24,8 +24,24 @@ if FOLDER not in sys.path:
     sys.path.insert(0, FOLDER)
 
 
-# Minutes each: first, so that the short ones fill what is left on the other worker.
-LONG = ("test_durability.py", "test_pipeline.py", "test_cluster.py", "test_compiler.py")
+# Half a minute to minutes each, the longest first, so that the short ones fill what is left on the other worker.
+LONG = (
+    "test_durability.py",
+    "test_pipeline.py",
+    "test_mlflow.py",
+    "test_cluster.py",
+    "test_objects.py",
+    "test_aoti.py",
+    "test_compiler.py",
+    "test_capture.py",
+    "test_cli.py",
+    "test_tuner.py",
+    "test_blackwell.py",
+    "test_pool.py",
+    "test_worker.py",
+    "test_http_server.py",
+    "test_docs.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
