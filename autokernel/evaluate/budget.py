@@ -7,7 +7,8 @@ are exact. NaN, +Inf and -Inf must be where eager has them, or where the exact r
 
 Indices of the largest of some scores are integers too, and right where their scores are: an index passes if its exact score is
 below the largest by at most twice the budget of the scores. That is what is left of the gap where the one is computed too low
-and the other too high, each by no more than that budget; so no index passes that scores within it could not have.
+and the other too high, each by no more than that budget; so no index passes that scores within it could not have. Where the k
+largest are wanted, in order, the same holds for each place: its score is as near to the largest, the second largest, and so on.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Expected:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Errors:
     """How wrong one output is. `misplaced` counts elements whose NaN/Inf/finite class is neither eager's nor, where the exact
-    result is not finite, that one's. Of indices `max` is what their scores lack to the largest, and misplaced are those of
-    nothing, and those of a score that is finite or not where the largest is the other.
+    result is not finite, that one's. Of indices `max` is how far their scores are from the largest, and misplaced are those of
+    nothing, those that a row has twice, and those of a score that is finite or not where the largest is the other.
     """
 
     max: float
@@ -112,19 +113,23 @@ def expected_outputs(op: Op, problem: Problem, inputs: Sequence[torch.Tensor]) -
 
     with torch.no_grad():
         eager = op.reference(problem, *inputs)
-        exact = eager if isinstance(op, ChoosingOp) else run_reference(op, problem, inputs)
+        scored = _scored(op, problem, inputs) if isinstance(op, ChoosingOp) else []
+        exact = eager if len(scored) == len(eager) else run_reference(op, problem, inputs)
         expected = []
         for i, (own, reference) in enumerate(zip(eager, exact, strict=True)):
             shared = tuple(j for j in range(i) if eager[j].untyped_storage().data_ptr() == own.untyped_storage().data_ptr())
             expected.append(_expected(own, reference, shared))
-        if not isinstance(op, ChoosingOp):
-            return tuple(expected)
-        pairs = zip(op.scores(problem, *inputs), _raised(op.scores, problem, inputs), strict=True)
-        scored = [_expected(own, reference, ()) for own, reference in pairs]
-        return tuple(
+        first = len(eager) - len(scored)
+        return *expected[:first], *(
             replace(index, scores=score.reference, limit_max=2 * score.limit_max)
-            for index, score in zip(expected, scored, strict=True)
+            for index, score in zip(expected[first:], scored, strict=True)
         )
+
+
+def _scored(op: ChoosingOp, problem: Problem, inputs: Sequence[torch.Tensor]) -> list[Expected]:
+    """What the scores have to be."""
+    pairs = zip(op.scores(problem, *inputs), _raised(op.scores, problem, inputs), strict=True)
+    return [_expected(own, reference, ()) for own, reference in pairs]
 
 
 def errors_of(out: torch.Tensor, expected: Expected) -> Errors:
@@ -178,15 +183,25 @@ def _expected(eager: torch.Tensor, reference: torch.Tensor, shared: tuple[int, .
 
 
 def shortfall(indices: torch.Tensor, scores: torch.Tensor) -> Errors:
-    """What the scores of indices lack to the largest ones. Who has a NaN where there is one, or an infinity, lacks nothing."""
+    """How far the scores of indices are from the largest ones. Who has a NaN where there is one, or an infinity, lacks nothing.
+
+    Args:
+        indices: one for each row of the scores, or k of them, the largest first.
+        scores: `[..., choices]`.
+    """
     import torch
 
-    scores, picked = scores.reshape(-1, scores.shape[-1]), indices.reshape(-1)
+    scores = scores.reshape(-1, scores.shape[-1])
+    count = indices.numel() // max(1, len(scores))
+    picked = indices.reshape(len(scores), count)
     exists = (picked >= 0) & (picked < scores.shape[1])
-    chosen = scores.gather(1, picked.clamp(0, scores.shape[1] - 1)[:, None])[:, 0].double()
-    best = scores.amax(1).double()  # NaN where there is one
-    missing = torch.where((chosen == best) | (chosen.isnan() & best.isnan()), 0.0, best - chosen)
-    misplaced = ~exists | ~torch.isfinite(missing)
+    chosen = scores.gather(1, picked.clamp(0, scores.shape[1] - 1)).double()
+    # NaN first, where there are any
+    best = (scores.amax(1, keepdim=True) if count == 1 else scores.topk(count, 1).values).double()
+    missing = torch.where((chosen == best) | (chosen.isnan() & best.isnan()), 0.0, (best - chosen).abs())
+    earlier = torch.ones(count, count, dtype=torch.bool, device=picked.device).tril(-1)
+    again = ((picked[:, :, None] == picked[:, None, :]) & earlier).any(2)
+    misplaced = ~exists | again | ~torch.isfinite(missing)
     worst = torch.where(misplaced, 0.0, missing).max().item() if missing.numel() else 0.0
     return Errors(max=worst, norm=0.0, misplaced=int(misplaced.sum()))
 

@@ -13,17 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from autokernel.kernels.skinny_mm import matrix_product, vector_product
+from autokernel.kernels.lm_head import ordered, tile_logits
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-
-
-@triton.jit
-def _ordered(values):
-    """int32 numbers in the order of fp32 ones: -0 as 0, all NaN as the largest."""
-    bits = (values + 0.0).to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(values == values, bits, 0x7FFFFFFF)  # noqa: PLR0124
 
 
 @triton.jit
@@ -57,22 +49,17 @@ def lm_head_argmax_kernel(
         y: with JOIN [M] int64; written.
     """
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    BLOCKS: tl.constexpr = K // BLOCK_K
     tile = tl.program_id(0)
     x += X_START
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # behind the last token it is read again, and counts as that one: as 0 below
     m = tl.arange(0, BLOCK_M)
-    if MODE == 2:
-        logits = vector_product(x, w, tile, 0, BLOCKS, N, K, BLOCK_N, BLOCK_K, STAGES)
-    else:
-        logits = matrix_product(x, w, tile, 0, BLOCKS, M, N, K, X_ROW, BLOCK_M, BLOCK_N, BLOCK_K, MODE == 1)
-    ordered = _ordered(logits)
+    scores = ordered(tile_logits(x, w, tile, M, N, K, X_ROW, BLOCK_M, BLOCK_N, BLOCK_K, MODE, STAGES))
     if MODE == 1:
-        best = tl.max(ordered, axis=0)
-        place = tl.max(tl.where(ordered == best[None, :], N - 1 - n[:, None], 0), axis=0)
+        best = tl.max(scores, axis=0)
+        place = tl.max(tl.where(scores == best[None, :], N - 1 - n[:, None], 0), axis=0)
     else:
-        best = tl.max(ordered, axis=1)
-        place = tl.max(tl.where(ordered == best[:, None], N - 1 - n[None, :], 0), axis=1)
+        best = tl.max(scores, axis=1)
+        place = tl.max(tl.where(scores == best[:, None], N - 1 - n[None, :], 0), axis=1)
     tl.store(parts + m * TILES + tile, (best.to(tl.int64) << 32) | place.to(tl.int64), mask=m < M)
     if JOIN:
         tl.debug_barrier()  # every thread's part is stored before the one atomic that publishes it

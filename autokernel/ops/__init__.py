@@ -18,6 +18,7 @@ from autokernel.ops.gated_rms_norm import GatedRmsNorm
 from autokernel.ops.generated import Generated
 from autokernel.ops.int_mm import IntMm
 from autokernel.ops.lm_head_argmax import LmHeadArgmax
+from autokernel.ops.lm_head_topk import LmHeadTopk
 from autokernel.ops.merged_mm import MergedMm
 from autokernel.ops.mlp import Mlp
 from autokernel.ops.mm import Mm
@@ -39,6 +40,7 @@ OPS: tuple[Op, ...] = (
     ScaledMm(),
     IntMm(),
     LmHeadArgmax(),
+    LmHeadTopk(),
     Attention(),
     RotaryQk(),
     NormRotaryComplex(),

@@ -105,14 +105,15 @@ class FusionOp(Op, Protocol):
 
 @runtime_checkable
 class ChoosingOp(Op, Protocol):
-    """An op whose outputs are indices of what is largest.
+    """An op whose last outputs are indices of what is largest; earlier ones are judged as any output.
 
     Exact indices would be asked too much: where two values are closer than rounding, a right kernel may take the other one.
     """
 
     def scores(self, problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What each output chooses among: its shape with the choices as the last dimension. Inputs as of `reference`.
+        """What each of the indices is chosen from: the choices as the last dimension, in rows. Inputs as of `reference`.
 
-        An index is judged by the exact score that it has (`evaluate/budget.py`).
+        An output has one index for each row, or several, the largest first. An index is judged by the exact score that it has
+        (`evaluate/budget.py`).
         """
         ...

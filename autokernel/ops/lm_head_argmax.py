@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from autokernel.ops.fusion import PatternFusion
+from autokernel.ops.lm_head import ALL, INDEX_DTYPE, LAST, LmHead, logits_of
 from autokernel.ops.patterns import Pattern
 from autokernel.ops.spelling import Spelling
 from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec
@@ -15,26 +14,7 @@ from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec
 if TYPE_CHECKING:
     import torch
 
-INDEX_DTYPE = "int64"
-ALL, LAST = "all", "last"  # positions whose tokens are chosen
 Choice = Callable[["torch.Tensor", bool], "torch.Tensor"]
-
-
-def logits_of(x: torch.Tensor, weight: torch.Tensor, position: str) -> torch.Tensor:
-    """As nn.Linear makes them; of all positions, or of the last one alone.
-
-    Args:
-        x: `[..., K]`; `[B, T, K]` where the last position counts.
-        weight: `[V, K]`.
-        position: `ALL` or `LAST`.
-
-    Returns:
-        `[..., V]`, or `[B, V]`.
-    """
-    import torch
-
-    logits = torch.mm(x.reshape(-1, x.shape[-1]), weight.permute(1, 0)).view(*x.shape[:-1], weight.shape[0])
-    return logits.select(1, -1) if position == LAST else logits
 
 
 def by_argmax(logits: torch.Tensor, keepdim: bool) -> torch.Tensor:
@@ -70,41 +50,16 @@ def _pattern(keepdim: bool, position: str) -> Pattern:
     return Pattern(op="lm_head_argmax", spellings=_SPELLINGS, inputs=_inputs, fixed=fixed)
 
 
-class LmHeadArgmax(PatternFusion):
+class LmHeadArgmax(LmHead):
     """argmax(x @ weight^T, -1), int64, where nobody else uses the logits. Of equal logits torch may take any on a GPU.
 
-    Models round logits to their dtype, which makes some equal; a kernel may leave that out. So an index is judged by the exact
-    logit that it has (`scores`), and not by being eager's.
-
-    Inputs: x `[..., K]`, and nn.Linear's weight `[V, K]`. Scalars: `keepdim`; `position: last` where x is `[B, T, K]` and one
-    token is chosen for each of B sequences, from its last position.
+    Scalars: `keepdim`; `position: last` where x is `[B, T, K]` and one token is chosen for each of B sequences, from its last
+    position.
     """
 
     name = "lm_head_argmax"
     patterns = tuple(itertools.starmap(_pattern, itertools.product((False, True), (ALL, LAST))))
 
-    def scores(self, problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """See `ChoosingOp.scores`: the logits."""
-        return (logits_of(inputs[0], inputs[1], position_of(problem)),)
-
-    def dims(self, problem: Problem) -> Mapping[str, int]:
-        """`m` (tokens that are chosen), `n` (the vocabulary), `k`, `dtype_bytes`."""
-        x, weight = problem.inputs
-        rows = x.shape[:1] if position_of(problem) == LAST else x.shape[:-1]
-        return {"m": math.prod(rows), "n": weight.shape[0], "k": weight.shape[1], "dtype_bytes": DTYPE_BYTES[x.dtype]}
-
-    def flops(self, problem: Problem) -> int:
-        """Two for each product."""
-        dims = self.dims(problem)
-        return 2 * dims["m"] * dims["n"] * dims["k"]
-
     def num_bytes(self, problem: Problem) -> int:
-        """The weight and the rows that count read once, the indices written once."""
-        dims = self.dims(problem)
-        read = dims["m"] * dims["k"] * dims["dtype_bytes"] + problem.inputs[1].num_bytes
-        return read + dims["m"] * DTYPE_BYTES[INDEX_DTYPE]
-
-
-def position_of(problem: Problem) -> str:
-    """Which positions count, `ALL` or `LAST`."""
-    return str(dict(problem.scalars).get("position", ALL))
+        """What is read, and the indices written once."""
+        return self.read_bytes(problem) + self.dims(problem)["m"] * DTYPE_BYTES[INDEX_DTYPE]

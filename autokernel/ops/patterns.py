@@ -41,6 +41,7 @@ from autokernel.ops.spelling import (
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
 _MAX_READINGS = 8  # ways to see a spelling at one place that are tried
+WHOLE_MARKS = 997  # from here on whole numbers stand for scalars; what `Pattern.inputs` gives has room for as many
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
@@ -56,9 +57,11 @@ class Pattern:
     Args:
         op: its name.
         spellings: functions of the inputs (and, by keyword, of the scalars) that return the outputs. All compute the same; the
-            first one is the reference. Every output but the last is a value on the way to the last one.
+            first one is the reference. Every output but the last is a value on the way to the last one, or another result of
+            the same call.
         inputs: for a dtype, what the inputs may look like; any sizes will do, for only the ops are looked at.
         scalars: names of the numbers that the graph holds as literals.
+        whole: those of them that are integers.
         fixed: scalars whose values tell this pattern from others of the op; its functions get them by keyword as well.
     """
 
@@ -66,6 +69,7 @@ class Pattern:
     spellings: tuple[Spelling, ...]
     inputs: Callable[[str], tuple[TensorSpec, ...]]
     scalars: tuple[str, ...] = ()
+    whole: frozenset[str] = frozenset()
     fixed: tuple[tuple[str, ConfigValue], ...] = ()
 
     def match(self, graph: Graph, device: str) -> list[Region]:
@@ -89,8 +93,12 @@ class Pattern:
                         taken |= region.inner
         return [found[position] for position in sorted(found)]
 
+    def _marks(self) -> dict[float, str]:
+        """The literals that stand for scalars in the first traces."""
+        return {_mark(i, name in self.whole): name for i, name in enumerate(self.scalars)}
+
     def _first_traces(self, spelling: Spelling) -> list[Traced]:
-        marks = tuple((name, _mark(i)) for i, name in enumerate(self.scalars))
+        marks = tuple((name, mark) for mark, name in self._marks().items())
         return [trace(spelling, self.inputs(dtype), (*self.fixed, *marks)) for dtype in ("bfloat16", "float32")]
 
     def _region(
@@ -103,8 +111,7 @@ class Pattern:
         device: str,
     ) -> Region | None:
         """The region that ends at this node, None if there is none or the rules forbid it."""
-        marks = {_mark(i): name for i, name in enumerate(self.scalars)}
-        readings = _Search(exact=False, marks=marks).readings(traced, anchor)
+        readings = _Search(exact=False, marks=self._marks()).readings(traced, anchor)
         for _, reading in zip(range(_MAX_READINGS), readings, strict=False):
             nodes = [reading.nodes[placeholder] for placeholder in traced.inputs if placeholder in reading.nodes]
             specs = [spec for spec in map(tensor_spec, nodes) if spec is not None]
@@ -155,8 +162,22 @@ class _Search:
     def readings(self, traced: Traced, anchor: Node) -> Iterator[_Reading]:
         """Every way to see the spelling's last output in this node, its other outputs included."""
         for reading in self._solve([(traced.outputs[-1], anchor)], _Reading(), traced.depth):
-            if all(output in reading.nodes for output in traced.outputs):
-                yield reading
+            whole = self._with_siblings(traced, reading)
+            if all(output in whole.nodes for output in traced.outputs):
+                yield whole
+
+    def _with_siblings(self, traced: Traced, reading: _Reading) -> _Reading:
+        """With those outputs that are other results of a call that is known by now."""
+        for output in traced.outputs:
+            call = output.args[0] if op_name(output) == "getitem" and output not in reading.nodes else None
+            if not is_node(call) or call not in reading.nodes:
+                continue
+            for node in reading.nodes[call].users:
+                same = op_name(node) == "getitem" and node.args[1] == output.args[1]
+                if same and (not self.exact or _same_result(output, node)):
+                    reading = reading.binding(output, node)
+                    break
+        return reading
 
     def _solve(self, pairs: list[Pair], reading: _Reading, depth: Mapping[Node, int]) -> Iterator[_Reading]:
         if not pairs:
@@ -229,19 +250,20 @@ class _Search:
                 yield [(a, second), (b, first), *more]
 
     def _literal(self, wanted: Any, value: Any, reading: _Reading) -> _Reading | None:
-        if isinstance(wanted, float) and wanted in self.marks and isinstance(value, (int, float)):
+        if isinstance(wanted, (int, float)) and wanted in self.marks and isinstance(value, (int, type(wanted))):
             name = self.marks[wanted]
             if reading.scalars.get(name, value) != value:
                 return None
-            return _Reading(nodes=reading.nodes, skipped=reading.skipped, scalars={**reading.scalars, name: float(value)})
+            found = {**reading.scalars, name: type(wanted)(value)}
+            return _Reading(nodes=reading.nodes, skipped=reading.skipped, scalars=found)
         if not self.exact and isinstance(wanted, int) and isinstance(value, int):
             return reading  # a size or a position: the second search looks at it
         return reading if wanted == value else None
 
 
-def _mark(position: int) -> float:
+def _mark(position: int, whole: bool) -> float:
     """A literal that no graph holds by chance."""
-    return math.pi * 1e-5 * (1 + position)
+    return WHOLE_MARKS + position if whole else math.pi * 1e-5 * (1 + position)
 
 
 def _fits(wanted: Node, node: Node) -> bool:

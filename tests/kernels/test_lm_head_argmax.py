@@ -118,7 +118,8 @@ def test_the_default_is_legal(rows: int) -> None:
     [
         (problem((129, 4096)), {}, "is for 1 to 128 rows; there are 129"),
         (problem((2, 4096)), {"mode": "vector"}, "mode vector is for one row; there are 2"),
-        (problem(), {"mode": "columns"}, "mode is one of rows, swap, vector and join one of last, launch; they are columns"),
+        (problem(), {"mode": "columns"}, "mode is one of rows, swap, vector; it is columns"),
+        (problem(), {"join": "first"}, "join is one of last, launch; it is first"),
         (problem(), {"block_n": 48}, "block_n is a power of two; it is 48"),
         (problem(), {"block_n": 8}, "at least 16; this is 8x64"),
         (problem((1, 96), (1000, 96)), {}, "block_k must divide K; they are 64 and 96"),
