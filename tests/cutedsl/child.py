@@ -1,7 +1,7 @@
 """What the tests of CuTe DSL kernels do in a process of its own: compilers change the process that imports them.
 
 child.py compile FOLDER     JSON specs on standard input -> objects in a cache in FOLDER; JSON per spec on standard output
-child.py bind SIZES         JSON paths of objects -> how far a call with tensors that say they lie on a GPU gets
+child.py bind               JSON [[object, sizes], ...] -> how far a call with tensors that say they lie on a GPU gets
 child.py epilogues          JSON specs -> the largest errors of their functions, made of torch's activations
 child.py blackwell FOLDER   JSON [[[problem, position], ...], specs] -> names and bytes of compiled operators of SM100; a line
                             for each spec as above
@@ -39,9 +39,9 @@ def compile_all(folder: str, specs: Any = None) -> None:
             print(json.dumps({"error": str(error)}), flush=True)
 
 
-def bind_all(sizes: str) -> None:
+def bind_all() -> None:
     """Each call in a process of its own: where the CUDA runtime is missing, it ends without a word to Python."""
-    for path in json.load(sys.stdin):
+    for path, sizes in json.load(sys.stdin):
         with tempfile.TemporaryFile() as said:
             if (child := os.fork()) == 0:
                 os.dup2(said.fileno(), 2)
@@ -57,7 +57,7 @@ def bind_all(sizes: str) -> None:
             print(json.dumps(said.read().decode()), flush=True)
 
 
-def bind(path: str, sizes: str) -> None:
+def bind(path: str, sizes: list[int]) -> None:
     """An argument that does not fit raises here."""
     import tvm_ffi
 
@@ -68,7 +68,7 @@ def bind(path: str, sizes: str) -> None:
     assert found is not None
     info = found[0]
     function = tvm_ffi.load_module(path)[info.launch.function]
-    a, b, out = matrices(info.spec, (3,) if info.spec.batched else (), *json.loads(sizes))
+    a, b, out = matrices(info.spec, (3,) if info.spec.batched else (), *sizes)
     operands = [example(name, out) for name in info.spec.operands().values()]
     guards: Any = torch._C._dynamo.guards
     objects.current_gpu = lambda: Device(empty=guards._empty_strided_cpu, stream=lambda device: 0)

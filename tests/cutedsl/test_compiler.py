@@ -22,6 +22,7 @@ COOPERATIVE = {"source": "quack", "tile_m": 256, "tile_n": 128, "cluster_m": 2, 
 PINGPONG = {"source": "quack", "tile_m": 128, "tile_n": 192, "cluster_m": 1, "cluster_n": 2, "pingpong": True}
 FP8 = {"dtype": "float8_e4m3fn", "out_dtype": "bfloat16"}
 SIZES = (16, 64, 128)  # M, N, K at the call: others than at compilation
+WRONG_SIZES = (16, 12, 128)  # 12 columns are no multiple of 16 bytes
 
 
 def spec(config: dict[str, Any], **changed: Any) -> KernelSpec:
@@ -53,6 +54,7 @@ class Compiled:
     info: ObjectInfo
     path: Path
     reached: str  # what a call said before it ended
+    refused: str  # what one of wrong sizes said
 
 
 Kernels = dict[str, Compiled]
@@ -62,9 +64,10 @@ Kernels = dict[str, Compiled]
 def kernels(compile_all: Any, child: Any) -> Kernels:
     found = compile_all(list(SPECS.values()))
     assert not [answer for answer in found if isinstance(answer, str)]
-    called = child("bind", json.dumps(SIZES), given=[str(path) for _, path in found])
+    called = child("bind", given=[[str(path), sizes] for sizes in (SIZES, WRONG_SIZES) for _, path in found])
     said = [json.loads(line) for line in called.stdout.splitlines()]
-    return {name: Compiled(*kernel, reached) for name, kernel, reached in zip(SPECS, found, said, strict=True)}
+    calls = zip(SPECS, found, said[: len(SPECS)], said[len(SPECS) :], strict=True)
+    return {name: Compiled(*kernel, reached, refused) for name, kernel, reached, refused in calls}
 
 
 @pytest.mark.slow
@@ -79,10 +82,9 @@ def test_every_kind_of_kernel_takes_its_arguments(kernels: Kernels, name: str) -
 
 
 @pytest.mark.slow
-def test_a_call_that_does_not_fit_is_refused_by_the_kernel(kernels: Kernels, child: Any) -> None:
-    """So that the test before proves something: 12 columns are no multiple of 16 bytes."""
-    done = child("bind", json.dumps((16, 12, 128)), given=[str(kernels["fused"].path)])
-    said = json.loads(done.stdout)
+def test_a_call_that_does_not_fit_is_refused_by_the_kernel(kernels: Kernels) -> None:
+    """So that the test before proves something."""
+    said = kernels["fused"].refused
     assert "undefined symbol" not in said
     assert "mD" in said
 
