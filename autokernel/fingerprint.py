@@ -12,7 +12,10 @@ _HASHED_BYTES = 64 << 20  # larger files are known by size and time
 
 
 def experiment_digest(loaded: LoadedExperiment) -> str:
-    """Changes with the experiment and with every file that it names: what decides whether a run can be resumed."""
+    """Changes with the experiment and with every file that it names: what decides whether a run can be resumed.
+
+    What has its default counts as not said: a run can be resumed by a version whose experiments may say more.
+    """
     experiment = loaded.experiment
     named: list[Path] = []
     if experiment.model.checkpoint is not None:
@@ -30,7 +33,7 @@ def experiment_digest(loaded: LoadedExperiment) -> str:
         if target and loaded.resolve(target).exists():
             named.append(loaded.resolve(target))
     prints = {str(path): _fingerprint(path) for path in named}
-    return digest_of([experiment.model_dump(mode="json"), prints])
+    return digest_of([experiment.model_dump(mode="json", exclude_defaults=True), prints])
 
 
 def checkpoint_bytes(loaded: LoadedExperiment) -> int:

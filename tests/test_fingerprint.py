@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from autokernel.config import load_experiment
+from autokernel.config import Experiment, load_experiment
 from autokernel.fingerprint import checkpoint_bytes, experiment_digest
 
 DATA = Path(__file__).parent / "data"
@@ -30,6 +30,22 @@ def test_a_comment_is_no_change_but_a_setting_is(experiment: Path) -> None:
     experiment.write_text("# a comment\n" + experiment.read_text())
     assert experiment_digest(load_experiment(experiment)) == before
     assert experiment_digest(load_experiment(experiment, ("search.trials=13",))) != before
+
+
+def test_what_a_later_version_may_say_besides_changes_nothing_where_it_is_not_said(experiment: Path) -> None:
+    """A run that was begun before an update is resumed, and not begun anew without a word."""
+
+    class Later(Experiment):
+        profile_twice: bool = False
+
+    loaded = load_experiment(experiment)
+    given = loaded.experiment.model_dump(exclude_unset=True)
+    later, said = (
+        loaded.model_copy(update={"experiment": Later.model_validate(values)})
+        for values in (given, {**given, "profile_twice": True})
+    )
+    assert experiment_digest(later) == experiment_digest(loaded)
+    assert experiment_digest(said) != experiment_digest(loaded)
 
 
 def test_the_model_s_code_counts(experiment: Path) -> None:
