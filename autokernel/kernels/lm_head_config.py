@@ -87,6 +87,9 @@ def inputs_problem(problem: Problem) -> str | None:
     k = x.shape[-1]
     if k > 1 and x.stride[-1] != 1:
         return f"elements of a row lie next to each other; strides of x are {list(x.stride)}"
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride, strict=True))
+    if reach > MAX_ELEMENTS:  # last positions of long prompts
+        return f"{problem.op} has 32-bit offsets; x reaches {reach} elements, more than {MAX_ELEMENTS}"
     if weight != TensorSpec.contiguous(weight.shape, weight.dtype):
         return f"the weight lies as nn.Linear keeps it, [N, K] row by row; its strides are {list(weight.stride)}"
     return None

@@ -124,6 +124,7 @@ def test_the_default_is_legal(rows: int) -> None:
         (problem(), {"block_n": 8}, "at least 16; this is 8x64"),
         (problem((1, 96), (1000, 96)), {}, "block_k must divide K; they are 64 and 96"),
         (problem((1, 8192), (300000, 8192)), {}, "32-bit offsets; the weight has 2457600000 elements"),
+        (problem((128, 8192, 4096), (9, 4096), position="last"), {}, "32-bit offsets; x reaches 4294967295 elements"),
         (problem((2, 3, 64), (100, 64), stride=(512, 64, 1)), {}, "evenly apart; x is .2, 3, 64. with strides .512, 64, 1."),
         (problem((2, 64), (100, 64), stride=(1, 2)), {}, r"lie next to each other; strides of x are \[1, 2\]"),
         (problem((2, 64), (100, 64), transposed=True), {}, r"row by row; its strides are \[1, 100\]"),
