@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from autokernel.config import LoadedExperiment, load_experiment
@@ -24,6 +26,14 @@ CONFIG = {
     "vocab_size": 100,
     "num_hidden_layers": 5,
 }
+
+
+@pytest.fixture(autouse=True)
+def _own_threads() -> Iterator[None]:
+    """Jobs pin the threads of their process, which here is everybody's."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def experiment(folder: Path, **config: object) -> LoadedExperiment:
