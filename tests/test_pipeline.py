@@ -119,8 +119,10 @@ def test_a_node_that_dies_in_mid_search_changes_nothing(tmp_path: Path) -> None:
         ray.shutdown()
         cluster.shutdown()
     check_consistent(outcome, killer, until="export")
-    done = {e.evaluation.candidate.id for e in killer.of(Evaluated) if e.evaluation.status is Status.OK}
-    assert done == {e.evaluation.candidate.id for e in quiet.of(Evaluated) if e.evaluation.status is Status.OK}
+    # each run profiled for itself: a hotspot whose weight is near the limit may be in one of them alone
+    done, expected = (_candidates_that_passed(listener) for listener in (killer, quiet))
+    assert len(done.keys() & expected.keys()) >= 3
+    assert all(done[key] == expected[key] for key in done.keys() & expected.keys())
     assert alone.outcome == "stopped"
     # one candidate besides stock per problem: who won clearly alone wins here too, unless this machine was too busy to tell
     clear = [e for e in quiet.of(Confirmed) if e.accepted and e.speedup.low > 1.15]
@@ -128,6 +130,16 @@ def test_a_node_that_dies_in_mid_search_changes_nothing(tmp_path: Path) -> None:
     for winner in clear:
         again = here.get(winner.candidate.id)
         assert again is None or again.accepted or again.speedup.high > 1.15, (winner, again)
+
+
+def _candidates_that_passed(listener: Listener) -> dict[str, set[str]]:
+    """Ids by problem."""
+    found: dict[str, set[str]] = {}
+    for event in listener.of(Evaluated):
+        candidate = event.evaluation.candidate
+        if event.evaluation.status is Status.OK:
+            found.setdefault(candidate.problem.key, set()).add(candidate.id)
+    return found
 
 
 def test_an_op_that_does_not_exist_is_wrong_input(tmp_path: Path) -> None:
