@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import pytest
+from kernels import for_hopper
+from kernels.for_hopper import bytes_of_stack
 
 from autokernel.kernels.attention_config import DecodeConfig, FlashConfig, broadcast_strides
-from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
+from autokernel.kernels.launch import Buffer, KernelPlan, Launch
 from autokernel.kernels.plans import plan_of
 from autokernel.ops import get_op
 from autokernel.records import ConfigValue, Problem, TensorSpec
@@ -27,7 +27,6 @@ DECODE: dict[str, ConfigValue] = {
     "kernel": "decode_attention", "BLOCK_S": 64, "num_splits": 4, "skip": False, "num_warps": 4, "num_stages": 3,
 }  # fmt: skip
 FLASH: dict[str, ConfigValue] = {"kernel": "flash_attention", "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "bool": "*i1", "int32": "*i32"}
 
 
 def problem(
@@ -44,44 +43,11 @@ def problem(
     )  # fmt: skip
 
 
-def compiled_for_hopper(case: Problem, config: dict[str, ConfigValue], which: int = -1) -> Any:
-    """A launch of the config's plan, the last one if nothing is said, through Triton's compiler."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    plan = plan_of(case, config)
-    launch = plan.launches[which]
-    names, pools = launch.kernel.arg_names, {"in": case.inputs, "out": plan.outputs, "scratch": plan.scratch}
-    signature = {
-        name: POINTERS[pools[value.kind][value.index].dtype] if isinstance(value, Operand) else "constexpr"
-        for name, value in ((name, launch.arguments[name]) for name in names)
-    }
-    source = ASTSource(
-        fn=launch.kernel,
-        signature=signature,
-        constexprs={(names.index(n),): value for n, value in launch.arguments.items() if not isinstance(value, Operand)},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
-    )
-    options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
 def ptx_of(case: Problem, config: dict[str, ConfigValue], which: int = -1) -> str:
-    return str(compiled_for_hopper(case, config, which).asm["ptx"])
+    return for_hopper.ptx_of(case, plan_of(case, config), which)
 
 
-def bytes_of_stack(ptx: str, folder: Path) -> int:
-    """What each thread of a kernel spills."""
-    from triton import knobs
-
-    (folder / "kernel.ptx").write_text(ptx)
-    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stderr
-    (found,) = re.findall(r"(\d+) bytes stack frame", said)
-    return int(found)
-
-
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 
 def test_the_kernels_compute_attention_with_masks_shared_heads_and_ragged_sizes() -> None:
@@ -145,7 +111,8 @@ def test_fp32_uses_hoppers_matrix_instruction_where_a_tile_has_64_rows(tmp_path:
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
 def test_scores_of_fp32_are_added_up_in_parts(precision: str) -> None:
-    compiled = compiled_for_hopper(time_series(), {**default(time_series()), "precision": precision})
+    case = time_series()
+    compiled = for_hopper.compiled(case, plan_of(case, {**default(case), "precision": precision}))
     lines = [line for line in str(compiled.asm["ttir"]).splitlines() if "tt.dot " in line]
     assert len(lines) == 4 + 1, "four parts of the head, and the values"
     assert all(line.split("tt.dot ")[1].split(",")[2].split()[0].startswith("%cst") for line in lines), "each starts at zero"

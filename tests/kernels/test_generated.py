@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kernels import for_hopper
 
 from autokernel.kernels.generated_source import row_terms
 from autokernel.kernels.launch import KernelPlan
@@ -18,11 +19,10 @@ from autokernel.records import ConfigValue, Problem, TensorSpec
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 FOLDER = Path(__file__).resolve().parent
 H200 = DeviceFacts(device="cuda", isa="sm_90", device_name="NVIDIA H200", smem_bytes=232448, num_units=132, l2_bytes=50 << 20)
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "bool": "*i1", "int32": "*i32"}
 D, F = 4096, 14336
 NORM = (
     "t0 = convert(i1, float32); t1 = pow(t0, 2); t2 = mean(t1); t3 = add(t2, 1e-05); t4 = rsqrt(t3); t5 = mul(t0, t4); "
@@ -75,21 +75,8 @@ def ptx_of(problem: Problem, plan: KernelPlan, stage: str = "ptx") -> str:
 
 def compiled(problem: Problem, plan: KernelPlan, stage: str = "ptx") -> tuple[str, int]:
     """A stage of the compiler, and the bytes of shared memory."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    (launch,) = plan.launches
-    names = launch.kernel.arg_names
-    lists: dict[str, Any] = {"in": problem.inputs, "out": plan.outputs, "scratch": plan.scratch}
-    dtypes = [lists[launch.arguments[n].kind][launch.arguments[n].index].dtype for n in names]  # type: ignore[union-attr]
-    source = ASTSource(
-        fn=launch.kernel,
-        signature={name: POINTERS[dtype] for name, dtype in zip(names, dtypes, strict=True)},
-        constexprs={},
-        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(names))},
-    )
-    options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert len(plan.launches) == 1
+    kernel = for_hopper.compiled(problem, plan)
     assert kernel.metadata.shared <= H200.smem_bytes
     return str(kernel.asm[stage]), int(kernel.metadata.shared)
 

@@ -8,21 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernels.for_hopper import ptx_of
 
-from autokernel.kernels.launch import KernelPlan, Launch, Operand
 from autokernel.kernels.plans import plan_of
 from autokernel.ops import get_op
 from autokernel.records import ConfigValue, Problem, TensorSpec
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 FOLDER = Path(__file__).resolve().parent
 CONFIG: dict[str, ConfigValue] = {
     "kernel": "lm_head_argmax", "mode": "swap", "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 4,
 }  # fmt: skip
-TYPES = {"in": "*bf16", "out": "*i64"}
 
 
 def problem(
@@ -51,52 +50,33 @@ def test_every_mode_finds_what_is_largest() -> None:
     assert done.stdout.splitlines() == ["done"], done.stdout + done.stderr[-2000:]
 
 
-def ptx_of(plan: KernelPlan, launch: Launch) -> str:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names, signature = launch.kernel.arg_names, {}
-    for name in names:
-        value = launch.arguments[name]
-        scratch = isinstance(value, Operand) and value.kind == "scratch"
-        if scratch:
-            signature[name] = {"int64": "*i64", "int32": "*i32"}[plan.scratch[value.index].dtype]  # type: ignore[union-attr]
-        else:
-            signature[name] = TYPES[value.kind] if isinstance(value, Operand) else "constexpr"
-    source = ASTSource(
-        fn=launch.kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in launch.arguments.items() if not isinstance(value, Operand)},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
-    )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
-
-
 def test_a_few_rows_swap_and_the_last_program_joins() -> None:
-    plan = plan_of(problem(), CONFIG)
+    case = problem()
+    plan = plan_of(case, CONFIG)
     (launch,) = plan.launches
     assert launch.grid == (2004, 1, 1)
     assert [(buffer.shape, buffer.zeroed) for buffer in plan.scratch] == [((16, 2004), False), ((1,), True)]
-    ptx = ptx_of(plan, launch)
+    ptx = ptx_of(case, plan)
     assert "wgmma" in ptx
     assert "atom." in ptx
 
 
 def test_many_rows_leave_the_rest_to_a_launch() -> None:
-    plan = plan_of(problem((128, 4096)), {**CONFIG, "mode": "rows", "join": "launch"})
+    case = problem((128, 4096))
+    plan = plan_of(case, {**CONFIG, "mode": "rows", "join": "launch"})
     first, second = plan.launches
     assert (first.grid, second.grid) == ((2004, 1, 1), (128, 1, 1))
     assert [buffer.zeroed for buffer in plan.scratch] == [False]
-    assert "atom." not in ptx_of(plan, first)
-    assert "ld.global.cg" in ptx_of(plan, second)
+    assert "atom." not in ptx_of(case, plan, 0)
+    assert "ld.global.cg" in ptx_of(case, plan, 1)
 
 
 def test_one_row_reads_sixteen_bytes_at_a_time() -> None:
     vector: dict[str, ConfigValue] = {**CONFIG, "mode": "vector", "block_n": 4, "block_k": 1024, "num_stages": 2}
-    plan = plan_of(problem((1, 1, 4096), keepdim=True), vector)
+    case = problem((1, 1, 4096), keepdim=True)
+    plan = plan_of(case, vector)
     assert plan.outputs == (TensorSpec.contiguous((1, 1, 1), "int64"),)
-    ptx = ptx_of(plan, plan.launches[0])
+    ptx = ptx_of(case, plan, 0)
     assert "v4.b32" in ptx or "cp.async.cg.shared.global" in ptx
 
 

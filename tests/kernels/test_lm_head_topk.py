@@ -8,21 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernels.for_hopper import ptx_of
 
-from autokernel.kernels.launch import KernelPlan, Launch, Operand
 from autokernel.kernels.plans import plan_of
 from autokernel.ops import get_op
 from autokernel.records import ConfigValue, Problem, TensorSpec
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 FOLDER = Path(__file__).resolve().parent
 CONFIG: dict[str, ConfigValue] = {
     "kernel": "lm_head_topk", "mode": "swap", "block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 4, "width": 2048,
 }  # fmt: skip
-POINTERS = {"bfloat16": "*bf16", "float32": "*fp32", "int64": "*i64"}
 
 
 def problem(
@@ -39,29 +38,6 @@ def test_every_mode_finds_what_is_largest() -> None:
     assert done.stdout.splitlines() == ["done"], done.stdout + done.stderr[-2000:]
 
 
-def ptx_of(case: Problem, plan: KernelPlan, launch: Launch) -> str:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    dtypes = {
-        "in": [spec.dtype for spec in case.inputs],
-        "out": [spec.dtype for spec in plan.outputs],
-        "scratch": [buffer.dtype for buffer in plan.scratch],
-    }
-    names, signature = launch.kernel.arg_names, {}
-    for name in names:
-        value = launch.arguments[name]
-        signature[name] = POINTERS[dtypes[value.kind][value.index]] if isinstance(value, Operand) else "constexpr"
-    source = ASTSource(
-        fn=launch.kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in launch.arguments.items() if not isinstance(value, Operand)},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
-    )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
-
-
 def test_a_few_rows_swap_and_parts_are_merged_until_one_group_is_left() -> None:
     case = problem()
     plan = plan_of(case, CONFIG)
@@ -71,15 +47,15 @@ def test_a_few_rows_swap_and_parts_are_merged_until_one_group_is_left() -> None:
     few = problem(top=8)
     plan = plan_of(few, {**CONFIG, "block_n": 64, "width": 128})
     assert [launch.grid for launch in plan.launches] == [(2004, 1, 1), (16, 126, 1), (16, 8, 1), (16, 1, 1)]
-    assert "wgmma" in ptx_of(few, plan, plan.launches[0])
-    assert all("shfl" in ptx_of(few, plan, launch) for launch in plan.launches[2:])
+    assert "wgmma" in ptx_of(few, plan, 0)
+    assert all("shfl" in ptx_of(few, plan, which) for which in (2, 3))
 
 
 def test_many_rows_in_the_order_of_the_instruction() -> None:
     case = problem((128, 4096), top=8, cast=False)
     plan = plan_of(case, {**CONFIG, "mode": "rows", "block_n": 16, "num_warps": 4, "width": 16384})
     assert [launch.grid for launch in plan.launches] == [(8016, 1, 1), (128, 4, 1), (128, 1, 1)]
-    assert "wgmma" in ptx_of(case, plan, plan.launches[0])
+    assert "wgmma" in ptx_of(case, plan, 0)
 
 
 def test_one_row_reads_sixteen_bytes_at_a_time_and_leaves_small_tiles_whole() -> None:
@@ -87,7 +63,7 @@ def test_one_row_reads_sixteen_bytes_at_a_time_and_leaves_small_tiles_whole() ->
     case = problem((1, 1, 4096))
     plan = plan_of(case, vector)
     assert plan.scratch[0].shape == (1, 128256)
-    ptx = ptx_of(case, plan, plan.launches[0])
+    ptx = ptx_of(case, plan, 0)
     assert "v4.b32" in ptx or "cp.async.cg.shared.global" in ptx
 
 

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kernels.for_hopper import bytes_of_stack, compiled
 
-from autokernel.kernels.launch import KernelPlan, Operand
+from autokernel.kernels.launch import KernelPlan
 from autokernel.kernels.plans import plan_of
 from autokernel.ops import get_op
 from autokernel.records import ConfigValue, Problem, TensorSpec
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 FOLDER = Path(__file__).resolve().parent
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16"}
 H200 = DeviceFacts(device="cuda", isa="sm_90", device_name="NVIDIA H200", smem_bytes=232448, num_units=132, l2_bytes=50 << 20)
 
 
@@ -46,34 +45,9 @@ def default(case: Problem) -> dict[str, ConfigValue]:
 
 
 def compiled_for_hopper(case: Problem, plan: KernelPlan, which: int) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    launch = plan.launches[which]
-    names, arguments = launch.kernel.arg_names, launch.arguments
-    tensors: dict[str, Any] = {"in": case.inputs, "out": plan.outputs, "scratch": plan.scratch}
-    pointers = {n: POINTERS[tensors[a.kind][a.index].dtype] for n, a in arguments.items() if isinstance(a, Operand)}
-    source = ASTSource(
-        fn=launch.kernel,
-        signature={name: pointers.get(name, "constexpr") for name in names},
-        constexprs={(names.index(n),): value for n, value in arguments.items() if not isinstance(value, Operand)},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
-    )
-    options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    kernel = compiled(case, plan, which)
     assert kernel.metadata.shared <= H200.smem_bytes
     return kernel
-
-
-def bytes_of_stack(ptx: str, folder: Path) -> int:
-    """What each thread of a kernel spills; the assembler takes the text."""
-    from triton import knobs
-
-    (folder / "kernel.ptx").write_text(ptx)
-    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stderr
-    (found,) = re.findall(r"(\d+) bytes stack frame", said)
-    return int(found)
 
 
 def test_the_kernels_compute_what_the_reference_does() -> None:
@@ -126,7 +100,7 @@ def test_other_sizes_compile_for_hopper(
 def test_the_space_has_configs_for_few_rows_alone() -> None:
     triton_space = load_space("mlp")["triton"]
     for rows in (1, 16, 37, 100, 128):
-        for dtype in POINTERS:
+        for dtype in ("float32", "bfloat16"):
             plan_of(problem((rows,), dtype), default(problem((rows,), dtype)))
     assert triton_space.default(names_for(get_op("mlp").dims(problem((129,))), H200)) is None
 

@@ -8,21 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernels.for_hopper import ptx_of
 
-from autokernel.kernels.launch import KernelPlan, Launch, Operand, as_real
+from autokernel.kernels.launch import KernelPlan, Launch
 from autokernel.kernels.plans import plan_of
 from autokernel.ops import get_op
 from autokernel.records import ConfigValue, Problem, TensorSpec
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 FOLDER = Path(__file__).resolve().parent
 H200 = DeviceFacts(device="cuda", isa="sm_90", num_units=132, smem_bytes=232_448, l2_bytes=60 << 20)
 CONFIG: dict[str, ConfigValue] = {"kernel": "rotary", "block_rows": 4, "num_warps": 1}
 EPS = (("eps", 1e-6),)
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16"}
 
 
 def spec(*shape: int, dtype: str = "bfloat16") -> TensorSpec:
@@ -64,32 +64,9 @@ def test_every_fusion_computes_what_its_reference_does() -> None:
     assert done.stdout.splitlines() == ["done"], done.stdout + done.stderr[-2000:]
 
 
-def ptx_of(case: Problem, config: dict[str, ConfigValue] = CONFIG) -> str:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    plan = plan_of(case, config)
-    (launch,) = plan.launches
-    pools = {"in": [as_real(given) for given in case.inputs], "out": plan.outputs}
-    names = launch.kernel.arg_names
-    values = [launch.arguments[name] for name in names]
-    signature = {
-        name: POINTERS[pools[value.kind][value.index].dtype] if isinstance(value, Operand) else "constexpr"
-        for name, value in zip(names, values, strict=True)
-    }
-    source = ASTSource(
-        fn=launch.kernel,
-        signature=signature,
-        constexprs={(i,): value for i, value in enumerate(values) if not isinstance(value, Operand)},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
-    )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
-
-
 @pytest.mark.parametrize("case", [qwen3(2, 512), zimage(), llama(2, 512)], ids=["qwen3", "zimage", "llama"])
 def test_rows_are_read_and_written_sixteen_bytes_at_a_time(case: Problem) -> None:
-    ptx = ptx_of(case)
+    ptx = ptx_of(case, plan_of(case, CONFIG))
     assert "ld.global.v4.b32" in ptx
     assert "st.global.v4.b32" in ptx
     assert "ld.global.b16" not in ptx

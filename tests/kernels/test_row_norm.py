@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernels.for_hopper import ptx_of
 
-from autokernel.kernels.launch import Launch, Operand
 from autokernel.kernels.plans import plan_of
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 FOLDER = Path(__file__).resolve().parent
 CONFIG: dict[str, ConfigValue] = {"kernel": "row_norm", "rows": 1, "repeat": 1, "num_warps": 4}
@@ -36,31 +36,16 @@ def test_every_fusion_computes_what_its_reference_does() -> None:
     assert done.stdout.splitlines() == ["done"], done.stdout + done.stderr[-2000:]
 
 
-def ptx_of(launch: Launch) -> str:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = launch.kernel.arg_names
-    signature = {name: "*bf16" if isinstance(launch.arguments[name], Operand) else "constexpr" for name in names}
-    source = ASTSource(
-        fn=launch.kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in launch.arguments.items() if not isinstance(value, Operand)},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
-    )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
-
-
 def test_rows_are_read_sixteen_bytes_at_a_time() -> None:
-    (launch,) = plan_of(problem(), CONFIG).launches
-    ptx = ptx_of(launch)
+    case = problem()
+    ptx = ptx_of(case, plan_of(case, CONFIG))
     assert "ld.global.v4.b32" in ptx
     assert "st.global.v4.b32" in ptx
     assert "rsqrt.approx.ftz.f32" in ptx or "rsqrt.approx.f32" in ptx
-    (launch,) = plan_of(problem((2, 32, 4096), "gated_rms_norm", (2, 1, 4096)), {**CONFIG, "repeat": 4}).launches
-    assert launch.grid == (16, 1, 1)
-    assert "ld.global.v4.b32" in ptx_of(launch)
+    case = problem((2, 32, 4096), "gated_rms_norm", (2, 1, 4096))
+    plan = plan_of(case, {**CONFIG, "repeat": 4})
+    assert [launch.grid for launch in plan.launches] == [(16, 1, 1)]
+    assert "ld.global.v4.b32" in ptx_of(case, plan)
 
 
 @pytest.mark.parametrize(
