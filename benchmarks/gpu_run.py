@@ -152,10 +152,15 @@ def main() -> None:
     bundle = arguments.bundle
     if arguments.run is not None:
         results["run"] = results_of_run(arguments.run)
-        bundle = bundle if bundle is not None or not (arguments.run / "bundle").exists() else arguments.run / "bundle"
+        if bundle is None and (arguments.run / "bundle").exists():
+            bundle = arguments.run / "bundle"
     if arguments.measure:
         loaded = load_experiment(arguments.experiment)
-        found = read_bundle(bundle) if bundle is not None else winners_of(arguments.run) if arguments.run is not None else None
+        found = None
+        if bundle is not None:
+            found = read_bundle(bundle)
+        elif arguments.run is not None:
+            found = winners_of(arguments.run)
         run = results.get("run", {})
         results["gemms"] = measure(_selected(loaded, arguments), found, run, arguments.workers, arguments.rounds)
     print(markdown([results], arguments.most))

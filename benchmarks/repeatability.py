@@ -106,11 +106,10 @@ def _screened(run: Path) -> dict[str, dict[str, float]]:
     """Median us of every candidate that passed, by problem and candidate."""
     found: dict[str, dict[str, float]] = {}
     for entry in read_entries(run / "journal.jsonl"):
-        if isinstance(entry.event, Evaluated) and entry.event.evaluation.measurement is not None:
-            evaluation = entry.event.evaluation
-            us = evaluation.measurement.median_us if evaluation.measurement is not None else math.nan
-            if evaluation.status is Status.OK:
-                found.setdefault(evaluation.candidate.problem.key, {})[evaluation.candidate.id] = us
+        evaluation = entry.event.evaluation if isinstance(entry.event, Evaluated) else None
+        if evaluation is not None and evaluation.status is Status.OK and evaluation.measurement is not None:
+            times = found.setdefault(evaluation.candidate.problem.key, {})
+            times[evaluation.candidate.id] = evaluation.measurement.median_us
     return found
 
 
