@@ -47,18 +47,17 @@ class ProfileScenario(ModelJob):
             if not alike:
                 return None
             depths = self.layers // 2, self.layers
-            fewer, more = (self._capture(layers, turns) for layers in depths)
+            fewer = self._capture(depths[0], turns)
+            with turns.alone():
+                free_memory()
+            more = self._capture(depths[1], turns)
         return extrapolated(fewer, more, depths, whole)
 
     def _capture(self, layers: int | None, turns: JobTurns) -> CapturedScenario:
         from autokernel.profiling.capture import capture
 
         _, program = load_scenario(with_layers(self.loaded, layers), self.scenario, turns, self.seed)
-        captured = capture(program, self.device, turns=turns)
-        del program
-        with turns.alone():
-            free_memory()
-        return captured
+        return capture(program, self.device, turns=turns)
 
 
 def _layers_of(loaded: LoadedExperiment) -> tuple[int, bool]:
