@@ -151,6 +151,11 @@ class TensorSpec(Record):
         distinct = math.prod(n for n, s in zip(self.shape, self.stride, strict=True) if s != 0 or n == 1)
         return distinct * DTYPE_BYTES[self.dtype]
 
+    @property
+    def reach(self) -> int:
+        """How many elements behind the first one in memory the last one lies."""
+        return sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+
     def __str__(self) -> str:
         text = f"{self.dtype}[{'x'.join(map(str, self.shape))}]"
         if self != TensorSpec.contiguous(self.shape, self.dtype):

@@ -337,7 +337,7 @@ class _Generator:
         spec, dtype = self._spec, getattr(torch, self._spec.dtype)
         if spec.num_elements == 0:
             return torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=self._device)
-        length = 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True))
+        length = 1 + spec.reach
         if length == math.prod(self._distinct):
             storage = torch.empty(length, dtype=dtype, device=self._device)  # no gaps: every element is written below
         else:

@@ -18,6 +18,7 @@ from autokernel.kernels.generated_config import ProductsConfig, RowsConfig
 from autokernel.kernels.generated_products import products_source
 from autokernel.kernels.generated_source import Columns, Scope, Writer, indented, kernel_source, products_of
 from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
+from autokernel.kernels.parameters import power_of_two
 from autokernel.ops.generated import Generated
 from autokernel.ops.program import REDUCTIONS, Program, program_of, results_of
 from autokernel.records import ConfigValue, Problem, TensorSpec
@@ -69,7 +70,7 @@ def rows_source(
 ) -> tuple[str, str]:
     """(name, source) of the kernel for a program of rows."""
     writer = Writer(program, results, rows, config.block_m)
-    block = config.block_k or 1 << (columns - 1).bit_length()
+    block = config.block_k or power_of_two(columns)
     lines = [f"m = tl.program_id(0) * {config.block_m} + tl.arange(0, {config.block_m})[:, None]"]
     lines.append(f"row = tl.minimum(m, {rows - 1})" if rows % config.block_m else "row = m")
     scope = Scope(Columns("c", columns, block))
@@ -144,8 +145,7 @@ def _refuse(wrong: str | None, inputs: Sequence[TensorSpec], results: Mapping[st
     if wrong is not None:
         raise ValueError(wrong)
     for spec in (*inputs, *(results[name] for name in program.outputs)):
-        reach = sum((size - 1) * stride for size, stride in zip(spec.shape, spec.stride, strict=True))
-        if reach > MAX_ELEMENTS:
+        if spec.reach > MAX_ELEMENTS:
             raise ValueError(
-                f"generated kernels have 32-bit offsets; {spec} reaches {reach} elements, more than {MAX_ELEMENTS}"
+                f"generated kernels have 32-bit offsets; {spec} reaches {spec.reach} elements, more than {MAX_ELEMENTS}"
             )

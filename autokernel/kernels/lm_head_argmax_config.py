@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from autokernel.kernels.config import MODES
 from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
-from autokernel.kernels.lm_head_config import HeadTile, inputs_problem, power_of_two, rows_of
+from autokernel.kernels.lm_head_config import HeadTile, inputs_problem
+from autokernel.kernels.parameters import power_of_two
 from autokernel.ops.lm_head import INDEX_DTYPE
 from autokernel.ops.lm_head_argmax import LmHeadArgmax
 from autokernel.records import ConfigValue, Problem
@@ -50,33 +50,21 @@ def plan_lm_head(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelP
 
     chosen, op = LmHeadConfig.from_entry(config), LmHeadArgmax()
     sizes = op.dims(problem)
-    m, n, k = sizes["m"], sizes["n"], sizes["k"]
-    wrong = inputs_problem(problem) or chosen.problem(op.name, m, n, k)
+    m, n = sizes["m"], sizes["n"]
+    wrong = inputs_problem(problem) or chosen.problem(op.name, m, n, sizes["k"])
     if wrong:
         raise ValueError(wrong)
-    start, row = rows_of(problem)
     tiles, alone = -(-n // chosen.block_n), chosen.join == "launch"
     parts, y = Operand("scratch", 0), Operand("out", 0)
     width = min(_JOINED, power_of_two(tiles))
     arguments: dict[str, Operand | int | float | bool] = {
-        "x": Operand("in", 0),
-        "w": Operand("in", 1),
+        **chosen.arguments(problem, sizes),
         "parts": parts,
         "counter": parts if alone else Operand("scratch", 1),  # stand-ins where nobody joins
         "y": parts if alone else y,
-        "M": m,
-        "N": n,
-        "K": k,
-        "X_START": start,
-        "X_ROW": row,
-        "BLOCK_M": chosen.block_m(m),
-        "BLOCK_N": chosen.block_n,
-        "BLOCK_K": chosen.block_k,
-        "MODE": MODES.index(chosen.mode),
         "JOIN": not alone,
         "ROWS": min(power_of_two(m), max(1, 2 * _JOINED // width)),
         "WIDTH": width,
-        "STAGES": chosen.num_stages,
     }
     launches = [Launch(lm_head_argmax_kernel, (tiles, 1, 1), arguments, chosen.num_warps, chosen.num_stages)]
     scratch = [Buffer((m, tiles), INDEX_DTYPE)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autokernel.kernels.config import DTYPES, MAX_ELEMENTS, MAX_M, MODES, Mode
-from autokernel.kernels.parameters import Parameters
+from autokernel.kernels.launch import Operand
+from autokernel.kernels.parameters import Parameters, power_of_two
 from autokernel.ops.lm_head import LAST, position_of
 from autokernel.records import Problem, TensorSpec
 
@@ -55,10 +57,27 @@ class HeadTile(Parameters):
         """Rows of a program's tile."""
         return 1 if self.mode == "vector" else max(_MIN_TILE, power_of_two(m))
 
+    def arguments(self, problem: Problem, sizes: Mapping[str, int]) -> dict[str, Operand | int | float | bool]:
+        """Of a launch, what its tiles of logits are computed from. Sizes as of `ops.lm_head.LmHead.dims`.
 
-def power_of_two(number: int) -> int:
-    """The least one that is not less."""
-    return 1 << max(0, number - 1).bit_length()
+        Raises:
+            ValueError: as `rows_of`.
+        """
+        start, row = rows_of(problem)
+        return {
+            "x": Operand("in", 0),
+            "w": Operand("in", 1),
+            "M": sizes["m"],
+            "N": sizes["n"],
+            "K": sizes["k"],
+            "X_START": start,
+            "X_ROW": row,
+            "BLOCK_M": self.block_m(sizes["m"]),
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "MODE": MODES.index(self.mode),
+            "STAGES": self.num_stages,
+        }
 
 
 def rows_of(problem: Problem) -> tuple[int, int]:
@@ -87,9 +106,8 @@ def inputs_problem(problem: Problem) -> str | None:
     k = x.shape[-1]
     if k > 1 and x.stride[-1] != 1:
         return f"elements of a row lie next to each other; strides of x are {list(x.stride)}"
-    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride, strict=True))
-    if reach > MAX_ELEMENTS:  # last positions of long prompts
-        return f"{problem.op} has 32-bit offsets; x reaches {reach} elements, more than {MAX_ELEMENTS}"
+    if x.reach > MAX_ELEMENTS:  # last positions of long prompts
+        return f"{problem.op} has 32-bit offsets; x reaches {x.reach} elements, more than {MAX_ELEMENTS}"
     if weight != TensorSpec.contiguous(weight.shape, weight.dtype):
         return f"the weight lies as nn.Linear keeps it, [N, K] row by row; its strides are {list(weight.stride)}"
     return None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autokernel.kernels.config import MAX_ELEMENTS, MODES
+from autokernel.kernels.config import MAX_ELEMENTS
 from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
-from autokernel.kernels.lm_head_config import HeadTile, inputs_problem, power_of_two, rows_of
+from autokernel.kernels.lm_head_config import HeadTile, inputs_problem
+from autokernel.kernels.parameters import power_of_two
 from autokernel.ops.lm_head import INDEX_DTYPE
 from autokernel.ops.lm_head_topk import LmHeadTopk
 from autokernel.records import ConfigValue, Problem
@@ -97,25 +98,12 @@ def _tiles(problem: Problem, chosen: LmHeadTopkConfig, sizes: Mapping[str, int])
     """The launch that computes the logits."""
     from autokernel.kernels.lm_head_topk import lm_head_topk_kernel
 
-    start, row = rows_of(problem)
-    block_m = chosen.block_m(sizes["m"])
     arguments: Arguments = {
-        "x": Operand("in", 0),
-        "w": Operand("in", 1),
+        **chosen.arguments(problem, sizes),
         "parts": Operand("scratch", 0),
-        "M": sizes["m"],
-        "N": sizes["n"],
-        "K": sizes["k"],
-        "X_START": start,
-        "X_ROW": row,
-        "BLOCK_M": block_m,
-        "BLOCK_N": chosen.block_n,
-        "BLOCK_K": chosen.block_k,
-        "MODE": MODES.index(chosen.mode),
         "KEPT": min(chosen.block_n, sizes["kept"]),
-        "ROW_BITS": _exponent(block_m),
+        "ROW_BITS": _exponent(chosen.block_m(sizes["m"])),
         **_exponents(chosen.block_n, sizes["kept"]),
-        "STAGES": chosen.num_stages,
     }
     grid = (-(-sizes["n"] // chosen.block_n), 1, 1)
     return Launch(lm_head_topk_kernel, grid, arguments, chosen.num_warps, chosen.num_stages)

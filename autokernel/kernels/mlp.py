@@ -16,13 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from autokernel.kernels.online_softmax import added_product
+from autokernel.kernels.row_norm import row_places
+
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-
-
-@triton.jit
-def _row_at(row, SIZE_1: tl.constexpr, SIZE_2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr):
-    """Offsets of rows whose numbers count through three dimensions."""
-    return row // (SIZE_1 * SIZE_2) * S0 + row // SIZE_2 % SIZE_1 * S1 + row % SIZE_2 * S2
 
 
 @triton.jit
@@ -38,16 +35,6 @@ def _activated(value, ACTIVATION: tl.constexpr):
         inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
         found = tl.div_rn(value, 1.0 + tl.exp(-2.0 * inner))
     return found
-
-
-@triton.jit
-def _added(a, b, total, TF32X3: tl.constexpr):
-    """total + a b. In fp32 the product is added up by itself: without the last argument Triton would make it one chain."""
-    if a.dtype == tl.float32:
-        total += tl.dot(a, b, input_precision="tf32x3" if TF32X3 else "ieee", max_num_imprecise_acc=1)
-    else:
-        total = tl.dot(a, b, total)
-    return total
 
 
 @triton.jit
@@ -104,7 +91,7 @@ def mlp_kernel(
     h = part * BLOCK_H + tl.arange(0, BLOCK_H)
     if PREFETCH > 0:
         _prefetch(w_out, part * BLOCK_H, HIDDEN, N, OUT_N, BLOCK_H, BLOCK_N, PREFETCH)
-    x_at = x + _row_at(row, SIZE_1, SIZE_2, X0, X1, X2)[:, None]
+    x_at = x + row_places(row, SIZE_1, SIZE_2, X0, X1, X2)[:, None]
     if SWAP_IN:
         hidden = tl.zeros((BLOCK_H, BLOCK_M), dtype=tl.float32)
     else:
@@ -117,9 +104,9 @@ def mlp_kernel(
             rows = tl.load(x_at + k * X3, mask=k < K, other=0.0)
         weights = _weights(w_in + h[:, None] * IN_H + k * IN_K, h[:, None], k, HIDDEN, K, BLOCK_H, BLOCK_K)
         if SWAP_IN:
-            hidden = _added(weights, tl.trans(rows), hidden, TF32X3)
+            hidden = added_product(weights, tl.trans(rows), hidden, TF32X3)
         else:
-            hidden = _added(rows, tl.trans(weights), hidden, TF32X3)
+            hidden = added_product(rows, tl.trans(weights), hidden, TF32X3)
     if SWAP_IN != SWAP_OUT:
         hidden = tl.trans(hidden)
     if SWAP_OUT:
@@ -139,10 +126,10 @@ def mlp_kernel(
         w_at = w_out + n[:, None] * OUT_N + h[None, :] * OUT_H
         weights = _weights(w_at, n[:, None], h[None, :], N, HIDDEN, BLOCK_N, BLOCK_H)
         if SWAP_OUT:
-            tile = _added(weights, active, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32), TF32X3)
+            tile = added_product(weights, active, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32), TF32X3)
             tl.store(mine + m[None, :] * N + n[:, None], tile, mask=(m < ROWS)[None, :] & (n < N)[:, None])
         else:
-            tile = _added(active, tl.trans(weights), tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), TF32X3)
+            tile = added_product(active, tl.trans(weights), tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), TF32X3)
             tl.store(mine + m[:, None] * N + n[None, :], tile, mask=(m < ROWS)[:, None] & (n < N)[None, :])
 
 
@@ -176,7 +163,7 @@ def mlp_sum_kernel(
         total += tl.load(b_out + column * B, mask=there, other=0.0).to(tl.float32)
     result = total.to(out.dtype.element_ty)
     if RESIDUAL:
-        at = residual + _row_at(row, SIZE_1, SIZE_2, R0, R1, R2) + column * R3
+        at = residual + row_places(row, SIZE_1, SIZE_2, R0, R1, R2) + column * R3
         added = result.to(tl.float32) + tl.load(at, mask=there, other=0.0).to(tl.float32)
         result = added.to(out.dtype.element_ty)
-    tl.store(out + _row_at(row, SIZE_1, SIZE_2, Y0, Y1, Y2) + column * Y3, result, mask=there)
+    tl.store(out + row_places(row, SIZE_1, SIZE_2, Y0, Y1, Y2) + column * Y3, result, mask=there)

@@ -87,7 +87,7 @@ def plan_mlp(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPlan:
     dims = Mlp().dims(problem)
     slices = -(-dims["hidden"] // chosen.block_h)
     num_parts = slices * dims["m"] * dims["n"]
-    for what, reach in (*((str(spec), _reach(spec)) for spec in (*problem.inputs, out)), ("the parts", num_parts)):
+    for what, reach in (*((str(spec), spec.reach) for spec in (*problem.inputs, out)), ("the parts", num_parts)):
         if reach > MAX_ELEMENTS:
             raise ValueError(f"mlp has 32-bit offsets; {what} reach {reach} elements, more than {MAX_ELEMENTS}")
     first = _slices(problem, found, chosen, dims, slices)
@@ -179,10 +179,6 @@ def _sizes(spec: TensorSpec) -> tuple[int, ...]:
 
 def _strides(name: str, spec: TensorSpec) -> dict[str, int]:
     return {f"{name}{i}": stride for i, stride in enumerate(broadcast_strides(spec, spec.shape))}
-
-
-def _reach(spec: TensorSpec) -> int:
-    return sum((size - 1) * stride for size, stride in zip(spec.shape, spec.stride, strict=True))
 
 
 def _problem(problem: Problem, found: MlpInputs) -> str | None:

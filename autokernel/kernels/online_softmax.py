@@ -78,13 +78,13 @@ def row_products(queries, keys, TF32X3: tl.constexpr):
 
 
 @triton.jit
-def _added_rows(weights, values, rows, TF32X3: tl.constexpr):
-    """rows + weights [R, S] times values [S, E]; in fp32 a tile's products are added up by themselves."""
-    if values.dtype == tl.float32:
-        rows += tl.dot(weights, values, input_precision="tf32x3" if TF32X3 else "ieee", max_num_imprecise_acc=1)
+def added_product(a, b, total, TF32X3: tl.constexpr):
+    """total + a b. In fp32 the product is added up by itself: without the last argument Triton would make it one chain."""
+    if b.dtype == tl.float32:
+        total += tl.dot(a, b, input_precision="tf32x3" if TF32X3 else "ieee", max_num_imprecise_acc=1)
     else:
-        rows = tl.dot(weights.to(values.dtype), values, rows)
-    return rows
+        total = tl.dot(a, b, total)
+    return total
 
 
 @triton.jit
@@ -95,7 +95,8 @@ def absorb(scores, values, top, total, rows, TF32X3: tl.constexpr):
     weights = tl.exp2((scores - level[:, None]) * 1.4426950408889634)
     shrink = tl.exp2((top - level) * 1.4426950408889634)
     total = total * shrink + tl.sum(weights, 1)
-    rows = _added_rows(weights, values, rows * shrink[:, None], TF32X3)
+    rows *= shrink[:, None]
+    rows = added_product(weights.to(values.dtype), values, rows, TF32X3)
     return highest, total, rows
 
 
@@ -113,7 +114,8 @@ def absorb_products(products, values, top, total, rows, SCALE: tl.constexpr, TF3
     weights = tl.exp2((products - base[:, None]) * (SCALE * 1.4426950408889634) + below[:, None])
     shrink = tl.exp2((top - level) * 1.4426950408889634)
     total = total * shrink + tl.sum(weights, 1)
-    rows = _added_rows(weights, values, rows * shrink[:, None], TF32X3)
+    rows *= shrink[:, None]
+    rows = added_product(weights.to(values.dtype), values, rows, TF32X3)
     return highest, total, rows
 
 

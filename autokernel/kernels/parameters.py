@@ -40,5 +40,10 @@ def precision_problem(precision: str) -> str | None:
     return None if precision in PRECISIONS else f"precision must be one of {', '.join(PRECISIONS)}; it is {precision}"
 
 
+def power_of_two(number: int) -> int:
+    """The least one that is not less."""
+    return 1 << max(0, number - 1).bit_length()
+
+
 def _same(value: Any) -> Any:
     return value

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autokernel.kernels.launch import KernelPlan, Launch, Operand, as_real
-from autokernel.kernels.parameters import Parameters
+from autokernel.kernels.parameters import Parameters, power_of_two
 from autokernel.kernels.row_norm_config import broadcast_strides
 from autokernel.ops import get_op
 from autokernel.ops.fusion import PatternFusion
@@ -50,7 +50,7 @@ class RotaryConfig(Parameters):
 
 def block_pairs(head_dim: int) -> int:
     """Pairs of elements that a block has of a row: the next power of two."""
-    return 1 << max(0, head_dim // 2 - 1).bit_length()
+    return power_of_two(head_dim // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,11 +15,16 @@ import triton.language as tl
 
 
 @triton.jit
+def row_places(row, SIZE_1: tl.constexpr, SIZE_2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr):
+    """Offsets of rows whose numbers count through three dimensions."""
+    return row // (SIZE_1 * SIZE_2) * S0 + row // SIZE_2 % SIZE_1 * S1 + row % SIZE_2 * S2
+
+
+@triton.jit
 def places(row, column, SIZE_1: tl.constexpr, SIZE_2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
             S3: tl.constexpr):  # fmt: skip
     """Offsets of a block of rows, whose numbers count through three dimensions."""
-    first = row // (SIZE_1 * SIZE_2) * S0 + row // SIZE_2 % SIZE_1 * S1 + row % SIZE_2 * S2
-    return first[:, None] + column[None, :] * S3
+    return row_places(row, SIZE_1, SIZE_2, S0, S1, S2)[:, None] + column[None, :] * S3
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from autokernel.kernels.launch import KernelPlan, Launch, Operand
+from autokernel.kernels.parameters import power_of_two
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -63,7 +64,7 @@ class RowNormConfig:
 
 def block_cols(num_cols: int) -> int:
     """Columns of a block: the next power of two."""
-    return 1 << max(0, num_cols - 1).bit_length()
+    return power_of_two(num_cols)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from autokernel.ops.fusion import PatternFusion
-from autokernel.records import DTYPE_BYTES, Problem
+from autokernel.records import DTYPE_BYTES, ConfigValue, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,11 @@ def logits_of(x: torch.Tensor, weight: torch.Tensor, position: str) -> torch.Ten
 
     logits = torch.mm(x.reshape(-1, x.shape[-1]), weight.permute(1, 0)).view(*x.shape[:-1], weight.shape[0])
     return logits.select(1, -1) if position == LAST else logits
+
+
+def fixed_scalars(name: str, value: bool, position: str) -> tuple[tuple[str, ConfigValue], ...]:
+    """What tells a pattern from the others of its op: a flag, and the position unless all count."""
+    return ((name, value), *((("position", position),) if position != ALL else ()))
 
 
 def position_of(problem: Problem) -> str:

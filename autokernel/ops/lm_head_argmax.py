@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from autokernel.ops.lm_head import ALL, INDEX_DTYPE, LAST, LmHead, logits_of
+from autokernel.ops.lm_head import ALL, INDEX_DTYPE, LAST, LmHead, fixed_scalars, logits_of
 from autokernel.ops.patterns import Pattern
 from autokernel.ops.spelling import Spelling
-from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec
+from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +44,7 @@ def _inputs(dtype: str) -> tuple[TensorSpec, ...]:
 
 
 def _pattern(keepdim: bool, position: str) -> Pattern:
-    fixed: tuple[tuple[str, ConfigValue], ...] = (("keepdim", keepdim),)
-    if position != ALL:
-        fixed += (("position", position),)
+    fixed = fixed_scalars("keepdim", keepdim, position)
     return Pattern(op="lm_head_argmax", spellings=_SPELLINGS, inputs=_inputs, fixed=fixed)
 
 

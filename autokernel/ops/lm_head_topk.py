@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from autokernel.ops.lm_head import ALL, INDEX_DTYPE, LAST, LmHead, logits_of
+from autokernel.ops.lm_head import ALL, INDEX_DTYPE, LAST, LmHead, fixed_scalars, logits_of
 from autokernel.ops.patterns import WHOLE_MARKS, Pattern
-from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec
+from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +27,7 @@ def _inputs(dtype: str) -> tuple[TensorSpec, ...]:
 
 
 def _pattern(cast: bool, position: str) -> Pattern:
-    fixed: tuple[tuple[str, ConfigValue], ...] = (("cast", cast),)
-    if position != ALL:
-        fixed += (("position", position),)
+    fixed = fixed_scalars("cast", cast, position)
     return Pattern(
         op="lm_head_topk", spellings=(lm_head_topk,), inputs=_inputs, scalars=("top",), whole=frozenset({"top"}), fixed=fixed
     )
