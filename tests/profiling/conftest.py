@@ -14,7 +14,7 @@ from autokernel.profiling.workload import load_model
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
