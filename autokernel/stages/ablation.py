@@ -10,6 +10,7 @@ from autokernel.errors import WorkerError
 from autokernel.evaluate.end_to_end import Contender, ScenarioTiming, TimeScenario
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.stages.context import RunContext
+from autokernel.stages.rehearsal import rehearsals
 from autokernel.stages.whole_model import run_on_model, with_layers
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,16 @@ def without_useless(context: RunContext, bundle: Bundle, gone: dict[str, str]) -
     if not jobs:
         return bundle
     try:
-        timings = run_on_model(context, "validate", jobs, _TIMEOUT_S, layers=validation.ablation_layers, bundle=bundle)
+        timings = run_on_model(
+            context,
+            "validate",
+            jobs,
+            _TIMEOUT_S,
+            layers=validation.ablation_layers,
+            bundle=bundle,
+            beside=rehearsals(context, "validate"),
+            beside_layers=validation.ablation_layers,
+        )
     except WorkerError as error:
         log.warning("no entry was left out by ablation, for the model does not run: %s", error)
         return bundle

@@ -45,6 +45,7 @@ class RunContext:
     started: float = field(default_factory=time.monotonic)
     footprints: dict[int | None, Footprint] = field(default_factory=dict)  # by the model's number of layers, if fewer
     measuring: Future[tuple[Footprint, ...]] | None = None  # of all that a run needs, while they are not there yet
+    rehearsed: dict[str, str] = field(default_factory=dict)  # scenario -> the stage beside which max-autotune was
 
     @property
     def experiment(self) -> Experiment:

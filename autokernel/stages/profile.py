@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
-from autokernel.evaluate.modes import Contender, compile_errors, failure_of, load_scenario, prepare
+from autokernel.evaluate.modes import load_scenario
 from autokernel.evaluate.roofline import EIGHT_BIT_DTYPES, MeasureCeilings
 from autokernel.evaluate.whole_model import JobTurns, ModelJob, free_memory, model_job
 from autokernel.events import Profiled
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 900
-_REHEARSED = "max-autotune"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,53 +74,6 @@ def _layers_of(loaded: LoadedExperiment) -> tuple[int, bool]:
     return whole, all(kind == kinds[0] for kinds in lists for kind in kinds)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rehearse(ModelJob):
-    """Job: have Inductor autotune one scenario on a few layers, for the sake of its caches on disk.
-
-    Layers are alike, and so are their kernels, down to their names: when the whole model is compiled with max-autotune for
-    validation, most of its choices are found in Inductor's own caches. They were made as always, alone on the device; but
-    meanwhile other scenarios compile, on cores that profiling leaves idle.
-    """
-
-    loaded: LoadedExperiment
-    scenario: str
-    device: str
-    threads: int
-    seed: int
-
-    def __call__(self) -> float:
-        """Seconds that it took."""
-        start = time.monotonic()
-        with model_job(self.device, self.threads) as turns:
-            self._compile(turns)
-        return time.monotonic() - start
-
-    def _compile(self, turns: JobTurns) -> None:
-        _, program = load_scenario(self.loaded, self.scenario, turns, self.seed)
-        try:
-            with turns.building():
-                prepare(Contender(name=_REHEARSED), program, turns)
-        except compile_errors() as error:  # validation will say so
-            log.warning("%s: %s does not run on a few layers: %s", self.scenario, _REHEARSED, failure_of(error))
-
-
-def _rehearsals(context: RunContext) -> list[tuple[str, str, Callable[[], Any]]]:
-    """One for each scenario, if validation compares with max-autotune on a GPU."""
-    validation = context.experiment.validation
-    loaded = with_layers(context.loaded, validation.ablation_layers)
-    if context.device != "cuda" or _REHEARSED not in validation.baselines or loaded is context.loaded:
-        return []
-    return [
-        (
-            f"rehearsal {name}",
-            name,
-            Rehearse(loaded=loaded, scenario=name, device=context.device, threads=context.threads, seed=context.seed),
-        )
-        for name in context.experiment.scenarios
-    ]
-
-
 def _captures(context: RunContext, scenarios: Sequence[str], layers: int | None) -> list[tuple[str, str, Callable[[], Any]]]:
     return [
         (
@@ -165,15 +116,7 @@ def profile(context: RunContext) -> Profiled:
         names = tuple(experiment.scenarios)
         jobs = _captures(context, names, layers)
         jobs.append(("ceilings", "", MeasureCeilings(device=context.device, threads=context.threads, dtypes=dtypes)))
-        *found, ceilings = run_on_model(
-            context,
-            "profile",
-            jobs,
-            _TIMEOUT_S,
-            layers=layers,
-            beside=_rehearsals(context),
-            beside_layers=experiment.validation.ablation_layers,
-        )
+        *found, ceilings = run_on_model(context, "profile", jobs, _TIMEOUT_S, layers=layers)
         captured = _complete(context, dict(zip(names, found, strict=True)))
         profiled = Profiled(
             hotspots=rank(captured, ceilings),

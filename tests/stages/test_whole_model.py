@@ -23,8 +23,9 @@ from autokernel.profiling.footprint import Footprint, MeasureFootprints
 from autokernel.records import Problem, Speedup, TensorSpec, Verdict
 from autokernel.stages.ablation import without_useless
 from autokernel.stages.context import RunContext
+from autokernel.stages.graph import search_graph_options
 from autokernel.stages.production import prove
-from autokernel.stages.profile import _rehearsals
+from autokernel.stages.rehearsal import Rehearse
 from autokernel.stages.whole_model import footprint_of, measure_ahead, run_on_model, size_of, with_layers
 
 pytestmark = pytest.mark.clock
@@ -146,14 +147,6 @@ def test_what_jobs_take_may_be_measured_ahead_and_is_so_once() -> None:
     assert pool.measured == 1
 
 
-def test_max_autotune_is_rehearsed_on_a_few_layers() -> None:
-    context = context_of(Threads())
-    jobs: list[Any] = [job for _, _, job in _rehearsals(context)]
-    assert [job.scenario for job in jobs] == list(SIZES)
-    assert all(job.loaded.experiment.model.config_overrides == {"num_hidden_layers": 4} for job in jobs)
-    assert _rehearsals(context_of(Threads(), "cpu")) == []
-
-
 def test_on_a_cpu_all_are_handed_over() -> None:
     pool = Threads()
     run_on_model(context_of(pool, "cpu"), "s", [(name, name, Job(name)) for name in SIZES], 10)
@@ -196,8 +189,12 @@ class Ablations(Threads):
 
     gains: dict[str, float] = field(default_factory=dict)
     jobs: list[TimeScenario] = field(default_factory=list)
+    rehearsed: list[str] = field(default_factory=list)
 
     def _run(self, job: Any) -> Any:
+        if isinstance(job, Rehearse):
+            self.rehearsed.append(job.scenario)
+            return 1.0
         self.jobs.append(job)
         speedups = {}
         for contender in job.contenders[1:]:
@@ -215,6 +212,7 @@ def test_ablation_drops_what_the_model_is_clearly_faster_without() -> None:
     assert left.entries == (entries[0], entries[2], entries[3])
     assert list(gone) == [entries[1].key]
     assert "decode-b1 is 1.050 times as fast without it" in gone[entries[1].key]
+    assert sorted(pool.rehearsed) == sorted(SIZES), "nobody did before"
     assert sorted((job.scenario, len(job.contenders)) for job in pool.jobs) == [
         ("decode-b1", 2), ("decode-b1", 3), ("decode-b16", 2),
     ]  # fmt: skip
@@ -222,6 +220,16 @@ def test_ablation_drops_what_the_model_is_clearly_faster_without() -> None:
     for contender in pool.jobs[0].contenders[1:]:
         assert contender.bundle is not None
         assert {e.key for e in entries} - {e.key for e in contender.bundle.entries} == {contender.name}
+
+
+def test_max_autotune_is_rehearsed_beside_graph_options() -> None:
+    pool = Ablations()
+    context = context_of(pool)
+    context.rehearsed["decode-b16"] = "plan"
+    stock = Bundle(name="t", created="", version="", environment=ENVIRONMENT, entries=())
+    assert search_graph_options(context, stock) == ({}, ())
+    assert len(pool.jobs) == len(SIZES)
+    assert sorted(pool.rehearsed) == ["decode-b1", "decode-b128", "decode-b64"]
 
 
 @dataclass
