@@ -58,7 +58,8 @@ def rehearsals(context: RunContext, stage: str) -> list[tuple[str, str, Callable
     """A stage's share of them, as `run_on_model` takes what runs beside its jobs; none if the stage has had it.
 
     Plans, graph options and ablation share the scenarios evenly; where one of them has nothing to run, the next ones have
-    more. None at all if validation does not compare with max-autotune on a GPU, or the model cannot be had with few layers.
+    more. Scenarios that a resumed run has timed need none. None at all if validation does not compare with max-autotune on
+    a GPU, or the model cannot be had with few layers.
     """
     experiment = context.experiment
     loaded = with_layers(context.loaded, experiment.validation.ablation_layers)
@@ -66,7 +67,8 @@ def rehearsals(context: RunContext, stage: str) -> list[tuple[str, str, Callable
         return []
     runs = {"plan": experiment.plan.enabled, "graph": experiment.graph.enabled, "validate": experiment.validation.ablation}
     stages = [name for name, enabled in runs.items() if enabled]
-    waiting = [name for name in experiment.scenarios if name not in context.rehearsed]
+    timed = {one.scenario for one in context.state.timed} if context.state is not None else set()
+    waiting = [name for name in experiment.scenarios if name not in context.rehearsed and name not in timed]
     if stage not in stages or stage in context.rehearsed.values():
         return []
     share = waiting[: math.ceil(len(waiting) / (len(stages) - stages.index(stage)))]

@@ -9,8 +9,10 @@ import pytest
 
 from autokernel.config import load_experiment
 from autokernel.environment import Environment
+from autokernel.events import ScenarioTimed
 from autokernel.stages.context import RunContext
 from autokernel.stages.rehearsal import rehearsals
+from autokernel.tracking.state import RunState
 from autokernel.workers.pool import InlinePool
 
 LLAMA = Path(__file__).parents[2] / "experiments" / "llama.yaml"
@@ -51,6 +53,17 @@ def test_stages_that_are_off_have_no_share() -> None:
     assert names(context, "graph") == []
     assert names(context, "plan") == SCENARIOS[:3]
     assert names(context, "validate") == SCENARIOS[3:]
+
+
+def test_a_resumed_run_leaves_out_what_it_has_timed() -> None:
+    context = context_of()
+    started: Any = None
+    context.state = RunState(
+        started=started, profiled=None, planned=None, evaluated={}, confirmed={}, graph_trials=(), validated=None,
+        exported=None, proved=None, finished=None, stages_done=frozenset({"plan", "graph"}), num_trials=0,
+        timed=tuple(ScenarioTimed(scenario=name, applied_digest="d", result=None, timing={}) for name in SCENARIOS[:4]),
+    )  # fmt: skip
+    assert names(context, "validate") == SCENARIOS[4:]
 
 
 def test_they_load_few_layers() -> None:
