@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -68,6 +69,7 @@ def measure(cases: Iterable[GemmCase], bundle: Bundle | None, run: Mapping[str, 
         preload=("torch",),
     )
     start, results = time.monotonic(), []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit leaves what is there, like Ctrl-C
     try:
         futures = []
         for case in cases:
@@ -82,6 +84,8 @@ def measure(cases: Iterable[GemmCase], bundle: Bundle | None, run: Mapping[str, 
                 print(f"{case.name} M={case.m}: {error}", file=sys.stderr)
                 results.append({"gemm": case.name, "m": case.m, "failure": str(error)[:1000]})
             print(f"{time.monotonic() - start:6.0f} s  {case.name} M={case.m}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print(f"interrupted: {len(results)} of {len(cases)} were measured", file=sys.stderr)
     finally:
         pool.close()
     return results
