@@ -85,6 +85,7 @@ def measure(cases: Iterable[GemmCase], bundle: Bundle | None, run: Mapping[str, 
                 results.append({"gemm": case.name, "m": case.m, "failure": str(error)[:1000]})
             print(f"{time.monotonic() - start:6.0f} s  {case.name} M={case.m}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
         print(f"interrupted: {len(results)} of {len(cases)} were measured", file=sys.stderr)
     finally:
         pool.close()
