@@ -1,9 +1,9 @@
 """In which order candidates of one problem are proposed, and what becomes of them. Needs no optuna.
 
-Seeds come first (or by turns with the sampler, if that ranks some backends by a cost model), then all of every small backend
-space, then the sampler. What the sampler draws is checked here: an illegal config is told as a violated constraint and never
-proposed, a known one is answered at once. Lost candidates are proposed again. Of a kind of kernel whose first candidates were
-all refused, no more are proposed.
+Seeds come first, then all of every small backend space, then the sampler; if that ranks some backends by a cost model, small
+spaces come earlier, and seeds of the other backends by turns with it. What the sampler draws is checked here: an illegal
+config is told as a violated constraint and never proposed, a known one is answered at once. Lost candidates are proposed
+again. Of a kind of kernel whose first candidates were all refused, no more are proposed.
 """
 
 from __future__ import annotations
@@ -171,11 +171,15 @@ class Proposer(ABC):
     def enqueue(self, seeds: Iterable[Seed]) -> int:
         """Propose these first, in order. Illegal and known ones are left out, with a line in the log.
 
+        Where seeds take turns with the sampler there are many: small backends, a library's few ways, come before those.
+
         Returns:
             How many were taken.
         """
         taken = 0
         for seed in seeds:
+            if self._alternate and seed.origin in SEEDED_BY_RULE:
+                self._enumerate()
             reasons = self._ledger.violations(seed.candidate)
             if reasons:
                 logger.info("seed %s (%s) left out: %s", seed.candidate.label, seed.origin, "; ".join(reasons))
@@ -259,14 +263,20 @@ class Proposer(ABC):
     def _waiting(self) -> Waiting | None:
         waiting = self._ledger.next_waiting()
         if waiting is None and not self._enumerated:
-            self._enumerated = True
-            small = [backend for backend in self._ledger.spaces if backend not in self._sampled]
-            candidates = list(self._ledger.unseen_of(small))
-            self._rng.shuffle(candidates)  # any prefix is a fair sample
-            for candidate in candidates:
-                self._ledger.wait(candidate, "enumerated")
+            self._enumerate()
             waiting = self._ledger.next_waiting()
         return waiting
+
+    def _enumerate(self) -> None:
+        """All of every small backend waits, once."""
+        if self._enumerated:
+            return
+        self._enumerated = True
+        small = [backend for backend in self._ledger.spaces if backend not in self._sampled]
+        candidates = list(self._ledger.unseen_of(small))
+        self._rng.shuffle(candidates)  # any prefix is a fair sample
+        for candidate in candidates:
+            self._ledger.wait(candidate, "enumerated")
 
     def _sample(self) -> tuple[Candidate | None, Draw | None]:
         if not self._sampled or self._ledger.exhausted:

@@ -139,6 +139,19 @@ def test_seeds_of_a_backend_that_the_model_does_not_know_take_turns_with_what_it
     assert {proposal.origin for proposal in proposals if proposal.candidate.backend == "inductor"} == {"model"}
 
 
+def test_a_librarys_few_ways_come_before_the_seeds_of_rules() -> None:
+    """Weights side by side in one product of cuBLAS: with fourteen trials, seeds of CuTe DSL had kept it out."""
+    weights = tuple(TensorSpec(shape=(4096, n), dtype="bfloat16", stride=(1, 4096)) for n in (4096, 1024, 1024))
+    problem = Problem(op="merged_mm", device="cuda", inputs=(PROBLEM.inputs[0], *weights), constants=(1, 2, 3))
+    names = NAMES | {"n": 6144, "gated": 0}
+    spaces = {name: space for name, space in load_space("merged_mm").items() if name in ("aten", "inductor", "cutedsl")}
+    search = tuner(problem=problem, spaces=spaces, names=names)
+    search.enqueue(seeds_from(("stock", "nvmatmul"), SeedContext(problem=problem, spaces=spaces, names=names)))
+    proposals = search.ask(14)
+    assert [p.candidate.config.get("merge") for p in proposals[:2]] == ["none", "concat"]
+    assert [p.candidate.backend for p in proposals[:6]] == ["aten", "aten", "cutedsl", "inductor", "cutedsl", "inductor"]
+
+
 def us_of_any(candidate: Candidate) -> float:
     """As `us_of`, with the best of all in another backend: quack's tiles of 128 x 64, transposed, K in four parts."""
     config: Any = candidate.config
