@@ -246,6 +246,7 @@ def references() -> str | None:
         ("rms_norm", (x, weight), eps),
         ("rms_norm", (x, weight), (("rounded", "late"), *eps)),
         ("add_rms_norm", (x, x, weight), eps),
+        ("linear_rms_norm", (x, TensorSpec.contiguous((8, 8), "float32"), weight, x), (("residual", True), *eps)),
         ("adaln_rms_norm", (x, weight, scale), eps),
         ("gated_rms_norm", (x, weight, scale, x), eps),
         ("gated", (x, x), (("activation", "silu"),)),

@@ -17,11 +17,13 @@ from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig
 from autokernel.cutedsl.spec import KernelSpec
 from autokernel.errors import CompileError
 from autokernel.export.bundle import Entry
-from autokernel.export.cutedsl import arch_of, compiled_object, expected_epilogue, matrices, out_dtype_of, specs_of
+from autokernel.export.cute_specs import arch_of, expected_epilogue, matrices, out_dtype_of, specs_of
+from autokernel.export.cutedsl import compiled_object
 from autokernel.export.matching import weights_of_merged
+from autokernel.ops.linear_rms_norm import LinearRmsNorm, as_matrix
 from autokernel.records import DTYPE_BYTES, Candidate, ConfigValue, Problem, TensorSpec
 
-_OPS = ("mm", "addmm", "bmm", "merged_mm", "scaled_mm", "int_mm")
+_OPS = ("mm", "addmm", "bmm", "merged_mm", "scaled_mm", "int_mm", LinearRmsNorm.name)
 _FACTORS = ("alpha", "beta")
 _CAPABILITY = (9, 0)  # what the kernels of the space are for
 
@@ -146,6 +148,8 @@ def _refuse_illegal(candidate: Candidate) -> None:
             raise Refused(f"the result has rows of {n} {out_dtype}: TMA writes multiples of {ALIGNMENT_BYTES} bytes")
         if config.fuse:
             _refuse_unfusible(part)
+        elif part.op == LinearRmsNorm.name:
+            _refuse_unreadable(part, "the kernel reads", "take stock code")
 
 
 def _refuse_unfusible(problem: Problem) -> None:
@@ -154,16 +158,19 @@ def _refuse_unfusible(problem: Problem) -> None:
         raise Refused("fuse computes in the kernel what follows the product, and nothing follows this one: leave fuse off")
     if DTYPE_BYTES[out_dtype_of(problem)] == 1:
         raise Refused(f"fuse is for wider results: what follows one of {out_dtype_of(problem)} stays behind; leave fuse off")
+    _refuse_unreadable(problem, "fuse reads", "leave fuse off")
+
+
+def _refuse_unreadable(problem: Problem, reads: str, cure: str) -> None:
+    """Raises Refused if a kernel cannot read what else it computes with. The sentence begins and ends with these words."""
     x, w = matrices(problem)
     m, n = x.shape[-2], w.shape[-1]
     for spec in _operands(problem):
         vector = spec.shape == (n,)
         if not (vector or spec.shape[-2:] == (m, n)) or spec.stride[-1] != 1:
-            raise Refused(f"fuse reads vectors [{n}] and matrices [{m}, {n}] row by row, not {spec}: leave fuse off")
+            raise Refused(f"{reads} vectors [{n}] and matrices [{m}, {n}] row by row, not {spec}: {cure}")
         if any(step == 0 or step * DTYPE_BYTES[spec.dtype] % ALIGNMENT_BYTES for step in spec.stride[:-1]):
-            raise Refused(
-                f"fuse reads rows that begin at multiples of {ALIGNMENT_BYTES} bytes, none twice, not {spec}: leave fuse off"
-            )
+            raise Refused(f"{reads} rows that begin at multiples of {ALIGNMENT_BYTES} bytes, none twice, not {spec}: {cure}")
 
 
 def _operands(problem: Problem) -> tuple[TensorSpec, ...]:
@@ -172,6 +179,8 @@ def _operands(problem: Problem) -> tuple[TensorSpec, ...]:
         return ()  # of the products themselves
     if problem.op == "addmm":
         return (problem.inputs[0], *problem.inputs[3:])
+    if problem.op == LinearRmsNorm.name:
+        return tuple(map(as_matrix, problem.inputs[3:]))
     return problem.inputs[4 if problem.op == "scaled_mm" else 2 :]
 
 

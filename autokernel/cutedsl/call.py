@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from autokernel.cutedsl.spec import AT_A_CALL, TRANSPOSED, Launch, ObjectInfo
+from autokernel.cutedsl.spec import AT_A_CALL, SQUARES, TRANSPOSED, KernelSpec, Launch, ObjectInfo
 
-Call = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
+Call = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], Any]  # a tensor, or two
 Empty = Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]
 
 
@@ -40,7 +40,7 @@ def current_gpu() -> Device:
 
 
 def written(info: ObjectInfo, function: Callable[..., Any], device: Device, swizzle: int, keep: Callable[[Any], Any]) -> Call:
-    """The function that calls a kernel with a, b and the epilogue's operands, and returns the result.
+    """The function that calls a kernel with a, b and the epilogue's operands, and returns the result, or both.
 
     Args:
         info: of the kernel's object.
@@ -59,10 +59,12 @@ def written(info: ObjectInfo, function: Callable[..., Any], device: Device, swiz
         "stream_of": device.stream,
         "pointer": ctypes.c_void_p,
         "dtype": getattr(torch, info.spec.out_dtype),
+        "float32": torch.float32,
         "parts": info.spec.num_parts,
         "scratch": functools.partial(scratch, launch, empty=device.empty),
     }
-    tensors = ("a", "b", "out", *operands, *(("semaphore", "workspace") if launch.scratch_tile else ()))
+    squares = (SQUARES,) if info.spec.squares else ()
+    tensors = ("a", "b", "out", *squares, *operands, *(("semaphore", "workspace") if launch.scratch_tile else ()))
     arguments = [_spelled(part, tensors, names, keep) for part in _with_swizzle(launch.arguments, swizzle)]
     columns = "b.shape[-1] // 2" if info.spec.gated else "b.shape[-1]"
     lines = [
@@ -70,9 +72,10 @@ def written(info: ObjectInfo, function: Callable[..., Any], device: Device, swiz
         f"    [{', '.join(operands)}] = operands",
         f"    columns = {columns}",
         *(_PARTS if info.spec.num_parts else _BATCHED if info.spec.batched else _PLAIN),
+        *(_squares(info.spec) if squares else []),
         *(["    semaphore, workspace = scratch(out)"] if launch.scratch_tile else []),
         f"    function({', '.join(arguments)})",
-        "    return out",
+        f"    return {', '.join(('out', *squares))}",
     ]
     exec("\n".join(lines), names)  # noqa: S102  known names, and numbers
     call: Call = names["call"]
@@ -82,6 +85,14 @@ def written(info: ObjectInfo, function: Callable[..., Any], device: Device, swiz
 _PLAIN = ("    rows, _ = a.shape", "    out = empty((rows, columns), (columns, 1), dtype)")
 _BATCHED = ("    batch, rows, _ = a.shape", "    out = empty((batch, rows, columns), (rows * columns, columns, 1), dtype)")
 _PARTS = ("    rows, _ = a.shape", "    out = empty((parts, rows, columns), (rows * columns, columns, 1), dtype)")
+
+
+def _squares(spec: KernelSpec) -> list[str]:
+    """The lines that make room for the sums of squares, [rows, tiles of columns]."""
+    return [
+        f"    tiles = (columns + {spec.squared_columns - 1}) // {spec.squared_columns}",
+        "    squares = empty((rows, tiles), (tiles, 1), float32)",
+    ]
 
 
 def _with_swizzle(template: Sequence[object], swizzle: int) -> tuple[object, ...]:
@@ -141,7 +152,7 @@ def scratch(launch: Launch, out: torch.Tensor, empty: Empty) -> tuple[torch.Tens
 def on_device_of_operands(call: Call) -> Call:
     """For a machine with several GPUs: a call whose tensors lie on another one than the current makes theirs the current."""
 
-    def guarded(a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    def guarded(a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor] = ()) -> Any:
         number = a.get_device()
         if number == torch.cuda.current_device():
             return call(a, b, operands)

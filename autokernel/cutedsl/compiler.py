@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autokernel.cutedsl.config import DTYPES, OPERATORS
-from autokernel.cutedsl.spec import BIAS, KernelSpec, Launch, ObjectInfo
+from autokernel.cutedsl.spec import BIAS, SQUARES, KernelSpec, Launch, ObjectInfo
 from autokernel.errors import CompileError
 from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, scalar_step
 from autokernel.requirements import declared_ranges, installed_version, out_of_range
@@ -104,7 +104,9 @@ def refusal(spec: KernelSpec) -> str | None:
         return "separate makes float32 parts of one product on sm_90a, without an epilogue: leave it off"
     if spec.gated and (reason := _gated_refusal(spec)) is not None:
         return reason
-    known = (*spec.operands().values(), *UNARY_EPILOGUES, *(spec.epilogue if spec.gated else ()))
+    if spec.squares and (reason := _squares_refusal(spec)) is not None:
+        return reason
+    known = (*spec.operands().values(), *UNARY_EPILOGUES, SQUARES, *(spec.epilogue if spec.gated else ()))
     if unknown := [name for name in spec.epilogue if name not in known and scalar_step(name) is None]:
         names = ", ".join((BIAS, *UNARY_EPILOGUES, *BINARY_EPILOGUES))
         return f"an epilogue is made of scales, sums with and products by numbers, and {names}, not {', '.join(unknown)}"
@@ -132,6 +134,16 @@ def _gated_refusal(spec: KernelSpec) -> str | None:
         return f"{name} takes a B that is contiguous along K"
     if spec.out_dtype not in ("bfloat16", "float16"):
         return f"{name} makes bfloat16 or float16, not {spec.out_dtype}"
+    return None
+
+
+def _squares_refusal(spec: KernelSpec) -> str | None:
+    """Rules of quack's kernels with a second result."""
+    config = spec.cute
+    if config.source == OPERATORS or spec.epilogue.index(SQUARES) != len(spec.epilogue) - 1:
+        return f"{SQUARES} are summed by quack alone, behind all other steps"
+    if config.split_k > 1 or spec.batched or spec.arch != "sm_90a":
+        return f"{SQUARES} are summed for one product on sm_90a, without split_k: a part of K has no squares of the whole"
     return None
 
 

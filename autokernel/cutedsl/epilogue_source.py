@@ -16,9 +16,9 @@ from quack import activation
 from quack.compile_utils import make_fake_tensor
 from quack.epilogue import gemm_epilogue
 from quack.epilogue.math import F2, unpack
-from quack.epilogue.ops import ColVecLoad, EpiOp, RowVecLoad, TileLoad
+from quack.epilogue.ops import ColVecLoad, ColVecReduce, EpiOp, RowVecLoad, RowVecReduce, TileLoad
 
-from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, KernelSpec
+from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, SQUARES, TENSOR_SCALE_A, TENSOR_SCALE_B, KernelSpec
 from autokernel.ops.epilogue import scalar_step
 
 GATED_RESULT = "gated"  # what quack calls the result, which is not the product's D
@@ -45,6 +45,14 @@ class OneElement(EpiOp):  # type: ignore[misc]
         return param[0]
 
 
+class TransposedSums(RowVecReduce):  # type: ignore[misc]
+    """Sums over the kernel's rows, [tiles, columns]: those of one column follow each other in memory, for who adds them up."""
+
+    def host_fake_arg(self, key: Any, fctx: Any) -> Any:
+        dtype, _ = key
+        return make_fake_tensor(dtype, (cute.sym_int(), fctx.n), leading_dim=0, divisibility=1)
+
+
 def epilogue_of(spec: KernelSpec, *, swapped: bool = False) -> Any:
     """quack's epilogue for a spec.
 
@@ -63,7 +71,10 @@ def epilogue_of(spec: KernelSpec, *, swapped: bool = False) -> Any:
         elif name in _VECTORS:
             along_n = (_VECTORS[name] is RowVecLoad) != swapped
             pins[operand] = (RowVecLoad if along_n else ColVecLoad)(operand)
-    return gemm_epilogue(ops=pins)(composed(spec, ACTIVATIONS))
+    sums: dict[str, Any] = {}
+    if spec.squares:  # of the caller's rows; `scaled` multiplies and adds in one instruction
+        sums[SQUARES] = (TransposedSums if swapped else ColVecReduce)(SQUARES, scaled=True)
+    return gemm_epilogue(ops=pins, reduces=sums)(composed(spec, ACTIVATIONS))
 
 
 def composed(spec: KernelSpec, activations: Mapping[str, Callable[[Any], Any]]) -> Callable[..., dict[str, Any]]:
@@ -74,7 +85,9 @@ def composed(spec: KernelSpec, activations: Mapping[str, Callable[[Any], Any]]) 
         activations: what the names without an operand do.
     """
     unnamed = iter(spec.operands())
-    steps = tuple(scalar_step(name) or (name, activations.get(name) or next(unnamed)) for name in spec.epilogue)
+    names = [name for name in spec.epilogue if name != SQUARES]
+    steps = tuple(scalar_step(name) or (name, activations.get(name) or next(unnamed)) for name in names)
+    squares = spec.squares
 
     def function(acc: Any, **operands: Any) -> dict[str, Any]:
         value = acc
@@ -84,7 +97,7 @@ def composed(spec: KernelSpec, activations: Mapping[str, Callable[[Any], Any]]) 
             else:
                 other = step if isinstance(step, float) else operands[step]
                 value = value + other if name in _SUMS else value * other
-        return {"D": value}
+        return {"D": value, SQUARES: (value, value)} if squares else {"D": value}
 
     # quack asks the signature for operands. It knows a function of an installed package by its name alone, so that the name
     # has to tell epilogues apart.

@@ -32,9 +32,10 @@ class Kernel:
     """A loaded kernel.
 
     Call it, or `run`, with a [M, K], b [K, N] (batched: a dimension in front of each) and the epilogue's operands, all on one
-    GPU, of the spec's dtypes and majors; it returns [M, N] ([M, N / 2] if it is gated), row by row. Launched on torch's current
-    stream; nothing is waited for, and result and scratch memory come from torch's allocator, so it can be captured in a graph.
-    Sizes that it does not take are the object's own errors: they name the argument.
+    GPU, of the spec's dtypes and majors; it returns [M, N] ([M, N / 2] if it is gated), row by row, and with it, if the spec
+    has them, sums of squares [M, tiles of N]. Launched on torch's current stream; nothing is waited for, and results and
+    scratch memory come from torch's allocator, so it can be captured in a graph. Sizes that it does not take are the object's
+    own errors: they name the argument.
 
     Args:
         info: of the object.
@@ -51,7 +52,7 @@ class Kernel:
         if torch.cuda.device_count() > 1:
             self.run = on_device_of_operands(self.run)
 
-    def __call__(self, a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor] = ()) -> Any:
         return self.run(a, b, operands)
 
 

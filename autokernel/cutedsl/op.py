@@ -34,14 +34,28 @@ def cute_gemm(a: torch.Tensor, b: torch.Tensor, path: str, swizzle: int = DEFAUL
     Raises:
         ObjectError: the object is missing, damaged, or not for this machine.
     """
-    return load(path, swizzle).run(a, b, ())
+    product: torch.Tensor = load(path, swizzle).run(a, b, ())
+    return product
 
 
 def fused_cute_gemm(
     a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor], path: str, swizzle: int = DEFAULT_SWIZZLE
 ) -> torch.Tensor:
     """As `cute_gemm`, with the epilogue's operands in its order: a bias [N], matrices [M, N]."""
-    return load(path, swizzle).run(a, b, operands)
+    product: torch.Tensor = load(path, swizzle).run(a, b, operands)
+    return product
+
+
+def cute_gemm_squares(
+    a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor], path: str, swizzle: int = DEFAULT_SWIZZLE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `fused_cute_gemm`, for objects that sum squares.
+
+    Returns:
+        [M, N] in the object's dtype, row by row; and fp32 [M, tiles of N]: of each tile, the sum of squares before rounding.
+    """
+    both: tuple[torch.Tensor, torch.Tensor] = load(path, swizzle).run(a, b, operands)
+    return both
 
 
 def _fake(a: torch.Tensor, b: torch.Tensor, path: str, swizzle: int = DEFAULT_SWIZZLE) -> torch.Tensor:
@@ -56,6 +70,13 @@ def _fused_fake(
     return _fake(a, b, path)
 
 
+def _squares_fake(
+    a: torch.Tensor, b: torch.Tensor, operands: Sequence[torch.Tensor], path: str, swizzle: int = DEFAULT_SWIZZLE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tiles = -(-b.shape[1] // _spec_of(path).squared_columns)
+    return _fake(a, b, path), a.new_empty((a.shape[0], tiles), dtype=torch.float32)
+
+
 @functools.cache
 def _spec_of(path: str) -> KernelSpec:
     return read_info(Path(path)).spec
@@ -66,8 +87,8 @@ def _spec_of(path: str) -> KernelSpec:
 _library: Any = torch.library.Library("autokernel", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def _define(name: str, arguments: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    schema = f"{name}({arguments}, str path, int swizzle={DEFAULT_SWIZZLE}) -> Tensor"
+def _define(name: str, arguments: str, function: Callable[..., Any], fake: Callable[..., Any], results: str = "Tensor") -> None:
+    schema = f"{name}({arguments}, str path, int swizzle={DEFAULT_SWIZZLE}) -> {results}"
     _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
     _library.impl(name, function, "CUDA")
     torch.library.register_fake(f"autokernel::{name}", fake)
@@ -75,11 +96,15 @@ def _define(name: str, arguments: str, function: Callable[..., Any], fake: Calla
 
 _define("cute_gemm", "Tensor a, Tensor b", cute_gemm, _fake)
 _define("cute_gemm.fused", "Tensor a, Tensor b, Tensor[] operands", fused_cute_gemm, _fused_fake)
+_define("cute_gemm.squares", "Tensor a, Tensor b, Tensor[] operands", cute_gemm_squares, _squares_fake, "(Tensor, Tensor)")
 PLAIN: Any = torch.ops.autokernel.cute_gemm.default  # as graphs have them
 FUSED: Any = torch.ops.autokernel.cute_gemm.fused
+SQUARES: Any = torch.ops.autokernel.cute_gemm.squares
 
 
-def call_arguments(a: Any, b: Any, operands: Sequence[Any], path: str, swizzle: int) -> tuple[Any, tuple[Any, ...]]:
-    """The overload, and its arguments, for tensors or a graph's nodes."""
-    target, tensors = (FUSED, (a, b, list(operands))) if operands else (PLAIN, (a, b))
+def call_arguments(
+    a: Any, b: Any, operands: Sequence[Any], path: str, swizzle: int, *, squares: bool = False
+) -> tuple[Any, tuple[Any, ...]]:
+    """The overload, and its arguments, for tensors or a graph's nodes; `squares` for an object with two results."""
+    target, tensors = (SQUARES if squares else FUSED, (a, b, list(operands))) if operands or squares else (PLAIN, (a, b))
     return target, (*tensors, path) if swizzle == DEFAULT_SWIZZLE else (*tensors, path, swizzle)

@@ -15,7 +15,7 @@ from quack.gemm_config import SplitKMode, cta_tile_shape_m
 from quack.rounding import RoundingMode
 
 from autokernel.cutedsl.epilogue_source import GATED_RESULT, epilogue_of
-from autokernel.cutedsl.spec import AT_A_CALL, BIAS, MATRICES, SCALE_A, TRANSPOSED, KernelSpec, Launch
+from autokernel.cutedsl.spec import AT_A_CALL, BIAS, MATRICES, SCALE_A, SQUARES, TRANSPOSED, KernelSpec, Launch
 
 
 def compile_spec(
@@ -35,8 +35,8 @@ def compile_spec(
     if config.separate:
         return _compiled_parts(spec), _launch(spec, GemmDefaultSm90.EpilogueArguments._fields, function, config.swap)
     a, b, out = matrices
-    # quack swaps when it traces, so that nothing is transposed at a call; with parts of K it does not: there we do
-    by_hand = config.swap and config.split_k > 1
+    # quack swaps when it traces, so that nothing is transposed at a call; with parts of K or sums it does not: there we do
+    by_hand = config.swap and (config.split_k > 1 or spec.squares)
     if by_hand:
         a, b, out = b.mT, a.mT, out.mT
     plan = epilogue_of(spec, swapped=by_hand).gemm(
@@ -82,7 +82,7 @@ def _compiled_parts(spec: KernelSpec) -> Any:
 
 
 def _operands(spec: KernelSpec, out: torch.Tensor, transposed: bool) -> dict[str, torch.Tensor]:
-    """Examples of the epilogue's operands, [M, N] as the caller has it unless `transposed`."""
+    """Examples of the epilogue's operands and sums, [M, N] as the caller has it unless `transposed`."""
     made: dict[str, torch.Tensor] = {}
     for operand, name in spec.operands().items():
         if name in MATRICES:
@@ -92,6 +92,10 @@ def _operands(spec: KernelSpec, out: torch.Tensor, transposed: bool) -> dict[str
         else:
             size = {SCALE_A: out.shape[-2], "scale_b": out.shape[-1]}.get(name, 1)
             made[operand] = torch.empty(size, dtype=torch.float32)
+    if spec.squares:
+        rows, tiles = out.shape[-2], -(-out.shape[-1] // spec.squared_columns)
+        sums = torch.empty((rows, tiles), dtype=torch.float32)
+        made[SQUARES] = sums.mT if transposed else sums
     return made
 
 
@@ -105,7 +109,7 @@ def _launch(spec: KernelSpec, fields: tuple[str, ...], function: str, by_hand: b
     for field in fields:
         if field == GATED_RESULT:
             epilogue.append("out")
-        elif field in spec.operands():
+        elif field in spec.operands() or (field == SQUARES and spec.squares):
             epilogue.append(field + mark)
         else:
             scratch = {"split_k_semaphore": "semaphore", "split_k_workspace": "workspace"}

@@ -14,6 +14,7 @@ BIAS = "bias"  # a vector of N elements, added to each row
 SCALE_A, SCALE_B = "scale_a", "scale_b"  # fp32 vectors of M and of N elements, by which rows and columns are multiplied
 TENSOR_SCALE_A, TENSOR_SCALE_B = "tensor_scale_a", "tensor_scale_b"  # fp32 tensors of one element, [1]
 MATRICES = ("add", "mul")  # names of `ops.epilogue` with an operand like the result
+SQUARES = "squares"  # the last step: sums of squares of each row, one for each tile of columns, as a second result
 TRANSPOSED = "^T"  # behind a tensor's name in a `Launch`
 AT_A_CALL = "swizzle"  # in a `Launch`: a number that the caller chooses
 
@@ -26,7 +27,8 @@ class KernelSpec(Record):
     the dimension that is contiguous. `epilogue` names the steps between accumulator and result in order: scales first if
     there are any, then "bias", then names of `ops.epilogue`. Operands have the result's dtype, scales are fp32. One of its
     `GATED_EPILOGUES` stands alone: B is two weights side by side, and the result [M, N / 2]. Parts of K that the kernel does
-    not sum are a dimension in front of the result, in fp32.
+    not sum are a dimension in front of the result, in fp32. "squares" comes last: a second result, fp32 [M, tiles of N], has
+    the sums of squares of what the first one has before it is rounded.
     """
 
     config: Mapping[str, ConfigValue]  # of `CuteConfig.from_entry`
@@ -60,6 +62,17 @@ class KernelSpec(Record):
         """Whether pairs of columns, one of each half of B, become one."""
         return self.epilogue[:1] != () and self.epilogue[0] in GATED_EPILOGUES
 
+    @property
+    def squares(self) -> bool:
+        """Whether there is a second result."""
+        return SQUARES in self.epilogue
+
+    @property
+    def squared_columns(self) -> int:
+        """Of the result, in one of its sums of squares; the last one of a row may have fewer."""
+        config = self.cute
+        return config.tile_m if config.swap else config.tile_n
+
     def num_columns(self, n: int) -> int:
         """Of the result, for B of n columns."""
         return n // 2 if self.gated else n
@@ -79,8 +92,9 @@ class KernelSpec(Record):
 class Launch(Record):
     """How the object's function is called.
 
-    `arguments` is a template of nested lists: strings are the names of tensors ("a", "b", "out", "operand0", ..., with "^T"
-    behind for a transposed view, "semaphore", "workspace", "stream") or "swizzle", numbers and None stand for themselves.
+    `arguments` is a template of nested lists: strings are the names of tensors ("a", "b", "out", "squares", "operand0", ...,
+    with "^T" behind for a transposed view, "semaphore", "workspace", "stream") or "swizzle", numbers and None stand for
+    themselves.
     `scratch_tile` is given for a kernel that splits K: per tile of the product as the kernel sees it, one int32 that is zero,
     and tile_m x tile_n fp32 elements, zero unless parts are summed in order. Tiles are counted in whole clusters.
     """

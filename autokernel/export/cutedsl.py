@@ -1,4 +1,4 @@
-"""CuTe DSL kernels in place of GEMMs: which kernels an entry needs, where their objects are, and the graph pass.
+"""CuTe DSL kernels in place of GEMMs: where their objects are, and the graph pass.
 
 `CutePass` runs where Inductor's graph is final. A GEMM with an entry of backend "cutedsl", and what follows it where the entry
 fuses that, becomes one call of `torch.ops.autokernel.cute_gemm` with the file of a compiled kernel. Where no object is to be
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,25 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.virtualized import V
 
 from autokernel.cutedsl import op
-from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig
+from autokernel.cutedsl.config import ALIGNMENT_BYTES, CuteConfig
 from autokernel.cutedsl.objects import ObjectError, load, read_info
-from autokernel.cutedsl.spec import BIAS, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, KernelSpec, ObjectInfo
+from autokernel.cutedsl.spec import BIAS, KernelSpec, ObjectInfo
 from autokernel.errors import CompileError
 from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.matching import is_transposed, weights_of_merged
+from autokernel.export.cute_specs import ADD, SCALES, arch_of, expected_epilogue, spec_for, spec_of_value, specs_of
 from autokernel.export.pins import dtype_name
 from autokernel.export.plan import Plan
 from autokernel.export.templates import gemm_of_node
 from autokernel.ops.epilogue import GATED_EPILOGUES, Epilogue, find_epilogue, find_gated
-from autokernel.ops.int_mm import OUT_DTYPE
-from autokernel.ops.scaled_mm import ROW_WISE, TENSOR_WISE, ScaledCall, has_bias, scaling_of
-from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec, digest_of
+from autokernel.ops.scaled_mm import ScaledCall
+from autokernel.records import digest_of
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 prims = torch.ops.prims
 
 BACKEND = "cutedsl"
-_ADD = "add"
-_SCALES = {TENSOR_WISE: (TENSOR_SCALE_A, TENSOR_SCALE_B), ROW_WISE: (SCALE_A, SCALE_B)}
-_KERNEL_PARAMETERS = tuple(field.name for field in fields(CuteConfig) if field.name != "fuse")  # of the object itself
+NO_PACKAGE = "a package runs without Python, which CuTe DSL kernels are called from"
 
 Resolver = Callable[[KernelSpec], Path]  # raises ObjectError, CompileError
 
@@ -50,108 +47,10 @@ def is_cute(entry: Entry) -> bool:
     return entry.backend == BACKEND
 
 
-def arch_of(capability: tuple[int, int]) -> str:
-    """The architecture that kernels are compiled for: with the features of exactly this one, from Hopper on."""
-    major, minor = capability
-    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
-
-
-def specs_of(entry: Entry, *, arch: str, num_units: int) -> tuple[KernelSpec, ...]:
-    """All kernels that an entry may need: with its problem's epilogue if it fuses that, and plain, for sites with another.
-
-    Raises:
-        ValueError: the config is none of a CuTe DSL kernel's, or the problem none that it solves.
-    """
-    x, w = matrices(entry.problem)
-    inside, behind = inner_epilogue(entry.problem), expected_epilogue(entry.problem)
-    fuses = bool(behind) and CuteConfig.from_entry(entry.config).fuse
-    facts: dict[str, Any] = {"out_dtype": out_dtype_of(entry.problem), "arch": arch, "num_units": num_units}
-    epilogues = ((*inside, *behind), inside) if fuses else (inside,)
-    return tuple(spec_for(entry.config, x, w, epilogue=epilogue, **facts) for epilogue in epilogues)
-
-
-def matrices(problem: Problem) -> tuple[TensorSpec, TensorSpec]:
-    """The two factors; weights that share an input count as one, side by side."""
-    if problem.op == "merged_mm":
-        weights = weights_of_merged(problem)
-        k, n = weights[0].shape[0], sum(spec.shape[1] for spec in weights)
-        transposed = is_transposed(weights[0].shape, weights[0].stride)
-        return problem.inputs[0], TensorSpec(shape=(k, n), dtype=weights[0].dtype, stride=(1, k) if transposed else (n, 1))
-    first = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "scaled_mm": 0, "int_mm": 0}.get(problem.op)
-    if first is None:
-        raise ValueError(f"there is no CuTe DSL kernel for {problem.op}")
-    return problem.inputs[first], problem.inputs[first + 1]
-
-
-def inner_epilogue(problem: Problem) -> tuple[str, ...]:
-    """What belongs to the product itself and is computed before the sums are rounded: scales."""
-    return _SCALES[str(scaling_of(*problem.inputs[:4]))] if problem.op == "scaled_mm" else ()
-
-
-def expected_epilogue(problem: Problem) -> tuple[str, ...]:
-    """What follows the product in a problem, what is added by the op itself included."""
-    if problem.op in ("addmm", "baddbmm"):
-        return (BIAS if len(problem.inputs[0].shape) == 1 else _ADD, *problem.epilogue)
-    if problem.op == "scaled_mm" and has_bias(problem):
-        return (BIAS, *problem.epilogue)
-    return problem.epilogue
-
-
-def out_dtype_of(problem: Problem) -> str:
-    """Of a problem's result."""
-    if problem.op == "int_mm":
-        return OUT_DTYPE
-    return str(dict(problem.scalars).get("out_dtype", problem.inputs[0].dtype))
-
-
-def spec_for(
-    config: Mapping[str, ConfigValue],
-    x: TensorSpec,
-    w: TensorSpec,
-    *,
-    out_dtype: str,
-    epilogue: tuple[str, ...] = (),
-    arch: str,
-    num_units: int,
-) -> KernelSpec:
-    """The kernel for two matrices of this layout.
-
-    Raises:
-        ValueError: the config or the layout is not one that a kernel has; the message says which rule.
-    """
-    parameters = CuteConfig.from_entry(config)
-    if x.dtype != w.dtype or x.dtype not in DTYPES:
-        raise ValueError(
-            f"CuTe DSL kernels multiply two matrices of one dtype of {', '.join(DTYPES)}, not {x.dtype} and {w.dtype}"
-        )
-    for name, spec in (("left", x), ("right", w)):
-        if wrong := layout_problem(spec):
-            raise ValueError(f"the {name} matrix {wrong}")
-    if w.shape[-1] * DTYPE_BYTES[out_dtype] % ALIGNMENT_BYTES:
-        raise ValueError(f"the result's rows are {w.shape[-1]} {out_dtype}, no multiple of {ALIGNMENT_BYTES} bytes")
-    return KernelSpec(
-        config={name: config[name] for name in _KERNEL_PARAMETERS if name in config and name not in parameters.at_calls},
-        dtype=x.dtype,
-        out_dtype="float32" if parameters.separate else out_dtype,
-        a_major="k" if x.stride[-1] == 1 else "m",
-        b_major="n" if w.stride[-1] == 1 else "k",
-        batched=len(x.shape) == 3,
-        epilogue=epilogue,
-        arch=arch,
-        num_units=num_units,
-    )
-
-
-def layout_problem(spec: TensorSpec) -> str | None:
-    """The rule about layouts that a matrix breaks, None if TMA can read it."""
-    *_, rows, columns = spec.stride
-    if columns != 1 and rows != 1:
-        return f"has strides {spec.stride}: neither its rows nor its columns are contiguous"
-    step = rows if columns == 1 else columns
-    batch = spec.stride[0] if len(spec.shape) == 3 and spec.shape[0] > 1 else 0
-    if step * DTYPE_BYTES[spec.dtype] % ALIGNMENT_BYTES or batch * DTYPE_BYTES[spec.dtype] % ALIGNMENT_BYTES:
-        return f"has strides {spec.stride} of {spec.dtype}: they must be multiples of {ALIGNMENT_BYTES} bytes"
-    return None
+def refuse_in_package() -> None:
+    """Raises ValueError where a package is being compiled."""
+    if V.aot_compilation:
+        raise ValueError(NO_PACKAGE)
 
 
 def objects_of(plan: Plan) -> Resolver:
@@ -161,7 +60,7 @@ def objects_of(plan: Plan) -> Resolver:
     def resolve(spec: KernelSpec) -> Path:
         info = shipped.get(spec.identity)
         if info is None:
-            return compiled_object(spec)[1]
+            return compiled_here(spec)
         file = plan.files.get(info.key)
         if file is None or read_info(file).to_json() != info.to_json():
             raise ObjectError(
@@ -181,6 +80,11 @@ def compiled_object(spec: KernelSpec) -> tuple[ObjectInfo, Path]:
     from autokernel.cutedsl.cache import ObjectCache
 
     return ObjectCache().get_or_compile(spec)
+
+
+def compiled_here(spec: KernelSpec) -> Path:
+    """The file of `compiled_object`."""
+    return compiled_object(spec)[1]
 
 
 def with_objects(bundle: Bundle) -> tuple[Bundle, dict[str, Path]]:
@@ -212,7 +116,10 @@ class CutePass(CustomGraphPass):
         self._resolve = objects_of(plan)
 
     def uuid(self) -> str:
-        facts = [str(op.PLAIN._schema), str(op.FUSED._schema), *sorted(map(str, self.plan.files.values()))]
+        facts = [
+            *(str(target._schema) for target in (op.PLAIN, op.FUSED, op.SQUARES)),
+            *sorted(map(str, self.plan.files.values())),
+        ]
         return f"autokernel-cutedsl-{digest_of(facts)}-{self.plan.digest}"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -220,7 +127,7 @@ class CutePass(CustomGraphPass):
             return
         if V.aot_compilation:
             for unused in filter(is_cute, self.plan.bundle.entries):
-                self.plan.skip(unused, "a package runs without Python, which CuTe DSL kernels are called from")
+                self.plan.skip(unused, NO_PACKAGE)
             return
         order = {node: position for position, node in enumerate(graph.nodes)}
         for node in list(graph.nodes):
@@ -279,7 +186,7 @@ class CutePass(CustomGraphPass):
             gated = _gated_halves(node) if not product.added else None  # its kernel adds nothing
             return gated if gated is not None and gated.names == expected else None
         found = find_epilogue(node, order)
-        own = tuple(BIAS if argument.meta["val"].dim() == 1 else _ADD for argument in product.added)
+        own = tuple(BIAS if argument.meta["val"].dim() == 1 else ADD for argument in product.added)
         values = [argument.meta["val"] for argument in (*product.added, *found.operands)]
         readable = all(value.stride(-1) == 1 and value.storage_offset() % ALIGNMENT_BYTES == 0 for value in values)
         return found if (*own, *found.names) == expected and readable else None
@@ -304,7 +211,7 @@ class Product:
         """
         if (call := ScaledCall.of(node)) is not None:
             x, w, *rest = call.operands
-            return cls(x=x, w=w, inside=_SCALES[call.scaling], scales=tuple(rest[:2]), added=tuple(rest[2:]))
+            return cls(x=x, w=w, inside=SCALES[call.scaling], scales=tuple(rest[:2]), added=tuple(rest[2:]))
         if any(value != 1 for value in node.kwargs.values()):
             raise ValueError("the product is scaled")
         *added, x, w = (argument for argument in node.args if isinstance(argument, torch.fx.Node))
@@ -332,18 +239,18 @@ class Site:
         """Put the kernel's call in the place of all of it; and into the order, for a later GEMM may take its result."""
         value, before = self.node.meta["val"], self.node.prev
         with graph.inserting_before(self.node):
-            operands = [_viewed(graph, scale, (scale.meta["val"].numel(),)) for scale in self.product.scales]
+            operands = [viewed(graph, scale, (scale.meta["val"].numel(),)) for scale in self.product.scales]
             for operand in self.operands:
                 vector = operand.meta["val"].dim() == 1
-                operands.append(operand if vector else _viewed(graph, operand, tuple(value.shape)))
+                operands.append(operand if vector else viewed(graph, operand, tuple(value.shape)))
             target, arguments = op.call_arguments(self.product.x, self.product.w, operands, self.path, self.swizzle)
-            result = _call(graph, target, *arguments)
+            result = called(graph, target, *arguments)
             if self.parts:
-                result = _call(graph, aten.sum.dim_IntList, result, [0])
-                result = _call(graph, prims.convert_element_type.default, result, value.dtype)
+                result = called(graph, aten.sum.dim_IntList, result, [0])
+                result = called(graph, prims.convert_element_type.default, result, value.dtype)
             for extra in self.added:
-                result = _call(graph, aten.add.Tensor, result, extra)
-            result = _viewed(graph, result, tuple(self.last.meta["val"].shape))
+                result = called(graph, aten.add.Tensor, result, extra)
+            result = viewed(graph, result, tuple(self.last.meta["val"].shape))
         new = before.next
         while new is not self.node:
             order[new] = order[self.node]
@@ -365,25 +272,13 @@ def _gated_halves(node: torch.fx.Node) -> Epilogue | None:
     return None if found is None else Epilogue(names=(found[0],), operands=(), operand_specs=(), last=found[1])
 
 
-def _viewed(graph: torch.fx.Graph, node: torch.fx.Node, shape: tuple[int, ...]) -> torch.fx.Node:
+def viewed(graph: torch.fx.Graph, node: torch.fx.Node, shape: tuple[int, ...]) -> torch.fx.Node:
     """The node in another shape with as many elements; itself where it has that shape."""
-    return node if tuple(node.meta["val"].shape) == shape else _call(graph, aten.reshape.default, node, list(shape))
+    return node if tuple(node.meta["val"].shape) == shape else called(graph, aten.reshape.default, node, list(shape))
 
 
-def spec_of_value(value: torch.Tensor) -> TensorSpec:
-    """Shape, dtype and strides of a (fake) tensor whose start is aligned.
-
-    Raises:
-        ValueError: its first element does not lie where TMA could read it.
-    """
-    if value.storage_offset() * value.element_size() % ALIGNMENT_BYTES:
-        raise ValueError(
-            f"a matrix begins {value.storage_offset()} elements into its memory, no multiple of {ALIGNMENT_BYTES} bytes"
-        )
-    return TensorSpec(shape=tuple(value.shape), dtype=dtype_name(value.dtype), stride=tuple(value.stride()))
-
-
-def _call(graph: torch.fx.Graph, target: Any, *args: Any) -> torch.fx.Node:
+def called(graph: torch.fx.Graph, target: Any, *args: Any) -> torch.fx.Node:
+    """A call where the graph's insertion point is, with its fake value."""
     node = graph.call_function(target, args)
     node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
     return node

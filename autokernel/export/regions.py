@@ -1,13 +1,13 @@
 """Other code in the place of regions: the graph pass that puts a bundle's entries for fusions into a graph.
 
 It runs where Inductor's graph is final, as the profiler saw it. An entry is for a problem's sizes and numbers; its region is
-replaced by what its config names: an implementation in plain torch (`rewrites`), which is traced into the graph, or a Triton
-kernel of ours. What does not fit stays as it is, and the plan is told why.
+replaced by what its config names: an implementation in plain torch (`rewrites`), which is traced into the graph, a Triton
+kernel of ours, or a CuTe DSL kernel with what it leaves to the graph. What does not fit stays, and the plan is told why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,12 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from autokernel.cutedsl.objects import ObjectError
+from autokernel.errors import CompileError
 from autokernel.export import region_kernels
 from autokernel.export.bundle import Entry
+from autokernel.export.cute_regions import CuteCall, what_is_left
+from autokernel.export.cutedsl import Resolver, compiled_here, is_cute, objects_of
 from autokernel.export.one_row import ORIGIN
 from autokernel.export.plan import Plan
 from autokernel.kernels.plans import plan_of
@@ -34,9 +38,10 @@ class RegionPass(CustomGraphPass):
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self._resolve = objects_of(plan)
 
     def uuid(self) -> str:
-        return f"autokernel-regions-2-{self.plan.digest}"
+        return f"autokernel-regions-3-{self.plan.digest}"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         wanted = self.plan.region_ops if self.plan.active else frozenset()
@@ -51,7 +56,7 @@ class RegionPass(CustomGraphPass):
                     continue  # regions may overlap: the first one with an entry has the nodes
                 region = replace(found, inputs=tuple(now.get(node, node) for node in found.inputs))
                 try:
-                    results = replace_region(graph, region, entry)
+                    results = replace_region(graph, region, entry, self._resolve)
                 except UnfitError as error:
                     self.plan.skip(entry, str(error))
                 else:
@@ -64,8 +69,16 @@ class UnfitError(Exception):
     """What an entry names cannot take the place of a region. The message says why."""
 
 
-def replace_region(graph: torch.fx.Graph, region: Region, entry: Entry) -> list[torch.fx.Node]:
+def replace_region(
+    graph: torch.fx.Graph, region: Region, entry: Entry, resolve: Resolver = compiled_here
+) -> list[torch.fx.Node]:
     """Put what the entry names in the place of a region.
+
+    Args:
+        graph: that the region is in.
+        region: what is replaced.
+        entry: for the region's problem.
+        resolve: finds the objects of CuTe DSL kernels.
 
     Returns:
         The nodes of its results, one per output.
@@ -74,8 +87,8 @@ def replace_region(graph: torch.fx.Graph, region: Region, entry: Entry) -> list[
         UnfitError: the region has to stay.
     """
     try:
-        insert = _inserter(region, entry)
-    except ValueError as error:
+        insert = _inserter(region, entry, resolve)
+    except (ValueError, ObjectError, CompileError) as error:
         raise UnfitError(str(error)) from None
     place, early = _place(graph, region)
     with graph.inserting_before(place):
@@ -117,30 +130,39 @@ def _place(graph: torch.fx.Graph, region: Region) -> tuple[torch.fx.Node, list[t
     return last.next, early
 
 
-def _inserter(region: Region, entry: Entry) -> Callable[[torch.fx.Graph], list[torch.fx.Node]]:
+def _inserter(region: Region, entry: Entry, resolve: Resolver) -> Callable[[torch.fx.Graph], list[torch.fx.Node]]:
     """What adds an entry's nodes where the graph's insertion point is, and returns those of the results.
 
     Raises:
-        ValueError: the entry names what does not exist, or not for this problem.
+        ValueError, ObjectError, CompileError: the entry names what does not exist, or not for this problem, or not here.
     """
     if entry.backend == TRITON:
         plan = plan_of(region.problem, entry.config)  # in the strides that are here
         return lambda graph: region_kernels.insert(graph, region, plan)
+    if is_cute(entry):
+        call = CuteCall.of(region, entry, resolve)
+        return lambda graph: _inlined(graph, what_is_left(region), call.insert(graph), region)
     rewrite = find_rewrite(entry.problem.op, str(entry.config.get("implementation")))
-
-    def insert(graph: torch.fx.Graph) -> list[torch.fx.Node]:
-        wanted = [node.meta["val"] for node in region.outputs]
-        traced = trace(lambda *inputs: restrided(rewrite(region.problem, *inputs), wanted), region)
-        placeholders = [node for node in traced.nodes if node.op == "placeholder"]
-        results: Any = graph.graph_copy(traced, dict(zip(placeholders, region.inputs, strict=True)))
-        return list(results)
-
-    return insert
+    return lambda graph: _inlined(graph, lambda *inputs: rewrite(region.problem, *inputs), region.inputs, region)
 
 
-def trace(function: Callable[..., tuple[torch.Tensor, ...]], region: Region) -> torch.fx.Graph:
-    """The graph of a function over the region's inputs, in the ops that Inductor lowers; nodes carry fake tensors."""
-    inputs = [node.meta["val"] for node in region.inputs]
+def _inlined(
+    graph: torch.fx.Graph,
+    function: Callable[..., tuple[torch.Tensor, ...]],
+    nodes: Sequence[torch.fx.Node],
+    region: Region,
+) -> list[torch.fx.Node]:
+    """The nodes of a plain function's results, one per output of the region, traced to where the insertion point is."""
+    wanted = [node.meta["val"] for node in region.outputs]
+    traced = trace(lambda *inputs: restrided(function(*inputs), wanted), nodes)
+    placeholders = [node for node in traced.nodes if node.op == "placeholder"]
+    results: Any = graph.graph_copy(traced, dict(zip(placeholders, nodes, strict=True)))
+    return list(results)
+
+
+def trace(function: Callable[..., tuple[torch.Tensor, ...]], nodes: Sequence[torch.fx.Node]) -> torch.fx.Graph:
+    """The graph of a function over these nodes' values, in the ops that Inductor lowers; its nodes carry fake tensors."""
+    inputs = [node.meta["val"] for node in nodes]
     mode = torch._guards.detect_fake_mode(inputs)
     assert mode is not None, "Inductor's graphs carry fake tensors"
     with mode, torch.no_grad():

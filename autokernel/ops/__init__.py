@@ -17,6 +17,7 @@ from autokernel.ops.gated import Gated
 from autokernel.ops.gated_rms_norm import GatedRmsNorm
 from autokernel.ops.generated import Generated
 from autokernel.ops.int_mm import IntMm
+from autokernel.ops.linear_rms_norm import LinearRmsNorm
 from autokernel.ops.lm_head_argmax import LmHeadArgmax
 from autokernel.ops.lm_head_topk import LmHeadTopk
 from autokernel.ops.merged_mm import MergedMm
@@ -49,6 +50,7 @@ OPS: tuple[Op, ...] = (
     Rotary(),
     GatedRmsNorm(),
     AdalnRmsNorm(),
+    LinearRmsNorm(),
     AddRmsNorm(),
     RmsNorm(),
     Gated(),

@@ -49,6 +49,7 @@ ARCHITECTURES: Mapping[str, str] = {
 # positions of A and B among an op's inputs
 OPERANDS: Mapping[str, tuple[int, int]] = {
     "mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "merged_mm": (0, 1), "scaled_mm": (0, 1), "int_mm": (0, 1),
+    "linear_rms_norm": (0, 1),
 }  # fmt: skip
 
 

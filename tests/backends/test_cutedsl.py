@@ -45,6 +45,13 @@ SCALED = replace(
     scalars=(("out_dtype", "bfloat16"), ("use_fast_accum", True)),
 )
 INTEGER = replace(MM, op="int_mm", inputs=(spec(M, K, dtype="int8"), weight(dtype="int8")))
+NORM = Problem(
+    op="linear_rms_norm",
+    inputs=(spec(2, 8, K), weight(), spec(N), spec(2, 8, N)),
+    device="cuda",
+    constants=(1, 2),
+    scalars=(("residual", True), ("eps", 1e-5)),
+)
 PLAIN: dict[str, ConfigValue] = {"source": "quack", "tile_m": 128, "tile_n": 64, "swap": True}
 
 
@@ -52,7 +59,7 @@ def build(problem: Problem, config: Mapping[str, ConfigValue], constants: list[l
     get_backend("cutedsl").build(Candidate(problem=problem, backend="cutedsl", config=config), constants or [[]])
 
 
-@pytest.mark.parametrize("problem", [MM, ADDMM, RESIDUAL, BMM, MERGED, FP8, SCALED, INTEGER], ids=str)
+@pytest.mark.parametrize("problem", [MM, ADDMM, RESIDUAL, BMM, MERGED, FP8, SCALED, INTEGER, NORM], ids=str)
 def test_it_takes_products_that_tma_can_read(problem: Problem) -> None:
     assert get_backend("cutedsl").supports(problem) is None
 
@@ -72,6 +79,8 @@ def test_it_takes_products_that_tma_can_read(problem: Problem) -> None:
         (replace(BMM, inputs=(TensorSpec(shape=(8, M, K), dtype="bfloat16", stride=(M * K + 4, K, 1)), spec(8, K, N))), "left"),
         (replace(MERGED, inputs=(spec(M, K), weight(), spec(K, 1020))), "right matrix has 1020"),
         (replace(FP8, inputs=(FP8.inputs[0], spec(K, N, dtype="float8_e4m3fn"))), "contiguous along K"),
+        (replace(NORM, inputs=(*(spec(*s.shape, dtype="float32") for s in NORM.inputs),)), "not float32"),
+        (replace(NORM, inputs=(spec(2, 8, 100), *NORM.inputs[1:])), "left matrix has 100 contiguous"),
     ],
 )
 def test_what_it_does_not_take_is_said(problem: Problem, reason: str) -> None:
@@ -104,6 +113,19 @@ def test_strides_of_one_row_say_nothing() -> None:
         ),
         (replace(SCALED, inputs=(*SCALED.inputs[:4], spec(M, 1))), {**PLAIN, "fuse": True}, "fuse reads vectors"),
         (replace(INTEGER, inputs=(INTEGER.inputs[0], weight(101, dtype="int8"))), PLAIN, "rows of 101 int32"),
+        (NORM, {**PLAIN, "fuse": True}, "nothing follows this one"),
+        (
+            replace(NORM, inputs=(*NORM.inputs[:3], TensorSpec(shape=(2, 8, N), dtype="bfloat16", stride=(16 * N, 2 * N, 2)))),
+            PLAIN,
+            "the kernel reads vectors",
+        ),
+        (
+            replace(
+                NORM, inputs=(*NORM.inputs[:3], TensorSpec(shape=(2, 8, N), dtype="bfloat16", stride=(8 * N + 32, N + 4, 1)))
+            ),
+            PLAIN,
+            "rows that begin at multiples of 16",
+        ),
         (replace(ADDMM, inputs=(spec(M, 1), *ADDMM.inputs[1:])), {**PLAIN, "fuse": True}, "fuse reads vectors"),
         (
             replace(RESIDUAL, inputs=(*MM.inputs, TensorSpec(shape=(M, N), dtype="bfloat16", stride=(0, 1)))),
@@ -171,6 +193,39 @@ def test_kernels_are_compiled_before_the_graph_and_their_failure_is_the_builds(m
         cutedsl.kernels_of(replace(scaled, config={"source": "operators", "tile_m": 128, "tile_n": 64}))
     with pytest.raises(Refused, match="int8"):
         cutedsl.kernels_of(Candidate(problem=i8, backend="cutedsl", config=PLAIN))
+
+
+def test_a_norm_is_one_kernel_with_sums_of_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    alone = replace(NORM, inputs=NORM.inputs[:3], scalars=(("residual", False), ("eps", 1e-5)))
+    for problem, epilogue in ((NORM, ("add", "squares")), (alone, ("squares",))):
+        candidate = Candidate(problem=problem, backend="cutedsl", config=PLAIN)
+        cutedsl._refuse_illegal(candidate)
+        (kernel,) = cutedsl.kernels_of(candidate)
+        assert (kernel.epilogue, kernel.batched, kernel.num_columns(N)) == (epilogue, False, N)
+    for config, reason in (
+        ({**PLAIN, "split_k": 2}, "without split_k"),
+        ({"source": "operators", "tile_m": 128, "tile_n": 64}, "by quack alone"),
+    ):
+        with pytest.raises(Refused, match=reason):
+            cutedsl.kernels_of(replace(candidate, config=config))
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 4096), (64, 4096), (600, 640), (2048, 4096), (8192, 8192)])
+def test_the_space_of_norms_is_that_of_products_without_parts(m: int, n: int) -> None:
+    """As the two files are apart, they are held together here."""
+    parts = {"source": "quack", "split_k": 1}
+    plain = [c for c in space("mm", m, n, num_epilogue=0).enumerate() if {**c, **parts} == c]
+    norms = list(space("linear_rms_norm", m, n).enumerate())
+    assert [{name: c[name] for name in norms[0]} for c in plain] == norms
+    assert len(norms) >= 8
+
+
+@pytest.mark.parametrize("changed", [{"dtype_bytes": 4}, {"k": 4100}, {"n": 6145}], ids=str)
+def test_where_no_kernel_serves_a_norm_stock_code_is_alone(changed: dict[str, int]) -> None:
+    assert space("linear_rms_norm", **changed).count(1) == 0
 
 
 def space(op: str, m: int = M, n: int = N, k: int = K, **changed: int) -> BoundSpace:

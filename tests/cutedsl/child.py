@@ -22,7 +22,7 @@ from pretended_cuda import on_gpu
 
 from autokernel.cutedsl import compiler
 from autokernel.cutedsl.cache import ObjectCache
-from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, KernelSpec
+from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, SQUARES, KernelSpec
 from autokernel.errors import CompileError
 from autokernel.ops.epilogue import apply_epilogue, apply_gated
 
@@ -111,7 +111,10 @@ def epilogues() -> None:
                 answer["errors"].append(float((got - apply_gated(spec.epilogue[0], acc, up)).abs().max()))
                 continue
             operands = {name: example(taker, acc) for name, taker in spec.operands().items()}
-            got = composed(spec, by_torch)(acc, **{n: as_rows(spec.operands()[n], t) for n, t in operands.items()})["D"]
+            results = composed(spec, by_torch)(acc, **{n: as_rows(spec.operands()[n], t) for n, t in operands.items()})
+            got = results["D"]
+            assert set(results) == {"D", SQUARES} if spec.squares else {"D"}
+            assert all(factor is got for factor in results.get(SQUARES, ()))  # which are multiplied
             answer["errors"].append(float((got - expected(spec, acc, operands)).abs().max()))
         identity._is_extern_function = lambda function: True  # as for an installed autokernel
         answer["by_name"] = [epilogue_of(spec).semantic_digest for spec in specs]
@@ -130,7 +133,7 @@ def expected(spec: KernelSpec, acc: torch.Tensor, operands: dict[str, torch.Tens
         if name not in MATRICES:
             rows = as_rows(name, operands[operand])
             value = value + rows if name == BIAS else value * rows
-    rest = [name for name in spec.epilogue if name in MATRICES or name not in takers.values()]
+    rest = [name for name in spec.epilogue if name in MATRICES or name not in (*takers.values(), SQUARES)]
     return apply_epilogue(rest, value, [operands[o] for o, name in takers.items() if name in MATRICES])
 
 

@@ -28,7 +28,7 @@ def call_of(
     facts = {"dtype": "bfloat16", "out_dtype": "float32", "a_major": "k", "b_major": "n", **changes}
     info = ObjectInfo(
         key="k",
-        spec=KernelSpec(config={"source": "quack", "tile_m": 128, "tile_n": 128}, **facts),
+        spec=KernelSpec(**{"config": {"source": "quack", "tile_m": 128, "tile_n": 128}, **facts}),
         launch=Launch(function="k", arguments=arguments, scratch_tile=scratch_tile),
         sha256="",
         num_bytes=0,
@@ -67,6 +67,20 @@ def test_results_are_batched_or_half_as_wide_as_the_kernel_says() -> None:
     given: list[Any] = []
     assert call_of(("out",), given, batched=True)(*matrices(3), ()).stride() == (M * N, N, 1)
     assert call_of(("out",), given, epilogue=("gated_silu",))(*matrices(), ()).shape == (M, N // 2)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_sums_of_squares_are_a_second_result(swap: bool) -> None:
+    """One for each row and begun tile of the columns, those of a row side by side: tiles are 64 x 128, N is 192."""
+    given: list[Any] = []
+    config = {"source": "quack", "tile_m": 64, "tile_n": 128, "swap": swap}
+    call = call_of(("out", "squares^T"), given, epilogue=("add", "squares"), config=config)
+    a, b, residual = torch.zeros(M, K), torch.zeros(K, 192), torch.zeros(M, 192)
+    out, squares = call(a, b, [residual])
+    assert out.shape == (M, 192)
+    assert (squares.shape, squares.dtype, squares.is_contiguous()) == ((M, 3 if swap else 2), torch.float32, True)
+    ((_, transposed),) = given
+    assert (transposed.shape, transposed.data_ptr()) == (squares.mT.shape, squares.data_ptr())
 
 
 @pytest.mark.parametrize("num_operands", [0, 2])

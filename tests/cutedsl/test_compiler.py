@@ -123,6 +123,12 @@ def test_scratch_memory_is_told_to_the_caller(kernels: Kernels) -> None:
         ({"config": PARTS, "out_dtype": "float32", "epilogue": ("bias",)}, "without an epilogue"),
         ({"config": PARTS, "out_dtype": "float32", "batched": True}, "of one product"),
         ({"config": PARTS, "out_dtype": "float32", "arch": "sm_100a"}, "on sm_90a"),
+        ({"epilogue": ("squares",)}, "by quack alone"),
+        ({"config": COOPERATIVE, "epilogue": ("squares", "add")}, "behind all other steps"),
+        ({"config": COOPERATIVE, "epilogue": ("gated_silu", "squares")}, "nothing before or behind it"),
+        ({"config": {**COOPERATIVE, "split_k": 2}, "epilogue": ("squares",)}, "without split_k"),
+        ({"config": COOPERATIVE, "epilogue": ("squares",), "batched": True}, "for one product"),
+        ({"config": COOPERATIVE, "epilogue": ("squares",), "arch": "sm_100a"}, "on sm_90a"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_said_without_compiling(changed: dict[str, Any], words: str) -> None:

@@ -27,6 +27,9 @@ EPILOGUES = [
     ("gated_silu",),
     ("gated_gelu_tanh",),
     ("tensor_scale_a", "tensor_scale_b", "tanh", "sigmoid", "add"),
+    ("add",),
+    ("add", "squares"),
+    ("squares",),
 ]
 
 

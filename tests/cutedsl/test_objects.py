@@ -85,6 +85,8 @@ CASES = {
     "fused, parts, swapped": spec({**COOPERATIVE, "swap": True, "split_k": 2}, epilogue=("bias", "gelu", "add")),
     "scaled": spec(COOPERATIVE, dtype="float8_e4m3fn", epilogue=("scale_a", "scale_b", "bias")),
     "gated": spec(PINGPONG, epilogue=("gated_silu",)),
+    "squares": spec(COOPERATIVE, epilogue=("add", "squares")),
+    "squares, swapped": spec({**PINGPONG, "swap": True}, epilogue=("squares",)),
     "operators": spec(OPERATORS),
     "operators, swapped": spec({**OPERATORS, "swap": True, "swizzle": 4, "raster": "columns"}),
     "operators, int8": spec(OPERATORS, dtype="int8", out_dtype="int32"),
@@ -110,6 +112,9 @@ def test_a_compiled_kernel_is_launched_as_its_record_says(name: str, cache: Obje
             else torch.zeros((*lead, n, k), dtype=dtype).mT
         )
         out = kernel(a, b, operands(kernel_spec, m, n))
+        if kernel_spec.squares:
+            out, squares = out
+            assert (squares.shape, squares.dtype, squares.is_contiguous()) == ((m, n // 128), torch.float32, True)
         parts = (config.split_k,) if config.separate else ()
         assert (out.shape, out.dtype) == ((*parts, *lead, m, kernel_spec.num_columns(n)), getattr(torch, kernel_spec.out_dtype))
         assert out.is_contiguous()

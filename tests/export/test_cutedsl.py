@@ -5,7 +5,6 @@ What is in an object, and that it can be called as its record says, is for tests
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,63 +13,29 @@ from pathlib import Path
 import pytest
 import torch
 from export.pretended_h200 import H200, generated_code
+from export.stand_in_objects import BYTES, calls, entry, hits, info_of, path_of, reasons, spec, targets, traced, with_objects
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from autokernel.cutedsl.spec import KernelSpec, Launch, ObjectInfo
 from autokernel.errors import BundleError
 from autokernel.export import cutedsl
 from autokernel.export.apply import BundleBackend, inductor_options
-from autokernel.export.bundle import Bundle, Entry, read_bundle, read_objects, write_bundle
-from autokernel.export.cutedsl import CutePass, specs_of
+from autokernel.export.bundle import Bundle, read_bundle, read_objects, write_bundle
+from autokernel.export.cute_specs import specs_of
+from autokernel.export.cutedsl import CutePass
 from autokernel.export.plan import Plan
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
 M, N, K = 16, 512, 256
-BYTES = b"no kernel"
 QUACK: dict[str, ConfigValue] = {"source": "quack", "tile_m": 128, "tile_n": 128, "cluster_n": 2, "pingpong": True}
 FUSED: dict[str, ConfigValue] = {**QUACK, "fuse": True}
 OPERATORS: dict[str, ConfigValue] = {"source": "operators", "tile_m": 64, "tile_n": 128}
 Graph = Callable[..., torch.Tensor]
-
-
-def spec(*shape: int, dtype: str = "bfloat16") -> TensorSpec:
-    return TensorSpec.contiguous(shape, dtype)
-
 
 WEIGHT = TensorSpec(shape=(K, N), dtype="bfloat16", stride=(1, K))
 MM = Problem(op="mm", inputs=(spec(M, K), WEIGHT), device="cuda", constants=(1,))
 SILU_ADD = Problem(op="mm", inputs=(spec(M, K), WEIGHT, spec(M, N)), device="cuda", constants=(1,), epilogue=("silu", "add"))
 ADDMM = Problem(op="addmm", inputs=(spec(N), spec(M, K), WEIGHT), device="cuda", constants=(0, 2))
 BIAS_RELU = Problem(op="addmm", inputs=(spec(N), spec(M, K), WEIGHT), device="cuda", constants=(0, 2), epilogue=("relu",))
-
-
-def entry(problem: Problem, config: dict[str, ConfigValue]) -> Entry:
-    return Entry(problem=problem, backend="cutedsl", config=config)
-
-
-def info_of(kernel: KernelSpec, data: bytes = BYTES) -> ObjectInfo:
-    return ObjectInfo(
-        key=kernel.key({}),
-        spec=kernel,
-        launch=Launch(function="k", arguments=("a", "b", "out")),
-        sha256=hashlib.sha256(data).hexdigest(),
-        num_bytes=len(data),
-        machine="x86_64",
-        cuda_major=13,
-    )
-
-
-def with_objects(folder: Path, *entries: Entry) -> Plan:
-    """The plan of a bundle that brings the objects of all its entries."""
-    folder.mkdir(exist_ok=True)
-    kernels = [kernel for e in entries for kernel in specs_of(e, arch="sm_90a", num_units=132)]
-    infos = {info.key: info for info in map(info_of, kernels)}
-    for info in infos.values():
-        (folder / info.file_name).write_bytes(BYTES)
-        (folder / f"{info.key}.json").write_text(json.dumps(info.to_json()))
-    bundle = Bundle(name="b", created="", version="", environment=H200, entries=entries, objects=tuple(infos.values()))
-    return Plan(bundle, None, {key: folder / info.file_name for key, info in infos.items()})
 
 
 @pytest.fixture(autouse=True)
@@ -80,33 +45,6 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = type("Properties", (), {"multi_processor_count": 132})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
     monkeypatch.setattr(cutedsl, "load", lambda path: path)
-
-
-def traced(function: Graph, *sizes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> torch.fx.GraphModule:
-    """A graph as Inductor has it, with tensors that claim to be on a GPU."""
-    with FakeTensorMode():
-        return make_fx(function)(*(torch.empty(size, dtype=dtype, device="cuda") for size in sizes))
-
-
-def targets(module: torch.fx.GraphModule) -> list[str]:
-    return [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
-
-
-def calls(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
-    return [node for node in module.graph.nodes if "cute_gemm" in str(node.target)]
-
-
-def reasons(plan: Plan) -> str:
-    return "; ".join(reason for usage in plan.usage.values() for reason in usage.reasons)
-
-
-def hits(plan: Plan) -> list[int]:
-    return [usage.hits for usage in plan.usage.values()]
-
-
-def path_of(call: torch.fx.Node) -> str:
-    """Of the object that a call names."""
-    return str(call.args[2] if str(call.target).endswith("default") else call.args[3])
 
 
 def epilogue_of(plan: Plan, node: torch.fx.Node) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from autokernel.ops import get_op
 from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Problem, Status, TensorSpec
 from autokernel.search import inductor_lists, nvmatmul, nvmatmul_cute, nvmatmul_library
 from autokernel.search.seeds import SeedContext, history_seeds, seeds_from, stock_seeds
@@ -205,6 +206,23 @@ def test_nvmatmul_gives_legal_cute_configs_for_8_bits(op: str, dtype: str, sourc
     assert {config["source"] for config in configs} == sources
     assert 1 <= len(configs) <= nvmatmul_cute.MAX_SEEDS
     assert not any(ctx.spaces["cutedsl"].violations(config, ctx.names) for config in configs)
+
+
+@pytest.mark.parametrize("m", [16, 2048])
+def test_nvmatmul_is_asked_for_the_product_of_a_norm(m: int) -> None:
+    """Its x has three dimensions, and the kernel never splits K."""
+    product = problem(m, 4096, 14336, device="cuda")
+    rows = (
+        TensorSpec.contiguous((2, m // 2, 14336), "bfloat16"),
+        product.inputs[1],
+        TensorSpec.contiguous((4096,), "bfloat16"),
+    )
+    p = dataclasses.replace(product, op="linear_rms_norm", inputs=rows, scalars=(("residual", False), ("eps", 1e-5)))
+    ctx = SeedContext(problem=p, spaces=load_space(p.op), names=names_for(dict(get_op(p.op).dims(p)), H200))
+    configs = [s.candidate.config for s in nvmatmul.nvmatmul_seeds(ctx)]
+    assert 1 <= len(configs) <= nvmatmul_cute.MAX_SEEDS
+    assert not any(ctx.spaces["cutedsl"].violations(config, ctx.names) for config in configs)
+    assert not any("split_k" in config for config in configs)
 
 
 def test_what_a_space_lacks_is_moved_only_where_nothing_fits() -> None:
