@@ -242,3 +242,27 @@ def test_templates_of_a_gpu_are_hundreds_and_fit(op: str, shape: tuple[int, int,
     if m <= 16:
         assert {c["BLOCK_M"] for c in tiles} == {16}
         assert {512, 32} <= {c["BLOCK_K"] for c in tiles}
+
+
+@pytest.mark.parametrize(
+    ("batch", "keys", "expected"),
+    [
+        (1, 2080, (17, 2, False)),
+        (1, 6400, (17, 2, False)),
+        (4, 2080, (4, 2, False)),
+        (16, 2080, (1, 8, True)),
+        (64, 2080, (1, 4, True)),
+        (1, 640, (10, 2, False)),
+    ],
+)
+def test_attention_of_one_row_begins_with_one_program_per_multiprocessor(
+    batch: int, keys: int, expected: tuple[int, int, bool]
+) -> None:
+    """Of a decoding step of 32 heads over 8; parts of one size, however many blocks of keys there are."""
+    sizes = {"heads": 32, "kv_heads": 8, "q_len": 1, "head_dim": 128, "v_dim": 128, "group": 4, "dtype_bytes": 2}
+    names = names_for({**sizes, "batch": batch, "kv_len": keys, "has_mask": 1, "causal": 0}, GPU)
+    space = load_space("attention")["triton"]
+    config = space.default(names)
+    assert config is not None
+    assert space.violations(config, names) == []
+    assert (config["num_splits"], config["num_warps"], config["skip"]) == expected
