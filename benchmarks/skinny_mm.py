@@ -263,7 +263,7 @@ def summary(done: list[Work]) -> None:
 
 
 def markdown(path: Path) -> str:
-    """The README's table of a results file: cuBLAS, the best careful time, their ratio, and the fraction of the roofline."""
+    """A results file as a table: cuBLAS, the best careful time, their ratio, and the fraction of the roofline."""
     gemms: dict[str, dict[int, str]] = {}
     ratios: dict[int, list[float]] = {}
     for table in json.loads(path.read_text(encoding="utf-8"))["tables"]:
