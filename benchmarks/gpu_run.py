@@ -1,4 +1,4 @@
-"""What a run on a GPU found, as the tables of the README and docs/results.md: any model's, from the run's journal; and GEMMs measured by themselves.
+"""What a run on a GPU found, as the tables of docs/results.md: any model's, from the run's journal; and GEMMs by themselves.
 
     python benchmarks/gpu_run.py RUN --out benchmarks/results             # RUN: a run's folder
     python benchmarks/gpu_run.py --print benchmarks/results/llama-....json ...  # tables of earlier results, side by side
