@@ -23,6 +23,8 @@ from autokernel.cutedsl.config import DEFAULT_SWIZZLE
 from autokernel.cutedsl.spec import ObjectInfo
 from autokernel.errors import AutokernelError
 
+_CURE = "export its bundle again; if it lies in the kernel cache, start the program again, which compiles it"
+
 
 class ObjectError(AutokernelError):
     """A compiled kernel is missing or damaged, or not for this machine. The message is one sentence with the cure."""
@@ -70,9 +72,7 @@ def read_info(path: Path) -> ObjectInfo:
     try:
         return ObjectInfo.from_json(json.loads(info_path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ObjectError(
-            f"{info_path(path)}: no readable record of a compiled kernel: {error}; export the bundle again"
-        ) from None
+        raise ObjectError(f"{info_path(path)}: no readable record of a compiled kernel: {error}; {_CURE}") from None
 
 
 def check_content(info: ObjectInfo, path: Path) -> None:
@@ -80,9 +80,9 @@ def check_content(info: ObjectInfo, path: Path) -> None:
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise ObjectError(f"{path}: the compiled kernel cannot be read: {error}; export the bundle again") from None
+        raise ObjectError(f"{path}: the compiled kernel cannot be read: {error}; {_CURE}") from None
     if digest != info.sha256:
-        raise ObjectError(f"{path}: the file was changed after it was compiled (sha256 differs): export the bundle again")
+        raise ObjectError(f"{path}: the file was changed after it was compiled (sha256 differs); {_CURE}")
 
 
 def why_not_here(info: ObjectInfo) -> str | None:
@@ -132,7 +132,7 @@ def _loaded(path: str) -> tuple[ObjectInfo, Callable[..., Any]]:
     try:
         return info, tvm_ffi.load_module(path)[info.launch.function]
     except (RuntimeError, AttributeError, KeyError) as error:
-        raise ObjectError(f"compiled kernel {file.name} does not load: {error}; export the bundle again") from error
+        raise ObjectError(f"compiled kernel {file.name} does not load: {error}; {_CURE}") from error
 
 
 def _share_cuda_runtime(major: int) -> None:

@@ -216,7 +216,7 @@ class Proposer(ABC):
                 waiting = Waiting(candidate=candidate, origin=self._sampler_name) if candidate is not None else self._waiting()
                 if waiting is None:
                     break
-            elif self._study is not None and waiting.candidate.backend in self._sampled:
+            if trial is None and self._study is not None and waiting.candidate.backend in self._sampled:
                 trial = self._study.start(waiting.candidate)
             proposal = Proposal(number=self._number, candidate=waiting.candidate, origin=waiting.origin)
             self._number += 1
