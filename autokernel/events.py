@@ -153,6 +153,14 @@ class ScenarioResult(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ablated(Record):
+    """Every entry was left out once, on a part of the model; a resumed run does not do it again."""
+
+    applied_digest: str  # of what the bundle with all of them changes
+    dropped: Mapping[str, str] = field(default_factory=dict)  # problem key -> why: those that the model is faster without
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScenarioTimed(Record):
     """A scenario was timed with a bundle, all modes against each other; a resumed run does not do it again.
 
@@ -231,7 +239,7 @@ class RunFinished(Record):
 
 Event = (
     RunStarted | StageStarted | StageProgress | StageFinished | Profiled | SearchPlanned | Evaluated | Confirmed
-    | PlanTrial | GraphTrial | ScenarioTimed | ModelValidated | Exported | Proved | RunFinished
+    | PlanTrial | GraphTrial | Ablated | ScenarioTimed | ModelValidated | Exported | Proved | RunFinished
 )  # fmt: skip
 
 EVENT_TYPES: Mapping[str, type[Record]] = {cls.__name__: cls for cls in Event.__args__}

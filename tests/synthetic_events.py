@@ -7,6 +7,7 @@ from pathlib import Path
 
 from autokernel.environment import Environment
 from autokernel.events import (
+    Ablated,
     Confirmed,
     EvalResult,
     Evaluated,
@@ -273,6 +274,7 @@ def final_events(folder: Path, *, outcome: str = "won") -> list[Event]:
         StageFinished(stage="plan", seconds=6.5),
         GraphTrial(options={"cpp.enable_kernel_profile": False}, speedups={}, score=0.98, accepted=False, reason="slower"),
         StageFinished(stage="graph", seconds=14.0),
+        Ablated(applied_digest="d"),
         *(ScenarioTimed(scenario=s.scenario, applied_digest="d", result=s, timing={"scenario": s.scenario}) for s in scenarios),
         ModelValidated(verdict=PASSED, evals=(metric,), scenarios=scenarios, dropped=dropped),
         StageFinished(stage="validate", seconds=40.5),

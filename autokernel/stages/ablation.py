@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from autokernel.errors import WorkerError
 from autokernel.evaluate.end_to_end import Contender, ScenarioTiming, TimeScenario
+from autokernel.events import Ablated
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.stages.context import RunContext
 from autokernel.stages.rehearsal import rehearsals
@@ -28,6 +29,9 @@ def without_useless(context: RunContext, bundle: Bundle, gone: dict[str, str]) -
     is left still has to prove itself on the whole model.
     """
     validation = context.experiment.validation
+    digest, known = bundle.applied_digest, context.state.ablated if context.state is not None else None
+    if known is not None and known.applied_digest == digest:
+        return _without(bundle, known.dropped, gone)
     own = {name: [e for e in bundle.entries if e.scenario == name] for name in context.experiment.scenarios}
     jobs = [
         (
@@ -64,8 +68,13 @@ def without_useless(context: RunContext, bundle: Bundle, gone: dict[str, str]) -
     except WorkerError as error:
         log.warning("no entry was left out by ablation, for the model does not run: %s", error)
         return bundle
-    for timing in timings:
-        gone |= _useless(timing, own[timing.scenario])
+    useless = {key: why for timing in timings for key, why in _useless(timing, own[timing.scenario]).items()}
+    context.emit(Ablated(applied_digest=digest, dropped=useless))
+    return _without(bundle, useless, gone)
+
+
+def _without(bundle: Bundle, useless: Mapping[str, str], gone: dict[str, str]) -> Bundle:
+    gone |= useless
     return replace(bundle, entries=tuple(entry for entry in bundle.entries if entry.key not in gone))
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from autokernel.errors import StorageError
 from autokernel.events import (
+    Ablated,
     Confirmed,
     Evaluated,
     Event,
@@ -56,6 +57,7 @@ class RunState:
     stages_done: frozenset[str]
     num_trials: int  # the highest trial number so far, LOST ones included
     timed: tuple[ScenarioTimed, ...] = ()
+    ablated: Ablated | None = None
     stage_seconds: Mapping[str, float] = field(default_factory=dict)  # spent in each stage, by all processes together
 
     @property
@@ -143,6 +145,7 @@ class RunState:
             stages_done=frozenset(stages),
             num_trials=num_trials,
             timed=tuple(timed),
+            ablated=_last(last, Ablated),
         )
 
 

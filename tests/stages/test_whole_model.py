@@ -16,7 +16,7 @@ from autokernel.config import load_experiment
 from autokernel.environment import Environment
 from autokernel.errors import JobCrashed, JobLost
 from autokernel.evaluate.end_to_end import ScenarioTiming, TimeScenario
-from autokernel.events import ModelValidated, ScenarioResult
+from autokernel.events import ModelValidated, RunStarted, ScenarioResult
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.prove import Proof, Prove, ScenarioProof
 from autokernel.profiling.footprint import Footprint, MeasureFootprints
@@ -27,6 +27,7 @@ from autokernel.stages.graph import search_graph_options
 from autokernel.stages.production import prove
 from autokernel.stages.rehearsal import Rehearse
 from autokernel.stages.whole_model import footprint_of, measure_ahead, run_on_model, size_of, with_layers
+from autokernel.tracking.state import RunState
 
 pytestmark = pytest.mark.clock
 
@@ -220,6 +221,42 @@ def test_ablation_drops_what_the_model_is_clearly_faster_without() -> None:
     for contender in pool.jobs[0].contenders[1:]:
         assert contender.bundle is not None
         assert {e.key for e in entries} - {e.key for e in contender.bundle.entries} == {contender.name}
+
+
+@dataclass
+class Listener:
+    """Keeps what a run says."""
+
+    events: list[Any] = field(default_factory=list)
+
+    def record(self, event: Any) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_a_resumed_run_does_not_ablate_again() -> None:
+    entries = (entry(16, "decode-b1"), entry(32, "decode-b16"))
+    pool, listener = Ablations(gains={entries[1].key: 1.05}), Listener()
+    bundle = Bundle(name="t", created="", version="", environment=ENVIRONMENT, entries=entries)
+    context = context_of(pool)
+    context.recorders = [listener]
+    left = without_useless(context, bundle, {})
+    assert left.entries == entries[:1]
+    started = RunStarted(
+        run_id="r", name="t", experiment="", experiment_digest="", environment=ENVIRONMENT, seed=0, version="0", git_commit="",
+        resumed=False,
+    )  # fmt: skip
+    again, gone = context_of(Threads()), dict[str, str]()
+    again.state = RunState.from_events([started, *listener.events])
+    assert without_useless(again, bundle, gone) == left, "Threads has no answer to a job"
+    assert list(gone) == [entries[1].key]
+    pool.jobs.clear()
+    other = context_of(pool)
+    other.state = again.state
+    assert without_useless(other, left, {}) == left
+    assert pool.jobs, "what was found out of another bundle does not count"
 
 
 def test_max_autotune_is_rehearsed_beside_graph_options() -> None:
