@@ -17,7 +17,7 @@ from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig
 from autokernel.cutedsl.spec import KernelSpec
 from autokernel.errors import CompileError
 from autokernel.export.bundle import Entry
-from autokernel.export.cute_specs import arch_of, expected_epilogue, matrices, out_dtype_of, specs_of
+from autokernel.export.cute_specs import arch_of, expected_epilogue, has_aligned_rows, matrices, out_dtype_of, specs_of
 from autokernel.export.cutedsl import compiled_object
 from autokernel.export.matching import weights_of_merged
 from autokernel.ops.linear_rms_norm import LinearRmsNorm, as_matrix
@@ -169,7 +169,7 @@ def _refuse_unreadable(problem: Problem, reads: str, cure: str) -> None:
         vector = spec.shape == (n,)
         if not (vector or spec.shape[-2:] == (m, n)) or spec.stride[-1] != 1:
             raise Refused(f"{reads} vectors [{n}] and matrices [{m}, {n}] row by row, not {spec}: {cure}")
-        if any(step == 0 or step * DTYPE_BYTES[spec.dtype] % ALIGNMENT_BYTES for step in spec.stride[:-1]):
+        if not has_aligned_rows(spec):
             raise Refused(f"{reads} rows that begin at multiples of {ALIGNMENT_BYTES} bytes, none twice, not {spec}: {cure}")
 
 

@@ -16,7 +16,7 @@ from autokernel.cutedsl import op
 from autokernel.cutedsl.config import CuteConfig
 from autokernel.cutedsl.objects import load
 from autokernel.export.bundle import Entry
-from autokernel.export.cute_specs import arch_of, inner_epilogue, layout_problem, spec_for, spec_of_value
+from autokernel.export.cute_specs import arch_of, has_aligned_rows, inner_epilogue, spec_for, spec_of_value
 from autokernel.export.cutedsl import Resolver, called, refuse_in_package, viewed
 from autokernel.ops import Region
 from autokernel.ops.linear_rms_norm import LinearRmsNorm, norm_of_squares
@@ -42,7 +42,7 @@ class CuteCall:
             raise ValueError(f"there is no CuTe DSL kernel for {region.problem.op}")
         x, w, _, *added = (node.meta["val"] for node in region.inputs)
         for residual in (spec_of_value(_rows(value)) for value in added):
-            if residual.stride[1] != 1 or layout_problem(residual) is not None:
+            if not has_aligned_rows(residual):
                 raise ValueError(f"what is added has strides {residual.stride}: the kernel reads aligned rows")
         kernel = spec_for(
             entry.config,

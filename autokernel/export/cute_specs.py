@@ -131,6 +131,12 @@ def layout_problem(spec: TensorSpec) -> str | None:
     return None
 
 
+def has_aligned_rows(spec: TensorSpec) -> bool:
+    """Whether a kernel can read what it adds or multiplies with: contiguous rows, each at a place of its own, and aligned."""
+    *rows, columns = spec.stride
+    return columns == 1 and all(step and step * DTYPE_BYTES[spec.dtype] % ALIGNMENT_BYTES == 0 for step in rows)
+
+
 def spec_of_value(value: torch.Tensor) -> TensorSpec:
     """Shape, dtype and strides of a (fake) tensor whose start is aligned.
 

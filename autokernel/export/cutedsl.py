@@ -24,7 +24,16 @@ from autokernel.cutedsl.objects import ObjectError, load, read_info
 from autokernel.cutedsl.spec import BIAS, KernelSpec, ObjectInfo
 from autokernel.errors import CompileError
 from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.cute_specs import ADD, SCALES, arch_of, expected_epilogue, spec_for, spec_of_value, specs_of
+from autokernel.export.cute_specs import (
+    ADD,
+    SCALES,
+    arch_of,
+    expected_epilogue,
+    has_aligned_rows,
+    spec_for,
+    spec_of_value,
+    specs_of,
+)
 from autokernel.export.pins import dtype_name
 from autokernel.export.plan import Plan
 from autokernel.export.templates import gemm_of_node
@@ -188,7 +197,7 @@ class CutePass(CustomGraphPass):
         found = find_epilogue(node, order)
         own = tuple(BIAS if argument.meta["val"].dim() == 1 else ADD for argument in product.added)
         values = [argument.meta["val"] for argument in (*product.added, *found.operands)]
-        readable = all(value.stride(-1) == 1 and value.storage_offset() % ALIGNMENT_BYTES == 0 for value in values)
+        readable = all(v.storage_offset() % ALIGNMENT_BYTES == 0 and has_aligned_rows(spec_of_value(v)) for v in values)
         return found if (*own, *found.names) == expected and readable else None
 
 

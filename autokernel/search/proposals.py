@@ -138,7 +138,7 @@ class Proposer(ABC):
         sizes = self._ledger.sizes
         everything = sum(sizes.values()) <= max_trials
         self._sampled = [b for b, size in sizes.items() if size > _SMALL_SPACE and not everything]
-        self._enumerated = False
+        self._enumerated: set[str] = set()  # backends whose configs all waited
 
     @abstractmethod
     def _new_study(self, spaces: Mapping[str, BoundSpace], seed: int) -> Sampled:
@@ -171,15 +171,17 @@ class Proposer(ABC):
     def enqueue(self, seeds: Iterable[Seed]) -> int:
         """Propose these first, in order. Illegal and known ones are left out, with a line in the log.
 
-        Where seeds take turns with the sampler there are many: small backends, a library's few ways, come before those.
+        Where seeds take turns with the sampler there are many: small backends without any, a library's few ways, come before.
 
         Returns:
             How many were taken.
         """
-        taken = 0
+        taken, seeds = 0, list(seeds)
+        seeded = {seed.candidate.backend for seed in seeds if seed.origin in SEEDED_BY_RULE}
+        early = [backend for backend, size in self._ledger.sizes.items() if size <= _SMALL_SPACE and backend not in seeded]
         for seed in seeds:
             if self._alternate and seed.origin in SEEDED_BY_RULE:
-                self._enumerate()
+                self._enumerate(early)
             reasons = self._ledger.violations(seed.candidate)
             if reasons:
                 logger.info("seed %s (%s) left out: %s", seed.candidate.label, seed.origin, "; ".join(reasons))
@@ -262,18 +264,16 @@ class Proposer(ABC):
 
     def _waiting(self) -> Waiting | None:
         waiting = self._ledger.next_waiting()
-        if waiting is None and not self._enumerated:
-            self._enumerate()
+        if waiting is None:
+            self._enumerate(backend for backend in self._ledger.spaces if backend not in self._sampled)
             waiting = self._ledger.next_waiting()
         return waiting
 
-    def _enumerate(self) -> None:
-        """All of every small backend waits, once."""
-        if self._enumerated:
-            return
-        self._enumerated = True
-        small = [backend for backend in self._ledger.spaces if backend not in self._sampled]
-        candidates = list(self._ledger.unseen_of(small))
+    def _enumerate(self, backends: Iterable[str]) -> None:
+        """All of these backends waits, once."""
+        new = [backend for backend in backends if backend not in self._enumerated]
+        self._enumerated |= {*new}
+        candidates = list(self._ledger.unseen_of(new))
         self._rng.shuffle(candidates)  # any prefix is a fair sample
         for candidate in candidates:
             self._ledger.wait(candidate, "enumerated")

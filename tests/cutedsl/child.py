@@ -113,7 +113,7 @@ def epilogues() -> None:
             operands = {name: example(taker, acc) for name, taker in spec.operands().items()}
             results = composed(spec, by_torch)(acc, **{n: as_rows(spec.operands()[n], t) for n, t in operands.items()})
             got = results["D"]
-            assert set(results) == {"D", SQUARES} if spec.squares else {"D"}
+            assert set(results) == ({"D", SQUARES} if spec.squares else {"D"})
             assert all(factor is got for factor in results.get(SQUARES, ()))  # which are multiplied
             answer["errors"].append(float((got - expected(spec, acc, operands)).abs().max()))
         identity._is_extern_function = lambda function: True  # as for an installed autokernel

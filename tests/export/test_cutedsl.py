@@ -89,6 +89,22 @@ def test_what_follows_is_fused_with_its_operands(tmp_path: Path) -> None:
     assert targets(module) == ["aten.t.default", "autokernel.cute_gemm.fused"]
 
 
+@pytest.mark.parametrize("strides", [(1, M), (N + 4, 1), (0, 1)], ids=str)
+def test_what_lies_as_the_kernel_cannot_read_it_is_not_fused(tmp_path: Path, strides: tuple[int, int]) -> None:
+    """Entries are found without their epilogue: its operands may lie differently here."""
+    plan = with_objects(tmp_path, entry(SILU_ADD, FUSED))
+
+    def block(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        added = torch.as_strided(r, (M, N), strides)
+        return torch.nn.functional.silu(x @ w.t()) + added
+
+    module = traced(block, (M, K), (N, K), (M, 2 * N))
+    CutePass(plan)(module.graph)
+    (call,) = calls(module)
+    assert epilogue_of(plan, call) == ()
+    assert "aten.add.Tensor" in targets(module)
+
+
 def test_operands_and_result_in_another_shape_are_seen_through_views(tmp_path: Path) -> None:
     plan = with_objects(tmp_path, entry(SILU_ADD, FUSED))
 

@@ -163,14 +163,17 @@ def test_one_layers_sum_is_the_next_ones_residual(tmp_path: Path) -> None:
     assert targets(module).count("aten.add.Tensor") == 2
 
 
-def test_stock_code_stays_where_the_kernel_cannot_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strides", [(1, 16), (N + 4, 1), (0, 1)], ids=str)
+def test_stock_code_stays_where_the_kernel_cannot_read(tmp_path: Path, strides: tuple[int, int]) -> None:
     """The entry is for the sizes; what lies differently in memory here is looked at here."""
     plan = with_objects(tmp_path, entry(problem(16), TILE))
-    module = traced(lambda x, w, g, r: layer(x, w, g, r.t()), (16, K), (N, K), (N,), (N, 16))
+    module = traced(
+        lambda x, w, g, r: layer(x, w, g, torch.as_strided(r, (16, N), strides)), (16, K), (N, K), (N,), (16, 2 * N)
+    )
     RegionPass(plan)(module.graph)
     assert calls(module) == []
     assert hits(plan) == [0]
-    assert "what is added has strides (1, 16): the kernel reads aligned rows" in reasons(plan)
+    assert f"what is added has strides {strides}: the kernel reads aligned rows" in reasons(plan)
 
 
 def test_stock_code_stays_where_no_object_is_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,22 @@ def test_a_librarys_few_ways_come_before_the_seeds_of_rules() -> None:
     assert [p.candidate.backend for p in proposals[:6]] == ["aten", "aten", "cutedsl", "inductor", "cutedsl", "inductor"]
 
 
+@pytest.mark.parametrize("max_trials", [14, 1000], ids=["few trials", "as many as there are configs"])
+def test_a_small_backend_with_seeds_of_rules_takes_turns_all_the_same(max_trials: int) -> None:
+    """CuTe DSL has twelve configs for few rows and batches: at random and all at once, they would be all that is tried."""
+    inputs = (TensorSpec.contiguous((2, 16, 2048), "bfloat16"), TensorSpec.contiguous((2, 2048, 2048), "bfloat16"))
+    problem = Problem(op="bmm", device="cuda", inputs=inputs)
+    names = NAMES | {"batch": 2, "n": 2048, "k": 2048}
+    spaces = {name: space for name, space in load_space("bmm").items() if name in ("aten", "inductor", "cutedsl")}
+    assert spaces["cutedsl"].count(names, 100) == 12
+    search = tuner(problem=problem, spaces=spaces, names=names, max_trials=max_trials)
+    search.enqueue(seeds_from(("stock", "nvmatmul"), SeedContext(problem=problem, spaces=spaces, names=names)))
+    proposals = search.ask(7)
+    assert proposals[1].origin in ("default", "nvmatmul"), "not at random"
+    if max_trials == 14:
+        assert [p.candidate.backend for p in proposals] == ["aten", *(["cutedsl", "inductor"] * 3)]
+
+
 def us_of_any(candidate: Candidate) -> float:
     """As `us_of`, with the best of all in another backend: quack's tiles of 128 x 64, transposed, K in four parts."""
     config: Any = candidate.config
