@@ -22,7 +22,7 @@ from autokernel.cutedsl import op
 from autokernel.cutedsl.config import ALIGNMENT_BYTES, CuteConfig
 from autokernel.cutedsl.objects import ObjectError, load, read_info
 from autokernel.cutedsl.spec import BIAS, KernelSpec, ObjectInfo
-from autokernel.errors import CompileError
+from autokernel.errors import CompileError, StorageError
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.cute_specs import (
     ADD,
@@ -92,8 +92,15 @@ def compiled_object(spec: KernelSpec) -> tuple[ObjectInfo, Path]:
 
 
 def compiled_here(spec: KernelSpec) -> Path:
-    """The file of `compiled_object`."""
-    return compiled_object(spec)[1]
+    """The file of `compiled_object`; a cache that cannot be written is no reason for a model not to run, either.
+
+    Raises:
+        CompileError: there is none.
+    """
+    try:
+        return compiled_object(spec)[1]
+    except StorageError as error:
+        raise CompileError(str(error)) from None
 
 
 def with_objects(bundle: Bundle) -> tuple[Bundle, dict[str, Path]]:

@@ -16,7 +16,8 @@ from export.pretended_h200 import H200, generated_code
 from export.stand_in_objects import BYTES, calls, entry, hits, info_of, path_of, reasons, spec, targets, traced, with_objects
 from torch._subclasses import FakeTensorMode
 
-from autokernel.errors import BundleError
+from autokernel.cutedsl.spec import KernelSpec
+from autokernel.errors import BundleError, StorageError
 from autokernel.export import cutedsl
 from autokernel.export.apply import BundleBackend, inductor_options
 from autokernel.export.bundle import Bundle, read_bundle, read_objects, write_bundle
@@ -320,6 +321,20 @@ def test_an_object_that_is_not_with_the_bundle_leaves_stock_code(tmp_path: Path)
     CutePass(plan)(module.graph)
     assert not calls(module)
     assert "no readable record of a compiled kernel" in reasons(plan)
+
+
+def test_a_cache_that_cannot_be_written_leaves_stock_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a bundle without its objects, on a machine that may keep none: the model runs all the same."""
+
+    def refuses(kernel: KernelSpec) -> None:
+        raise StorageError("the cache cannot be written")
+
+    monkeypatch.setattr(cutedsl, "compiled_object", refuses)
+    plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=(entry(MM, QUACK),)))
+    module = traced(lambda x, w: x @ w.t(), (M, K), (N, K))
+    CutePass(plan)(module.graph)
+    assert not calls(module)
+    assert "the cache cannot be written" in reasons(plan)
 
 
 def test_merged_weights_are_one_matrix() -> None:
