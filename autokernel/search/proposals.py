@@ -1,9 +1,9 @@
 """In which order candidates of one problem are proposed, and what becomes of them. Needs no optuna.
 
-Seeds come first, then all of every small backend space, then the sampler; if that ranks some backends by a cost model, small
-spaces come earlier, and seeds of the other backends by turns with it. What the sampler draws is checked here: an illegal
-config is told as a violated constraint and never proposed, a known one is answered at once. Lost candidates are proposed
-again. Of a kind of kernel whose first candidates were all refused, no more are proposed.
+Seeds come first, then all of every small backend space, then the sampler; if that ranks some backends by a cost model, seeds
+of the others come by turns with it, and small spaces without such seeds before them. What the sampler draws is checked here:
+an illegal config is told as a violated constraint and never proposed, a known one is answered at once. Lost candidates are
+proposed again. Of a kind of kernel whose first candidates were all refused, no more are proposed.
 """
 
 from __future__ import annotations
