@@ -167,7 +167,10 @@ def main() -> None:
         elif arguments.run is not None:
             found = winners_of(arguments.run)
         run = results.get("run", {})
-        results["gemms"] = measure(_selected(loaded, arguments), found, run, arguments.workers, arguments.rounds)
+        cases = _selected(loaded, arguments)
+        results["gemms"] = measure(cases, found, run, arguments.workers, arguments.rounds)
+        if len(results["gemms"]) < len(cases):
+            results["interrupted"] = f"{len(results['gemms'])} of {len(cases)} GEMMs were measured"
     print(markdown([results], arguments.most))
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
