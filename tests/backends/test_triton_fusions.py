@@ -39,10 +39,10 @@ def space(problem: Problem, backend: str = "triton") -> BoundSpace:
 
 DECODING = attention(64, (32, 8), 1, 2048, mask="bool")
 CASES = {
-    "decode 1": (attention(1, (32, 8), 1, 2048, mask="bool"), {"kernel": "decode_attention", "num_splits": 32}),
-    "decode 16": (attention(16, (32, 8), 1, 2048, mask="bool"), {"kernel": "decode_attention", "num_splits": 4}),
+    "decode 1": (attention(1, (32, 8), 1, 2048, mask="bool"), {"kernel": "decode_attention", "num_splits": 16}),
+    "decode 16": (attention(16, (32, 8), 1, 2048, mask="bool"), {"kernel": "decode_attention", "num_splits": 1}),
     "decode 64": (DECODING, {"kernel": "decode_attention", "num_splits": 1}),
-    "odd": (attention(4, (32, 8), 1, 2049), {"kernel": "decode_attention", "num_splits": 17}),
+    "odd": (attention(4, (32, 8), 1, 2049), {"kernel": "decode_attention", "num_splits": 4}),
     "tiny": (attention(1, (12, 12), 1, 5, dim=64), {"kernel": "decode_attention", "num_splits": 1}),
     "prompt": (attention(1, (32, 8), 512, 512, causal=True), {"kernel": "flash_attention", "BLOCK_M": 64}),
     "masked prompt": (
