@@ -15,6 +15,7 @@ from autokernel.environment import Environment
 from autokernel.errors import JobCrashed
 from autokernel.evaluate.end_to_end import ScenarioTiming, TimeScenario
 from autokernel.events import ModeTiming, PlanTrial, Profiled, event_from_json, event_to_json
+from autokernel.profiling.footprint import Footprint, MeasureFootprints
 from autokernel.records import (
     Candidate,
     Check,
@@ -31,6 +32,7 @@ from autokernel.records import (
 from autokernel.search.plans import Plan
 from autokernel.stages.context import RunContext
 from autokernel.stages.plan import _contest, _decided, choose_plans, judge, parts_of, play
+from autokernel.stages.rehearsal import Rehearse
 
 PASSED = Verdict(checks=(Check(name="all", value=0, limit=1, passed=True),))
 X = TensorSpec.contiguous((1, 2, 1, 64), "float32")
@@ -173,11 +175,19 @@ class Timer:
     broken: str = ""
     num_workers: int = 2
     asked: list[TimeScenario] = field(default_factory=list)
+    rehearsed: list[str] = field(default_factory=list)
 
     def submit(self, job: Callable[[], Any], timeout_s: float) -> Future[Any]:
+        future: Future[Any] = Future()
+        if isinstance(job, MeasureFootprints):
+            future.set_result(tuple(Footprint(scenarios={}, device=1) for _ in job.models))
+            return future
+        if isinstance(job, Rehearse):
+            self.rehearsed.append(job.scenario)
+            future.set_result(1.0)
+            return future
         assert isinstance(job, TimeScenario)
         self.asked.append(job)
-        future: Future[Any] = Future()
         if job.scenario == self.broken:
             future.set_exception(JobCrashed("it broke"))
             return future
@@ -194,6 +204,26 @@ class Timer:
 
     def close(self) -> None:
         """There is nothing to close."""
+
+
+def context_of(pool: Timer, device: str, *recorders: Any) -> RunContext:
+    return RunContext(
+        loaded=load_experiment(Path(__file__).parents[2] / "experiments" / "llama.yaml"), folder=Path("unused"),
+        run_id="r", device=device, threads=2, pool=pool, recorders=recorders,
+        environment=Environment(device=device, device_name="A device", isa="x", num_units=2, torch="2.11.0"),
+    )  # fmt: skip
+
+
+def test_max_autotune_is_rehearsed_beside_plans_on_a_gpu() -> None:
+    winners = [
+        winner(attention(10.0), 5, attention(20.0), scenario="decode-b64"),
+        winner(attention(20.0), 2, scenario="decode-b64"),
+    ]
+    pool = Timer()
+    profiled = Profiled(hotspots=(), scenario_us={"decode-b64": 100.0}, read_gb_per_s=1, peak_tflops={})
+    choose_plans(context_of(pool, "cuda"), profiled, winners)
+    assert [job.scenario for job in pool.asked][:1] == ["decode-b64"]
+    assert pool.rehearsed == ["decode-b1", "decode-b16"]
 
 
 def test_all_scenarios_are_timed_together_and_one_that_fails_costs_no_other(caplog: pytest.LogCaptureFixture) -> None:
@@ -215,11 +245,7 @@ def test_all_scenarios_are_timed_together_and_one_that_fails_costs_no_other(capl
         def close(self) -> None:
             """Nothing is open."""
 
-    context = RunContext(
-        loaded=load_experiment(Path(__file__).parents[2] / "experiments" / "llama.yaml"), folder=Path("unused"),
-        run_id="r", device="cpu", threads=2, pool=pool, recorders=[Listener()],
-        environment=Environment(device="cpu", device_name="A CPU", isa="x", num_units=2, torch="2.11.0"),
-    )  # fmt: skip
+    context = context_of(pool, "cpu", Listener())
     profiled = Profiled(hotspots=(), scenario_us=dict.fromkeys(names, 100.0), read_gb_per_s=1, peak_tflops={})
     kept, dropped = choose_plans(context, profiled, winners)
     assert [job.scenario for job in pool.asked[:3]] == list(names), "before any of them answers"
