@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+import itertools
 import json
 import math
 import types
@@ -150,6 +151,14 @@ class TensorSpec(Record):
         """Bytes of the distinct elements: broadcast dimensions (stride 0) count once."""
         distinct = math.prod(n for n, s in zip(self.shape, self.stride, strict=True) if s != 0 or n == 1)
         return distinct * DTYPE_BYTES[self.dtype]
+
+    @property
+    def row_step(self) -> int | None:
+        """Elements from each row to the next, rows being along the last dimension; None if they are not evenly apart."""
+        rows = [(n, s) for n, s in zip(self.shape[:-1], self.stride[:-1], strict=True) if n != 1]
+        if any(outer != n * inner for (_, outer), (n, inner) in itertools.pairwise(rows)):
+            return None
+        return rows[-1][1] if rows else self.shape[-1]
 
     @property
     def reach(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
-from autokernel.kernels.parameters import Parameters, Precision, precision_problem
+from autokernel.kernels.parameters import Parameters, Precision, is_power_of_two, precision_problem
 from autokernel.ops.attention import AttentionSizes, mask_position, sizes_of
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
@@ -195,7 +195,7 @@ def _precision_problem(problem: Problem, precision: str) -> str | None:
 
 
 def _tile_problem(name: str, size: int) -> str | None:
-    if size < _MIN_TILE or size & (size - 1):
+    if size < _MIN_TILE or not is_power_of_two(size):
         return f"{name} is a power of two of at least {_MIN_TILE}; it is {size}"
     return None
 

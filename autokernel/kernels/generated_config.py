@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from autokernel.kernels.parameters import Parameters, Precision, precision_problem
+from autokernel.kernels.parameters import Parameters, Precision, is_power_of_two, precision_problem
 
 Mode = Literal["rows", "swap", "vector"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -31,7 +31,7 @@ class RowsConfig(Parameters):
     def problem(self, columns: int) -> str | None:
         """The rule that a row of so many columns breaks, None if there is none."""
         for name, value in (("block_m", self.block_m), ("block_k", self.block_k or 1)):
-            if value & (value - 1) or value < 1:
+            if not is_power_of_two(value):
                 return f"{name} must be a power of two; it is {value}"
         if self.block_k == 0 and columns > MAX_WHOLE_ROW:
             return f"rows of more than {MAX_WHOLE_ROW} columns are walked over in tiles; these have {columns}: set block_k"
@@ -71,7 +71,7 @@ class ProductsConfig(Parameters):
             return wrong
         for name in ("block_m", "block_n", "block_k", "block_s"):
             value = getattr(self, name)
-            if value < 1 or value & (value - 1):
+            if not is_power_of_two(value):
                 return f"{name} must be a power of two; it is {value}"
         if self.mode == "vector" and (rows != 1 or self.block_m != 1):
             return f"mode vector is for one row and block_m of 1; there are {rows} rows, block_m is {self.block_m}"

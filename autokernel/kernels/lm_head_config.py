@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autokernel.kernels.config import DTYPES, MAX_ELEMENTS, MAX_M, MODES, Mode
 from autokernel.kernels.launch import Operand
-from autokernel.kernels.parameters import Parameters, power_of_two
+from autokernel.kernels.parameters import Parameters, is_power_of_two, power_of_two
 from autokernel.ops.lm_head import LAST, position_of
 from autokernel.records import Problem, TensorSpec
 
@@ -39,7 +38,7 @@ class HeadTile(Parameters):
             return f"mode is one of {', '.join(MODES)}; it is {self.mode}"
         for name in ("block_n", "block_k", "num_warps"):
             value = getattr(self, name)
-            if value < 1 or value & (value - 1):
+            if not is_power_of_two(value):
                 return f"{name} is a power of two; it is {value}"
         if not 1 <= m <= MAX_M:
             return f"{op} is for 1 to {MAX_M} rows; there are {m}"
@@ -89,11 +88,9 @@ def rows_of(problem: Problem) -> tuple[int, int]:
     x = problem.inputs[0]
     if position_of(problem) == LAST:
         return (x.shape[1] - 1) * x.stride[1], x.stride[0]
-    sized = [(n, s) for n, s in zip(x.shape[:-1], x.stride[:-1], strict=True) if n > 1]
-    even = all(outer == n * inner for (_, outer), (n, inner) in itertools.pairwise(sized))
-    if not even:
+    if x.row_step is None:
         raise ValueError(f"{problem.op} takes rows that are evenly apart; x is {list(x.shape)} with strides {list(x.stride)}")
-    return 0, sized[-1][1] if sized else x.shape[-1]
+    return 0, x.row_step
 
 
 def inputs_problem(problem: Problem) -> str | None:

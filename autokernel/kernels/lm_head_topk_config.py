@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from autokernel.kernels.config import MAX_ELEMENTS
 from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
 from autokernel.kernels.lm_head_config import HeadTile, inputs_problem
-from autokernel.kernels.parameters import power_of_two
+from autokernel.kernels.parameters import is_power_of_two, power_of_two
 from autokernel.ops.lm_head import INDEX_DTYPE
 from autokernel.ops.lm_head_topk import LmHeadTopk
 from autokernel.records import ConfigValue, Problem
@@ -35,7 +35,7 @@ class LmHeadTopkConfig(HeadTile):
         m, n, top, kept = (sizes[name] for name in ("m", "n", "top", "kept"))
         if not 1 <= top <= MAX_TOP:
             return f"{op} is for the 1 to {MAX_TOP} largest; top is {top}"
-        if self.width & (self.width - 1) or self.width < 2 * kept:
+        if not is_power_of_two(self.width) or self.width < 2 * kept:
             return f"width is a power of two, no less than {2 * kept} where top is {top}; it is {self.width}"
         wrong = self.tile_problem(op, m, n, sizes["k"])
         if wrong is None and m * self.candidates(n, kept) > MAX_ELEMENTS:

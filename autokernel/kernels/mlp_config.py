@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
-from autokernel.kernels.parameters import Parameters, Precision, precision_problem
+from autokernel.kernels.parameters import Parameters, Precision, is_power_of_two, precision_problem
 from autokernel.kernels.row_norm_config import broadcast_strides
 from autokernel.ops.mlp import Mlp, MlpInputs, inputs_of
 from autokernel.records import ConfigValue, Problem, TensorSpec
@@ -61,7 +61,7 @@ class MlpConfig(Parameters):
             return wrong
         for name in ("block_m", "block_h", "block_k", "block_n", "num_warps", "sum_block", "sum_parts", "sum_warps"):
             value = getattr(self, name)
-            if value < 1 or value & (value - 1):
+            if not is_power_of_two(value):
                 return f"{name} is a power of two; it is {value}"
         tile = (self.block_m, self.block_h, self.block_k, self.block_n)
         if min(tile) < _MIN_TILE:

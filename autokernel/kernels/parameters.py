@@ -45,5 +45,10 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+def is_power_of_two(number: int) -> bool:
+    """Whether it is one: 1, 2, 4, ..."""
+    return number >= 1 and number & (number - 1) == 0
+
+
 def _same(value: Any) -> Any:
     return value

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autokernel.kernels.launch import KernelPlan, Launch, Operand, as_real
-from autokernel.kernels.parameters import Parameters, power_of_two
+from autokernel.kernels.parameters import Parameters, is_power_of_two, power_of_two
 from autokernel.kernels.row_norm_config import broadcast_strides
 from autokernel.ops import get_op
 from autokernel.ops.fusion import PatternFusion
@@ -37,7 +37,7 @@ class RotaryConfig(Parameters):
         """The rule that the parameters break for rows of a length, None if they are legal."""
         for name in ("block_rows", "num_warps"):
             value = getattr(self, name)
-            if value < 1 or value & (value - 1):
+            if not is_power_of_two(value):
                 return f"{name} is a power of two; it is {value}"
         pairs = self.block_rows * block_pairs(head_dim) // (32 * self.num_warps)
         if pairs > _MAX_PER_THREAD:

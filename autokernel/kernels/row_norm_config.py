@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from autokernel.kernels.launch import KernelPlan, Launch, Operand
-from autokernel.kernels.parameters import power_of_two
+from autokernel.kernels.parameters import is_power_of_two, power_of_two
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -46,25 +46,20 @@ class RowNormConfig:
         """The rule that the parameters break for a problem, None if they are legal."""
         for name in ("rows", "num_warps"):
             value = getattr(self, name)
-            if value < 1 or value & (value - 1):
+            if not is_power_of_two(value):
                 return f"{name} is a power of two; it is {value}"
         if num_cols > MAX_COLS:
             return f"row_norm keeps whole rows in registers, of at most {MAX_COLS} columns; there are {num_cols}"
         blocks = -(-num_rows // self.rows)
         if self.repeat < 1 or (self.repeat > 1 and self.repeat > blocks):
             return f"repeat is 1 to the number of blocks of rows, {blocks}; it is {self.repeat}"
-        each = self.rows * block_cols(num_cols) / (32 * self.num_warps)
+        each = self.rows * power_of_two(num_cols) / (32 * self.num_warps)
         if not _MIN_PER_THREAD <= each <= _MAX_PER_THREAD:
             return (
                 f"a thread has {_MIN_PER_THREAD} to {_MAX_PER_THREAD} elements of a block; {self.rows} rows of {num_cols} "
                 f"columns with {self.num_warps} warps are {each:g}"
             )
         return None
-
-
-def block_cols(num_cols: int) -> int:
-    """Columns of a block: the next power of two."""
-    return power_of_two(num_cols)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +137,7 @@ def plan_row_norm(problem: Problem, config: Mapping[str, ConfigValue]) -> Kernel
                     "GATE": form.gates,
                     "BLOCK_ROWS": parameters.rows,
                     "REPEAT": parameters.repeat,
-                    "BLOCK_COLS": block_cols(cols),
+                    "BLOCK_COLS": power_of_two(cols),
                 },
                 num_warps=parameters.num_warps,
                 num_stages=1,

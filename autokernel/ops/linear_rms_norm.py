@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from autokernel.ops.base import Region, Site, sites_of
@@ -97,13 +96,10 @@ def norm_of_squares(
 
 def as_matrix(spec: TensorSpec) -> TensorSpec:
     """`x.reshape(-1, cols)`: the same memory, or a copy where rows do not follow each other at one distance."""
-    *rows, cols = spec.shape
-    steps = [(n, step) for n, step in zip(rows, spec.stride, strict=False) if n != 1]
-    even = all(outer == n * inner for (_, outer), (n, inner) in pairwise(steps))
-    if not even:
-        return TensorSpec.contiguous((math.prod(rows), cols), spec.dtype)
-    step = steps[-1][1] if steps else cols
-    return TensorSpec(shape=(math.prod(rows), cols), dtype=spec.dtype, stride=(step, spec.stride[-1]))
+    shape, step = (math.prod(spec.shape[:-1]), spec.shape[-1]), spec.row_step
+    if step is None:
+        return TensorSpec.contiguous(shape, spec.dtype)
+    return TensorSpec(shape=shape, dtype=spec.dtype, stride=(step, spec.stride[-1]))
 
 
 class LinearRmsNorm(PatternFusion):

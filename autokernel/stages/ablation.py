@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from autokernel.errors import WorkerError
@@ -11,8 +11,9 @@ from autokernel.evaluate.end_to_end import Contender, ScenarioTiming, TimeScenar
 from autokernel.events import Ablated
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.stages.context import RunContext
-from autokernel.stages.rehearsal import rehearsals
-from autokernel.stages.whole_model import run_on_model, with_layers
+from autokernel.stages.never_slower import without
+from autokernel.stages.rehearsal import run_beside_rehearsals
+from autokernel.stages.whole_model import with_layers
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ def without_useless(context: RunContext, bundle: Bundle, gone: dict[str, str]) -
     validation = context.experiment.validation
     digest, known = bundle.applied_digest, context.state.ablated if context.state is not None else None
     if known is not None and known.applied_digest == digest:
-        return _without(bundle, known.dropped, gone)
+        gone |= known.dropped
+        return without(bundle, gone)
     own = {name: [e for e in bundle.entries if e.scenario == name] for name in context.experiment.scenarios}
     jobs = [
         (
@@ -55,27 +57,14 @@ def without_useless(context: RunContext, bundle: Bundle, gone: dict[str, str]) -
     if not jobs:
         return bundle
     try:
-        timings = run_on_model(
-            context,
-            "validate",
-            jobs,
-            _TIMEOUT_S,
-            layers=validation.ablation_layers,
-            bundle=bundle,
-            beside=rehearsals(context, "validate"),
-            beside_layers=validation.ablation_layers,
-        )
+        timings = run_beside_rehearsals(context, "validate", jobs, _TIMEOUT_S, layers=validation.ablation_layers, bundle=bundle)
     except WorkerError as error:
         log.warning("no entry was left out by ablation, for the model does not run: %s", error)
         return bundle
     useless = {key: why for timing in timings for key, why in _useless(timing, own[timing.scenario]).items()}
     context.emit(Ablated(applied_digest=digest, dropped=useless))
-    return _without(bundle, useless, gone)
-
-
-def _without(bundle: Bundle, useless: Mapping[str, str], gone: dict[str, str]) -> Bundle:
     gone |= useless
-    return replace(bundle, entries=tuple(entry for entry in bundle.entries if entry.key not in gone))
+    return without(bundle, gone)
 
 
 def _parts(context: RunContext, entries: Sequence[Entry]) -> list[Sequence[Entry]]:

@@ -14,8 +14,8 @@ from autokernel.export.bundle import Bundle, ScenarioOptions
 from autokernel.records import ConfigValue, Speedup
 from autokernel.search.graph_options import Options, load_graph_options, merged, spelled
 from autokernel.stages.context import RunContext
-from autokernel.stages.rehearsal import rehearsals
-from autokernel.stages.whole_model import run_on_model, with_layers
+from autokernel.stages.rehearsal import run_beside_rehearsals
+from autokernel.stages.whole_model import with_layers
 
 log = logging.getLogger(__name__)
 
@@ -137,16 +137,7 @@ def _try(context: RunContext, bundle: Bundle, sets: Sequence[Options]) -> list[G
     ]
     largest = replace(bundle, graph_options={"freezing": "all"})
     try:
-        timings = run_on_model(
-            context,
-            "graph",
-            jobs,
-            _TIMEOUT_S,
-            layers=settings.layers,
-            bundle=largest,
-            beside=rehearsals(context, "graph"),
-            beside_layers=context.experiment.validation.ablation_layers,
-        )
+        timings = run_beside_rehearsals(context, "graph", jobs, _TIMEOUT_S, layers=settings.layers, bundle=largest)
     except WorkerError as error:  # validation will see what is wrong with the bundle
         log.warning("no graph options were tried: %s", error)
         return []

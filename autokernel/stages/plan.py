@@ -22,8 +22,8 @@ from autokernel.search.plans import Part, Plan, best_plans, rivals_of
 from autokernel.stages.confirm import entry_of
 from autokernel.stages.context import RunContext
 from autokernel.stages.production import make_bundle
-from autokernel.stages.rehearsal import rehearsals
-from autokernel.stages.whole_model import run_on_model, with_layers
+from autokernel.stages.rehearsal import run_beside_rehearsals
+from autokernel.stages.whole_model import with_layers
 
 log = logging.getLogger(__name__)
 
@@ -199,17 +199,7 @@ def _time(context: RunContext, contests: Sequence[_Contest], winners: Sequence[W
 
     largest = make_bundle(context, [entry_of(winner) for winner in winners], {})
     try:
-        run_on_model(
-            context,
-            _STAGE,
-            jobs,
-            _TIMEOUT_S,
-            layers=settings.layers,
-            bundle=largest,
-            beside=rehearsals(context, _STAGE),
-            beside_layers=context.experiment.validation.ablation_layers,
-            arrived=arrived,
-        )
+        run_beside_rehearsals(context, _STAGE, jobs, _TIMEOUT_S, layers=settings.layers, bundle=largest, arrived=arrived)
     except WorkerError as error:
         missing = ", ".join(contest.scenario for contest in contests if contest.scenario not in found)
         log.warning("%s: the plan that should save most is taken untimed: %s", missing, error)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from autokernel.config import LoadedExperiment
 from autokernel.evaluate.modes import Contender, compile_errors, failure_of, load_scenario, prepare
 from autokernel.evaluate.whole_model import JobTurns, ModelJob, model_job
+from autokernel.export.bundle import Bundle
 from autokernel.stages.context import RunContext
-from autokernel.stages.whole_model import with_layers
+from autokernel.stages.whole_model import run_on_model, with_layers
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +40,9 @@ class Rehearse(ModelJob):
     threads: int
     seed: int
 
-    def __call__(self) -> float:
-        """Seconds that it took."""
-        start = time.monotonic()
+    def __call__(self) -> None:
         with model_job(self.device, self.threads) as turns:
             self._compile(turns)
-        return time.monotonic() - start
 
     def _compile(self, turns: JobTurns) -> None:
         _, program = load_scenario(self.loaded, self.scenario, turns, self.seed)
@@ -52,6 +51,30 @@ class Rehearse(ModelJob):
                 prepare(Contender(name=_REHEARSED), program, turns)
         except compile_errors() as error:  # validation will say so
             log.warning("%s: %s does not run on a few layers: %s", self.scenario, _REHEARSED, failure_of(error))
+
+
+def run_beside_rehearsals(
+    context: RunContext,
+    stage: str,
+    jobs: Sequence[tuple[str, str, Callable[[], T]]],
+    timeout_s: float,
+    *,
+    layers: int | None,
+    bundle: Bundle,
+    arrived: Callable[[T], None] | None = None,
+) -> list[T]:
+    """`run_on_model`, with the stage's share of rehearsals beside the jobs."""
+    return run_on_model(
+        context,
+        stage,
+        jobs,
+        timeout_s,
+        layers=layers,
+        bundle=bundle,
+        beside=rehearsals(context, stage),
+        beside_layers=context.experiment.validation.ablation_layers,
+        arrived=arrived,
+    )
 
 
 def rehearsals(context: RunContext, stage: str) -> list[tuple[str, str, Callable[[], Any]]]:
