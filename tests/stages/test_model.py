@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from pretended_run import Listener
 
 from autokernel.config import load_experiment
 from autokernel.environment import Environment
 from autokernel.errors import JobCrashed, WorkerError
 from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, ScenarioTiming, TimeScenario
 from autokernel.events import (
-    Event,
     ModelValidated,
     ModeTiming,
     RunStarted,
@@ -90,17 +90,6 @@ class Answers:
             hits={BUNDLE: hits},
             products=("x",),
         )
-
-
-class Listener:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def record(self, event: Event) -> None:
-        self.events.append(event)
-
-    def close(self) -> None:
-        """Nothing to flush."""
 
 
 def run(

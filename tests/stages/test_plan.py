@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from pretended_run import Listener, context_of
 
-from autokernel.config import load_experiment
-from autokernel.environment import Environment
 from autokernel.errors import JobCrashed
 from autokernel.evaluate.end_to_end import ScenarioTiming, TimeScenario
 from autokernel.events import ModeTiming, PlanTrial, Profiled, event_from_json, event_to_json
@@ -30,7 +28,6 @@ from autokernel.records import (
     Winner,
 )
 from autokernel.search.plans import Plan
-from autokernel.stages.context import RunContext
 from autokernel.stages.plan import _contest, _decided, choose_plans, judge, parts_of, play
 from autokernel.stages.rehearsal import Rehearse
 
@@ -206,14 +203,6 @@ class Timer:
         """There is nothing to close."""
 
 
-def context_of(pool: Timer, device: str, *recorders: Any) -> RunContext:
-    return RunContext(
-        loaded=load_experiment(Path(__file__).parents[2] / "experiments" / "llama.yaml"), folder=Path("unused"),
-        run_id="r", device=device, threads=2, pool=pool, recorders=recorders,
-        environment=Environment(device=device, device_name="A device", isa="x", num_units=2, torch="2.11.0"),
-    )  # fmt: skip
-
-
 def test_max_autotune_is_rehearsed_beside_plans_on_a_gpu() -> None:
     winners = [
         winner(attention(10.0), 5, attention(20.0), scenario="decode-b64"),
@@ -236,21 +225,13 @@ def test_all_scenarios_are_timed_together_and_one_that_fails_costs_no_other(capl
             winner(attention(20.0 + number), 2, scenario=name),
         )
     ]
-    pool, events = Timer(broken="decode-b16"), []
-
-    class Listener:
-        def record(self, event: object) -> None:
-            events.append(event)
-
-        def close(self) -> None:
-            """Nothing is open."""
-
-    context = context_of(pool, "cpu", Listener())
+    pool, listener = Timer(broken="decode-b16"), Listener()
+    context = context_of(pool, "cpu", listener)
     profiled = Profiled(hotspots=(), scenario_us=dict.fromkeys(names, 100.0), read_gb_per_s=1, peak_tflops={})
     kept, dropped = choose_plans(context, profiled, winners)
     assert [job.scenario for job in pool.asked[:3]] == list(names), "before any of them answers"
     assert [one.hotspot.problem for one in kept] == [attention(20.0), attention(11.0), attention(22.0)]
     assert len(dropped) == 3
     assert "decode-b16: the plan that should save most is taken untimed: it broke" in caplog.text
-    accepted = {event.scenario: event for event in events if isinstance(event, PlanTrial) and event.accepted}
+    accepted = {event.scenario: event for event in listener.events if isinstance(event, PlanTrial) and event.accepted}
     assert accepted["decode-b16"].reason == "the model does not run with the others"

@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from pretended_run import ENVIRONMENT, LLAMA, Listener, context_of
 
 from autokernel.config import load_experiment
-from autokernel.environment import Environment
 from autokernel.errors import JobCrashed, JobLost
 from autokernel.evaluate.end_to_end import ScenarioTiming, TimeScenario
 from autokernel.events import ModelValidated, RunStarted, ScenarioResult
@@ -22,7 +21,6 @@ from autokernel.export.prove import Proof, Prove, ScenarioProof
 from autokernel.profiling.footprint import Footprint, MeasureFootprints
 from autokernel.records import Problem, Speedup, TensorSpec, Verdict
 from autokernel.stages.ablation import without_useless
-from autokernel.stages.context import RunContext
 from autokernel.stages.graph import search_graph_options
 from autokernel.stages.production import prove
 from autokernel.stages.rehearsal import Rehearse
@@ -31,8 +29,6 @@ from autokernel.tracking.state import RunState
 
 pytestmark = pytest.mark.clock
 
-LLAMA = Path(__file__).parents[2] / "experiments" / "llama.yaml"
-ENVIRONMENT = Environment(device="cuda", device_name="A GPU", isa="sm_90", num_units=132, torch="2.11.0")
 SIZES = {"decode-b1": 30, "decode-b16": 40, "decode-b64": 55, "decode-b128": 75, "prefill-1x2048": 30, "prefill-4x2048": 35}
 
 
@@ -84,13 +80,6 @@ class Job:
         if self.problems:
             raise self.problems.pop()
         return self.scenario.upper()
-
-
-def context_of(pool: Any, device: str = "cuda") -> RunContext:
-    return RunContext(
-        loaded=load_experiment(LLAMA), folder=Path("unused"), run_id="r", device=device, threads=2,
-        environment=ENVIRONMENT, pool=pool, recorders=[],
-    )  # fmt: skip
 
 
 def test_no_more_run_at_once_than_fit() -> None:
@@ -223,25 +212,11 @@ def test_ablation_drops_what_the_model_is_clearly_faster_without() -> None:
         assert {e.key for e in entries} - {e.key for e in contender.bundle.entries} == {contender.name}
 
 
-@dataclass
-class Listener:
-    """Keeps what a run says."""
-
-    events: list[Any] = field(default_factory=list)
-
-    def record(self, event: Any) -> None:
-        self.events.append(event)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 def test_a_resumed_run_does_not_ablate_again() -> None:
     entries = (entry(16, "decode-b1"), entry(32, "decode-b16"))
     pool, listener = Ablations(gains={entries[1].key: 1.05}), Listener()
     bundle = Bundle(name="t", created="", version="", environment=ENVIRONMENT, entries=entries)
-    context = context_of(pool)
-    context.recorders = [listener]
+    context = context_of(pool, "cuda", listener)
     left = without_useless(context, bundle, {})
     assert left.entries == entries[:1]
     started = RunStarted(
