@@ -133,7 +133,7 @@ class GraphTrial(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModeTiming(Record):
-    """One scenario in one mode: eager, default, max-autotune or bundle."""
+    """One scenario in one mode: eager, default, max-autotune or bundle. `compile_s` is 0 where Inductor found it compiled."""
 
     mode: str
     median_us: float

@@ -19,14 +19,15 @@ _LOGIT_COPIES = 3
 class Footprint(Record):
     """Bytes of a whole job per scenario, weights that a bundle copies included, of these copies, and of the device.
 
-    `copies` is the most that a bundle could copy, and `layers` the model's number of equal parts. No scenarios: it cannot be
-    told.
+    `copies` is the most that a bundle could copy, `weights` what the model's own take, and `layers` its number of equal parts.
+    No scenarios: it cannot be told.
     """
 
     scenarios: Mapping[str, int]
     device: int
     copies: int = 0
     layers: int = 0
+    weights: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,4 +78,4 @@ def footprint(loaded: LoadedExperiment, device_bytes: int) -> Footprint:
         activations = tokens * (3 * width + _STREAMS * int(config.hidden_size)) * max(size, 4)
         logits = _LOGIT_COPIES * positions * int(config.vocab_size) * 4
         scenarios[name] = weights + copies + cache + attention + activations + logits + _OVERHEAD
-    return Footprint(scenarios=scenarios, device=device_bytes, copies=copies, layers=layers)
+    return Footprint(scenarios=scenarios, device=device_bytes, copies=copies, layers=layers, weights=weights)

@@ -12,8 +12,8 @@ from autokernel.events import Ablated
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.stages.context import RunContext
 from autokernel.stages.never_slower import without
-from autokernel.stages.rehearsal import run_beside_rehearsals
-from autokernel.stages.whole_model import with_layers
+from autokernel.stages.rehearsal import rehearse_beside
+from autokernel.stages.whole_model import run_on_model, with_layers
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,9 @@ def without_useless(context: RunContext, bundle: Bundle, gone: dict[str, str]) -
     ]
     if not jobs:
         return bundle
+    rehearse_beside(context)
     try:
-        timings = run_beside_rehearsals(context, "validate", jobs, _TIMEOUT_S, layers=validation.ablation_layers, bundle=bundle)
+        timings = run_on_model(context, "validate", jobs, _TIMEOUT_S, layers=validation.ablation_layers, bundle=bundle)
     except WorkerError as error:
         log.warning("no entry was left out by ablation, for the model does not run: %s", error)
         return bundle

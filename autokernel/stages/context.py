@@ -9,12 +9,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from autokernel.config import Experiment, LoadedExperiment
 from autokernel.environment import Environment
 from autokernel.errors import JobLost
 from autokernel.events import Event, Recorder, StageFinished, StageProgress, StageStarted
+from autokernel.stages.beside import Beside
 from autokernel.tracking.state import RunState
 from autokernel.workers.pool import Pool
 
@@ -45,7 +46,8 @@ class RunContext:
     started: float = field(default_factory=time.monotonic)
     footprints: dict[int | None, Footprint] = field(default_factory=dict)  # by the model's number of layers, if fewer
     measuring: Future[tuple[Footprint, ...]] | None = None  # of all that a run needs, while they are not there yet
-    rehearsed: dict[str, str] = field(default_factory=dict)  # scenario -> the stage beside which max-autotune was
+    beside: Beside = field(default_factory=Beside)  # what runs beside stages, and ends with none of them
+    rehearsing: bool = False  # what validation will compile is compiled beside them
 
     @property
     def experiment(self) -> Experiment:
@@ -78,52 +80,50 @@ class RunContext:
         timeout_s: float,
         sizes: Sequence[int] = (),
         room: int = 0,
-        optional: Sequence[tuple[str, Callable[[], object]]] = (),
         arrived: Callable[[T], None] | None = None,
     ) -> list[T]:
         """Run labelled jobs on the pool and return their values in order.
 
-        With `sizes`, one per job and then one per optional job, those that run at once are together no larger than `room`,
-        the largest first; one job always runs. What fails among the `optional` ones is logged, and their values are dropped.
-        `arrived` is told of each value of the others at once.
+        With `sizes`, one per job, those that run at once are together no larger than `room`, the largest first; one job always
+        runs. What waits in `beside` is started when all jobs are, and need not be finished in the end. `arrived` is told of
+        each value at once.
 
         Raises:
             WorkerError: a job crashed, hung, or was lost `MAX_LOST` times; the others are waited for first.
         """
-        tasks: list[tuple[str, Callable[[], Any]]] = [*jobs, *optional]
-        weights = list(sizes) or [0] * len(tasks)
-        waiting = sorted(range(len(tasks)), key=lambda i: -weights[i])
-        running: dict[Future[Any], int] = {}
-        values: dict[int, Any] = {}
-        attempts = [0] * len(tasks)
-        began = [0.0] * len(tasks)
+        weights = list(sizes) or [0] * len(jobs)
+        waiting = sorted(range(len(jobs)), key=lambda i: -weights[i])
+        running: dict[Future[T], int] = {}
+        values: dict[int, T] = {}
+        attempts = [0] * len(jobs)
+        began = [0.0] * len(jobs)
         error: BaseException | None = None
         while waiting or running:
             for i in list(waiting):
-                if not running or sum(weights[j] for j in running.values()) + weights[i] <= room or not sizes:
-                    running[self.pool.submit(tasks[i][1], timeout_s)] = i
+                used = self.beside.size + sum(weights[j] for j in running.values())
+                if used + weights[i] <= room or not sizes or not (running or self.beside.running):
+                    running[self.pool.submit(jobs[i][1], timeout_s)] = i
                     waiting.remove(i)
                     began[i] = time.monotonic()
-            self.progress(stage, len(values), len(tasks), tasks[next(iter(running.values()))][0])
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            if sizes and not waiting:
+                self.beside.start(self.pool, room, sum(weights[j] for j in running.values()))
+            self.progress(stage, len(values), len(jobs), jobs[next(iter(running.values()))][0] if running else "")
+            for future in self.beside.settled(wait([*running, *self.beside.running], return_when=FIRST_COMPLETED).done):
                 i = running.pop(future)
                 problem = future.exception()
-                log.info("%s: %s took %.1f s", stage, tasks[i][0], time.monotonic() - began[i])
+                log.info("%s: %s took %.1f s", stage, jobs[i][0], time.monotonic() - began[i])
                 if problem is None:
                     values[i] = future.result()
-                    if arrived is not None and i < len(jobs):
+                    if arrived is not None:
                         arrived(values[i])
                 elif isinstance(problem, JobLost) and attempts[i] < MAX_LOST - 1:
                     attempts[i] += 1
                     waiting.append(i)
-                elif i >= len(jobs):
-                    values[i] = None
-                    log.warning("%s failed, which costs nothing but time: %s", tasks[i][0], problem)
                 elif error is None:
                     error = problem
         if error is not None:
             raise error
-        self.progress(stage, len(tasks), len(tasks))
+        self.progress(stage, len(jobs), len(jobs))
         return [values[i] for i in range(len(jobs))]
 
 

@@ -14,8 +14,8 @@ from autokernel.export.bundle import Bundle, ScenarioOptions
 from autokernel.records import ConfigValue, Speedup
 from autokernel.search.graph_options import Options, load_graph_options, merged, spelled
 from autokernel.stages.context import RunContext
-from autokernel.stages.rehearsal import run_beside_rehearsals
-from autokernel.stages.whole_model import with_layers
+from autokernel.stages.rehearsal import rehearse_beside
+from autokernel.stages.whole_model import run_on_model, with_layers
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def search_graph_options(context: RunContext, bundle: Bundle) -> tuple[Options, 
     sets = load_graph_options(context.device, context.loaded.resolve(spaces) if spaces is not None else None)
     sets = sets[: settings.trials]
     with context.stage("graph", total=len(sets), note=f"{len(sets)} option sets"):
+        rehearse_beside(context)
         trials = _try(context, bundle, sets)
         good = [trial for trial in trials if trial.accepted]
         if len(good) > 1:
@@ -137,7 +138,7 @@ def _try(context: RunContext, bundle: Bundle, sets: Sequence[Options]) -> list[G
     ]
     largest = replace(bundle, graph_options={"freezing": "all"})
     try:
-        timings = run_beside_rehearsals(context, "graph", jobs, _TIMEOUT_S, layers=settings.layers, bundle=largest)
+        timings = run_on_model(context, "graph", jobs, _TIMEOUT_S, layers=settings.layers, bundle=largest)
     except WorkerError as error:  # validation will see what is wrong with the bundle
         log.warning("no graph options were tried: %s", error)
         return []

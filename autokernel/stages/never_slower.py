@@ -99,6 +99,9 @@ def time_scenarios(context: RunContext, bundle: Bundle, scenarios: Sequence[str]
         result = scenario_result(timing, bundle.stock) if BUNDLE in timing.speedups else None
         context.emit(ScenarioTimed(scenario=timing.scenario, applied_digest=digest, result=result, timing=timing.to_json()))
 
+    if jobs and context.beside.running:
+        context.progress("validate", 0, len(jobs), "rehearsals")
+    context.beside.finish()
     new = run_on_model(context, "validate", jobs, _TIMEOUT_S, bundle=bundle, arrived=arrived) if jobs else []
     found |= {timing.scenario: timing for timing in new}
     return [found[name] for name in scenarios]

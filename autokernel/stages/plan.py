@@ -22,8 +22,8 @@ from autokernel.search.plans import Part, Plan, best_plans, rivals_of
 from autokernel.stages.confirm import entry_of
 from autokernel.stages.context import RunContext
 from autokernel.stages.production import make_bundle
-from autokernel.stages.rehearsal import run_beside_rehearsals
-from autokernel.stages.whole_model import with_layers
+from autokernel.stages.rehearsal import rehearse_beside
+from autokernel.stages.whole_model import run_on_model, with_layers
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def choose_plans(context: RunContext, profiled: Profiled, winners: Sequence[Winn
             _contest(scenario, parts, profiled.scenario_us[scenario], winners, settings.trials, context.seed)
             for scenario, parts in by_scenario.items()
         ]
+        rehearse_beside(context)
         while open_ones := [contest for contest in contests if contest.challengers]:
             timings = _time(context, open_ones, winners)
             for contest in open_ones:
@@ -199,7 +200,7 @@ def _time(context: RunContext, contests: Sequence[_Contest], winners: Sequence[W
 
     largest = make_bundle(context, [entry_of(winner) for winner in winners], {})
     try:
-        run_beside_rehearsals(context, _STAGE, jobs, _TIMEOUT_S, layers=settings.layers, bundle=largest, arrived=arrived)
+        run_on_model(context, _STAGE, jobs, _TIMEOUT_S, layers=settings.layers, bundle=largest, arrived=arrived)
     except WorkerError as error:
         missing = ", ".join(contest.scenario for contest in contests if contest.scenario not in found)
         log.warning("%s: the plan that should save most is taken untimed: %s", missing, error)

@@ -1,106 +1,109 @@
-"""Rehearsals of max-autotune, a baseline of validation: its choices are made ahead, beside stages that leave cores idle.
+"""Rehearsals of stock modes, the baselines of validation: compiled ahead, beside stages that leave cores idle.
 
-What it takes is the compiling of hundreds of kernels. Beside the search, which needs all cores for its own, it would starve it;
-beside profiling it delays all that comes; and three models at a time that compile in validation leave most cores idle.
+What max-autotune takes is the compiling of hundreds of kernels, and the timing of each. Beside the search, which needs all
+cores and the device for its own, that would starve it; beside profiling it delays all that comes; and three models at a time
+that compile in validation leave most cores idle. So it runs beside plans, graph options and ablation, and holds up none.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import os
+from dataclasses import dataclass, replace
 
 from autokernel.config import LoadedExperiment
-from autokernel.evaluate.modes import Contender, compile_errors, failure_of, load_scenario, prepare
+from autokernel.evaluate.modes import Contender, build_program, compile_errors, failure_of, load_scenario, prepare
+from autokernel.evaluate.turns import wake
 from autokernel.evaluate.whole_model import JobTurns, ModelJob, model_job
-from autokernel.export.bundle import Bundle
+from autokernel.stages.beside import BesideJob
 from autokernel.stages.context import RunContext
-from autokernel.stages.whole_model import run_on_model, with_layers
-
-T = TypeVar("T")
+from autokernel.stages.whole_model import footprint_of, lookalike_size, size_of, with_layers
 
 log = logging.getLogger(__name__)
 
-_REHEARSED = "max-autotune"
+_TIMEOUT_S = 1800
+_TUNED = "max-autotune"
+_COMPILED = "default", _TUNED
+_WHOLE_SHARE = 1 / 8  # of the room on the device: larger models are rehearsed with few layers
+_NICE = 5  # stages' own jobs come first on the cores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearse(ModelJob):
-    """Job: have Inductor autotune one scenario on a few layers, for the sake of its caches on disk.
+    """Job: have Inductor compile stock modes of one scenario, for the sake of its caches on disk.
 
-    Layers are alike, and so are their kernels, down to their names: when the whole model is compiled with max-autotune for
-    validation, most of its choices are found in Inductor's own caches. They were made as always, alone on the device.
+    `whole`: of a model as deep as the experiment's, whose layers share the weights of a few: what is compiled for it is found
+    when the real one is. Else of one with few layers: they are alike, and so are their kernels, down to their names, so that
+    max-autotune finds most of its choices. They are made as always, alone on the device.
     """
 
-    loaded: LoadedExperiment
+    loaded: LoadedExperiment  # with few layers
+    whole: LoadedExperiment | None
     scenario: str
+    modes: tuple[str, ...]
     device: str
     threads: int
     seed: int
 
     def __call__(self) -> None:
+        if self.ends_process:
+            os.nice(_NICE)
         with model_job(self.device, self.threads) as turns:
             self._compile(turns)
 
     def _compile(self, turns: JobTurns) -> None:
-        _, program = load_scenario(self.loaded, self.scenario, turns, self.seed)
-        try:
-            with turns.building():
-                prepare(Contender(name=_REHEARSED), program, turns)
-        except compile_errors() as error:  # validation will say so
-            log.warning("%s: %s does not run on a few layers: %s", self.scenario, _REHEARSED, failure_of(error))
+        from autokernel.profiling.lookalike import lookalike
+        from autokernel.profiling.workload import import_model
+
+        if self.whole is None:
+            _, program = load_scenario(self.loaded, self.scenario, turns, self.seed)
+        else:
+            import_model(self.loaded)
+            wake(self.device)
+            try:
+                with turns.alone():
+                    model = lookalike(self.whole, self.loaded, self.device)
+                    program = build_program(self.whole, model, self.scenario, self.device, self.seed)
+            except WorkloadError as error:
+                log.info("%s is rehearsed with few layers: %s", self.scenario, error)
+                replace(self, whole=None, modes=(_TUNED,))._compile(turns)
+                return
+        for mode in self.modes:
+            try:
+                with turns.building():
+                    prepare(Contender(name=mode), program, turns)
+            except compile_errors() as error:  # validation will say so
+                log.warning("%s: %s does not run in its rehearsal: %s", self.scenario, mode, failure_of(error))
 
 
-def run_beside_rehearsals(
-    context: RunContext,
-    stage: str,
-    jobs: Sequence[tuple[str, str, Callable[[], T]]],
-    timeout_s: float,
-    *,
-    layers: int | None,
-    bundle: Bundle,
-    arrived: Callable[[T], None] | None = None,
-) -> list[T]:
-    """`run_on_model`, with the stage's share of rehearsals beside the jobs."""
-    return run_on_model(
-        context,
-        stage,
-        jobs,
-        timeout_s,
-        layers=layers,
-        bundle=bundle,
-        beside=rehearsals(context, stage),
-        beside_layers=context.experiment.validation.ablation_layers,
-        arrived=arrived,
-    )
+def rehearse_beside(context: RunContext) -> None:
+    """Have every scenario's stock modes rehearsed beside the stages from now on; at the first call alone.
 
-
-def rehearsals(context: RunContext, stage: str) -> list[tuple[str, str, Callable[[], Any]]]:
-    """A stage's share of them, as `run_on_model` takes what runs beside its jobs; none if the stage has had it.
-
-    Plans, graph options and ablation share the scenarios evenly; where one of them has nothing to run, the next ones have
-    more. Scenarios that a resumed run has timed need none. None at all if validation does not compare with max-autotune on
-    a GPU, or the model cannot be had with few layers.
+    Scenarios that a resumed run has timed need none. None at all if validation does not compare with max-autotune on a GPU, or
+    the model cannot be had with few layers.
     """
     experiment = context.experiment
     loaded = with_layers(context.loaded, experiment.validation.ablation_layers)
-    if context.device != "cuda" or _REHEARSED not in experiment.validation.baselines or loaded is context.loaded:
-        return []
-    runs = {"plan": experiment.plan.enabled, "graph": experiment.graph.enabled, "validate": experiment.validation.ablation}
-    stages = [name for name, enabled in runs.items() if enabled]
+    baselines = experiment.validation.baselines
+    if context.rehearsing or context.device != "cuda" or _TUNED not in baselines or loaded is context.loaded:
+        return
+    context.rehearsing = True
     timed = {one.scenario for one in context.state.timed} if context.state is not None else set()
-    waiting = [name for name in experiment.scenarios if name not in context.rehearsed and name not in timed]
-    if stage not in stages or stage in context.rehearsed.values():
-        return []
-    share = waiting[: math.ceil(len(waiting) / (len(stages) - stages.index(stage)))]
-    context.rehearsed |= dict.fromkeys(share, stage)
-    return [
-        (
-            f"rehearsal {name}",
-            name,
-            Rehearse(loaded=loaded, scenario=name, device=context.device, threads=context.threads, seed=context.seed),
+    whole, part = footprint_of(context), footprint_of(context, experiment.validation.ablation_layers)
+    most = whole.device * experiment.cluster.model_memory * _WHOLE_SHARE
+    for name in experiment.scenarios:
+        if name in timed:
+            continue
+        size = lookalike_size(whole, part, name)
+        fits = size is not None and size <= most
+        job = Rehearse(
+            loaded=loaded,
+            whole=context.loaded if fits else None,
+            scenario=name,
+            modes=tuple(mode for mode in _COMPILED if mode in baselines) if fits else (_TUNED,),
+            device=context.device,
+            threads=context.threads,
+            seed=context.seed,
         )
-        for name in share
-    ]
+        bytes_taken = size if size is not None and fits else size_of(part, name, None)
+        context.beside.waiting.append(BesideJob(label=f"rehearsal {name}", job=job, size=bytes_taken, timeout_s=_TIMEOUT_S))

@@ -26,8 +26,6 @@ def run_on_model(
     *,
     layers: int | None = None,
     bundle: Bundle | None = None,
-    beside: Sequence[tuple[str, str, Callable[[], object]]] = (),
-    beside_layers: int | None = None,
     arrived: Callable[[T], None] | None = None,
 ) -> list[T]:
     """Run jobs of (label, scenario, job), each of which loads the model; values in order.
@@ -39,26 +37,21 @@ def run_on_model(
         timeout_s: of each.
         layers: of the model that the jobs load, if it has fewer than the experiment's.
         bundle: that they use; what weights it holds a second time needs room, too. None: they use none.
-        beside: more jobs, which may fail and whose values nobody needs; of stock models with `beside_layers` layers.
         arrived: is told of each value as soon as it is there.
 
     Raises:
         WorkerError: as `RunContext.run_all`.
     """
     plain: list[tuple[str, Callable[[], T]]] = [(label, job) for label, _, job in jobs]
-    extra = [(label, job) for label, _, job in beside]
     if context.device != "cuda":
-        return context.run_all(stage, plain, timeout_s, optional=extra, arrived=arrived)
+        return context.run_all(stage, plain, timeout_s, arrived=arrived)
     context.pool.renew()  # what earlier jobs left on the GPU is in nobody's count
     found = footprint_of(context, layers)
     # what cannot be told runs alone
     sizes = [size_of(found, name, bundle) if name else _SMALL_BYTES for _, name, _ in jobs]
-    if beside:
-        small = footprint_of(context, beside_layers)
-        sizes += [size_of(small, name, None) for _, name, _ in beside]
     room = int(found.device * context.experiment.cluster.model_memory)
     try:
-        return context.run_all(stage, plain, timeout_s, sizes, room, extra, arrived)
+        return context.run_all(stage, plain, timeout_s, sizes, room, arrived)
     finally:
         context.pool.renew()
 
@@ -76,6 +69,13 @@ def size_of(found: Footprint, scenario: str, bundle: Bundle | None) -> int:
         specs = [problem.inputs[i] for problem in merged for i in problem.constants]
         copies = found.layers * sum(math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in specs)
     return found.scenarios[scenario] - found.copies + min(copies, found.copies)
+
+
+def lookalike_size(whole: Footprint, part: Footprint, scenario: str) -> int | None:
+    """Bytes of a job on a model as deep as the whole one with the weights of the part; None: it cannot be told."""
+    if scenario not in whole.scenarios or not whole.weights or not part.weights:
+        return None
+    return size_of(whole, scenario, None) - whole.weights + part.weights
 
 
 def measure_ahead(context: RunContext) -> None:

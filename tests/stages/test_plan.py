@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from pretended_run import Listener, context_of
+from pretended_run import LLAMA, Listener, context_of
 
+from autokernel.config import load_experiment
 from autokernel.errors import JobCrashed
 from autokernel.evaluate.end_to_end import ScenarioTiming, TimeScenario
 from autokernel.events import ModeTiming, PlanTrial, Profiled, event_from_json, event_to_json
@@ -165,6 +166,9 @@ def test_optuna_is_asked_only_where_a_measurement_contradicts_the_sum(ratio: flo
     assert played.trials[-1].keys == played.best.keys
 
 
+SIZES = dict.fromkeys(load_experiment(LLAMA).experiment.scenarios, 10)
+
+
 @dataclass
 class Timer:
     """A pool that answers comparisons of plans: the second one is faster, except where the model does not run."""
@@ -177,7 +181,7 @@ class Timer:
     def submit(self, job: Callable[[], Any], timeout_s: float) -> Future[Any]:
         future: Future[Any] = Future()
         if isinstance(job, MeasureFootprints):
-            future.set_result(tuple(Footprint(scenarios={}, device=1) for _ in job.models))
+            future.set_result(tuple(Footprint(scenarios=SIZES, device=100) for _ in job.models))
             return future
         if isinstance(job, Rehearse):
             self.rehearsed.append(job.scenario)
@@ -203,7 +207,7 @@ class Timer:
         """There is nothing to close."""
 
 
-def test_max_autotune_is_rehearsed_beside_plans_on_a_gpu() -> None:
+def test_stock_modes_are_rehearsed_beside_plans_on_a_gpu() -> None:
     winners = [
         winner(attention(10.0), 5, attention(20.0), scenario="decode-b64"),
         winner(attention(20.0), 2, scenario="decode-b64"),
@@ -212,7 +216,7 @@ def test_max_autotune_is_rehearsed_beside_plans_on_a_gpu() -> None:
     profiled = Profiled(hotspots=(), scenario_us={"decode-b64": 100.0}, read_gb_per_s=1, peak_tflops={})
     choose_plans(context_of(pool, "cuda"), profiled, winners)
     assert [job.scenario for job in pool.asked][:1] == ["decode-b64"]
-    assert pool.rehearsed == ["decode-b1", "decode-b16"]
+    assert len(pool.rehearsed) == 1, "one of the two workers is the stage's own"
 
 
 def test_all_scenarios_are_timed_together_and_one_that_fails_costs_no_other(caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,7 @@ from autokernel.export.prove import Proof, Prove, ScenarioProof
 from autokernel.profiling.footprint import Footprint, MeasureFootprints
 from autokernel.records import Problem, Speedup, TensorSpec, Verdict
 from autokernel.stages.ablation import without_useless
+from autokernel.stages.beside import BesideJob
 from autokernel.stages.graph import search_graph_options
 from autokernel.stages.production import prove
 from autokernel.stages.rehearsal import Rehearse
@@ -45,7 +46,7 @@ class Threads:
     measured: int = 0
 
     def renew(self) -> None:
-        assert not self.running, "nothing runs between stages"
+        assert not self.running & SIZES.keys(), "no job of a stage runs between stages"
         self.renewed += 1
 
     def submit(self, job: Callable[[], Any], timeout_s: float) -> Future[Any]:
@@ -116,14 +117,55 @@ def test_what_a_bundle_merges_needs_room() -> None:
     assert size_of(replace(found, copies=10_000), "a", bundle) == 100_000, "never more than all"
 
 
+def beside(name: str, size: int, job: Callable[[], object] | None = None) -> BesideJob:
+    return BesideJob(label=name, job=job or Job(name), size=size, timeout_s=10)
+
+
 def test_jobs_beside_may_fail() -> None:
     pool = Threads()
-    beside = [("x", "decode-b1", Job("decode-b1", [JobCrashed("why")])), ("y", "decode-b16", Job("decode-b16"))]
-    jobs = [("a", "decode-b64", Job("decode-b64"))]
-    assert run_on_model(context_of(pool), "s", jobs, 10, beside=beside, beside_layers=4) == ["DECODE-B64"]
+    context = context_of(pool)
+    context.beside.waiting = [beside("x", 1, Job("x", [JobCrashed("why")])), beside("y", 1)]
+    assert run_on_model(context, "s", [("a", "decode-b64", Job("decode-b64"))], 10) == ["DECODE-B64"]
+    context.beside.finish()
     assert pool.running == set()
-    assert frozenset().union(*pool.together) == {"decode-b1", "decode-b16", "decode-b64"}
-    assert pool.measured == 1, "one job measures models of all sizes"
+    assert frozenset().union(*pool.together) == {"x", "y", "decode-b64"}
+
+
+def test_jobs_beside_outlive_a_stage_and_leave_it_room() -> None:
+    pool, end = Threads(), threading.Event()
+    context = context_of(pool)
+
+    @dataclass
+    class Long(Job):
+        def __call__(self) -> str:
+            end.wait(10)
+            return ""
+
+    # the room is 135: three fifths of it are theirs
+    context.beside.waiting = [beside("small", 5, Long("small")), beside("large", 75, Long("large")), beside("next", 10)]
+    first = [(name, name, Job(name)) for name in ("decode-b1", "decode-b16")]
+    assert run_on_model(context, "s", first, 10) == ["DECODE-B1", "DECODE-B16"]
+    assert pool.running == {"large", "small"}
+    assert [job.label for job in context.beside.waiting] == ["next"], "81 are their share"
+    assert run_on_model(context, "s", [("a", "decode-b64", Job("decode-b64"))], 10) == ["DECODE-B64"]
+    assert {"large", "small", "decode-b64"} in pool.together
+    wide = threading.Timer(0.2, end.set)
+    wide.start()
+    assert run_on_model(context, "s", [("a", "decode-b128", Job("decode-b128"))], 10) == ["DECODE-B128"]
+    assert frozenset({"decode-b128"}) in pool.together, "it fits beside neither of them, and waits"
+    context.beside.finish()
+    assert not context.beside.running
+    assert not pool.running
+
+
+def test_jobs_beside_leave_workers_to_the_stages() -> None:
+    pool = Threads(num_workers=3)
+    context = context_of(pool)
+    context.beside.waiting = [beside(str(number), 1) for number in range(4)]
+    run_on_model(context, "s", [("a", "decode-b64", Job("decode-b64"))], 10)
+    assert max(len(names - {"decode-b64"}) for names in pool.together) == 1
+    context.beside.finish()
+    assert not context.beside.waiting, "validation does what nobody rehearsed"
 
 
 def test_what_jobs_take_may_be_measured_ahead_and_is_so_once() -> None:
@@ -198,11 +240,13 @@ def test_ablation_drops_what_the_model_is_clearly_faster_without() -> None:
     pool = Ablations(gains={entries[1].key: 1.05, entries[2].key: 1.005})
     bundle = Bundle(name="t", created="", version="", environment=ENVIRONMENT, entries=entries)
     gone: dict[str, str] = {}
-    left = without_useless(context_of(pool), bundle, gone)
+    context = context_of(pool)
+    left = without_useless(context, bundle, gone)
     assert left.entries == (entries[0], entries[2], entries[3])
     assert list(gone) == [entries[1].key]
     assert "decode-b1 is 1.050 times as fast without it" in gone[entries[1].key]
-    assert sorted(pool.rehearsed) == sorted(SIZES), "nobody did before"
+    context.beside.finish()
+    assert pool.rehearsed == ["decode-b128"], "nobody did before; the others find no room"
     assert sorted((job.scenario, len(job.contenders)) for job in pool.jobs) == [
         ("decode-b1", 2), ("decode-b1", 3), ("decode-b16", 2),
     ]  # fmt: skip
@@ -234,14 +278,14 @@ def test_a_resumed_run_does_not_ablate_again() -> None:
     assert pool.jobs, "what was found out of another bundle does not count"
 
 
-def test_max_autotune_is_rehearsed_beside_graph_options() -> None:
+def test_stock_modes_are_rehearsed_beside_graph_options() -> None:
     pool = Ablations()
     context = context_of(pool)
-    context.rehearsed["decode-b16"] = "plan"
     stock = Bundle(name="t", created="", version="", environment=ENVIRONMENT, entries=())
     assert search_graph_options(context, stock) == ({}, ())
+    context.beside.finish()
     assert len(pool.jobs) == len(SIZES)
-    assert sorted(pool.rehearsed) == ["decode-b1", "decode-b128", "decode-b64"]
+    assert pool.rehearsed == ["decode-b128"]
 
 
 @dataclass
