@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass, replace
 
 from autokernel.config import LoadedExperiment
+from autokernel.errors import WorkloadError
 from autokernel.evaluate.modes import Contender, build_program, compile_errors, failure_of, load_scenario, prepare
 from autokernel.evaluate.turns import wake
 from autokernel.evaluate.whole_model import JobTurns, ModelJob, model_job
