@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from autokernel.search.cost_model import FEATURES, KINDS, CostModel, Trees, features, load_model, save_model
+from autokernel.search.model_study import ModelStudy
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 
@@ -140,3 +141,33 @@ def test_a_model_of_other_features_is_refused(tmp_path: Path) -> None:
 
 def test_no_file_is_no_model(tmp_path: Path) -> None:
     assert load_model(tmp_path / "none.json.gz") is None
+
+
+QKV = {"m": 16, "n": 6144, "k": 4096, "batch": 1, "dtype_bytes": 2, "has_constant_weight": 1, "num_parts": 3, "min_n": 1024,
+       "num_epilogue": 0}  # fmt: skip
+
+
+def test_products_apart_cost_more_than_side_by_side() -> None:
+    model = CostModel(
+        cost={"inductor": stump("log_block_n", 6.5, 0.1, 0.2)}, failure={}, kinds={"inductor": ("mm",)}, origin={}
+    )
+
+    def extra(**changed: int) -> float:
+        merged = dict(names_for({**QKV, **changed}, H200))
+        predicted = model.predict("inductor", merged, [{**CONFIG, "merge": "none"}, {**CONFIG, "merge": "concat"}])
+        assert predicted is not None
+        return math.exp(float(predicted[0] - predicted[1])) - 1
+
+    assert extra() == pytest.approx(2 * 3.0 / (50.5e6 / 4.26e6), rel=0.02), "two products more, 3 us each, over 11.9 us"
+    assert extra(n=28672, num_parts=2) == pytest.approx(3.0 / 55.4, rel=0.02)
+    assert extra(m=2048) < 0.06, "they are long themselves"
+    assert extra(num_parts=1) == 0.0
+
+
+@pytest.mark.parametrize("backend", ["inductor", "triton"])
+def test_side_by_side_is_proposed_first_for_few_rows(backend: str) -> None:
+    space = load_space("merged_mm")[backend].bind(names_for(QKV, H200))
+    model = load_model()
+    assert model is not None
+    _, _, config = ModelStudy({backend: space}, model, seed=0).ask()
+    assert config["merge"] == "concat"
