@@ -27,6 +27,7 @@ _COLD_FACTOR = {"cpu": 4, "cuda": 2}
 # reads 1 GB was 1.04 times as fast as a ceiling of that kind allowed.
 _READ_BYTES_LIMIT = 1 << 30
 _SECOND_LOOK_S = 1.0
+_MUCH_TOO_LONG = 100
 _GRAPH_US, _MAX_GRAPH_CALLS = 1000.0, 64
 EIGHT_BIT_DTYPES = ("float8_e4m3fn", "int8")  # what quantized models multiply in, on a GPU with twice the peak
 
@@ -216,9 +217,12 @@ def _gemm_tflops(device: str, dtype: str, budget_s: float) -> float:
     for m, n, k in shapes:
         try:
             x, w = _matrix(m, k, device, kind), _matrix(n, k, device, kind)
+            share_s = budget_s / len(shapes) / 2
             for product in _products(x, w):
-                us = _best_us(device, product, budget_s / len(shapes) / 2)
+                us = _best_us(device, product, share_s)
                 best = max(best, 2 * m * n * k / (us * 1e6))
+                if us > _MUCH_TOO_LONG * share_s * 1e6:  # fp8 on some CPUs takes a quarter of a minute
+                    return best
         except (RuntimeError, NotImplementedError):  # this dtype does not multiply on this device
             continue
     return best
@@ -262,10 +266,12 @@ def _products(x: torch.Tensor, w: torch.Tensor) -> Sequence[Callable[[], object]
 
 
 def _best_us(device: str, function: Callable[[], object], budget_s: float) -> float:
-    """Fastest of as many runs as fit, three at least, in microseconds."""
+    """Fastest of as many runs as fit, three at least, in microseconds; the first one if that takes far longer than it may."""
     calls = 1
     timed = timer(device, function)
-    timed()
+    first = timed()
+    if first > _MUCH_TOO_LONG * max(budget_s, 0.01) * 1e6:
+        return first
     if device == "cuda":  # a graph of many calls, as kernels are timed: reading L2 takes less than a launch
         calls = max(1, min(_MAX_GRAPH_CALLS, round(_GRAPH_US / timed())))
         graph, _ = graph_of(function, calls)

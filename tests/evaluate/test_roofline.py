@@ -103,7 +103,7 @@ def test_measured_ceilings_are_plausible_and_survive_json(backend: Any) -> None:
 def test_8_bits_are_multiplied_by_their_own_products() -> None:
     ceilings = measure_ceilings("cpu", 1, ("int8", "float8_e4m3fn", "float8_e5m2"), budget_s=0.1)
     assert set(ceilings.tflops) == {"int8", "float8_e4m3fn", "float8_e5m2"}
-    assert all(0.0001 < peak < 100 for peak in ceilings.tflops.values())
+    assert all(0 < peak < 100 for peak in ceilings.tflops.values()), "an Intel CPU multiplies fp8 at 0.00003"
 
 
 def test_a_dtype_that_does_not_multiply_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
