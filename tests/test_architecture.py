@@ -70,6 +70,7 @@ HOMES = {
     "tvm_ffi": ("cutedsl.compiler", "cutedsl.objects"),
     "torch._inductor": (
         "export.apply",
+        "export.dependent_launch",
         "export.one_row",
         "export.passes",
         "export.region_kernels",

@@ -21,6 +21,7 @@ import torch
 
 from autokernel.export.apply import BundleBackend, OnMismatch, inductor_options, load_bundle
 from autokernel.export.bundle import Bundle
+from autokernel.export.dependent_launch import OPTION as PDL
 from autokernel.export.freezing import needs_constant
 from autokernel.export.pins import install
 from autokernel.export.plan import Plan, Usage
@@ -96,4 +97,6 @@ def aoti_options(plan: Plan) -> dict[str, Any]:
     if "blas_library" in chosen:
         library = chosen["blas_library"]
         log.warning("autokernel: a package cannot choose %s: call preferred_blas_library(%r) where it runs", library, library)
+    if PDL in chosen:
+        log.warning("autokernel: a package launches kernels one behind the other: %s is left out", PDL)
     return options

@@ -25,6 +25,8 @@ from autokernel.export.blas import with_blas_library
 from autokernel.export.bundle import OWN_OPTIONS, Bundle, read_bundle, read_objects
 from autokernel.export.chain import PassChain
 from autokernel.export.cutedsl import CutePass, is_cute
+from autokernel.export.dependent_launch import OPTION as PDL
+from autokernel.export.dependent_launch import dependent_launches
 from autokernel.export.freezing import (
     FrozenGraph,
     Product,
@@ -80,7 +82,7 @@ class BundleBackend:
         names = names_of(products)
         self.graphs.append(names)
         if not self.plan.active:
-            return _inductor(gm, inputs, {})
+            return _inductor(gm, inputs, {}, {})
         chosen = self.plan.bundle.options_of(names)
         with built_ahead() if self.plan.bundle.environment.device == "cpu" else contextlib.nullcontext():
             compiled = self._compile(gm, inputs, products, chosen)
@@ -94,7 +96,7 @@ class BundleBackend:
         install()
 
         def compile_stock() -> Callable[..., Any]:
-            return _inductor(gm, inputs, inductor_options(plan, chosen, frozen=False))
+            return _inductor(gm, inputs, inductor_options(plan, chosen, frozen=False), chosen)
 
         if torch.is_grad_enabled():
             for entry in plan.bundle.entries:
@@ -110,13 +112,16 @@ class BundleBackend:
                 plan.copied(entry, num_bytes)
             module = freeze_inputs(gm, weights, positions)
             rest = [value for i, value in enumerate(inputs) if i not in set(positions)]
-            return _inductor(module, rest, inductor_options(plan, chosen, frozen=True))
+            return _inductor(module, rest, inductor_options(plan, chosen, frozen=True), chosen)
 
         return FrozenGraph(compile_frozen, compile_stock, positions, len(inputs), inputs)
 
 
-def _inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
-    compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+def _inductor(
+    gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], chosen: Mapping[str, ConfigValue]
+) -> Callable[..., Any]:
+    with dependent_launches() if chosen.get(PDL) else contextlib.nullcontext():
+        compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
     return cast("Callable[..., Any]", compiled)
 
 
@@ -212,6 +217,8 @@ def options(bundle: Bundle | Path | str, *, on_mismatch: OnMismatch = "stock") -
     if "blas_library" in plan.bundle.graph_options:
         library = plan.bundle.graph_options["blas_library"]
         log.warning("autokernel: options() cannot choose %s: torch.backends.cuda.preferred_blas_library(%r)", library, library)
+    if PDL in plan.bundle.graph_options:
+        log.warning("autokernel: options() cannot launch kernels while others run (%s): use backend() for that", PDL)
     install()
     for part in plan.bundle.scenario_options:
         log.warning("autokernel: options() leaves out what helps %s alone: %s", part.scenario, dict(part.options))

@@ -26,7 +26,7 @@ FORMAT = "autokernel-bundle"
 FORMAT_VERSION = 3
 DOCUMENT = "bundle.json"
 OBJECTS = "objects"  # folder of compiled kernels, each with its record beside it
-OWN_OPTIONS = ("freezing", "blas_library", "one_row")  # graph options that are autokernel's own, not Inductor's
+OWN_OPTIONS = ("freezing", "blas_library", "one_row", "pdl")  # graph options that are autokernel's own, not Inductor's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,96 @@
+"""Programmatic dependent launch of our own Triton kernels: the graph option `pdl`.
+
+A kernel that is launched so starts while the one in front of it still runs, and waits for its results as the first thing it
+does: what is saved is the launch, and the time until all multiprocessors are busy. Every kernel of ours lets the next one
+start at once, and waits before it reads or writes anything; whatever else is in the stream waits for all of it, as always.
+
+Inductor knows such launches for kernels that it writes itself. For those of others its code only lacks the word: it is put in
+where Inductor writes a kernel's text, as are the two instructions.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+OPTION = "pdl"
+_OURS = ("autokernel.kernels.", "autokernel_")  # modules of kernels that are read from files, and of generated ones
+_META = "triton_meta={"
+_FIRST = ("tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()")
+_QUOTES = "'''"
+
+_state = threading.local()
+
+
+@contextlib.contextmanager
+def dependent_launches() -> Iterator[None]:
+    """While Inductor compiles in this thread: kernels of ours are launched so."""
+    _install()
+    _state.active = True
+    try:
+        yield
+    finally:
+        _state.active = False
+
+
+def _install() -> None:
+    """Make Inductor ask here what becomes of a kernel's text. Idempotent."""
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+    wrapper: Any = PythonWrapperCodegen
+    if hasattr(wrapper.define_kernel, "autokernel"):
+        return
+    define, define_user = wrapper.define_kernel, wrapper.define_user_defined_triton_kernel
+
+    @functools.wraps(define_user)
+    def define_user_defined_triton_kernel(self: Any, kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        _state.ours = str(getattr(kernel.fn, "__module__", "")).startswith(_OURS)
+        try:
+            return define_user(self, kernel, *args, **kwargs)
+        finally:
+            _state.ours = False
+
+    @functools.wraps(define)
+    def define_kernel(self: Any, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any) -> Any:
+        if getattr(_state, "active", False) and getattr(_state, "ours", False):
+            kernel_body = dependent(kernel_body)
+        return define(self, kernel_name, kernel_body, *args, **kwargs)
+
+    define_kernel.autokernel = True  # type: ignore[attr-defined]
+    wrapper.define_kernel, wrapper.define_user_defined_triton_kernel = define_kernel, define_user_defined_triton_kernel
+
+
+def dependent(body: str) -> str:
+    """Inductor's text of a kernel of ours, as one that is launched while another runs; unchanged if it is not as expected."""
+    try:
+        start, end = body.index(_QUOTES) + len(_QUOTES), body.rindex(_QUOTES)
+        source = body[start:end].replace("\\'\\'\\'", _QUOTES)
+        place = source.index("@triton_heuristics.user_autotune(")
+        meta = source.index(_META, place) + len(_META)
+        source = f"{source[:meta]}'launch_pdl': True, {source[meta:]}"
+        lines = source.splitlines()
+        tree = ast.parse(source)
+        kernel = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and _is_entry(node))
+        first = next(node for node in kernel.body if not _is_text(node))
+    except (ValueError, SyntaxError, StopIteration) as error:
+        log.warning("autokernel: a kernel is launched as usual, for Inductor's text of it is not as expected: %s", error)
+        return body
+    indent = " " * first.col_offset
+    lines[first.lineno - 1 : first.lineno - 1] = [f"{indent}{line}" for line in _FIRST]
+    return body[:start] + "\n".join(lines).replace(_QUOTES, "\\'\\'\\'") + "\n" + body[end:]
+
+
+def _is_entry(function: ast.FunctionDef) -> bool:
+    """What is launched: the function under Inductor's own decorator, not one that it calls."""
+    return any("user_autotune" in ast.dump(decorator) for decorator in function.decorator_list)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
