@@ -3,10 +3,10 @@
     python benchmarks/dependent_launch.py [--out benchmarks/results]
 
 Sixteen layers of norm; q, k, v; as many bytes as 2,080 keys and values; o; norm; gate and up; down, each with weights of
-its own, as plain Triton kernels in one CUDA graph. Four ways, by turns, with each product's fastest two configs: launched one
-behind the other; launched while the one in front runs, with a wait at the start; the same with the first block of weights loaded
-before the wait; the same with two blocks of weights prefetched into L2. Results must be the same bits. Needs an idle GPU of
-compute capability 9.0 or more.
+its own, as plain Triton kernels in one CUDA graph. Four ways, by turns, with each product's fastest two configs: launched
+one behind the other; launched while the one in front runs, with a wait at the start; the same with the first block of weights
+loaded before the wait; the same with two blocks of weights prefetched into L2. Results must be the same bits. Needs an idle GPU
+of compute capability 9.0 or more.
 """
 
 # Triton compiles statements.
