@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 180.0
 _SLACK_S = _START_TIMEOUT_S + 60.0  # the child may have to be started again before the job
+_KILL_S = 2.0  # for a head to take note
 _PATIENCE_S = 600.0  # how long the whole pool may be without a single worker before jobs are given up
 _MAX_FAILED_STARTS = 3
 _KNOCK_S = 10.0
@@ -239,7 +240,7 @@ class _ActorRunner:
             self._closed = True
             actor = self._actor
         if actor is not None:
-            ray.kill(actor)
+            _kill(actor)
 
     def _discard(self) -> None:
         with self._lock:
@@ -248,7 +249,21 @@ class _ActorRunner:
             self._ready = False
             self._fleet.count(-1)
         if actor is not None:
+            _kill(actor)
+
+
+def _kill(actor: Any) -> None:
+    """Ask for an actor's end, without waiting for a head that does not answer."""
+
+    def ask() -> None:
+        try:
             ray.kill(actor)
+        except (ray.exceptions.RayError, RuntimeError, ValueError) as error:  # it is gone, or so is the connection
+            _log.info("a worker could not be ended: %s", _first_line(error))
+
+    asking = threading.Thread(target=ask, name="autokernel-kill", daemon=True)
+    asking.start()
+    asking.join(_KILL_S)
 
 
 def _connect(address: str, num_cpus: int) -> None:
