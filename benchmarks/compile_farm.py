@@ -10,10 +10,12 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import cute_kernels
 from gemm_kernels import MAX_SHARED, Gemm, compile_kernel
 
 COMPILE_TIMEOUT_S = 60.0
@@ -21,11 +23,12 @@ COMPILE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One kernel to compile; `name` is that of its module file."""
+    """One kernel to compile; `name` is that of its module file, if it has one."""
 
     gemm: Gemm
     config: dict[str, Any]
     name: str
+    backend: str = "inductor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +51,7 @@ def compile_worker(pipe: Connection, folder: str) -> None:
         except (EOFError, OSError):
             return
         try:
-            kernel = compile_kernel(task.gemm, task.config, Path(folder), task.name)
-            shared = int(kernel.metadata.shared)
-            status, message = ("OK", "") if shared <= MAX_SHARED else ("BUILD_ERROR", f"{shared} bytes of shared memory")
+            status, message = _compiled(task, Path(folder))
         except Exception as error:  # noqa: BLE001 -- the boundary of a child process: any compiler error is a status
             status, message = "BUILD_ERROR", f"{type(error).__name__}: {error}"[:200]
         try:
@@ -59,19 +60,36 @@ def compile_worker(pipe: Connection, folder: str) -> None:
             return
 
 
+def _compiled(task: Task, folder: Path) -> tuple[str, str]:
+    """Status and message."""
+    if task.backend == cute_kernels.BACKEND:
+        cute_kernels.compile_kernel(task.gemm, task.config)
+        return "OK", ""
+    kernel = compile_kernel(task.gemm, task.config, folder, task.name)
+    shared = int(kernel.metadata.shared)
+    return ("OK", "") if shared <= MAX_SHARED else ("BUILD_ERROR", f"{shared} bytes of shared memory")
+
+
 @dataclass(slots=True)
 class _Worker:
-    process: SpawnProcess
+    process: BaseProcess
     pipe: Connection
     task: Task | None = None
     since: float = 0.0
 
 
 class Farm:
-    """Keeps workers busy with queued tasks, in order; never more than `ahead` results lie unread."""
+    """Keeps workers busy with queued tasks, in order; never more than `ahead` results lie unread.
 
-    def __init__(self, workers: int, folder: Path, ahead: int = 500) -> None:
-        self._context = multiprocessing.get_context("spawn")
+    Args:
+        workers: how many processes.
+        folder: for the modules of Triton's kernels.
+        ahead: results.
+        context: that the processes are started in; default: spawned.
+    """
+
+    def __init__(self, workers: int, folder: Path, ahead: int = 500, context: BaseContext | None = None) -> None:
+        self._context = context if context is not None else multiprocessing.get_context("spawn")
         self._folder = folder
         self._ahead = ahead
         self._queue: deque[Task] = deque()
@@ -112,7 +130,9 @@ class Farm:
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=compile_worker, args=(theirs, str(self._folder)), daemon=True)
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=compile_worker, args=(theirs, str(self._folder)), daemon=True
+        )
         process.start()
         theirs.close()
         return _Worker(process=process, pipe=ours)

@@ -6,7 +6,7 @@ import ctypes
 import math
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,40 @@ class Bench:
 
         def launch(call: int) -> None:
             run(*sets[call % self.copies])
+
+        return launch
+
+    def cute_launch(self, config: dict[str, Any]) -> Launch:
+        """A compiled CuTe DSL kernel, from the package's cache. Parts of K that it leaves are summed behind it."""
+        from cute_kernels import compile_kernel as compile_cute
+        from tvm_ffi import convert
+
+        from autokernel.cutedsl.call import Device, current_gpu, written
+        from autokernel.cutedsl.config import CuteConfig
+        from autokernel.cutedsl.objects import load
+
+        kernel, device, size = load(str(compile_cute(self.gemm, config))), current_gpu(), self._out[0].numel()
+        parts, current = kernel.info.spec.num_parts, 0
+
+        def empty(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+            out = self._out[current]
+            return out if tuple(shape) == tuple(out.shape) and dtype == out.dtype else device.empty(shape, strides, dtype)
+
+        run = written(
+            kernel.info,
+            kernel.function,
+            Device(empty=empty, stream=device.stream),
+            CuteConfig.from_entry(config).swizzle_of_calls,
+            convert,
+        )
+        block = 1024 if size >= 1024 else 256
+
+        def launch(call: int) -> None:
+            nonlocal current
+            current = call % self.copies
+            result = run(self._a[current], self._b[current], ())
+            if parts:
+                _sum_parts[(triton.cdiv(size, block),)](result, self._out[current], size, SPLITS=parts, BLOCK=block)
 
         return launch
 

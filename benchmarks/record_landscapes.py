@@ -1,17 +1,22 @@
 """Records landscapes: every legal config of a GEMM measured once on this GPU, statuses included.
 
     python benchmarks/record_landscapes.py --out OUT --seconds 500 [--only NAME ...] [--again | --extend] [--wide] [--dry]
+    python benchmarks/record_landscapes.py --out OUT --seconds 500 --backend cutedsl [...]
     python benchmarks/record_landscapes.py --unpack OUT/landscapes.zip
 
 Worker processes compile ahead; one process checks and times each kernel: cold L2, CUDA graphs of many calls, events.
 The best 20 and cuBLAS are measured again, interleaved. GEMMs that benchmarks/landscapes/ has already are skipped, and
 OUT/landscapes.zip is written anew after each GEMM, so that nothing finished is lost. A GEMM that gets too little time
 has a random part of its space, and says so (`complete`, `measured` of `legal`). Needs a GPU of sm_90, but not `--dry`.
+
+With `--backend cutedsl` it is the kernels of the extra of that name: one compiled kernel serves many configs and all sizes.
+Their rows go beside those of Inductor's templates, which were measured on another day: compare within one backend only.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import itertools
@@ -31,6 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
+import cute_kernels  # noqa: E402
 from compile_farm import Farm, Task  # noqa: E402
 from gemm_kernels import MAX_SHARED, NUM_SMS, Gemm  # noqa: E402
 from landscape_file import FOLDER, Landscape, Row, comparable, load, pack, save, slug, unpack  # noqa: E402
@@ -41,6 +47,11 @@ _PROTOCOL = (
     "us: median of 3 replays of one graph (2.5 ms), candidates in random order; "
     f"careful_us: best {_CAREFUL} and cuBLAS, median of {_ROUNDS} replays each, interleaved in random order"
 )
+_NOTES = (
+    "inductor rows: torch's templates rendered and compiled as Inductor does, without its wrapper; "
+    "decompose_k: torch.bmm with fp32 output and a Triton sum"
+)
+_CUTE_NOTES = "objects of the package's own compiler, called as in production but for outputs that rotate; parts: a Triton sum"
 
 # a list is recorded from its first to its last, so that the first ones cover all kinds
 GEMMS = (
@@ -64,6 +75,15 @@ GEMMS = (
     Gemm(name="llama8b-o-m128", op="mm", m=128, n=4096, k=4096),
     Gemm(name="qwen7b-gateup-m2048", op="mm", m=2048, n=37888, k=3584),
     Gemm(name="llama8b-gateup-m8192", op="mm", m=8192, n=28672, k=4096),
+)
+
+# CuTe DSL kernels are for what is compute-bound, and worth a look for few rows
+_LLAMA = {"qkv": (6144, 4096), "o": (4096, 4096), "gateup": (28672, 4096), "down": (4096, 14336), "lmhead": (128256, 4096)}
+CUTE_GEMMS = tuple(
+    Gemm(name=f"llama8b-{name}-m{m}", op="mm", m=m, n=_LLAMA[name][0], k=_LLAMA[name][1])
+    for m in (2048, 8192, 64, 128, 16)
+    for name in ("o", "gateup", "down", "qkv", "lmhead")
+    if name != "lmhead" or m < 2048
 )
 
 
@@ -112,6 +132,11 @@ def _module_name(gemm: Gemm, config: dict[str, Any]) -> str:
     return f"{gemm.name.replace('-', '_')}_{digest}"
 
 
+def _is_kernel(config: dict[str, Any]) -> bool:
+    """Whether a worker has to compile it."""
+    return config.get("template") != "decompose_k"
+
+
 class Recorder:
     """Takes one GEMM after the other within a time box."""
 
@@ -130,16 +155,21 @@ class Recorder:
         self.device: dict[str, Any] = {"hardware": "dry run", "versions": {}}
         self.scratch: Any = None
         self._told: set[str] = set()
+        self.cute = options.backend == cute_kernels.BACKEND
 
     def run(self) -> None:
         """Record all GEMMs that are wanted and not there yet."""
         begun = time.monotonic()
         gemms = self._wanted()
-        configs = {gemm.name: legal_configs(gemm, self.options.wide) for gemm in gemms}
+        configs = {
+            gemm.name: cute_kernels.legal_configs(gemm) if self.cute else legal_configs(gemm, self.options.wide)
+            for gemm in gemms
+        }
         legal = {name: len(found) for name, found in configs.items()}
         configs = {name: found[: self.options.limit] for name, found in configs.items()}
         print(f"{len(gemms)} GEMMs: {', '.join(f'{name} {count}' for name, count in legal.items())}", flush=True)
-        self.farm = Farm(self.options.workers, self.sources)
+        with cute_kernels.context_with_compilers() if self.cute else contextlib.nullcontext() as context:
+            self.farm = Farm(self.options.workers, self.sources, context=context)
         if not self.options.dry:
             import gemm_device
 
@@ -147,10 +177,11 @@ class Recorder:
             self.device = gemm_device.describe_device()
         for gemm in gemms:
             known = {json.dumps(row.config, sort_keys=True) for row in self._partial_rows(gemm)}
-            compiled = [
-                c for c in configs[gemm.name] if c["template"] != "decompose_k" and json.dumps(c, sort_keys=True) not in known
-            ]
-            self.farm.submit(Task(gemm=gemm, config=config, name=_module_name(gemm, config)) for config in compiled)
+            compiled = [c for c in configs[gemm.name] if _is_kernel(c) and json.dumps(c, sort_keys=True) not in known]
+            self.farm.submit(
+                Task(gemm=gemm, config=config, name=_module_name(gemm, config), backend=self.options.backend)
+                for config in compiled
+            )
         try:
             for i, gemm in enumerate(gemms):
                 left = self.deadline - time.monotonic()
@@ -165,10 +196,14 @@ class Recorder:
 
     def _wanted(self) -> list[Gemm]:
         have = {
-            path.name.removesuffix(".json.gz") for folder in (FOLDER, self.done_folder) for path in folder.rglob("*.json.gz")
+            path.name.removesuffix(".json.gz")
+            for folder in (FOLDER, self.done_folder)
+            for path in folder.rglob("*.json.gz")
+            if not self.cute or load(path).of([cute_kernels.BACKEND])
         }
         only = self.options.only
-        gemms = [replace(gemm, name=f"{gemm.name}-wide") for gemm in GEMMS] if self.options.wide else list(GEMMS)
+        known = CUTE_GEMMS if self.cute else GEMMS
+        gemms = [replace(gemm, name=f"{gemm.name}-wide") for gemm in known] if self.options.wide else list(known)
         return [
             g
             for g in gemms
@@ -185,16 +220,19 @@ class Recorder:
         self.farm.drop(gemm.name)
         rows = list(self._careful(gemm, rows, bench, time.monotonic() + careful_s))
         wanted = {json.dumps(config, sort_keys=True) for config in configs}
-        measured = sum(row.backend == "inductor" and json.dumps(row.config, sort_keys=True) in wanted for row in rows)
+        measured = sum(row.backend == self.options.backend and json.dumps(row.config, sort_keys=True) in wanted for row in rows)
+        said = {
+            **self.device, "date": datetime.date.today().isoformat(), "protocol": _PROTOCOL, "legal": legal,
+            "measured": measured, "complete": measured == legal, "copies": bench.copies if bench else 0, "notes": _NOTES,
+            "sensors": self._sensors(),
+        }  # fmt: skip
+        if self.cute:  # beside what is said of the rows that a file has already
+            stock = next((row for row in rows if row.backend == "aten"), None)
+            said |= {"notes": _CUTE_NOTES, "cublas_us": stock.best_us if stock else None}
+            said = {"hardware": self.device["hardware"], cute_kernels.BACKEND: said}
         landscape = Landscape(
             name=gemm.name,
-            header={
-                **self.device, "date": datetime.date.today().isoformat(), "protocol": _PROTOCOL, "legal": legal,
-                "measured": measured, "complete": measured == legal, "copies": bench.copies if bench else 0,
-                "notes": "inductor rows: torch's templates rendered and compiled as Inductor does, without its wrapper; "
-                "decompose_k: torch.bmm with fp32 output and a Triton sum",
-                "sensors": self._sensors(),
-            },
+            header=said,
             problem={"op": gemm.op, "batch": gemm.batch, "m": gemm.m, "n": gemm.n, "k": gemm.k, "dtype": "bfloat16",
                      "bias": gemm.op == "addmm", "b": "k-major" if gemm.k_major else "n-major"},
             rows=rows,
@@ -214,9 +252,9 @@ class Recorder:
         if not any(row.backend == "aten" for row in rows):
             rows.append(self._measured(Row(backend="aten", config={"prepack": False}, status="OK"), "", rows, bench))
         for config in configs:
-            if config["template"] == "decompose_k" and json.dumps(config, sort_keys=True) not in known:
+            if not _is_kernel(config) and json.dumps(config, sort_keys=True) not in known:
                 rows.append(self._measured(Row(backend="inductor", config=config, status="OK"), "", rows, bench))
-        left = sum(c["template"] != "decompose_k" and json.dumps(c, sort_keys=True) not in known for c in configs)
+        left = sum(_is_kernel(c) and json.dumps(c, sort_keys=True) not in known for c in configs)
         while left and time.monotonic() < until:
             built = self.farm.take(gemm.name, min(5.0, max(0.0, until - time.monotonic())))
             if built is None:
@@ -224,7 +262,7 @@ class Recorder:
             left -= 1
             if json.dumps(built.task.config, sort_keys=True) in known:
                 continue
-            row = Row(backend="inductor", config=built.task.config, status=built.status)
+            row = Row(backend=built.task.backend, config=built.task.config, status=built.status)
             self._tell_once(built.status, built.message)
             rows.append(row if built.status != "OK" else self._measured(row, built.task.name, rows, bench))
 
@@ -238,7 +276,9 @@ class Recorder:
     def _launch(self, row: Row, name: str, bench: Any) -> Any:
         if row.backend == "aten":
             return bench.stock_launch()
-        if row.config["template"] == "decompose_k":
+        if row.backend == cute_kernels.BACKEND:
+            return bench.cute_launch(row.config)
+        if not _is_kernel(row.config):
             return bench.decompose_launch(row.config["k_split"])
         return bench.kernel_launch(row.config, name)
 
@@ -284,7 +324,8 @@ class Recorder:
                 return [Row(backend=b, config=config, status=status, us=us) for b, config, status, us in said["rows"]]
         recorded = FOLDER / slug(str(self.device["hardware"])) / f"{gemm.name}.json.gz"
         if self.options.extend and recorded.is_file():
-            return [row for row in load(recorded).rows if row.backend != "aten"]
+            rows = load(recorded).rows
+            return [row for row in rows if (row.backend == cute_kernels.BACKEND if self.cute else row.backend != "aten")]
         return []
 
     def _careful(self, gemm: Gemm, rows: list[Row], bench: Any, until: float) -> list[Row]:
@@ -341,7 +382,8 @@ class Recorder:
         stock = next((row.best_us for row in landscape.rows if row.backend == "aten"), None)
         statuses = {s: sum(row.status == s for row in landscape.rows) for s in sorted({row.status for row in landscape.rows})}
         found = f"best {best.best_us:.2f} us {json.dumps(best.config)}" if best is not None else "nothing worked"
-        print(f"{landscape.name}: {landscape.header['measured']}/{landscape.header['legal']} in {seconds:.0f} s {statuses}; "
+        said = landscape.header.get(cute_kernels.BACKEND, landscape.header)
+        print(f"{landscape.name}: {said['measured']}/{said['legal']} in {seconds:.0f} s {statuses}; "
               f"cuBLAS {stock or math.nan:.2f} us, {found}", flush=True)  # fmt: skip
 
 
@@ -350,6 +392,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=".", help="folder for landscapes.zip")
     parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--backend", choices=("inductor", cute_kernels.BACKEND), default="inductor")
     parser.add_argument("--only", nargs="*", help="names of GEMMs")
     parser.add_argument("--again", action="store_true", help="also those that are recorded already")
     parser.add_argument("--extend", action="store_true", help="add what recorded landscapes lack of today's space")

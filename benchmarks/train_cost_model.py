@@ -23,7 +23,7 @@ import replay
 from landscape_file import FOLDER, Landscape, load_all
 from replay import names_of
 
-from autokernel.search.cost_model import FEATURES, MODEL_FILE, CostModel, Floats, Trees, features, save_model
+from autokernel.search.cost_model import FEATURES, MODEL_FILE, CostModel, Floats, Trees, features, kind_of, save_model
 
 _CLIP = math.log(4.0)  # how much slower than the best is as good as never
 
@@ -61,7 +61,7 @@ def train(landscapes: Sequence[Landscape], seed: int = 0) -> CostModel:
             targets.append(np.minimum(np.log(times[ok] / times[ok].min()), _CLIP))
             failed_inputs.append(found)
             failed.append(~ok)
-            found_kinds |= {str(row.config.get("template", row.config.get("mode"))) for row in rows}
+            found_kinds |= {kind for row in rows if (kind := kind_of(row.config)) is not None}
         cost[backend] = Trees.mean_of([_boosted(inputs, targets, settings, seed + 10 * i) for i, settings in enumerate(_MIX)])
         kinds[backend] = tuple(sorted(found_kinds))
         if sum(f.sum() for f in failed) >= 20:

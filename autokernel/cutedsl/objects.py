@@ -49,7 +49,7 @@ class Kernel:
         from tvm_ffi import convert
 
         self.info = info
-        self._function = function
+        self.function = function
         self.run = written(info, function, current_gpu(), swizzle, convert)
         if torch.cuda.device_count() > 1:
             self.run = on_device_of_operands(self.run)

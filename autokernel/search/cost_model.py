@@ -228,7 +228,7 @@ def features(names: Names, configs: Sequence[Config]) -> Floats:
 def _in_tritons_terms(config: Config, size: float) -> Config:
     """A CuTe DSL kernel's config under the names that features are made of: rows and columns are the caller's."""
     tile_m, tile_n = float(config["tile_m"]), float(config["tile_n"])
-    kind = "operators" if config["source"] == "operators" else "pingpong" if config.get("pingpong") else "cooperative"
+    kind = _cute_kind(config)
     # two warpgroups share a tile, unless each has its own, or it is small
     shared = kind != "pingpong" and tile_m > 64 and (kind == "cooperative" or tile_n > 128)
     stage = (tile_m + tile_n) * _CUTE_DEPTH_BYTES
@@ -263,9 +263,21 @@ def _apart(names: Names, configs: Sequence[Config]) -> Floats:
     return np.array([extra if config.get("merge") == "none" else 0.0 for config in configs])
 
 
-def _kind(config: Config) -> float:
+def kind_of(config: Config) -> str | None:
+    """The template, the mode, or the kind of CuTe DSL kernel that a config is of."""
+    if "source" in config:
+        return _cute_kind(config)
     said = config.get("template", config.get("mode"))
-    return float(KINDS.index(said)) if isinstance(said, str) and said in KINDS else _KIND_MISSING
+    return said if isinstance(said, str) and said in KINDS else None
+
+
+def _cute_kind(config: Config) -> str:
+    return "operators" if config["source"] == "operators" else "pingpong" if config.get("pingpong") else "cooperative"
+
+
+def _kind(config: Config) -> float:
+    kind = kind_of(config)
+    return _KIND_MISSING if kind is None else float(KINDS.index(kind))
 
 
 def _fill(tiles: Floats, slots: Floats | float) -> Floats:

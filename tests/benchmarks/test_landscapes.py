@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import cute_kernels
 import gemm_kernels
 import landscape_file
 import pytest
 import replay
 import search_efficiency
+import train_cost_model
 from landscape_file import Landscape, Row
 from synthetic_landscapes import made_up_landscape
 
@@ -138,3 +140,57 @@ def test_grids() -> None:
     assert gemm_kernels.grid_of(wide, {"template": "mm_persistent_tma", **_TILE}) == (132, 1, 1)
     batched = gemm_kernels.Gemm(name="x", op="bmm", m=17, n=64, k=64, batch=3)
     assert gemm_kernels.grid_of(batched, {"template": "bmm", **_TILE}) == (2, 3, 1)
+
+
+def test_an_archive_adds_its_backend_to_what_is_recorded(tmp_path: Path) -> None:
+    problem = {"op": "mm", "batch": 1, "m": 64, "n": 4096, "k": 4096, "dtype": "bfloat16", "bias": False, "b": "k-major"}
+
+    def recorded(backend: str, us: float, header: dict[str, object]) -> Landscape:
+        rows = [
+            Row(backend="aten", config={"prepack": False}, status="OK", us=us, careful_us=us),
+            Row(backend=backend, config={"tile": us}, status="OK", us=us),
+        ]
+        return Landscape(name="x", header={"hardware": "synthetic", **header}, problem=problem, rows=rows)
+
+    def unpacked(landscape: Landscape) -> Landscape:
+        landscape_file.save(landscape, tmp_path / "one")
+        landscape_file.pack(tmp_path / "one", tmp_path / "all.zip")
+        (path,) = landscape_file.unpack(tmp_path / "all.zip", tmp_path / "two")
+        return landscape_file.load(path)
+
+    unpacked(recorded("inductor", 10.0, {"legal": 1}))
+    both = unpacked(recorded("cutedsl", 12.0, {"cutedsl": {"legal": 5}}))
+    assert {row.backend: row.us for row in both.rows} == {"aten": 10.0, "inductor": 10.0, "cutedsl": 12.0}
+    assert both.header["legal"] == 1
+    assert both.header["cutedsl"] == {"legal": 5}
+    again = unpacked(recorded("inductor", 9.0, {"legal": 2}))
+    assert {row.backend: row.us for row in again.rows} == {"aten": 9.0, "inductor": 9.0, "cutedsl": 12.0}
+
+
+def test_a_recording_of_cute_kernels_begins_with_one_config_of_each() -> None:
+    gemms = [gemm_kernels.Gemm(name=f"x{m}", op="mm", m=m, n=4096, k=4096) for m in (2048, 8192)]
+    found = {gemm.name: cute_kernels.legal_configs(gemm) for gemm in gemms}
+    keys = {gemm.name: [cute_kernels.kernel_key(gemm, config) for config in found[gemm.name]] for gemm in gemms}
+    for name, each in keys.items():
+        count = len(set(each))
+        assert count < len(found[name]), "swizzles share a kernel"
+        assert len(set(each[:count])) == count
+    assert keys["x2048"][:100] == keys["x8192"][:100], "in the same order everywhere"
+
+
+def test_every_kind_of_kernel_is_known_to_a_model_that_was_trained_on_it() -> None:
+    config = {"tile_m": 128, "tile_n": 128, "cluster_m": 1, "cluster_n": 1, "swap": False, "swizzle": 8}
+    kinds = ({"source": "quack", "pingpong": True}, {"source": "quack", "pingpong": False}, {"source": "operators"})
+    rows = [
+        Row(backend="cutedsl", config={**config, **kind}, status="OK", us=10.0 + i + 3 * j)
+        for i, kind in enumerate(kinds)
+        for j in range(20)
+    ]
+    problem = {"op": "mm", "batch": 1, "m": 64, "n": 4096, "k": 4096, "dtype": "bfloat16", "bias": False, "b": "k-major"}
+    model = train_cost_model.train([Landscape(name="x", header={"hardware": "x"}, problem=problem, rows=rows)])
+    assert set(model.kinds["cutedsl"]) == {"pingpong", "cooperative", "operators"}
+    found = model.predict(
+        "cutedsl", replay.names_of(Landscape(name="x", header={}, problem=problem, rows=[])), [row.config for row in rows]
+    )
+    assert found is not None
+    assert found[0] < found[-1], "the slowest kind is told from the fastest"

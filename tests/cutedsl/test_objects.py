@@ -56,7 +56,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def launchable(kernel: Kernel) -> Kernel:
     """The kernel, with its tensors on a GPU as far as its object can tell."""
-    return Kernel(kernel.info, lambda *arguments: kernel._function(*map(on_gpu, arguments)))
+    return Kernel(kernel.info, lambda *arguments: kernel.function(*map(on_gpu, arguments)))
 
 
 def operands(kernel: KernelSpec, m: int, n: int) -> list[torch.Tensor]:
