@@ -140,6 +140,8 @@ def _refuse_illegal(candidate: Candidate) -> None:
         config = CuteConfig.from_entry(candidate.config)
     except ValueError as error:
         raise Refused(str(error)) from error
+    if config.fast_accum and not dict(problem.scalars).get("use_fast_accum", False):
+        raise Refused("fast_accum keeps sums in fewer bits than the model asks for (use_fast_accum is off): leave it off")
     if candidate.config.get("merge") == "concat":
         refuse_without_constant_weight(candidate)
     for part in (entry.problem for entry in _entries(candidate)):

@@ -100,6 +100,8 @@ def refusal(spec: KernelSpec) -> str | None:
         return f"CuTe DSL kernels take {', '.join(DTYPES)}, not {spec.dtype}"
     if spec.dtype in _EIGHT_BITS and (spec.a_major, spec.b_major) != ("k", "k"):
         return f"8-bit operands must be contiguous along K: A is {spec.a_major}-major, B {spec.b_major}-major"
+    if config.fast_accum and not spec.dtype.startswith("float8"):
+        return f"fast_accum is for products in 8-bit floating point, not for {spec.dtype}: leave it off"
     if spec.num_parts and (spec.epilogue or spec.batched or spec.out_dtype != "float32" or spec.arch != "sm_90a"):
         return "separate makes float32 parts of one product on sm_90a, without an epilogue: leave it off"
     if spec.gated and (reason := _gated_refusal(spec)) is not None:

@@ -49,6 +49,8 @@ class CuteConfig:
         swizzle: most tiles that run side by side before the next row of them, so that they find each other's operands in L2.
         raster: which neighbours follow each other, "rows" or "columns" of tiles. operators; quack decides it by the shape.
         fuse: compute the problem's epilogue in the kernel; else it stays behind it. quack.
+        fast_accum: sums of products in 8-bit floating point stay in the matrix units, which keep fewer bits of them than fp32
+            has; else those of each block of K are added up in fp32, in as many registers again. quack.
     """
 
     source: str
@@ -64,6 +66,7 @@ class CuteConfig:
     swizzle: int = DEFAULT_SWIZZLE
     raster: str = ROWS
     fuse: bool = False
+    fast_accum: bool = False
 
     def problem(self) -> str | None:
         """The rule that the parameters break, None if a kernel has them."""
@@ -71,8 +74,8 @@ class CuteConfig:
         if self.source == OPERATORS:
             if tile not in OPERATORS_TILES:
                 return f"operators has tiles {_listed(OPERATORS_TILES)}, not {tile[0]}x{tile[1]}"
-            if self.pingpong or self.split_k != 1 or self.fuse:
-                return "operators has neither pingpong nor split_k nor fuse on SM90: leave them off"
+            if self.pingpong or self.split_k != 1 or self.fuse or self.fast_accum:
+                return "operators has neither pingpong nor split_k nor fuse nor fast_accum on SM90: leave them off"
         elif self.source == QUACK:
             tiles = PINGPONG_TILES if self.pingpong else COOPERATIVE_TILES
             if tile not in tiles:
@@ -133,7 +136,7 @@ class CuteConfig:
         return made
 
 
-_FLAGS = ("pingpong", "swap", "ordered", "separate", "fuse")
+_FLAGS = ("pingpong", "swap", "ordered", "separate", "fuse", "fast_accum")
 _OF_ENTRIES = ("merge",)  # what a config says beside the kernel's parameters
 
 

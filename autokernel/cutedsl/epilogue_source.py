@@ -61,7 +61,7 @@ def epilogue_of(spec: KernelSpec, *, swapped: bool = False) -> Any:
         swapped: the kernel is given the transposed problem, so that its rows are the caller's columns.
     """
     if spec.gated:
-        return gemm_epilogue(outputs=(GATED_RESULT,), mode="acc_pair")(gated(spec.epilogue[0], ACTIVATIONS))
+        return gemm_epilogue(outputs=(GATED_RESULT,), mode="acc_pair")(gated(spec, ACTIVATIONS))
     pins: dict[str, Any] = {}
     for operand, name in spec.operands().items():
         if name in MATRICES:
@@ -100,28 +100,29 @@ def composed(spec: KernelSpec, activations: Mapping[str, Callable[[Any], Any]]) 
         return {"D": value, SQUARES: (value, value)} if squares else {"D": value}
 
     # quack asks the signature for operands. It knows a function of an installed package by its name alone, so that the name
-    # has to tell epilogues apart.
+    # has to tell epilogues apart, and kernels that it does not know to be different.
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in ("acc", *spec.operands())]
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__name__ = function.__qualname__ = "_".join(spec.epilogue) or "plain"
+    function.__name__ = function.__qualname__ = ("_".join(spec.epilogue) or "plain") + ("_fast" if spec.cute.fast_accum else "")
     return function
 
 
-def gated(name: str, activations: Mapping[str, Callable[[Any], Any]]) -> Callable[[Any], dict[str, Any]]:
+def gated(spec: KernelSpec, activations: Mapping[str, Callable[[Any], Any]]) -> Callable[[Any], dict[str, Any]]:
     """The function of two neighbouring accumulators, whose columns of B are the same of its two halves.
 
     Args:
-        name: of `GATED_EPILOGUES`.
+        spec: whose epilogue is one of `GATED_EPILOGUES`.
         activations: what the names without an operand do.
     """
+    (name,) = spec.epilogue
     activate = activations[name.removeprefix("gated_")]
 
     def function(acc: Any) -> dict[str, Any]:
         gate, up = unpack(acc)
         return {GATED_RESULT: activate(gate) * up}
 
-    function.__name__ = function.__qualname__ = name
+    function.__name__ = function.__qualname__ = name + ("_fast" if spec.cute.fast_accum else "")
     return function
 
 

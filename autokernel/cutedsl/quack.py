@@ -5,13 +5,16 @@ quack compiles through its epilogue frontend for any sizes; what it would pass a
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from quack.cute_dsl_utils import get_max_active_clusters, torch2cute_dtype_map
 from quack.gemm import GemmDefaultSm90, _compile_gemm
 from quack.gemm_config import SplitKMode, cta_tile_shape_m
+from quack.gemm_sm90 import GemmSm90
 from quack.rounding import RoundingMode
 
 from autokernel.cutedsl.epilogue_source import GATED_RESULT, epilogue_of
@@ -39,11 +42,21 @@ def compile_spec(
     by_hand = config.swap and (config.split_k > 1 or spec.squares)
     if by_hand:
         a, b, out = b.mT, a.mT, out.mT
-    plan = epilogue_of(spec, swapped=by_hand).gemm(
+    with _sums(fast=config.fast_accum):
+        plan = _planned(spec, a, b, out, _operands(spec, matrices[2], by_hand), by_hand)
+    return plan.compiled_fn, _launch(spec, plan.gemm_cls.EpilogueArguments._fields, function, by_hand)
+
+
+def _planned(
+    spec: KernelSpec, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, operands: dict[str, torch.Tensor], by_hand: bool
+) -> Any:
+    """quack's own plan of a call, with the kernel compiled."""
+    config = spec.cute
+    return epilogue_of(spec, swapped=by_hand).gemm(
         a,
         b,
         None if spec.gated else out,
-        epi_args={GATED_RESULT: out} if spec.gated else _operands(spec, matrices[2], by_hand),
+        epi_args={GATED_RESULT: out} if spec.gated else operands,
         tile_M=config.tile_m,
         tile_N=config.tile_n,
         cluster_M=config.cluster_m,
@@ -56,7 +69,24 @@ def compile_spec(
         concat_layout=("B",) if spec.gated else None,  # gate and up are B's halves, not every other column
         _launch=False,
     )
-    return plan.compiled_fn, _launch(spec, plan.gemm_cls.EpilogueArguments._fields, function, by_hand)
+
+
+@contextlib.contextmanager
+def _sums(*, fast: bool) -> Iterator[None]:
+    """While a kernel is compiled: how it keeps sums of 8-bit products, which its class can be told and no frontend tells it."""
+    if not fast:
+        yield
+        return
+    made = GemmSm90.__init__
+
+    def made_fast(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **{**kwargs, "fp8_fast_accum": True})
+
+    GemmSm90.__init__ = made_fast
+    try:
+        yield
+    finally:
+        GemmSm90.__init__ = made
 
 
 def _compiled_parts(spec: KernelSpec) -> Any:

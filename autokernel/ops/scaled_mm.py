@@ -60,7 +60,8 @@ class ScaledMm:
         """As of any product, and what decides which kernels there are for it.
 
         `out_bytes` has an element of the result; `k_major` is 1 if K is contiguous in both matrices; `row_scaled` is 1 with a
-        scale for each row and column, 0 with one for each matrix. `num_epilogue` steps follow, the bias included.
+        scale for each row and column, 0 with one for each matrix; `fast_sums` is 1 where sums may have fewer bits than fp32
+        has. `num_epilogue` steps follow, the bias included.
         """
         left, right = problem.inputs[:2]
         return {
@@ -74,6 +75,7 @@ class ScaledMm:
             "k_major": int(k_major(left, right)),
             "num_epilogue": int(has_bias(problem)) + len(problem.epilogue),
             "row_scaled": int(scaling_of(*problem.inputs[:_BIAS]) == ROW_WISE),
+            "fast_sums": int(bool(dict(problem.scalars)["use_fast_accum"])),
         }
 
     def flops(self, problem: Problem) -> int:

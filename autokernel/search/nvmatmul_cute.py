@@ -149,6 +149,7 @@ def _wanted(source: str, row: CuteRow) -> list[dict[str, ConfigValue]]:
         "ordered": True,
         "separate": False,
         "fuse": True,  # where something follows
+        "fast_accum": True,  # where the model allows it
     }
     if source == OPERATORS:
         return [{**config, "pingpong": False, "swizzle": min(row.swizzle, _MAX_SWIZZLE), "raster": row.raster}]

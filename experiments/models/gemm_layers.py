@@ -55,8 +55,9 @@ class FusedGemms(nn.Module):
 class Float8Linear(nn.Module):
     """y[M, N] = x[M, K] @ w[N, K]^T in e4m3, with a scale for each row of both; x is scaled as it comes."""
 
-    def __init__(self, k: int, n: int) -> None:
+    def __init__(self, k: int, n: int, use_fast_accum: bool) -> None:
         super().__init__()
+        self.use_fast_accum = use_fast_accum
         weight = torch.randn(n, k) / k**0.5
         largest = weight.abs().amax(dim=1, keepdim=True)
         self.register_buffer("weight", (weight * (LARGEST / largest)).to(torch.float8_e4m3fn))
@@ -66,16 +67,19 @@ class Float8Linear(nn.Module):
         wide = x.float()
         scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-6) / LARGEST
         quantized = (wide / scale).to(torch.float8_e4m3fn)
-        return torch._scaled_mm(quantized, self.weight.t(), scale, self.scale, out_dtype=torch.bfloat16).to(x.dtype)
+        scales = (scale, self.scale)
+        y = torch._scaled_mm(quantized, self.weight.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=self.use_fast_accum)
+        return y.to(x.dtype)
 
 
 class Float8Gemms(nn.Module):
     """q/k/v, o, gate/up and down in 8 bits."""
 
-    def __init__(self) -> None:
+    def __init__(self, use_fast_accum: bool) -> None:
         super().__init__()
-        self.qkv, self.o = Float8Linear(WIDTH, QKV), Float8Linear(WIDTH, WIDTH)
-        self.gate_up, self.down = Float8Linear(WIDTH, 2 * HIDDEN), Float8Linear(HIDDEN, WIDTH)
+        sizes = {"qkv": (WIDTH, QKV), "o": (WIDTH, WIDTH), "gate_up": (WIDTH, 2 * HIDDEN), "down": (HIDDEN, WIDTH)}
+        for name, (k, n) in sizes.items():
+            self.add_module(name, Float8Linear(k, n, use_fast_accum))
 
     def forward(self, x: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x [M, 4096], hidden [M, 14336] -> [M, 6144], [M, 4096], [M, 28672], [M, 4096]."""
@@ -90,5 +94,5 @@ def fused_gemms() -> nn.Module:
     return FusedGemms()
 
 
-def float8_gemms() -> nn.Module:
-    return Float8Gemms()
+def float8_gemms(use_fast_accum: bool = False) -> nn.Module:
+    return Float8Gemms(use_fast_accum)

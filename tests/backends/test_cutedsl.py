@@ -102,6 +102,11 @@ def test_strides_of_one_row_say_nothing() -> None:
         (MM, {**PLAIN, "tile_m": 100}, "quack has cooperative tiles .* not 100x64"),
         (MM, {**PLAIN, "source": "operators", "split_k": 2}, "neither pingpong nor split_k nor fuse"),
         (MM, {**PLAIN, "fuse": True}, "nothing follows this one"),
+        (
+            replace(SCALED, scalars=(("out_dtype", "bfloat16"), ("use_fast_accum", False))),
+            {**PLAIN, "fast_accum": True},
+            "fewer bits than the model asks for",
+        ),
         (MM, {**PLAIN, "separate": True}, "separate leaves parts of K to what follows"),
         (ADDMM, {**PLAIN, "split_k": 2, "separate": True, "fuse": True}, "separate leaves parts of K to what follows"),
         (replace(MERGED, constants=()), {**PLAIN, "merge": "concat"}, "no constant input"),

@@ -107,7 +107,7 @@ def epilogues() -> None:
             answer["digests"].append(epilogue_of(spec).semantic_digest)
             if spec.gated:
                 up = torch.randn(64, 96, dtype=torch.float64)
-                got = gated(spec.epilogue[0], by_torch)(Pair(acc, up))[GATED_RESULT]
+                got = gated(spec, by_torch)(Pair(acc, up))[GATED_RESULT]
                 answer["errors"].append(float((got - apply_gated(spec.epilogue[0], acc, up)).abs().max()))
                 continue
             operands = {name: example(taker, acc) for name, taker in spec.operands().items()}

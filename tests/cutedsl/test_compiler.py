@@ -44,6 +44,8 @@ SPECS = {
     "fp8, scaled as a whole, swapped": spec(
         {**PINGPONG, "swap": True}, **FP8, epilogue=("tensor_scale_a", "tensor_scale_b", "silu")
     ),
+    "fp8, sums in fp32": spec(COOPERATIVE, **FP8, epilogue=("scale_a", "scale_b")),
+    "fp8, sums in the matrix units": spec({**COOPERATIVE, "fast_accum": True}, **FP8, epilogue=("scale_a", "scale_b")),
     "gated, fp8, batched": spec(COOPERATIVE, **FP8, batched=True, epilogue=("gated_gelu_tanh",)),
     "batched, fused": spec(COOPERATIVE, batched=True, a_major="m", b_major="n", epilogue=("bias", "add")),
 }
@@ -98,6 +100,14 @@ def test_an_object_needs_no_compiler(kernels: Kernels) -> None:
 
 
 @pytest.mark.slow
+def test_how_sums_are_kept_makes_another_kernel(kernels: Kernels) -> None:
+    """Of one process: quack would hand out the first one again, if it did not know them to be two."""
+    exact, fast = (kernels[f"fp8, sums in {where}"].info for where in ("fp32", "the matrix units"))
+    assert exact.sha256 != fast.sha256
+    assert exact.num_bytes > fast.num_bytes, "it adds up twice"
+
+
+@pytest.mark.slow
 def test_scratch_memory_is_told_to_the_caller(kernels: Kernels) -> None:
     free = kernels["parts of K as they come, swapped, fused"].info.launch
     assert (free.scratch_tile, free.zeroed_workspace, free.transposed) == ((128, 192, 1, 2), True, True)
@@ -113,6 +123,8 @@ def test_scratch_memory_is_told_to_the_caller(kernels: Kernels) -> None:
         ({"epilogue": ("bias",)}, "operators computes no epilogue"),
         ({"config": COOPERATIVE, "epilogue": ("softmax",)}, "not softmax"),
         ({"config": COOPERATIVE, "dtype": "int8"}, "use operators"),
+        ({"config": {**COOPERATIVE, "fast_accum": True}}, "8-bit floating point, not for bfloat16"),
+        ({"config": {**OPERATORS, "fast_accum": True}, **FP8}, "nor fast_accum"),
         ({"config": COOPERATIVE, "out_dtype": "int32"}, "quack makes bfloat16"),
         ({"config": COOPERATIVE, "epilogue": ("gated_silu",), "b_major": "n"}, "contiguous along K"),
         ({"config": {**COOPERATIVE, "swap": True}, "epilogue": ("gated_silu",)}, "without swap and split_k"),

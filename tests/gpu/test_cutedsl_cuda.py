@@ -179,12 +179,14 @@ def test_results_are_right(name: str, sizes: tuple[int, int, int], cache: Object
         assert all(torch.equal(kernel(a, b, given), y) for _ in range(4))
 
 
-def test_fp8_agrees_with_torchs_own_product(cache: ObjectCache) -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_fp8_agrees_with_torchs_own_product(fast: bool, cache: ObjectCache) -> None:
     m, n, k = 128, 1024, 2048
-    kernel_spec = spec(QUACK, dtype="float8_e4m3fn", epilogue=("scale_a", "scale_b"))
+    kernel_spec = spec({**QUACK, "fast_accum": fast}, dtype="float8_e4m3fn", epilogue=("scale_a", "scale_b"))
     a, b = matrices(kernel_spec, m, n, k)
     scales = operands(kernel_spec, m, n)
-    theirs = torch._scaled_mm(a, b, scales[0][:, None], scales[1][None, :], out_dtype=torch.bfloat16)
+    by_rows = (scales[0][:, None], scales[1][None, :])
+    theirs = torch._scaled_mm(a, b, *by_rows, out_dtype=torch.bfloat16, use_fast_accum=fast)
     mine = load(str(cache.get_or_compile(kernel_spec)[1]))(a, b, scales)
     reference = expected(kernel_spec, a, b, scales)
     assert error_of(mine, reference) <= 1.5 * error_of(theirs, reference) + 1e-4

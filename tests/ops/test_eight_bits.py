@@ -152,7 +152,7 @@ def test_costs_count_the_result_in_its_own_dtype() -> None:
     op = get_op("scaled_mm")
     assert op.dims(problem) == {
         "batch": 1, "m": M, "n": N, "k": K, "dtype_bytes": 1, "out_bytes": 2, "has_constant_weight": 1, "k_major": 1,
-        "num_epilogue": 3, "row_scaled": 1,
+        "fast_sums": 0, "num_epilogue": 3, "row_scaled": 1,
     }  # fmt: skip
     assert op.flops(problem) == 2 * M * N * K
     assert op.num_bytes(problem) == M * K + K * N + 4 * (M + N) + 2 * N + 2 * M * N + 2 * M * N

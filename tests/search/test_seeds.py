@@ -200,12 +200,24 @@ def test_nvmatmul_gives_legal_cute_configs_of_both_sources(op: str, shape: tuple
 @pytest.mark.parametrize("m", [16, 2048])
 def test_nvmatmul_gives_legal_cute_configs_for_8_bits(op: str, dtype: str, sources: set[str], m: int) -> None:
     p = problem(m, 4096, 4096, dtype, "cuda", op)
-    sizes = {"m": m, "n": 4096, "k": 4096, "dtype_bytes": 1, "out_bytes": 2, "k_major": 1, "num_epilogue": 0}
+    sizes = {"m": m, "n": 4096, "k": 4096, "dtype_bytes": 1, "out_bytes": 2, "k_major": 1, "fast_sums": 1, "num_epilogue": 0}
     ctx = SeedContext(problem=p, spaces=load_space(op), names=names_for({**sizes, "has_constant_weight": 1, "batch": 1}, H200))
     configs = [s.candidate.config for s in nvmatmul.nvmatmul_seeds(ctx)]
     assert {config["source"] for config in configs} == sources
     assert 1 <= len(configs) <= nvmatmul_cute.MAX_SEEDS
     assert not any(ctx.spaces["cutedsl"].violations(config, ctx.names) for config in configs)
+    assert all(config.get("fast_accum", op == "scaled_mm") == (op == "scaled_mm") for config in configs)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_sums_in_fp32_leave_room_for_small_tiles_alone(fast: bool) -> None:
+    sizes = {"m": 2048, "n": 4096, "k": 4096, "dtype_bytes": 1, "out_bytes": 2, "k_major": 1, "num_epilogue": 0}
+    names = names_for({**sizes, "fast_sums": int(fast), "has_constant_weight": 1, "batch": 1}, H200)
+    configs = list(load_space("scaled_mm")["cutedsl"].bind(names).enumerate())
+    tiles = {(config["tile_m"], config["tile_n"], config["pingpong"]) for config in configs if not config.get("fast_accum")}
+    assert tiles == {(128, 128, False)}
+    fast_tiles = {(config["tile_m"], config["tile_n"]) for config in configs if config.get("fast_accum")}
+    assert ((128, 256) in fast_tiles) == fast
 
 
 @pytest.mark.parametrize("m", [16, 2048])
