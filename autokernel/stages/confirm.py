@@ -14,13 +14,17 @@ from autokernel.events import Confirmed, Profiled
 from autokernel.export.bundle import Entry
 from autokernel.export.freezing import needs_constant
 from autokernel.export.matching import Gemm, gemm_of, parts_of_merged
+from autokernel.ops import get_op
 from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Hotspot, Problem, Status, Winner
 from autokernel.stages.context import RunContext
 
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 900
-_WORTH_CONFIRMING = 1.0  # screening time of the best stock choice over a finalist's, at least
+# How much slower than stock a finalist may have been as screened, where a GPU's matrix units are the limit. A screen is
+# over before the card reaches its power limit, which slows kernels down by how much energy they take: on an H200, products
+# within 1 % of each other at 1,980 MHz were 5 and 6 % apart in the seconds of a confirmation, at 1,500.
+_HOT_SLACK = 0.05
 
 
 def is_stock(candidate: Candidate) -> bool:
@@ -33,10 +37,17 @@ def is_separate(candidate: Candidate) -> bool:
     return candidate.problem.op == "merged_mm" and candidate.config.get("merge", "none") == "none"
 
 
-def finalists_of(evaluations: Sequence[Evaluation], top: int) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
+def finalists_of(
+    evaluations: Sequence[Evaluation], top: int, slack: float = 0.0
+) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
     """(finalists, baselines) of one problem: the fastest by their screening, and every stock choice that works.
 
     Of two candidates within one spread of each other the one with the shorter config comes first.
+
+    Args:
+        evaluations: of the problem.
+        top: finalists at most.
+        slack: how much slower than the best stock choice one may be, as a fraction.
     """
     good = [e for e in evaluations if e.status is Status.OK and e.measurement is not None]
     good.sort(key=lambda e: (e.measurement.median_us if e.measurement else 0.0, len(e.candidate.config)))
@@ -45,9 +56,17 @@ def finalists_of(evaluations: Sequence[Evaluation], top: int) -> tuple[tuple[Can
     baselines = tuple(dict.fromkeys(e.candidate for e in (*stock, *separate)))
     if not stock or not stock[0].measurement:
         return (), baselines
-    limit = stock[0].measurement.median_us / _WORTH_CONFIRMING
+    limit = stock[0].measurement.median_us * (1 + slack)
     rest = [e for e in good if e.candidate not in baselines and e.measurement and e.measurement.median_us < limit]
     return tuple(e.candidate for e in rest[:top]), baselines
+
+
+def slack_of(problem: Problem, ceilings: Ceilings) -> float:
+    """How much slower than stock a finalist may be: nothing, but where a GPU multiplies for longer than it reads."""
+    op = get_op(problem.op)
+    multiplies_us = op.flops(problem) / (ceilings.peak_tflops(problem.inputs[0].dtype) * 1e6)
+    reads_us = op.num_bytes(problem) / (ceilings.read_gb_per_s * 1e3)
+    return _HOT_SLACK if problem.device != "cpu" and multiplies_us > reads_us else 0.0
 
 
 def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, Sequence[Evaluation]]) -> list[Winner]:
@@ -60,10 +79,12 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
     winners = [event.winner for event in earlier.values() if event.winner is not None]
     decided = {event.problem_key for event in earlier.values()}
     jobs: list[tuple[Hotspot, ConfirmCandidates]] = []
+    ceilings = Ceilings.from_json(profiled.ceilings)
     for key, found in evaluations.items():
         if key in decided or key not in hotspots:
             continue
-        finalists, baselines = finalists_of(found, settings.confirm_top)
+        slack = slack_of(hotspots[key].problem, ceilings)
+        finalists, baselines = finalists_of(found, settings.confirm_top, slack)
         if finalists and baselines:
             job = ConfirmCandidates(
                 problem=hotspots[key].problem,
@@ -72,7 +93,7 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
                 rounds=settings.confirm_rounds,
                 seed=context.seed + 1,
                 threads=context.threads,
-                ceilings=Ceilings.from_json(profiled.ceilings),
+                ceilings=ceilings,
                 deterministic_required=settings.deterministic,
                 max_copies=context.experiment.search.max_copies,
             )

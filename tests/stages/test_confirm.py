@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from autokernel.evaluate.confirm import Confirmation, Contender
+from autokernel.evaluate.roofline import Ceilings
 from autokernel.records import (
     Candidate,
     Check,
@@ -21,7 +22,7 @@ from autokernel.records import (
     Verdict,
     Winner,
 )
-from autokernel.stages.confirm import _judge, compatible, copied_bytes, entry_of, finalists_of, fitting
+from autokernel.stages.confirm import _judge, compatible, copied_bytes, entry_of, finalists_of, fitting, slack_of
 
 X = TensorSpec.contiguous((1, 64), "float32")
 PASSED = Verdict(checks=(Check(name="all", value=0, limit=1, passed=True),))
@@ -69,6 +70,22 @@ def test_the_fastest_are_finalists_and_only_what_works() -> None:
     assert baselines == (STOCK.candidate,)
     assert finalists_of([slow, STOCK], top=2)[0] == ()
     assert finalists_of([fast], top=2) == ((), ()), "without a stock time nothing can be claimed"
+
+
+def product(m: int, device: str, n: int = 4096, k: int = 4096) -> Problem:
+    weight = TensorSpec(shape=(k, n), dtype="bfloat16", stride=(1, k))
+    return Problem(op="mm", inputs=(TensorSpec.contiguous((m, k), "bfloat16"), weight), device=device, constants=(1,))
+
+
+def test_where_power_is_the_limit_a_finalist_may_be_slower_on_the_cool_card() -> None:
+    h200 = Ceilings(device="cuda", read_gb_per_s=4300.0, tflops={"bfloat16": 790.0})
+    assert slack_of(product(128, "cuda"), h200) == 0, "it reads"
+    assert slack_of(product(2048, "cuda"), h200) == 0.05
+    assert slack_of(product(2048, "cpu"), h200) == 0
+    problem = product(2048, "cuda")
+    stock, close, far = (evaluation(problem, us, backend) for us, backend in ((100, "aten"), (103, "cutedsl"), (106, "triton")))
+    assert finalists_of([stock, close, far], top=3)[0] == ()
+    assert finalists_of([stock, close, far], top=3, slack=0.05)[0] == (close.candidate,)
 
 
 def test_merging_has_to_beat_the_best_separate_way() -> None:
