@@ -80,7 +80,7 @@ def with_compilers() -> BaseContext:
     """Children that have both sources imported."""
     os.environ.update(CUTE_DSL_ARCH="sm_90a", QUACK_ARCH="90", QUACK_CACHE_ENABLED="0")  # which is read at the import
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["autokernel.cutedsl.quack", "autokernel.cutedsl.operators"])
+    context.set_forkserver_preload(["autokernel.cutedsl.preload"])
     return context
 
 

@@ -90,7 +90,7 @@ def context_with_compilers() -> Iterator[ForkServerContext]:
     os.environ.update(said)
     try:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["autokernel.cutedsl.quack", "autokernel.cutedsl.operators", "compile_farm"])
+        context.set_forkserver_preload(["autokernel.cutedsl.preload", "compile_farm"])
         yield context
     finally:
         for name, value in before.items():

@@ -4,6 +4,7 @@
     spec.py      what decides the machine code of one kernel, and the record that travels with its shared object
     operators.py, quack.py   the two sources: nvidia-cutlass-operators and quack-kernels (the only imports of either)
     compiler.py  one kernel, in this process, to a shared object
+    preload.py   both sources imported in half the time, for processes that only compile
     cache.py     shared objects on disk, under their specs' keys
     call.py      the Python function that calls one kernel, written out for its launch
     objects.py   loading: all that production needs, and the only import of tvm_ffi

@@ -1,6 +1,7 @@
 """What the tests of CuTe DSL kernels do in a process of its own: compilers change the process that imports them.
 
 child.py compile FOLDER     JSON specs on standard input -> objects in a cache in FOLDER; JSON per spec on standard output
+child.py preload            a JSON spec -> its object's digest, and what importing the compilers brought along
 child.py bind               JSON [[object, sizes], ...] -> how far a call with tensors that say they lie on a GPU gets
 child.py epilogues          JSON specs -> the largest errors of their functions, made of torch's activations
 child.py blackwell FOLDER   JSON [[[problem, position], ...], specs] -> names and bytes of compiled operators of SM100; a line
@@ -137,6 +138,17 @@ def expected(spec: KernelSpec, acc: torch.Tensor, operands: dict[str, torch.Tens
     return apply_epilogue(rest, value, [operands[o] for o, name in takers.items() if name in MATRICES])
 
 
+def preload() -> None:
+    decorators = torch.compile, torch.compiler.disable
+    os.environ.update(CUTE_DSL_ARCH="sm_90a", QUACK_ARCH="90", QUACK_CACHE_ENABLED="0")
+    import autokernel.cutedsl.preload  # noqa: F401
+
+    assert (torch.compile, torch.compiler.disable) == decorators
+    info, _ = compiler.compile_kernel(KernelSpec.from_json(json.load(sys.stdin)))
+    imported = [name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules]
+    print(json.dumps({"sha256": info.sha256, "imported": imported}))
+
+
 def blackwell(cache_folder: str) -> None:
     asked, specs = json.load(sys.stdin)
     with compiler.environment("sm_100a", 148), tempfile.TemporaryDirectory() as folder:
@@ -153,5 +165,7 @@ def blackwell(cache_folder: str) -> None:
 
 
 if __name__ == "__main__":
-    commands = {"compile": compile_all, "bind": bind_all, "epilogues": epilogues, "blackwell": blackwell}
+    commands = {
+        "compile": compile_all, "preload": preload, "bind": bind_all, "epilogues": epilogues, "blackwell": blackwell,
+    }  # fmt: skip
     commands[sys.argv[1]](*sys.argv[2:])

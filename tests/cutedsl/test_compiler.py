@@ -180,3 +180,13 @@ def test_without_a_linker_there_is_a_cure(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     assert "apt-get install gcc" in (compiler.unavailable() or "")
+
+
+@pytest.mark.slow
+def test_a_process_that_only_compiles_imports_no_more_than_that(kernels: Kernels, child: Any) -> None:
+    """And what it makes is the same."""
+    name = "fp8, sums in fp32"
+    done = child("preload", given=SPECS[name].to_json())
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said == {"sha256": kernels[name].info.sha256, "imported": []}
