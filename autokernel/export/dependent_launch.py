@@ -1,11 +1,12 @@
-"""Programmatic dependent launch of our own Triton kernels: the graph option `pdl`.
+"""Programmatic dependent launch of Triton kernels: the graph option `pdl`, for our own (true) or for all of a graph ("all").
 
 A kernel that is launched so starts while the one in front of it still runs, and waits for its results as the first thing it
-does: what is saved is the launch, and the time until all multiprocessors are busy. Every kernel of ours lets the next one
+does: what is saved is the launch, and the time until all multiprocessors are busy. Every such kernel lets the next one
 start at once, and waits before it reads or writes anything; whatever else is in the stream waits for all of it, as always.
 
-Inductor knows such launches for kernels that it writes itself. For those of others its code only lacks the word: it is put in
-where Inductor writes a kernel's text, as are the two instructions.
+Inductor knows such launches for kernels that it writes itself (`triton.enable_pdl`), but not for those of others and for
+templates, and its own wait only for the kernel in front, where they need its results. Here the word is put in where Inductor
+writes a kernel's text, as are the two instructions.
 """
 
 from __future__ import annotations
@@ -14,15 +15,20 @@ import ast
 import contextlib
 import functools
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+from autokernel.records import ConfigValue
+
 log = logging.getLogger(__name__)
 
-OPTION = "pdl"
+OPTION, ALL = "pdl", "all"
 _OURS = ("autokernel.kernels.", "autokernel_")  # modules of kernels that are read from files, and of generated ones
-_META = "triton_meta={"
+_DECORATOR, _META, _LAUNCH = "@triton_heuristics.", "triton_meta={", "'launch_pdl': True, "
+_SAID = re.compile(r"'launch_pdl': False(, )?")  # by Inductor, of kernels of its own
+_COOPERATIVE = "'launch_cooperative_grid': True"  # all blocks at once: launched as usual
 _FIRST = ("tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()")
 _QUOTES = "'''"
 
@@ -30,10 +36,14 @@ _state = threading.local()
 
 
 @contextlib.contextmanager
-def dependent_launches() -> Iterator[None]:
-    """While Inductor compiles in this thread: kernels of ours are launched so."""
+def dependent_launches(of: ConfigValue = True) -> Iterator[None]:
+    """While Inductor compiles in this thread: kernels of ours are launched so, or all of Triton's.
+
+    Args:
+        of: the option's value, True or "all".
+    """
     _install()
-    _state.active = True
+    _state.active = of
     try:
         yield
     finally:
@@ -59,7 +69,8 @@ def _install() -> None:
 
     @functools.wraps(define)
     def define_kernel(self: Any, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any) -> Any:
-        if getattr(_state, "active", False) and getattr(_state, "ours", False):
+        active = getattr(_state, "active", False)
+        if active and (getattr(_state, "ours", False) or (active == ALL and _DECORATOR in kernel_body)):
             kernel_body = dependent(kernel_body)
         return define(self, kernel_name, kernel_body, *args, **kwargs)
 
@@ -68,13 +79,14 @@ def _install() -> None:
 
 
 def dependent(body: str) -> str:
-    """Inductor's text of a kernel of ours, as one that is launched while another runs; unchanged if it is not as expected."""
+    """Inductor's text of a kernel, as one that is launched while another runs; unchanged if it is not as expected."""
+    if _COOPERATIVE in body:
+        return body
     try:
         start, end = body.index(_QUOTES) + len(_QUOTES), body.rindex(_QUOTES)
         source = body[start:end].replace("\\'\\'\\'", _QUOTES)
-        place = source.index("@triton_heuristics.user_autotune(")
-        meta = source.index(_META, place) + len(_META)
-        source = f"{source[:meta]}'launch_pdl': True, {source[meta:]}"
+        meta = source.index(_META, source.index(_DECORATOR)) + len(_META)
+        source = f"{source[:meta]}{_LAUNCH}{_SAID.sub('', source[meta:], count=1)}"
         lines = source.splitlines()
         tree = ast.parse(source)
         kernel = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and _is_entry(node))
@@ -89,7 +101,7 @@ def dependent(body: str) -> str:
 
 def _is_entry(function: ast.FunctionDef) -> bool:
     """What is launched: the function under Inductor's own decorator, not one that it calls."""
-    return any("user_autotune" in ast.dump(decorator) for decorator in function.decorator_list)
+    return any("triton_heuristics" in ast.dump(decorator) for decorator in function.decorator_list)
 
 
 def _is_text(node: ast.stmt) -> bool:

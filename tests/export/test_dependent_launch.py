@@ -1,4 +1,4 @@
-"""The graph option `pdl`: what becomes of the text of our kernels, and of nobody else's. No GPU."""
+"""The graph option `pdl`: what becomes of the text of our kernels, and of others' with `all`. No GPU."""
 
 from __future__ import annotations
 
@@ -35,15 +35,20 @@ def layer(x: torch.Tensor, gain: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.tanh(x * gain) @ w.t()
 
 
-@pytest.fixture
-def code() -> str:
+def code_with(pdl: bool | str) -> str:
+    """What Inductor writes with the option."""
     pytest.importorskip("triton", reason="Triton is not installed")
     entry = Entry(problem=PROBLEM, backend="triton", config=CONFIG)
     plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=(entry,)))
-    options = inductor_options(plan, {"pdl": True}, frozen=False)
+    options = inductor_options(plan, {"pdl": pdl}, frozen=False)
     assert "pdl" not in options, "Inductor does not know it"
-    with dependent_launches():
+    with dependent_launches(pdl):
         return generated_code(layer, [X, GAIN, W], options)
+
+
+@pytest.fixture
+def code() -> str:
+    return code_with(True)
 
 
 def kernels(code: str) -> dict[str, str]:
@@ -85,6 +90,34 @@ def test_kernels_of_others_are_as_they_were(code: str) -> None:
     others = [text for name, text in kernels(code).items() if not name.startswith("skinny_mm_kernel")]
     assert others
     assert not any("gdc_" in text or "'launch_pdl': True" in text for text in others)
+
+
+def entry_of(text: str) -> list[str]:
+    """The statements of the function that is launched."""
+    (function,) = [
+        node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and "triton_heuristics" in ast.dump(node)
+    ]
+    return [
+        ast.unparse(node) for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    ]
+
+
+def test_with_all_no_kernel_of_tritons_is_launched_otherwise() -> None:
+    found = kernels(code_with("all"))
+    assert len(found) == 2, "one of Inductor's own"
+    for text in found.values():
+        assert meta_of(text)["launch_pdl"] is True
+        assert text.count("'launch_pdl'") == 1
+        assert entry_of(text)[:2] == ["tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()"]
+        assert text.count("gdc_wait") == 1
+
+
+def test_a_kernel_whose_blocks_run_all_at_once_is_launched_as_usual() -> None:
+    text = next(iter(kernels(code_with(False)).values()))
+    body = "async_compile.triton('k', '''" + text + "''')"
+    assert dependent(body) != body
+    cooperative = body.replace("triton_meta={", "triton_meta={'launch_cooperative_grid': True, ")
+    assert dependent(cooperative) == cooperative
 
 
 def test_without_the_option_nothing_changes() -> None:
