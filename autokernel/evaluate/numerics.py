@@ -10,22 +10,25 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autokernel.backends import Built
 from autokernel.evaluate import poison
-from autokernel.evaluate.budget import Expected, all_finite, errors_of, expected_outputs
+from autokernel.evaluate.budget import Errors, Expected, all_finite, errors_of_outputs, expected_of_copies
 from autokernel.evaluate.probes import DRAWS, derived_seed, draw_scale, join, make_variables
 from autokernel.evaluate.tensors import (
+    Snapshot,
     alias_problem,
-    bits_of,
-    bytes_of,
+    each_different,
+    fill,
     metadata_problem,
     num_different,
     plain_problem,
+    rows_of,
     synchronize,
+    twin,
 )
 from autokernel.ops import ChoosingOp, Op
 from autokernel.records import Check, Problem, Verdict
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 _EDGES = "edges"
 _SETTLE_S = 0.02  # long enough for a thread that was left running to be seen writing
+_KEPT_BYTES = 32 << 20  # of contents: larger ones are drawn again where they are wanted
 Contents = list[list["torch.Tensor"]]  # per copy, the non-constant inputs
 
 
@@ -61,14 +65,22 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One call of `Built.run`: what every copy is given, and what it has to return."""
+    """One call of `Built.run`: what every copy is given, and what it has to return. `kept` are small contents."""
 
     slots: tuple[Slot, ...]
     expected: tuple[tuple[Expected, ...], ...]  # [copy][output]
+    kept: Contents | None = None
 
     def contents(self, problem: Problem) -> Contents:
-        """The non-constant inputs of every copy, the same each time."""
+        """The non-constant inputs of every copy, the same each time, in a memory of their own."""
+        if self.kept is not None:
+            return [[twin(x) for x in copy] for copy in self.kept]
         return [slot.variables(problem) for slot in self.slots]
+
+    def put_into(self, buffers: Contents, problem: Problem) -> None:
+        """The same contents at the buffers' addresses."""
+        contents = self.kept if self.kept is not None else [slot.variables(problem) for slot in self.slots]
+        fill([x for copy in buffers for x in copy], [x for copy in contents for x in copy])
 
     @property
     def output_sizes(self) -> list[int]:
@@ -100,6 +112,8 @@ def expect(op: Op, problem: Problem, constants: list[list[torch.Tensor]], seed: 
         seed: fresh for every check.
     """
     num_copies = len(constants)
+    each = sum(spec.num_bytes for i, spec in enumerate(problem.inputs) if i not in problem.constants)
+    small = num_copies * each <= _KEPT_BYTES
     shuffled = random.Random(seed)
     others = [draw for draw in DRAWS if draw not in ("model", "cancellation")]
     shuffled.shuffle(others)
@@ -113,13 +127,17 @@ def expect(op: Op, problem: Problem, constants: list[list[torch.Tensor]], seed: 
         return [_slot(op, problem, constants[i], derived_seed(seed, name, i), draw) for i, draw in enumerate(names)]
 
     def call(slots: Sequence[Slot]) -> Call:
-        return Call(
-            slots=tuple(slots),
-            expected=tuple(
-                expected_outputs(op, problem, join(problem, slot.variables(problem), fixed))
-                for slot, fixed in zip(slots, constants, strict=True)
-            ),
-        )
+        contents: Contents = []
+
+        def inputs() -> Iterator[list[torch.Tensor]]:
+            for slot, fixed in zip(slots, constants, strict=True):
+                variables = slot.variables(problem)
+                if small:
+                    contents.append(variables)
+                yield join(problem, variables, fixed)
+
+        expected = expected_of_copies(op, problem, inputs())
+        return Call(slots=tuple(slots), expected=tuple(expected), kept=contents if small else None)
 
     model = slots("model", ["model"] * num_copies)
     probes = [slots(i, draws[i * num_copies : (i + 1) * num_copies]) for i in range(num_calls)]
@@ -183,7 +201,7 @@ class Checker:
     def __init__(self, problem: Problem, built: Built, constants: list[list[torch.Tensor]], expectation: Expectation) -> None:
         self._problem, self._built, self._constants = problem, built, constants
         self._expectation = expectation
-        self._constants_before = [bits_of(x).clone() for fixed in constants for x in fixed]
+        self._constants_before = Snapshot([x for fixed in constants for x in fixed])
         self._checks: dict[str, Check] = {}
         self._perturb = problem.device == "cpu" and poison.can_perturb()
         self._num_nondeterministic = 0
@@ -212,7 +230,7 @@ class Checker:
         self._judge_pair(first, second)
         previous_call, previous = call, second
         for probe in self._expectation.probes:
-            _refill(buffers, probe.contents(self._problem))
+            probe.put_into(buffers, self._problem)
             outputs = self._run(probe, buffers, poison.PERTURB_BYTES[0], earlier=previous)
             if outputs is None:
                 return
@@ -236,14 +254,14 @@ class Checker:
             run: the call as it is timed (a graph's replay on a GPU).
         """
         call = self._expectation.probes[0]
-        _refill(buffers, call.contents(self._problem))
+        call.put_into(buffers, self._problem)
         synchronize(self._problem.device)
         with self._poison(call, poison.PERTURB_BYTES[0]):
             outputs = tuple(run())
         synchronize(self._problem.device)
         if self._well_formed(call, outputs):
             self._judge_all("audit_while_timing", call, outputs)
-        _refill(buffers, self._expectation.model.contents(self._problem))
+        self._expectation.model.put_into(buffers, self._problem)
 
     def after_timing(self) -> None:
         """New inputs in new buffers: still right."""
@@ -275,24 +293,23 @@ class Checker:
 
         device = self._problem.device
         flat = [x for copy in buffers for x in copy]
-        before = [bits_of(x).clone() for x in flat]
+        before = Snapshot(flat)
         synchronize(device)
         with torch.no_grad(), self._poison(call, byte):
             returned = self._built.run(*flat)
         outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
         if not self._well_formed(call, outputs):
             return None
-        at_return = [x.clone() for x in outputs]
+        at_return = rows_of(outputs, copy=True)
         if device == "cuda":
             torch.cuda.current_stream().synchronize()
         synchronize(device)
         if settle and device == "cpu":
             time.sleep(_SETTLE_S)
-        late = sum(num_different(x, y) for x, y in zip(outputs, at_return, strict=True))
+        late = sum(num_different(x, y) for x, y in zip(rows_of(outputs), at_return, strict=True))
         self._note("finished_on_return", late, 0, "elements that changed after the call had returned")
-        changed = sum(not torch.equal(bits_of(x), y) for x, y in zip(flat, before, strict=True))
+        changed = before.num_changed() + self._constants_before.num_changed()
         fixed = [x for copy in self._constants for x in copy]
-        changed += sum(not torch.equal(bits_of(x), y) for x, y in zip(fixed, self._constants_before, strict=True))
         self._note("inputs_unchanged", changed, 0, "inputs and constants that the call wrote to")
         shares = [e.shares_with for copy in call.expected for e in copy]
         problem = alias_problem(outputs, [*flat, *fixed], earlier, shares, len(call.expected[0]))
@@ -312,8 +329,7 @@ class Checker:
         return not lazy and not wrong
 
     def _judge_draws(self, call: Call, outputs: Sequence[torch.Tensor]) -> None:
-        for slot, out, expected in _by_output(call, outputs):
-            errors = errors_of(out, expected)
+        for slot, expected, errors in _judged(call, outputs):
             self._note(f"error_max[{slot.name}]", errors.max, expected.limit_max)
             self._note(f"error_norm[{slot.name}]", errors.norm, expected.limit_norm)
             note = f"elements whose NaN, +Inf, -Inf or finite class is not eager's, draw {slot.name}"
@@ -321,27 +337,25 @@ class Checker:
 
     def _judge_all(self, name: str, call: Call, outputs: Sequence[torch.Tensor]) -> None:
         """One check for a whole call: the worst error as a multiple of its budget."""
-        for slot, out, expected in _by_output(call, outputs):
-            errors = errors_of(out, expected)
+        for slot, expected, errors in _judged(call, outputs):
             worst = max(_ratio(errors.max, expected.limit_max), _ratio(errors.norm, expected.limit_norm))
             self._note(name, math.inf if errors.misplaced else worst, 1, f"worst error over its budget, draw {slot.name}")
 
     def _judge_pair(self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> None:
         """Same inputs, memory poisoned differently: what shows both poisons was not written."""
         one, two = poison.PERTURB_BYTES
-        unwritten = sum(
-            int((poison.looks_poisoned(x, one) & poison.looks_poisoned(y, two)).sum())
-            for x, y in zip(first, second, strict=True)
-        )
+        pairs = list(zip(rows_of(first), rows_of(second), strict=True))
+        unwritten = sum(int((poison.looks_poisoned(x, one) & poison.looks_poisoned(y, two)).sum()) for x, y in pairs)
         how = "the allocator" if self._perturb else "blocks filled and freed before the run"
         self._note("outputs_written", unwritten, 0, f"elements that still hold the poison put there by {how}")
-        self._num_nondeterministic += sum(num_different(x, y) for x, y in zip(first, second, strict=True))
+        self._num_nondeterministic += sum(num_different(x, y) for x, y in pairs)
 
     def _judge_change(self, before: Call, old: Sequence[torch.Tensor], after: Call, new: Sequence[torch.Tensor]) -> None:
         """The same buffers with other contents must give other outputs, where the references differ."""
         stuck = 0
-        for (_, x, was), (_, y, now) in zip(_by_output(before, old), _by_output(after, new), strict=True):
-            if num_different(x, y) > 0 or was.scores is not None:  # an index that stayed is judged by its new score
+        was_expected, now_expected = ([e for copy in call.expected for e in copy] for call in (before, after))
+        for moved, was, now in zip(each_different(old, new), was_expected, now_expected, strict=True):
+            if moved or was.scores is not None:  # an index that stayed is judged by its new score
                 continue
             distance = (was.reference.double() - now.reference.double()).abs().nan_to_num(0, 0, 0)
             stuck += distance.numel() > 0 and distance.max().item() > was.limit_max + now.limit_max
@@ -355,19 +369,14 @@ class Checker:
             self._checks[name] = Check(name=name, value=value, limit=limit, passed=value <= limit, note=note)
 
 
-def _by_output(call: Call, outputs: Sequence[torch.Tensor]) -> list[tuple[Slot, torch.Tensor, Expected]]:
+def _judged(call: Call, outputs: Sequence[torch.Tensor]) -> list[tuple[Slot, Expected, Errors]]:
+    """Each output's errors."""
     pairs = [(slot, e) for slot, copy in zip(call.slots, call.expected, strict=True) for e in copy]
-    return [(slot, out, e) for (slot, e), out in zip(pairs, outputs, strict=True)]
+    errors = errors_of_outputs(outputs, [e for _, e in pairs])
+    return [(slot, e, found) for (slot, e), found in zip(pairs, errors, strict=True)]
 
 
 def _ratio(value: float, limit: float) -> float:
     if value == 0:
         return 0.0
     return value / limit if limit > 0 else math.inf
-
-
-def _refill(buffers: Contents, contents: Contents) -> None:
-    """New contents at the same addresses."""
-    for old, new in zip(buffers, contents, strict=True):
-        for x, y in zip(old, new, strict=True):
-            bytes_of(x).copy_(bytes_of(y))

@@ -1,4 +1,7 @@
-"""What tensors are, rather than what they hold: their bytes, layout, storage, and whether they are tensors at all."""
+"""What tensors are, rather than what they hold: their bytes, layout, storage, and whether they are tensors at all.
+
+Many small tensors are copied and compared together: on a GPU an operation, and waiting for it, costs more than their elements.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from autokernel.evaluate.budget import Expected
 
 if TYPE_CHECKING:
     import torch
+
+_TOGETHER_BYTES = 32 << 20
 
 
 def synchronize(device: str) -> None:
@@ -35,17 +40,94 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     return raw.view(torch.int64) if raw.numel() % 8 == 0 else raw
 
 
+def fill(tensors: Sequence[torch.Tensor], contents: Sequence[torch.Tensor]) -> None:
+    """New contents at the same addresses, for as many tensors of the same layouts; gaps too."""
+    import torch
+
+    if tensors:
+        torch._foreach_copy_([bytes_of(x) for x in tensors], [bytes_of(x) for x in contents])
+
+
+def twin(tensor: torch.Tensor) -> torch.Tensor:
+    """The same in a memory of its own, gaps included."""
+    import torch
+
+    storage: Any = tensor.untyped_storage()
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(storage.clone(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+class Snapshot:
+    """What tensors hold, gaps included, to see later whether they still do."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._small = sum(x.untyped_storage().nbytes() for x in tensors) <= _TOGETHER_BYTES
+        self._now = [(bytes_of if self._small else bits_of)(x) for x in tensors]
+        self._before = self._taken() if self._small else [x.clone() for x in self._now]
+
+    def num_changed(self) -> int:
+        """Tensors that are not what they were."""
+        import torch
+
+        now = self._taken() if self._small else self._now
+        if all(torch.equal(x, y) for x, y in zip(now, self._before, strict=True)):
+            return 0
+        before = torch.split(self._before[0], [x.numel() for x in self._now]) if self._small else self._before
+        return sum(not torch.equal(x, y) for x, y in zip(self._now, before, strict=True))
+
+    def _taken(self) -> list[torch.Tensor]:
+        import torch
+
+        return [torch.cat(self._now)] if self._now else []
+
+
+def rows_of(tensors: Sequence[torch.Tensor], *, copy: bool = False) -> list[torch.Tensor]:
+    """The elements of tensors: those of small ones one behind the other, a row for each dtype; large ones as they are.
+
+    Args:
+        tensors: in the same order, give rows that can be compared.
+        copy: also of large ones; rows of small ones always are.
+    """
+    import torch
+
+    if sum(x.numel() * x.element_size() for x in tensors) > _TOGETHER_BYTES:
+        return [x.clone() if copy else x for x in tensors]
+    alike: dict[torch.dtype, list[torch.Tensor]] = {}
+    for x in tensors:
+        alike.setdefault(x.dtype, []).append(x.reshape(-1))
+    return [torch.cat(parts) for parts in alike.values()]
+
+
 def num_different(first: torch.Tensor, second: torch.Tensor) -> int:
     """Elements that are not bitwise equal; any NaN equals any other."""
+    different = _different(first, second)
+    return 0 if different is None else int(different.sum())
+
+
+def each_different(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> list[bool]:
+    """Of each pair, whether it differs as `num_different` counts it."""
+    import torch
+
+    alike = len({(x.dtype, x.shape) for x in first}) == 1
+    small = sum(x.numel() * x.element_size() for x in first) <= _TOGETHER_BYTES
+    if not alike or not small or first[0].numel() == 0:
+        return [num_different(x, y) > 0 for x, y in zip(first, second, strict=True)]
+    different = _different(torch.stack(list(first)), torch.stack(list(second)))
+    found: list[bool] = [False] * len(first) if different is None else different.reshape(len(first), -1).any(1).tolist()
+    return found
+
+
+def _different(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor | None:
+    """Where two tensors differ; None if nowhere."""
     import torch
 
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[first.element_size()]
     different = first.contiguous().view(integer) != second.contiguous().view(integer)
     if not bool(different.any()):
-        return 0
+        return None
     if first.dtype.is_floating_point:
         different &= ~(first.float().isnan() & second.float().isnan())
-    return int(different.sum())
+    return different
 
 
 def plain_problem(outputs: Sequence[Any]) -> str:
@@ -103,6 +185,8 @@ def alias_problem(
     """
     spans = [_span(x) for x in outputs]
     foreign = [("an input or constant", _span(x)) for x in inputs] + [("an earlier call's output", _span(x)) for x in earlier]
+    if not _any_overlap([*spans, *(span for _, span in foreign)]):
+        return ""
     for i, span in enumerate(spans):
         for what, other in foreign:
             if _overlap(span, other):
@@ -121,6 +205,16 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return max(a[0], b[0]) < min(a[1], b[1])
+
+
+def _any_overlap(spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether any two have a byte in common."""
+    end = 0
+    for start, stop in sorted(span for span in spans if span[0] < span[1]):
+        if start < end:
+            return True
+        end = stop
+    return False
 
 
 def _unmerged(out: torch.Tensor) -> tuple[int, ...]:
