@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DRAWS = ("model", "large", "tiny", "zero_rows", "cancellation", "nonfinite")
 MIN_COPIES, MAX_COPIES = 2, 32
 _ALONE_COLD = 4  # times L2
+_WARM_COPIES = 12  # on a GPU, where all copies lie in L2 anyway: each takes time to compile, to check and to capture
 _CANCELLING_SCALE = 16.0  # the halves that cancel, over what remains
 # Powers of two, so that scaling itself rounds nothing; small enough that squares and cubes stay finite and normal.
 _SCALES = {
@@ -49,7 +50,8 @@ def num_copies_for(
 ) -> int:
     """Copies of all inputs that together exceed twice the L2 cache, between 2 and `limit`, as far as memory allows.
 
-    On a GPU one copy is enough where it alone exceeds four times L2: its end drives its beginning out.
+    On a GPU one copy is enough where it alone exceeds four times L2: its end drives its beginning out. And where as many copies
+    as may be fill not even half of L2, a few will do: they are read from there, as in a model that has just made them.
 
     Args:
         problem: what is run on each copy.
@@ -76,7 +78,8 @@ def num_copies_for(
             f"of the free memory; tune a smaller problem or free some"
         )
     affordable = (memory_bytes if shared_bytes is None else shared_bytes) // each
-    return max(least, min(2 * cache_size // each + 1, limit, affordable))
+    copies = max(least, min(2 * cache_size // each + 1, limit, affordable))
+    return min(copies, _WARM_COPIES) if on_gpu and 2 * copies * each <= cache_size else copies
 
 
 def is_cold(problem: Problem, num_copies: int, cache_size: int) -> bool:

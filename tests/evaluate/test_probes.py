@@ -162,6 +162,16 @@ def test_caches_are_counted_once(tmp_path: Path) -> None:
     assert last_level_bytes("cpu") >= cache_bytes("cpu", 1)
 
 
+def test_a_few_copies_do_on_a_gpu_where_all_lie_in_the_cache(linear: Any) -> None:
+    mib = 1 << 20
+    small = replace(linear(m=1, k=128, n=128), device="cuda")  # 66 KB
+    each = sum(spec.num_bytes for spec in small.inputs)
+    assert num_copies_for(small, 60 * mib, memory_bytes=mib * 1000) == 12
+    assert num_copies_for(small, 60 * mib, limit=8, memory_bytes=mib * 1000) == 8
+    assert num_copies_for(small, 2 * 32 * each - 1, memory_bytes=mib * 1000) == 32, "they fill more than half of it"
+    assert num_copies_for(replace(small, device="cpu"), 60 * mib, memory_bytes=mib * 1000) == 32
+
+
 def test_a_large_copy_is_cold_alone_on_a_gpu(linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mib = 1 << 20
     large = replace(linear(m=1024, k=1024, n=2048), device="cuda")  # 12 MiB
