@@ -82,7 +82,7 @@ def test_bad_candidates_and_killed_processes_cost_one_candidate_each(tmp_path: P
     monkeypatch.setenv("PYTHONPATH", str(DATA / "sabotage"))
     monkeypatch.setattr("autokernel.workers.limits.memory_limit", lambda num_workers, model_bytes=0: 2 << 30)
     worker, child = Killer(tmp_path / "lose the worker.pids", 1), Killer(tmp_path / "lose the child.pids", 0)
-    overrides = ("cluster.address=local", "search.workers=2", "search.trial_timeout_s=10")
+    overrides = ("cluster.address=local", "search.workers=2", "search.trial_timeout_s=30")
     outcome = run(EXPERIMENT, overrides=overrides, runs_folder=tmp_path / "runs", until="export")
     assert worker.killed
     assert child.killed
@@ -102,7 +102,7 @@ def test_bad_candidates_and_killed_processes_cost_one_candidate_each(tmp_path: P
     said = {name: tries[0].message for name, tries in found.items()}
     assert "the worker or its node went away" in said["merged_mm merge=none prepack=False"]
     assert "was killed by SIGSEGV" in said["merged_mm merge=none prepack=True"]
-    assert "deadline of 10 s" in said["addmm prepack=True"]
+    assert "deadline of 30 s" in said["addmm prepack=True"]
     assert "more than its memory limit of 2.00 GiB" in said["merged_mm merge=concat prepack=False"]
     assert "was killed by SIGKILL" in said["mm prepack=False"]
     assert (outcome.folder / JOURNAL_NAME).stat().st_size < 1 << 20, "what candidates print does not pile up"
