@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
         if item.get_closest_marker("clock"):
-            item.add_marker(pytest.mark.flaky(reruns=3, reruns_delay=5))
+            item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=2))
 
 
 def _free_port() -> int:
