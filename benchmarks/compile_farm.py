@@ -18,17 +18,19 @@ from typing import Any
 import cute_kernels
 from gemm_kernels import MAX_SHARED, Gemm, compile_kernel
 
+from autokernel.cutedsl.spec import KernelSpec
+
 COMPILE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One kernel to compile; `name` is that of its module file, if it has one."""
+    """One kernel to compile: Triton's, whose module file has the `name`, or with a `spec` CuTe DSL's."""
 
     gemm: Gemm
     config: dict[str, Any]
     name: str
-    backend: str = "inductor"
+    spec: KernelSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +64,8 @@ def compile_worker(pipe: Connection, folder: str) -> None:
 
 def _compiled(task: Task, folder: Path) -> tuple[str, str]:
     """Status and message."""
-    if task.backend == cute_kernels.BACKEND:
-        cute_kernels.compile_kernel(task.gemm, task.config)
+    if task.spec is not None:
+        cute_kernels.compile_kernel(task.spec)
         return "OK", ""
     kernel = compile_kernel(task.gemm, task.config, folder, task.name)
     shared = int(kernel.metadata.shared)

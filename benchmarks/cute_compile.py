@@ -27,6 +27,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from cute_kernels import context_with_compilers  # noqa: E402
+
 from autokernel.cutedsl.cache import ObjectCache  # noqa: E402
 from autokernel.cutedsl.compiler import unavailable, versions  # noqa: E402
 from autokernel.cutedsl.config import OPERATORS_TILES  # noqa: E402
@@ -76,14 +78,6 @@ def timed(
     return ready_s, time.perf_counter() - start, results
 
 
-def with_compilers() -> BaseContext:
-    """Children that have both sources imported."""
-    os.environ.update(CUTE_DSL_ARCH="sm_90a", QUACK_ARCH="90", QUACK_CACHE_ENABLED="0")  # which is read at the import
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["autokernel.cutedsl.preload"])
-    return context
-
-
 def area(spec: KernelSpec) -> int:
     """Elements of a tile: the more, the longer it is compiled."""
     return spec.cute.tile_m * spec.cute.tile_n
@@ -97,11 +91,11 @@ def main() -> None:
     if (reason := unavailable()) is not None:
         raise SystemExit(reason)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a context for each process would take seconds, too
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # of the server
     facts: dict[str, Any] = {"dtype": "bfloat16", "out_dtype": "bfloat16", "a_major": "k", "b_major": "k"}
     specs = sorted((KernelSpec(config=config, **facts) for config in configs()), key=area, reverse=True)
     with tempfile.TemporaryDirectory() as folder:
-        imports_s, cold_s, cold = timed(folder, specs, arguments.processes, with_compilers())
+        with context_with_compilers() as context:
+            imports_s, cold_s, cold = timed(folder, specs, arguments.processes, context)
         _, warm_s, warm = timed(folder, specs, arguments.processes, multiprocessing.get_context("spawn"))
         start = time.perf_counter()
         for spec in specs:

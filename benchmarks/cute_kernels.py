@@ -1,4 +1,4 @@
-"""CuTe DSL kernels for the recorder of landscapes: compiled by the package's own compiler, in workers, into its own cache."""
+"""CuTe DSL kernels for benchmarks: compiled by the package's own compiler, in processes that have it imported already."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(Path(__file__).resolve().parent), str(ROOT)) if path not in sys.path]
 
-from gemm_kernels import Gemm  # noqa: E402
+from gemm_kernels import NUM_SMS, Gemm  # noqa: E402
+
+from autokernel.cutedsl.spec import KernelSpec  # noqa: E402
 
 BACKEND = "cutedsl"
 
@@ -45,28 +47,22 @@ def legal_configs(gemm: Gemm) -> list[dict[str, Any]]:
 
 def kernel_key(gemm: Gemm, config: Mapping[str, Any]) -> str:
     """Equal for configs that are served by one compiled kernel."""
-    return json.dumps(_spec(gemm, config).to_json(), sort_keys=True)
+    return json.dumps(spec_of(gemm, config).to_json(), sort_keys=True)
 
 
-def compile_kernel(gemm: Gemm, config: Mapping[str, Any]) -> Path:
-    """The file of a config's kernel, from the package's cache if it is there.
+def compile_kernel(spec: KernelSpec) -> Path:
+    """The file of a kernel, from the package's cache if it is there.
 
     Raises:
-        CompileError: the config is refused, or the compiler fails.
+        CompileError: it is refused, or the compiler fails.
     """
     from autokernel.cutedsl.cache import ObjectCache
-    from autokernel.cutedsl.compiler import refusal
-    from autokernel.errors import CompileError
 
-    spec = _spec(gemm, config)
-    if (reason := refusal(spec)) is not None:
-        raise CompileError(reason)
     return ObjectCache().get_or_compile(spec)[1]
 
 
-def _spec(gemm: Gemm, config: Mapping[str, Any]) -> Any:
-    from gemm_kernels import NUM_SMS
-
+def spec_of(gemm: Gemm, config: Mapping[str, Any]) -> KernelSpec:
+    """A config's kernel. Imports Inductor, which takes seconds and workers do without: they are given what it returns."""
     from autokernel.export.cute_specs import spec_for
     from autokernel.records import TensorSpec
 
@@ -90,7 +86,7 @@ def context_with_compilers() -> Iterator[ForkServerContext]:
     os.environ.update(said)
     try:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["autokernel.cutedsl.preload", "compile_farm"])
+        context.set_forkserver_preload(["autokernel.cutedsl.preload"])
         yield context
     finally:
         for name, value in before.items():

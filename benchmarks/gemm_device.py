@@ -130,14 +130,15 @@ class Bench:
 
     def cute_launch(self, config: dict[str, Any]) -> Launch:
         """A compiled CuTe DSL kernel, from the package's cache. Parts of K that it leaves are summed behind it."""
-        from cute_kernels import compile_kernel as compile_cute
+        import cute_kernels
         from tvm_ffi import convert
 
         from autokernel.cutedsl.call import Device, current_gpu, written
         from autokernel.cutedsl.config import CuteConfig
         from autokernel.cutedsl.objects import load
 
-        kernel, device, size = load(str(compile_cute(self.gemm, config))), current_gpu(), self._out[0].numel()
+        path = cute_kernels.compile_kernel(cute_kernels.spec_of(self.gemm, config))
+        kernel, device, size = load(str(path)), current_gpu(), self._out[0].numel()
         parts, current = kernel.info.spec.num_parts, 0
 
         def empty(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -179,7 +179,12 @@ class Recorder:
             known = {json.dumps(row.config, sort_keys=True) for row in self._partial_rows(gemm)}
             compiled = [c for c in configs[gemm.name] if _is_kernel(c) and json.dumps(c, sort_keys=True) not in known]
             self.farm.submit(
-                Task(gemm=gemm, config=config, name=_module_name(gemm, config), backend=self.options.backend)
+                Task(
+                    gemm=gemm,
+                    config=config,
+                    name=_module_name(gemm, config),
+                    spec=cute_kernels.spec_of(gemm, config) if self.cute else None,
+                )
                 for config in compiled
             )
         try:
@@ -262,7 +267,7 @@ class Recorder:
             left -= 1
             if json.dumps(built.task.config, sort_keys=True) in known:
                 continue
-            row = Row(backend=built.task.backend, config=built.task.config, status=built.status)
+            row = Row(backend=self.options.backend, config=built.task.config, status=built.status)
             self._tell_once(built.status, built.message)
             rows.append(row if built.status != "OK" else self._measured(row, built.task.name, rows, bench))
 
@@ -404,6 +409,8 @@ def main() -> None:
     parser.add_argument("--unpack", type=Path, help="put the landscapes of an archive into benchmarks/landscapes/")
     options = parser.parse_args()
     options.argv = sys.argv[1:]
+    if options.wide and options.backend == cute_kernels.BACKEND:
+        parser.error("--wide is for Inductor's templates: leave it out with --backend cutedsl")
     if options.unpack is not None:
         for path in unpack(options.unpack, FOLDER):
             landscape = load(path)

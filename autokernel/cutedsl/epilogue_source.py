@@ -99,12 +99,11 @@ def composed(spec: KernelSpec, activations: Mapping[str, Callable[[Any], Any]]) 
                 value = value + other if name in _SUMS else value * other
         return {"D": value, SQUARES: (value, value)} if squares else {"D": value}
 
-    # quack asks the signature for operands. It knows a function of an installed package by its name alone, so that the name
-    # has to tell epilogues apart, and kernels that it does not know to be different.
+    # quack asks the signature for operands
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in ("acc", *spec.operands())]
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__name__ = function.__qualname__ = ("_".join(spec.epilogue) or "plain") + ("_fast" if spec.cute.fast_accum else "")
+    function.__name__ = function.__qualname__ = _name_of(spec)
     return function
 
 
@@ -122,8 +121,14 @@ def gated(spec: KernelSpec, activations: Mapping[str, Callable[[Any], Any]]) -> 
         gate, up = unpack(acc)
         return {GATED_RESULT: activate(gate) * up}
 
-    function.__name__ = function.__qualname__ = name + ("_fast" if spec.cute.fast_accum else "")
+    function.__name__ = function.__qualname__ = _name_of(spec)
     return function
+
+
+def _name_of(spec: KernelSpec) -> str:
+    """quack knows a function of an installed package by its name alone, so that the name has to tell epilogues apart, and
+    kernels that it does not know to be different."""
+    return ("_".join(spec.epilogue) or "plain") + ("_fast" if spec.cute.fast_accum else "")
 
 
 def gelu_tanh(x: Any, sigmoid: Callable[[Any], Any]) -> Any:

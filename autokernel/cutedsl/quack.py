@@ -43,32 +43,24 @@ def compile_spec(
     if by_hand:
         a, b, out = b.mT, a.mT, out.mT
     with _sums(fast=config.fast_accum):
-        plan = _planned(spec, a, b, out, _operands(spec, matrices[2], by_hand), by_hand)
+        plan = epilogue_of(spec, swapped=by_hand).gemm(
+            a,
+            b,
+            None if spec.gated else out,
+            epi_args={GATED_RESULT: out} if spec.gated else _operands(spec, matrices[2], by_hand),
+            tile_M=config.tile_m,
+            tile_N=config.tile_n,
+            cluster_M=config.cluster_m,
+            cluster_N=config.cluster_n,
+            pingpong=config.pingpong,
+            b_kn=True,
+            swap_ab=config.swap and not by_hand,
+            split_k=config.split_k,
+            split_k_mode=SplitKMode.SERIAL if config.ordered else SplitKMode.PARALLEL,
+            concat_layout=("B",) if spec.gated else None,  # gate and up are B's halves, not every other column
+            _launch=False,
+        )
     return plan.compiled_fn, _launch(spec, plan.gemm_cls.EpilogueArguments._fields, function, by_hand)
-
-
-def _planned(
-    spec: KernelSpec, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, operands: dict[str, torch.Tensor], by_hand: bool
-) -> Any:
-    """quack's own plan of a call, with the kernel compiled."""
-    config = spec.cute
-    return epilogue_of(spec, swapped=by_hand).gemm(
-        a,
-        b,
-        None if spec.gated else out,
-        epi_args={GATED_RESULT: out} if spec.gated else operands,
-        tile_M=config.tile_m,
-        tile_N=config.tile_n,
-        cluster_M=config.cluster_m,
-        cluster_N=config.cluster_n,
-        pingpong=config.pingpong,
-        b_kn=True,
-        swap_ab=config.swap and not by_hand,
-        split_k=config.split_k,
-        split_k_mode=SplitKMode.SERIAL if config.ordered else SplitKMode.PARALLEL,
-        concat_layout=("B",) if spec.gated else None,  # gate and up are B's halves, not every other column
-        _launch=False,
-    )
 
 
 @contextlib.contextmanager

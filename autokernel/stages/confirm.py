@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from autokernel.backends.aten import is_stock as is_stock_config
 from autokernel.errors import WorkerError
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
-from autokernel.evaluate.roofline import Ceilings
+from autokernel.evaluate.roofline import Ceilings, roofline_us
 from autokernel.events import Confirmed, Profiled
 from autokernel.export.bundle import Entry
 from autokernel.export.freezing import needs_constant
@@ -63,9 +63,9 @@ def finalists_of(
 
 def slack_of(problem: Problem, ceilings: Ceilings) -> float:
     """How much slower than stock a finalist may be: nothing, but where a GPU multiplies for longer than it reads."""
-    op = get_op(problem.op)
-    multiplies_us = op.flops(problem) / (ceilings.peak_tflops(problem.inputs[0].dtype) * 1e6)
-    reads_us = op.num_bytes(problem) / (ceilings.read_gb_per_s * 1e3)
+    op, dtype = get_op(problem.op), problem.inputs[0].dtype
+    multiplies_us = roofline_us(op.flops(problem), 0, dtype, ceilings)
+    reads_us = roofline_us(0, op.num_bytes(problem), dtype, ceilings)
     return _HOT_SLACK if problem.device != "cpu" and multiplies_us > reads_us else 0.0
 
 
