@@ -3,6 +3,7 @@
 A kernel that is launched so starts while the one in front of it still runs, and waits for its results as the first thing it
 does: what is saved is the launch, and the time until all multiprocessors are busy. Every such kernel lets the next one
 start at once, and waits before it reads or writes anything; whatever else is in the stream waits for all of it, as always.
+Some of ours read their first weights before they wait: parameters, which no kernel of a graph writes (`may_read_ahead`).
 
 Inductor knows such launches for kernels that it writes itself (`triton.enable_pdl`), but not for those of others and for
 templates, and its own wait only for the kernel in front, where they need its results. Here the word is put in where Inductor
@@ -17,9 +18,10 @@ import functools
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from autokernel.kernels.launch import AHEAD
 from autokernel.records import ConfigValue
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,8 @@ _OURS = ("autokernel.kernels.", "autokernel_")  # modules of kernels that are re
 _DECORATOR, _META, _LAUNCH = "@triton_heuristics.", "triton_meta={", "'launch_pdl': True, "
 _SAID = re.compile(r"'launch_pdl': False(, )?")  # by Inductor, of kernels of its own
 _COOPERATIVE = "'launch_cooperative_grid': True"  # all blocks at once: launched as usual
-_FIRST = ("tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()")
+_LAUNCH_NEXT, _WAIT = "tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()"
+_WAITS_ITSELF = re.compile(rf"'{AHEAD}': 1\b")  # in what Inductor says of compile-time arguments
 _QUOTES = "'''"
 
 _state = threading.local()
@@ -78,6 +81,37 @@ def _install() -> None:
     wrapper.define_kernel, wrapper.define_user_defined_triton_kernel = define_kernel, define_user_defined_triton_kernel
 
 
+def may_read_ahead(weights: Iterable[Any]) -> bool:
+    """Whether kernels may read these before the kernel in front of them has ended.
+
+    While dependent launches are on, of what is not written between two calls of the model: constants of a graph, and its
+    inputs that are parameters or buffers and that the graph does not change. An activation may be the result of a kernel that
+    still runs, even one of another graph.
+
+    Args:
+        weights: Inductor's nodes of them.
+    """
+    if not getattr(_state, "active", False):
+        return False
+    from torch._guards import TracingContext
+    from torch._inductor.virtualized import V
+
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    static = set(metadata.static_input_indices or ()) if metadata is not None else set()
+    graph: Any = V.graph
+    placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
+    kept = {node.target for index, node in enumerate(placeholders) if index in static and not any(map(_writes, node.users))}
+    return all(weight.get_name() in graph.constants or weight.get_name() in kept for weight in weights)
+
+
+def _writes(node: Any) -> bool:
+    """Whether a call may change its operands: ours do not."""
+    schema = getattr(node.target, "_schema", None)
+    ours = hasattr(node.target, "_inductor_lowering_function")
+    return node.op == "call_function" and not ours and (schema is None or bool(schema.is_mutable))
+
+
 def dependent(body: str) -> str:
     """Inductor's text of a kernel, as one that is launched while another runs; unchanged if it is not as expected."""
     if _COOPERATIVE in body:
@@ -94,8 +128,8 @@ def dependent(body: str) -> str:
     except (ValueError, SyntaxError, StopIteration) as error:
         log.warning("autokernel: a kernel is launched as usual, for Inductor's text of it is not as expected: %s", error)
         return body
-    indent = " " * first.col_offset
-    lines[first.lineno - 1 : first.lineno - 1] = [f"{indent}{line}" for line in _FIRST]
+    begin = [_LAUNCH_NEXT] if _WAITS_ITSELF.search(source, meta) else [_LAUNCH_NEXT, _WAIT]
+    lines[first.lineno - 1 : first.lineno - 1] = [" " * first.col_offset + line for line in begin]
     return body[:start] + "\n".join(lines).replace(_QUOTES, "\\'\\'\\'") + "\n" + body[end:]
 
 

@@ -14,7 +14,8 @@ import torch
 from torch._inductor import ir
 from torch._inductor.lowering import empty_strided
 
-from autokernel.kernels.launch import Buffer, KernelPlan, Launch, resolve
+from autokernel.export.dependent_launch import may_read_ahead
+from autokernel.kernels.launch import AHEAD, Buffer, KernelPlan, Launch, resolve
 from autokernel.ops import Region
 from autokernel.records import TensorSpec
 
@@ -71,11 +72,14 @@ def lower_region(
         for buffer in plan.scratch
     ]
     for launch in plan.launches:
+        arguments = resolve(launch, {"in": held, "out": outputs, "scratch": scratch})
+        if launch.weights and may_read_ahead([arguments[name] for name in launch.weights]):
+            arguments[AHEAD] = 1
         ir.UserDefinedTritonKernel(
             kernel_idx=_kernel_index(launch),
             grid=[launch.grid],
             tma_descriptor_metadata={},
-            kernel_args=resolve(launch, {"in": held, "out": outputs, "scratch": scratch}),
+            kernel_args=arguments,
         )
     return outputs
 

@@ -22,6 +22,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.lowering import empty_strided, lowerings
 
 from autokernel.export.bundle import Entry
+from autokernel.export.dependent_launch import may_read_ahead
 from autokernel.export.matching import Gemm
 from autokernel.export.plan import Plan
 from autokernel.export.templates import gemm_of_node
@@ -167,7 +168,7 @@ def lower_skinny_mm(config: SkinnyConfig, num_units: int, *arguments: Any) -> An
             "y": y,
             "parts": parts,
             "counters": counters if config.reduces else y,
-            **config.constants(m, n, k, bias=bias is not None, num_units=num_units),
+            **config.constants(m, n, k, bias=bias is not None, num_units=num_units, ahead=may_read_ahead([w])),
         },
     )
     if added and bias is None:

@@ -84,14 +84,25 @@ class SkinnyConfig:
         programs = self.programs(m, n, k, num_units) * (2 if self.waves else 1)
         return programs * self.block_m * self.block_n if self.reduces else 0
 
-    def constants(self, m: int, n: int, k: int, *, bias: bool, num_units: int) -> dict[str, int]:
-        """The kernel's compile-time arguments, in the order of its parameters."""
+    def reads_ahead(self, k: int) -> bool:
+        """Whether the kernel can begin with its weights: each program has one tile, and one block of K of it at least."""
+        return self.mode == "vector" and self.waves == 0 and (k // self.block_k) % self.split_k == 0
+
+    def constants(self, m: int, n: int, k: int, *, bias: bool, num_units: int, ahead: bool = False) -> dict[str, int]:
+        """The kernel's compile-time arguments, in the order of its parameters.
+
+        Args:
+            m, n, k: sizes of the product.
+            bias: whether there is one.
+            num_units: multiprocessors of the device.
+            ahead: weights are read before the kernel waits for the one in front of it, if it can.
+        """
         return {
             "M": m, "N": n, "K": k,
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
             "SPLIT_K": self.split_k, "PROGRAMS": self.programs(m, n, k, num_units) if self.waves else 0,
             "MODE": MODES.index(self.mode), "TMA": int(self.tma), "TILE_FIRST": int(self.tile_first),
-            "HAS_BIAS": int(bias), "STAGES": self.num_stages,
+            "HAS_BIAS": int(bias), "STAGES": self.num_stages, "AHEAD": int(ahead and self.reads_ahead(k)),
         }  # fmt: skip
 
     def to_ints(self) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 from autokernel.kernels.generated_config import ProductsConfig, RowsConfig
 from autokernel.kernels.generated_products import products_source
 from autokernel.kernels.generated_source import Columns, Scope, Writer, indented, kernel_source, products_of
-from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
+from autokernel.kernels.launch import AHEAD, Buffer, KernelPlan, Launch, Operand
 from autokernel.kernels.parameters import power_of_two
 from autokernel.ops.generated import Generated
 from autokernel.ops.program import REDUCTIONS, Program, program_of, results_of
@@ -62,7 +62,7 @@ def plan_products(problem: Problem, config: Mapping[str, ConfigValue]) -> Kernel
     if chosen.split_k > 1:
         scratch = (Buffer((made.part_elements,), "float32"), Buffer((made.num_tiles,), "int32", zeroed=True))
     grid = (made.num_tiles * chosen.split_k, 1, 1)
-    return _plan(program, results, made.name, made.source, grid, chosen.num_warps, chosen.num_stages, scratch)
+    return _plan(program, results, made.name, made.source, grid, chosen.num_warps, chosen.num_stages, scratch, made.weights)
 
 
 def rows_source(
@@ -128,15 +128,18 @@ def _plan(
     num_warps: int,
     num_stages: int,
     scratch: Sequence[Buffer] = (),
+    weights: tuple[str, ...] = (),
 ) -> KernelPlan:
-    arguments: dict[str, Operand] = {}
+    arguments: dict[str, Operand | int] = {}
     for position, operand in enumerate(program.inputs):
         arguments[operand] = Operand("in", position)
     for position, operand in enumerate(program.outputs):
         arguments[operand] = Operand("out", position)
     for position, operand in enumerate(("parts", "counters")[: len(scratch)]):
         arguments[operand] = Operand("scratch", position)
-    launch = Launch(load_kernel(name, source), grid, arguments, num_warps, num_stages)
+    if weights:
+        arguments[AHEAD] = 0
+    launch = Launch(load_kernel(name, source), grid, arguments, num_warps, num_stages, weights)
     return KernelPlan(tuple(results[output] for output in program.outputs), tuple(scratch), (launch,))
 
 

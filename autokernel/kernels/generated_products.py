@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from autokernel.kernels.generated_config import ProductsConfig
 from autokernel.kernels.generated_ops import rounded
 from autokernel.kernels.generated_source import Columns, Scope, Writer, indented, kernel_source, products_of
+from autokernel.kernels.launch import AHEAD
 from autokernel.ops.program import Line, Program
 from autokernel.records import TensorSpec
 
@@ -16,12 +17,16 @@ _STATISTICS_BYTES = 98304  # of shared memory, for rows that are read ahead; the
 
 @dataclass(frozen=True, slots=True)
 class ProductsSource:
-    """A kernel for products: its text, its tiles, and the fp32 elements that programs with parts of K leave for each other."""
+    """A kernel for products: its text, its tiles, and the fp32 elements that programs with parts of K leave for each other.
+
+    `weights` are the inputs that it can read before it waits for the kernel in front of it, with AHEAD; none, if it cannot.
+    """
 
     name: str
     source: str
     num_tiles: int
     part_elements: int
+    weights: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +46,19 @@ def products_source(
     tiles_m = -(-rows // config.block_m)
     size = config.block_m * config.block_n
     names = [*program.inputs, *program.outputs, *(("parts", "counters") if config.split_k > 1 else ())]
+    ahead = config.mode == "vector" and config.split_k == 1 and depth % config.block_k == 0
+    parameters = [*names, f"{AHEAD}: tl.constexpr"] if ahead else names
+    arguments = [*names, AHEAD] if ahead else names
     parts, body = [], ["program = tl.program_id(0)"]
+    weights: list[str] = []
     before = part_before = 0
     for number, group in enumerate(groups):
         tiles = tiles_m * -(-group.columns // config.block_n)
-        section = _Section(program, results, rows, depth, config, group, tiles_m)
+        section = _Section(program, results, rows, depth, config, group, tiles_m, ahead)
         lines = section.lines(before, part_before)
-        parts.append(f"@triton.jit\ndef _part{number}(program, {', '.join(names)}):\n{indented(lines)}")
-        call = f"_part{number}(program - {before * config.split_k}, {', '.join(names)})"
+        parts.append(f"@triton.jit\ndef _part{number}(program, {', '.join(parameters)}):\n{indented(lines)}")
+        call = f"_part{number}(program - {before * config.split_k}, {', '.join(arguments)})"
+        weights += section.weights() if ahead else ()
         if len(groups) == 1:
             body.append(call)
         elif number == len(groups) - 1:
@@ -57,8 +67,8 @@ def products_source(
             body += [f"{'el' if number else ''}if program < {(before + tiles) * config.split_k}:", f"    {call}"]
         before += tiles
         part_before += tiles * len(group.products) * config.split_k * size
-    name, source = kernel_source(indented(body), names, "\n\n".join(parts))
-    return ProductsSource(name, source, before, part_before)
+    name, source = kernel_source(indented(body), parameters, "\n\n".join(parts))
+    return ProductsSource(name, source, before, part_before, tuple(dict.fromkeys(weights)))
 
 
 def groups_of(program: Program, results: Mapping[str, TensorSpec]) -> list[Group]:
@@ -93,10 +103,11 @@ class _Section:
         config: ProductsConfig,
         group: Group,
         tiles_m: int,
+        ahead: bool,
     ) -> None:
         self.writer = Writer(program, results, rows, config.block_m)
         self.results, self.config, self.group, self.tiles_m = results, config, group, tiles_m
-        self.rows, self.depth = rows, depth
+        self.rows, self.depth, self.ahead = rows, depth, ahead
         self.left = str(group.products[0].arguments[-2])
         self.dtype = results[self.left].dtype
         self.k = Columns("k", depth, config.block_k)
@@ -113,13 +124,42 @@ class _Section:
             # columns that are not there are read from the last one, and never stored
             f"n_read = tl.minimum(n_at, {self.group.columns - 1})" if self.n.ragged else "n_read = n_at",
         ]
-        ahead = _STATISTICS_BYTES if self.rows > 1 else 0
-        self.writer.walk({self.left}, Columns("k", self.depth, self.config.block_s), lines, ahead)
+        if self.ahead:
+            lines += self._weights_ahead()
+        smem_bytes = _STATISTICS_BYTES if self.rows > 1 else 0
+        self.writer.walk({self.left}, Columns("k", self.depth, self.config.block_s), lines, smem_bytes)
         self._product(lines)
         if config.split_k == 1:
             lines += self._epilogue()
             return lines
         return [*lines, *self._joined(tiles_before, parts_before)]
+
+    def weights(self) -> list[str]:
+        """The right matrices, as inputs of the program."""
+        return [self._source(str(line.arguments[-1])) for line in self.group.products]
+
+    def _weights_ahead(self) -> list[str]:
+        """The first tiles of the right matrices, and the wait for the kernel in front: everything else comes behind it."""
+        block = self.config.block_k
+        lines = [f"a_k_at = tl.arange(0, {block})", "a_k = a_k_at[None, :]"]
+        lines += [f"a_w{number} = {self._weight(line, 'a_k')}" for number, line in enumerate(self.group.products)]
+        return [f"if {AHEAD}:", *(f"    {line}" for line in (*lines, "tl.extra.cuda.gdc_wait()"))]
+
+    def _product_ahead(self) -> list[str]:
+        """The first step of the loop over K, with weights that are there already."""
+        scope = Scope(Columns("a_k", self.depth, self.config.block_k), prefix="a_")
+        left = self.writer.tile(self.left, (), scope)
+        lines = [*scope.lines, f"a_x = {self._left(left)}"]
+        for number, line in enumerate(self.group.products):
+            lines += self._step(number, line, "a_")
+        return [f"if {AHEAD}:", *(f"    {line}" for line in lines)]
+
+    def _left(self, tile: str) -> str:
+        """The left matrix's tile, rounded to the products' dtype; in mode vector it stays in fp32."""
+        shape = f"[{self.config.block_m}, {self.config.block_k}]"
+        return (
+            f"tl.broadcast_to({tile}, {shape}).to(tl.{self.dtype}){'.to(tl.float32)' if self.config.mode == 'vector' else ''}"
+        )
 
     def _product(self, lines: list[str]) -> None:
         """Loop over K: `acc0`, `acc1`, ... are the products' tiles, [block_m, block_n]."""
@@ -127,6 +167,9 @@ class _Section:
         for number, line in enumerate(self.group.products):
             lines.append(f"acc{number} = tl.zeros({self._accumulator(line)}, tl.float32)")
         first, end = "0", str(self.depth)
+        if self.ahead:
+            lines += self._product_ahead()
+            first = f"{AHEAD} * {config.block_k}"
         if config.split_k > 1:
             share = -(-self.depth // (config.block_k * config.split_k)) * config.block_k
             lines.append(f"first = (program % {config.split_k}) * {share}")
@@ -134,14 +177,12 @@ class _Section:
         left = self.writer.tile(self.left, (), scope)
         if self.k.ragged:
             left = f"tl.where({self.k.inside}, {left}, 0.0)"
-        matrix = config.mode != "vector"
-        shape = f"[{config.block_m}, {config.block_k}]"
-        # in mode vector the tile stays in fp32, rounded to the products' dtype
-        scope.lines.append(f"x = tl.broadcast_to({left}, {shape}).to(tl.{self.dtype}){'' if matrix else '.to(tl.float32)'}")
+        scope.lines.append(f"x = {self._left(left)}")
         for number, line in enumerate(self.group.products):
-            scope.lines += self._step(number, line)
-        ahead = f", num_stages={config.num_stages}" if not matrix else ""  # where no product tells Triton to read ahead
-        lines.append(f"for start in tl.range({first}, {end}, {config.block_k}{ahead}):")
+            scope.lines += [f"w{number} = {self._weight(line, 'k')}", *self._step(number, line, "")]
+        # where no product tells Triton to read ahead
+        stages = f", num_stages={config.num_stages}" if config.mode == "vector" else ""
+        lines.append(f"for start in tl.range({first}, {end}, {config.block_k}{stages}):")
         lines.append(f"    k_at = start + tl.arange(0, {config.block_k})")
         lines.append("    k = k_at[None, :]")
         lines += [f"    {text}" for text in scope.lines]
@@ -166,27 +207,31 @@ class _Section:
         stride = self.results[str(line.arguments[-1])].stride
         return stride[0] <= stride[1]
 
-    def _step(self, number: int, line: Line) -> list[str]:
-        """One tile of a right matrix, and its product with the left one's."""
+    def _weight(self, line: Line, columns: str) -> str:
+        """The load of a tile of a right matrix, at these numbers of K: [1, block_k], and without the first dimension `_at`."""
         right = str(line.arguments[-1])
         step_k, step_n = self.results[right].stride
         source = self._source(right)
         along = self._along_k(line)
-        n, k = ("n_read[:, None]", "k") if along else ("n_read[None, :]", "k_at[:, None]")
+        n, k = ("n_read[:, None]", columns) if along else ("n_read[None, :]", f"{columns}_at[:, None]")
         where = " + ".join(text if step == 1 else f"{text} * {step}" for text, step in ((n, step_n), (k, step_k)))
         guard = f", mask={k} < {self.depth}, other=0.0" if self.k.ragged else ""
-        lines = [f'w{number} = tl.load({source} + {where}{guard}, eviction_policy="evict_first")']
+        return f'tl.load({source} + {where}{guard}, eviction_policy="evict_first")'
+
+    def _step(self, number: int, line: Line, prefix: str) -> list[str]:
+        """The product of a right matrix's tile with the left one's; `prefix` is that of their variables."""
+        along = self._along_k(line)
         if self.config.mode == "vector":
-            x = "x" if along else "tl.trans(x)"
-            return [*lines, f"acc{number} += w{number}.to(tl.float32) * {x}"]
+            x = f"{prefix}x" if along else f"tl.trans({prefix}x)"
+            return [f"acc{number} += {prefix}w{number}.to(tl.float32) * {x}"]
         w = f"w{number}" if along == (self.config.mode == "swap") else f"tl.trans(w{number})"
         pair = f"{w}, tl.trans(x)" if self.config.mode == "swap" else f"x, {w}"
         if self.dtype == "float32":
             # Each block of K is added up by itself, as the library's kernels do, for one long chain of additions is less exact
             # than those. Triton would turn this into the long chain again, but for the last argument, which says nothing else.
             precision = f'input_precision="{self.config.precision}"'
-            return [*lines, f"acc{number} += tl.dot({pair}, {precision}, max_num_imprecise_acc=1)"]
-        return [*lines, f"acc{number} = tl.dot({pair}, acc{number})"]
+            return [f"acc{number} += tl.dot({pair}, {precision}, max_num_imprecise_acc=1)"]
+        return [f"acc{number} = tl.dot({pair}, acc{number})"]
 
     def _source(self, right: str) -> str:
         """The input that a right matrix is, or is the transposition of."""

@@ -60,9 +60,10 @@ class Statistic:
 
 @dataclass(slots=True)
 class Scope:
-    """Lines of one block of code, and the tiles that are known in it."""
+    """Lines of one block of code, and the tiles that are known in it, in variables that begin with `prefix`."""
 
     columns: Columns
+    prefix: str = ""
     known: dict[tuple[str, tuple[int, ...]], str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
@@ -99,7 +100,9 @@ class Writer:
         key = (name, () if _no_rows(shape) else frame)
         if key not in scope.known:
             text = self._load(name, frame, scope) if name.startswith("i") else self._computed(self._lines[name], frame, scope)
-            variable = f"v_{name}" if f"v_{name}" not in scope.known.values() else f"v_{name}_{len(scope.known)}"
+            variable = f"{scope.prefix}v_{name}"
+            if variable in scope.known.values():
+                variable += f"_{len(scope.known)}"
             scope.lines.append(f"{variable} = {text}")
             scope.known[key] = variable
         return scope.known[key]

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 
+AHEAD = "AHEAD"  # of kernels: whether they read weights before they wait for the kernel in front of them
+
+
 @dataclass(frozen=True, slots=True)
 class Operand:
     """A tensor that a kernel gets: an input of the problem (`as_real`), an output, or scratch, by its position."""
@@ -39,13 +42,18 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel. `arguments` has every parameter of it: operands as pointers, and numbers (compile-time ones as well)."""
+    """One kernel. `arguments` has every parameter of it: operands as pointers, and numbers (compile-time ones as well).
+
+    `weights` are the operands that it reads before it waits for the kernel in front of it, if its argument AHEAD is 1; plans
+    say 0, and whoever launches it so may change that (`export/region_kernels.py`).
+    """
 
     kernel: Any  # a triton.JITFunction
     grid: tuple[int, int, int]
     arguments: Mapping[str, Operand | int | float | bool]
     num_warps: int
     num_stages: int
+    weights: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,9 @@ Tiles that several programs share are reduced inside the kernel: each program st
 one that completes the count adds all parts, always in the same order, so that results are the same bits every time. It
 also sets the counter back to zero: a buffer of counters, zeroed once, serves any number of launches of one stream, but
 launches that run at the same time need a buffer each.
+
+A kernel that is launched while the one in front of it still runs (`export/dependent_launch.py`) may read weights before that
+one has ended, and nothing else: with AHEAD, the first block of them is on its way when it starts to wait.
 """
 
 # Triton compiles statements: it takes no conditional expressions over tensors, and no early returns.
@@ -32,8 +35,11 @@ def _rows_and_columns(tile, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def vector_product(x, w, tile, block, count, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """One row of x times BLOCK_N rows of w over `count` blocks of K, as [1, BLOCK_N]; products are added up per lane first."""
+                   BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr = 0):  # fmt: skip
+    """One row of x times BLOCK_N rows of w over `count` blocks of K, as [1, BLOCK_N]; products are added up per lane first.
+
+    With AHEAD there is one block at least, and x is not read before its weights.
+    """
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if N % BLOCK_N != 0:
         n = tl.minimum(n, N - 1)  # rows that are not there are read from the last one, and never stored
@@ -41,7 +47,13 @@ def vector_product(x, w, tile, block, count, N: tl.constexpr, K: tl.constexpr, B
     w_at = w + n[:, None] * K + k[None, :]
     x_at = x + k
     total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    for _ in tl.range(0, count, num_stages=STAGES):
+    if AHEAD:
+        first = tl.load(w_at, eviction_policy="evict_first")
+        tl.extra.cuda.gdc_wait()
+        total += first.to(tl.float32) * tl.load(x_at, eviction_policy="evict_last").to(tl.float32)[None, :]
+        w_at += BLOCK_K
+        x_at += BLOCK_K
+    for _ in tl.range(AHEAD, count, num_stages=STAGES):
         weights = tl.load(w_at, eviction_policy="evict_first").to(tl.float32)
         inputs = tl.load(x_at, eviction_policy="evict_last").to(tl.float32)
         total += weights * inputs[None, :]
@@ -107,10 +119,10 @@ def matrix_product(x, w, tile, block, count, M: tl.constexpr, N: tl.constexpr, K
 @triton.jit
 def _product(x, w, tile, block, count, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr, TMA: tl.constexpr,
-             STAGES: tl.constexpr):  # fmt: skip
+             STAGES: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
     """A tile's product over `count` blocks of K, as [BLOCK_N, BLOCK_M] with swapped operands, else as [BLOCK_M, BLOCK_N]."""
     if MODE == 2:
-        total = vector_product(x, w, tile, block, count, N, K, BLOCK_N, BLOCK_K, STAGES)
+        total = vector_product(x, w, tile, block, count, N, K, BLOCK_N, BLOCK_K, STAGES, AHEAD)
     elif TMA:
         total = _tma_product(x, w, tile, block, count, M, BLOCK_M, BLOCK_N, BLOCK_K, MODE == 1)
     else:
@@ -139,7 +151,7 @@ def skinny_mm_kernel(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, PROGRAMS: tl.constexpr, MODE: tl.constexpr, TMA: tl.constexpr, TILE_FIRST: tl.constexpr,
-    HAS_BIAS: tl.constexpr, STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y = x @ w^T (+ bias).
 
@@ -150,6 +162,7 @@ def skinny_mm_kernel(
         y: [M, N] row-major.
         parts: fp32 scratch, `SkinnyConfig.num_parts` elements; not used where no tile is shared.
         counters: int32 zeros, `SkinnyConfig.num_counters`; not used where no tile is shared.
+        AHEAD: read the first weights, then wait for the kernel in front; only where `SkinnyConfig.reads_ahead`.
     """
     SWAP: tl.constexpr = MODE == 1
     BLOCKS: tl.constexpr = K // BLOCK_K
@@ -173,7 +186,7 @@ def skinny_mm_kernel(
         if BLOCKS % SPLIT_K != 0:
             count = tl.minimum(PER_SPLIT, tl.maximum(BLOCKS - block, 0))
         m, n = _rows_and_columns(tile, M, BLOCK_M, BLOCK_N, SWAP)
-        total = _product(x, w, tile, block, count, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, MODE, TMA, STAGES)
+        total = _product(x, w, tile, block, count, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, MODE, TMA, STAGES, AHEAD)
         if SPLIT_K == 1:
             _store(y, bias, total, m, n, M, N, HAS_BIAS)
         else:
@@ -194,7 +207,7 @@ def skinny_mm_kernel(
             tile, block = at // BLOCKS, at % BLOCKS
             count = tl.minimum(BLOCKS - block, end - at)
             m, n = _rows_and_columns(tile, M, BLOCK_M, BLOCK_N, SWAP)
-            total = _product(x, w, tile, block, count, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, MODE, TMA, STAGES)
+            total = _product(x, w, tile, block, count, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, MODE, TMA, STAGES, 0)
             if count == BLOCKS:
                 _store(y, bias, total, m, n, M, N, HAS_BIAS)
             else:

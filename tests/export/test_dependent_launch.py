@@ -6,6 +6,7 @@ import ast
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from export.pretended_h200 import H200, generated_code
 
 from autokernel.export.apply import inductor_options
 from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.dependent_launch import dependent, dependent_launches
+from autokernel.export.dependent_launch import dependent, dependent_launches, may_read_ahead
 from autokernel.export.plan import Plan
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
@@ -35,10 +36,10 @@ def layer(x: torch.Tensor, gain: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.tanh(x * gain) @ w.t()
 
 
-def code_with(pdl: bool | str) -> str:
+def code_with(pdl: bool | str, **changed: ConfigValue) -> str:
     """What Inductor writes with the option."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    entry = Entry(problem=PROBLEM, backend="triton", config=CONFIG)
+    entry = Entry(problem=PROBLEM, backend="triton", config={**CONFIG, **changed})
     plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=(entry,)))
     options = inductor_options(plan, {"pdl": pdl}, frozen=False)
     assert "pdl" not in options, "Inductor does not know it"
@@ -83,7 +84,7 @@ def test_a_kernel_of_ours_waits_and_is_launched_while_another_runs(code: str) ->
         ast.unparse(node) for node in entry.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
     ]
     assert first[:2] == ["tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()"], "before it reads or writes"
-    assert ours.count("gdc_wait") == 1, "not in the functions that it calls"
+    assert meta_of(ours)["constants"]["AHEAD"] == 0, "weights are an input like others here"
 
 
 def test_kernels_of_others_are_as_they_were(code: str) -> None:
@@ -109,7 +110,7 @@ def test_with_all_no_kernel_of_tritons_is_launched_otherwise() -> None:
         assert meta_of(text)["launch_pdl"] is True
         assert text.count("'launch_pdl'") == 1
         assert entry_of(text)[:2] == ["tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()"]
-        assert text.count("gdc_wait") == 1
+        assert meta_of(text)["constants"].get("AHEAD", 0) == 0
 
 
 def test_a_kernel_whose_blocks_run_all_at_once_is_launched_as_usual() -> None:
@@ -135,29 +136,116 @@ def test_without_the_option_nothing_changes() -> None:
         pass
     code = generated_code(layer, [X, GAIN, W], inductor_options(plan, {}, frozen=False))
     assert "skinny_mm_kernel" in code
-    assert "gdc_" not in code
+    assert "gdc_launch" not in code
+    assert "'AHEAD': 0" in code
+    assert "launch_pdl': True" not in code
 
 
-def test_hoppers_instructions_are_there(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def ptx_of(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What Triton makes of a kernel of ours in Inductor's module, for Hopper."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    (ours,) = [text for name, text in kernels(code).items() if name.startswith("skinny_mm_kernel")]
-    meta = meta_of(ours)
-    plain = re.sub(r"@triton_heuristics\.user_autotune\(.*?\n\)\n", "", ours, flags=re.S)
-    (tmp_path / "dependent_kernel.py").write_text(plain)
+    meta = meta_of(text)
+    module = f"dependent_kernel_{abs(hash(text))}"
+    (tmp_path / f"{module}.py").write_text(re.sub(r"@triton_heuristics\.user_autotune\(.*?\n\)\n", "", text, flags=re.S))
     monkeypatch.syspath_prepend(str(tmp_path))
-    kernel = next(value for name, value in vars(__import__("dependent_kernel")).items() if name.startswith("skinny_mm_kernel"))
+    kernel = next(v for name, v in vars(__import__(module)).items() if name.startswith(("skinny_mm_kernel", "generated_")))
     names = kernel.arg_names
     constants = {(names.index(name),): value for name, value in meta["constants"].items()}
     source = ASTSource(fn=kernel, signature=meta["signature"], constexprs=constants)
     options = {"num_warps": 4, "num_stages": 2, "launch_pdl": True}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert made.metadata.launch_pdl
-    ptx = str(made.asm["ptx"])
+    return str(made.asm["ptx"])
+
+
+def test_hoppers_instructions_are_there(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (ours,) = [text for name, text in kernels(code).items() if name.startswith("skinny_mm_kernel")]
+    ptx = ptx_of(ours, tmp_path, monkeypatch)
     wait, launch = ptx.index("griddepcontrol.wait"), ptx.index("griddepcontrol.launch_dependents")
     assert launch < wait < ptx.index("ld.global")
+
+
+def read_before_and_after(ptx: str, weight: int) -> tuple[set[bool], set[bool]]:
+    """Whether what is loaded and stored before and behind the wait belongs to the weight, by its parameter's position."""
+    sources: dict[str, set[int]] = {}
+    found: tuple[set[bool], set[bool]] = (set(), set())
+    behind = 0
+    for line in ptx.splitlines():
+        if "griddepcontrol.wait" in line:
+            behind = 1
+        if match := re.search(r"ld\.param\.b64\s+(%rd\d+), \[\w+_param_(\d+)\]", line):
+            sources[match[1]] = {int(match[2])}
+        elif match := re.match(r"\s+(?:@%p\d+ )?(ld|st)\.global\S*.*\[ ?(%rd\d+)", line):
+            found[behind].add(match[1] == "ld" and sources.get(match[2], set()) == {weight})
+        elif match := re.match(r"\s+(?:mad|add|cvta|mov|mul)\S*\s+(%rd\d+), (.*);", line):
+            known = set().union(*(sources.get(name, set()) for name in re.findall(r"%rd\d+", match[2])))
+            sources[match[1]] = known
+    return found
+
+
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_weights_are_read_before_the_wait_and_nothing_else(
+    split_k: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autokernel.export.substitution.may_read_ahead", lambda weights: True)
+    (ours,) = [t for n, t in kernels(code_with(True, split_k=split_k)).items() if n.startswith("skinny_mm_kernel")]
+    assert meta_of(ours)["constants"]["AHEAD"] == 1
+    assert entry_of(ours)[0] == "tl.extra.cuda.gdc_launch_dependents()"
+    assert "gdc_wait" not in entry_of(ours)[1]
+    ptx = ptx_of(ours, tmp_path, monkeypatch)
+    assert ptx.count("griddepcontrol.wait") == 1
+    before, after = read_before_and_after(ptx, meta_of(ours)["signature"] and list(meta_of(ours)["signature"]).index("w"))
+    assert before == {True}
+    assert after == {True, False}
+
+
+def test_kernels_that_cannot_begin_with_weights_wait_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autokernel.export.substitution.may_read_ahead", lambda weights: True)
+    for changed in ({"split_k": 3}, {"waves": 1}):
+        (ours,) = [t for n, t in kernels(code_with(True, **changed)).items() if n.startswith("skinny_mm_kernel")]
+        assert meta_of(ours)["constants"]["AHEAD"] == 0, changed
+        assert entry_of(ours)[1] == "tl.extra.cuda.gdc_wait()"
+
+
+class Model(torch.nn.Module):
+    """A parameter, a buffer that is only read, one that is written, and an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8, 8), requires_grad=False)
+        self.register_buffer("table", torch.ones(8, 8))
+        self.register_buffer("cache", torch.ones(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache.add_(1)  # type: ignore[operator]
+        return (x @ self.weight) @ (self.table @ self.cache)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_what_may_be_read_ahead(active: bool) -> None:
+    from torch._inductor.graph import GraphLowering
+
+    seen: dict[str, bool] = {}
+    codegen = GraphLowering.codegen
+
+    def look(self: Any) -> Any:
+        by_name = {**self.graph_inputs, **{buffer.get_name(): buffer for buffer in self.buffers}}
+        with dependent_launches(active):
+            seen.update({name: may_read_ahead([buffer]) for name, buffer in by_name.items()})
+        return codegen(self)
+
+    model = Model().eval()
+    torch._dynamo.reset()
+    with mock.patch.object(GraphLowering, "codegen", look), torch.no_grad():
+        torch.compile(model, options={"fx_graph_cache": False})(torch.ones(8, 8))
+    inputs = {name: value for name, value in seen.items() if name.startswith("arg")}
+    assert len(inputs) == 4
+    assert len(seen) > len(inputs), "what is computed"
+    assert sum(inputs.values()) == (2 if active else 0), inputs
+    assert not any(value for name, value in seen.items() if name not in inputs)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ CASES = (  # config, m, n, k, bias
     ({**SWAP, "waves": 5}, 1, 32, 160, False),
     ({**VECTOR, "waves": 2}, 1, 42, 160, False),
     ({**VECTOR, "split_k": 2, "num_stages": 1}, 1, 42, 128, True),
+    ({**VECTOR, "split_k": 2}, 1, 42, 128, True),
     ({**ROWS, "split_k": 2, "tma": True}, 5, 90, 96, True),
     ({**SWAP, "waves": 2, "tma": True}, 5, 90, 160, False),
 )

@@ -6,10 +6,13 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+import triton.language as tl
 
+from autokernel.kernels.launch import AHEAD, KernelPlan
 from autokernel.kernels.launch import run as launch
 from autokernel.kernels.plans import plan_of
 from autokernel.ops.program import run
@@ -23,6 +26,8 @@ ROWS: dict[str, Any] = {
 }  # fmt: skip
 SWAP = {**ROWS, "mode": "swap", "split_k": 2}
 VECTOR = {**ROWS, "mode": "vector", "block_m": 1, "split_k": 3}
+WHOLE_VECTOR = {**VECTOR, "split_k": 1, "block_k": 16}  # K is a multiple of it: weights can be read ahead
+tl.extra.cuda.gdc_wait = lambda: None  # the interpreter runs nothing beside anything
 
 RMS = (
     "t0 = convert({x}, float32); t1 = pow(t0, 2); t2 = mean(t1); t3 = add(t2, 1e-06); t4 = rsqrt(t3); t5 = mul(t0, t4); "
@@ -63,7 +68,7 @@ def cases(d: str) -> list[tuple[str, list[TensorSpec], list[dict[str, Any]]]]:
         (LAYER_NORM, [permuted, vector, vector], [WHOLE, TILED]),
         (SOFTMAX, [spec(d, 7, 48)], [WHOLE, TILED]),
     ]
-    for m, n, k, configs in ((1, 40, 96, [VECTOR]), (3, 70, 72, [SWAP]), (17, 32, 64, [ROWS])):
+    for m, n, k, configs in ((1, 40, 96, [VECTOR, WHOLE_VECTOR]), (3, 70, 72, [SWAP]), (17, 32, 64, [ROWS])):
         sizes = {"m": m, "n": n, "k": k, "d": "{d}"}
         x = [spec(d, k), spec(d, m, 1, k)]
         weights = [spec(d, n, k), spec(d, n, k)]
@@ -82,13 +87,27 @@ def tensor(spec: TensorSpec) -> torch.Tensor:
     return x.copy_(drawn > 0 if spec.dtype == "bool" else drawn * spec.shape[-1] ** -0.5 if weight else drawn)
 
 
+def reading_ahead(plan: KernelPlan) -> KernelPlan | None:
+    """The plan with its weights read ahead, None if it cannot."""
+    (one,) = plan.launches
+    return replace(plan, launches=(replace(one, arguments={**one.arguments, AHEAD: 1}),)) if one.weights else None
+
+
 def wrong_with(problem: Problem, config: dict[str, Any]) -> str | None:
     """What is wrong with the kernel's results, None if nothing is: no more than the program's own error, twice."""
     inputs = [tensor(spec) for spec in problem.inputs]
     inputs[0][..., :1] = 0
     eager = run(problem, *inputs)
     exact = run(problem, *[x.double() if x.dtype.is_floating_point else x for x in inputs])
-    for own, reference, out in zip(eager, exact, launch(plan_of(problem, config), *inputs), strict=True):
+    plan = plan_of(problem, config)
+    results = launch(plan, *inputs)
+    if ahead := reading_ahead(plan):
+        others = launch(ahead, *inputs)
+        if not all(torch.equal(a, b) for a, b in zip(results, others, strict=True)):
+            return "other bits where weights are read ahead"
+    elif config is WHOLE_VECTOR:
+        return "weights are not read ahead"
+    for own, reference, out in zip(eager, exact, results, strict=True):
         if (out.shape, out.dtype, out.stride()) != (own.shape, own.dtype, own.stride()):
             return f"{out.dtype}{list(out.shape)}{out.stride()} for {own.dtype}{list(own.shape)}{own.stride()}"
         if out.dtype is torch.bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from kernels import for_hopper
 
 from autokernel.kernels.generated_source import row_terms
-from autokernel.kernels.launch import KernelPlan
+from autokernel.kernels.launch import AHEAD, KernelPlan
 from autokernel.kernels.plans import plan_of
 from autokernel.ops.generated import Generated
 from autokernel.records import ConfigValue, Problem, TensorSpec
@@ -94,6 +96,32 @@ def test_the_spaces_default_compiles_for_hopper(m: int, instruction: str) -> Non
     ptx = ptx_of(problem, plan_of(problem, default(problem)))
     assert instruction in ptx
     assert "cp.async.cg.shared.global" in ptx, "tiles are read ahead"
+
+
+def test_weights_are_read_before_the_wait_for_the_kernel_in_front() -> None:
+    problem = gated(1)
+    plan = plan_of(problem, {**default(problem), "mode": "vector", "block_m": 1, "split_k": 1, "block_k": 1024, "block_n": 4})
+    (launch,) = plan.launches
+    assert launch.weights == ("i2", "i3")
+    assert launch.arguments[AHEAD] == 0
+    ahead = replace(plan, launches=(replace(launch, arguments={**launch.arguments, AHEAD: 1}),))
+    before, wait, after = ptx_of(problem, ahead).partition("griddepcontrol.wait")
+    assert wait
+    # 4 rows of 1,024 of each weight, 8 elements at a time by 128 threads: 4 loads of 16 bytes for each of the two
+    loads = re.findall(r"ld\.global\S*", before)
+    assert len(loads) == 8, loads
+    assert "st.global" not in before
+    assert "ld.global" in after
+    assert "griddepcontrol" not in ptx_of(problem, plan)
+
+
+@pytest.mark.parametrize("changed", [{"split_k": 2}, {"block_k": 8192}])
+def test_kernels_that_cannot_read_weights_ahead_say_so(changed: dict[str, ConfigValue]) -> None:
+    problem = gated(1)
+    config = {**default(problem), "mode": "vector", "block_m": 1, "split_k": 1, "block_k": 1024, "block_n": 4, **changed}
+    (launch,) = plan_of(problem, config).launches
+    assert launch.weights == ()
+    assert AHEAD not in launch.arguments
 
 
 @pytest.mark.parametrize("mode", ["rows", "swap"])

@@ -1,0 +1,126 @@
+"""Kernels that are launched while the one in front runs, on the card: the same bits as one behind the other, in CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn import functional
+
+from autokernel.environment import current_environment
+from autokernel.export.apply import BundleBackend
+from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.dependent_launch import dependent
+from autokernel.ops.generated import Generated
+from autokernel.records import ConfigValue, Problem, TensorSpec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9,
+        reason="needs an NVIDIA GPU of compute capability 9.0 or more",
+    ),
+    pytest.mark.usefixtures("own_locks_and_clean_device"),
+]
+
+D, F, LAYERS = 2048, 4096, 6
+VECTOR: dict[str, ConfigValue] = {
+    "kernel": "generated_mm", "mode": "vector", "block_m": 1, "block_n": 4, "block_k": 1024, "block_s": 512, "split_k": 1,
+    "num_warps": 4, "num_stages": 1, "precision": "ieee",
+}  # fmt: skip
+SKINNY: dict[str, ConfigValue] = {
+    "kernel": "skinny_mm", "mode": "vector", "BLOCK_M": 1, "BLOCK_N": 4, "BLOCK_K": 512, "split_k": 1, "num_warps": 4,
+    "num_stages": 1,
+}  # fmt: skip
+
+
+class Layer(torch.nn.Module):
+    """A norm with two products and their gating, a product behind it, and the residual: all small, so that launches show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(D))
+        self.gate, self.up = (torch.nn.Linear(D, F, bias=False) for _ in range(2))
+        self.down = torch.nn.Linear(F, D, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+        product: torch.Tensor = self.down(functional.silu(self.gate(normed)) * self.up(normed))
+        return torch.tanh(product) + x
+
+
+def entries_of(model: torch.nn.Module, x: torch.Tensor) -> list[Entry]:
+    """Norm, both products and their gating in one kernel; down in another."""
+    entries: dict[str, Entry] = {}
+
+    def keep(graph: torch.fx.Graph) -> None:
+        for region in Generated().match(graph, frozenset(), "cuda"):
+            if "rsqrt" in str(region.problem) and "exp" in str(region.problem):
+                entries[region.problem.key] = Entry(problem=region.problem, backend="triton", config=VECTOR)
+
+    torch._dynamo.reset()
+    torch.compile(model, options={"post_grad_custom_post_pass": keep, "fx_graph_cache": False})(x)
+    weight = TensorSpec(shape=(F, D), dtype="bfloat16", stride=(1, F))
+    down = Problem(op="mm", inputs=(TensorSpec.contiguous((1, F), "bfloat16"), weight), device="cuda", constants=(1,))
+    assert len(entries) == 1, list(entries)
+    return [*entries.values(), Entry(problem=down, backend="triton", config=SKINNY)]
+
+
+def replays(model: torch.nn.Module, bundle: Bundle, draws: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+    """Results of a CUDA graph for these inputs, by a bundle; and how many kernels read weights ahead."""
+    x, ahead = draws[0].clone(), 0
+
+    def look(body: str) -> str:
+        nonlocal ahead
+        made = dependent(body)
+        ahead += made.count("'AHEAD': 1") > 0
+        return made
+
+    torch._dynamo.reset()
+    backend = BundleBackend(bundle)
+    with mock.patch("autokernel.export.dependent_launch.dependent", look):
+        compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+        compiled(x)
+    assert [(usage.hits, usage.reasons) for usage in backend.usage().values()] == [(LAYERS, [])] * 2
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        compiled(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compiled(x)
+    found = []
+    for _ in range(20):
+        for draw in draws:
+            x.copy_(draw)
+            graph.replay()
+            found.append(out.clone())
+    return found, ahead
+
+
+def test_results_are_the_same_bits_with_dependent_launches() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(Layer() for _ in range(LAYERS))).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    draws = [torch.randn(1, D, device="cuda", dtype=torch.bfloat16) for _ in range(5)]
+    with torch.no_grad():
+        entries = tuple(entries_of(model, draws[0]))
+        expected: list[torch.Tensor] = []
+        for option in (False, True, "all"):
+            options: dict[str, ConfigValue] = {"pdl": option} if option else {}
+            bundle = Bundle(
+                name="d",
+                created="",
+                version="",
+                environment=current_environment("cuda"),
+                entries=entries,
+                graph_options=options,
+            )
+            results, ahead = replays(model, bundle, draws)
+            assert ahead == (2 if option else 0), "the kernel of the norm and both products, and that of down"
+            expected = expected or results
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), option
+        for draw, result in zip(draws, expected, strict=False):
+            torch.testing.assert_close(result, model(draw), rtol=5e-2, atol=5e-2)
