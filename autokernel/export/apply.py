@@ -120,7 +120,7 @@ class BundleBackend:
 def _inductor(
     gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], chosen: Mapping[str, ConfigValue]
 ) -> Callable[..., Any]:
-    with dependent_launches(chosen[PDL]) if chosen.get(PDL) else contextlib.nullcontext():
+    with dependent_launches(chosen[PDL], inputs) if chosen.get(PDL) else contextlib.nullcontext():
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
     return cast("Callable[..., Any]", compiled)
 

@@ -18,7 +18,7 @@ import functools
 import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from autokernel.kernels.launch import AHEAD
@@ -39,18 +39,22 @@ _state = threading.local()
 
 
 @contextlib.contextmanager
-def dependent_launches(of: ConfigValue = True) -> Iterator[None]:
+def dependent_launches(of: ConfigValue, inputs: Sequence[Any]) -> Iterator[None]:
     """While Inductor compiles in this thread: kernels of ours are launched so, or all of Triton's.
 
     Args:
-        of: the option's value, True or "all".
+        of: the option's value, True or "all"; with False nothing changes.
+        inputs: of the graph that is compiled.
     """
+    import torch
+
     _install()
     _state.active = of
+    _state.parameters = [isinstance(value, torch.nn.Parameter) for value in inputs]
     try:
         yield
     finally:
-        _state.active = False
+        _state.active, _state.parameters = False, []
 
 
 def _install() -> None:
@@ -84,24 +88,23 @@ def _install() -> None:
 def may_read_ahead(weights: Iterable[Any]) -> bool:
     """Whether kernels may read these before the kernel in front of them has ended.
 
-    While dependent launches are on, of what is not written between two calls of the model: constants of a graph, and its
-    inputs that are parameters or buffers and that the graph does not change. An activation may be the result of a kernel that
-    still runs, even one of another graph.
+    While dependent launches are on, of constants of the graph, and of its inputs that are parameters which it does not
+    change. Whatever else may be the result of a kernel that still runs, even one of another graph.
 
     Args:
         weights: Inductor's nodes of them.
     """
     if not getattr(_state, "active", False):
         return False
-    from torch._guards import TracingContext
     from torch._inductor.virtualized import V
 
-    context = TracingContext.try_get()
-    metadata = context.fw_metadata if context is not None else None
-    static = set(metadata.static_input_indices or ()) if metadata is not None else set()
     graph: Any = V.graph
     placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
-    kept = {node.target for index, node in enumerate(placeholders) if index in static and not any(map(_writes, node.users))}
+    lifted = len(placeholders) - len(_state.parameters)  # what AOTAutograd puts in front of a graph's own inputs
+    if lifted < 0:
+        return False
+    own = zip(placeholders[lifted:], _state.parameters, strict=True)
+    kept = {node.target for node, is_parameter in own if is_parameter and not any(map(_writes, node.users))}
     return all(weight.get_name() in graph.constants or weight.get_name() in kept for weight in weights)
 
 

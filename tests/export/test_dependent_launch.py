@@ -10,11 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
-from export.pretended_h200 import H200, generated_code
+from export.pretended_h200 import H200, Generated, generated_code
 
 from autokernel.export.apply import inductor_options
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.dependent_launch import dependent, dependent_launches, may_read_ahead
+from autokernel.export.freezing import freeze_inputs
 from autokernel.export.plan import Plan
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
@@ -43,7 +44,7 @@ def code_with(pdl: bool | str, **changed: ConfigValue) -> str:
     plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=(entry,)))
     options = inductor_options(plan, {"pdl": pdl}, frozen=False)
     assert "pdl" not in options, "Inductor does not know it"
-    with dependent_launches(pdl):
+    with dependent_launches(pdl, []):
         return generated_code(layer, [X, GAIN, W], options)
 
 
@@ -132,7 +133,7 @@ def test_without_the_option_nothing_changes() -> None:
             entries=(Entry(problem=PROBLEM, backend="triton", config=CONFIG),),
         )
     )
-    with dependent_launches():
+    with dependent_launches(True, []):
         pass
     code = generated_code(layer, [X, GAIN, W], inductor_options(plan, {}, frozen=False))
     assert "skinny_mm_kernel" in code
@@ -211,41 +212,57 @@ def test_kernels_that_cannot_begin_with_weights_wait_first(monkeypatch: pytest.M
 
 
 class Model(torch.nn.Module):
-    """A parameter, a buffer that is only read, one that is written, and an input."""
+    """Two parameters, a buffer that is only read, one that is written, and an input: each with a first size of its own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(8, 8), requires_grad=False)
-        self.register_buffer("table", torch.ones(8, 8))
-        self.register_buffer("cache", torch.ones(8, 8))
+        self.first = torch.nn.Parameter(torch.ones(16, 4), requires_grad=False)
+        self.second = torch.nn.Parameter(torch.ones(4, 16), requires_grad=False)
+        self.register_buffer("table", torch.ones(8, 16))
+        self.register_buffer("cache", torch.ones(32, 16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.cache.add_(1)  # type: ignore[operator]
-        return (x @ self.weight) @ (self.table @ self.cache)  # type: ignore[operator]
+        product = torch.tanh(x @ self.first) @ self.second
+        return product @ (self.table.t() @ self.table) + self.cache.sum()  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("active", [False, True])
-def test_what_may_be_read_ahead(active: bool) -> None:
+def test_what_may_be_read_ahead(active: bool, frozen: bool) -> None:
+    from torch._inductor.compile_fx import compile_fx
     from torch._inductor.graph import GraphLowering
 
-    seen: dict[str, bool] = {}
-    codegen = GraphLowering.codegen
+    seen: dict[int, bool] = {}
+    constants: list[bool] = []
+    computed: list[bool] = []
 
     def look(self: Any) -> Any:
-        by_name = {**self.graph_inputs, **{buffer.get_name(): buffer for buffer in self.buffers}}
-        with dependent_launches(active):
-            seen.update({name: may_read_ahead([buffer]) for name, buffer in by_name.items()})
-        return codegen(self)
+        seen.update({buffer.data.data.layout.size[0]: may_read_ahead([buffer]) for buffer in self.graph_inputs.values()})
+        constants.extend(may_read_ahead([mock.Mock(get_name=lambda name=name: name)]) for name in self.constants)
+        computed.extend(may_read_ahead([buffer]) for buffer in self.buffers)
+        raise Generated
 
-    model = Model().eval()
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        rest = list(inputs)
+        if frozen:  # as where weights are put side by side: the others lose Dynamo's marks
+            (position,) = [i for i, value in enumerate(inputs) if tuple(value.shape) == (4, 16)]
+            gm = freeze_inputs(gm, inputs, [position])
+            del rest[position]
+        with dependent_launches(active, rest):
+            compile_fx(gm, rest, config_patches={"fx_graph_cache": False, "freezing": frozen})
+
     torch._dynamo.reset()
-    with mock.patch.object(GraphLowering, "codegen", look), torch.no_grad():
-        torch.compile(model, options={"fx_graph_cache": False})(torch.ones(8, 8))
-    inputs = {name: value for name, value in seen.items() if name.startswith("arg")}
-    assert len(inputs) == 4
-    assert len(seen) > len(inputs), "what is computed"
-    assert sum(inputs.values()) == (2 if active else 0), inputs
-    assert not any(value for name, value in seen.items() if name not in inputs)
+    with mock.patch.object(GraphLowering, "codegen", look), torch.no_grad(), pytest.raises(Exception, match="Generated"):
+        torch.compile(Model().eval(), backend=backend)(torch.ones(2, 16))
+    assert seen.pop(16) is active, "a parameter"
+    assert seen.pop(4, active) is active, "another, if it is no constant"
+    assert bool(constants) is frozen
+    assert all(value is active for value in constants)
+    assert not any(seen.values()), "a buffer that is only read (here), one that is written, and the input"
+    assert len(seen) == 3
+    assert computed
+    assert not any(computed)
 
 
 @pytest.mark.parametrize(
