@@ -126,6 +126,7 @@ class MeasureGemm:
                     prepared[name] = prepare(contender, program, turns)
         with turns.alone():
             errors = _errors(case, {name: (prepared[name].call(), ways[name][1]) for name in ways})
+            kernels = {name: _kernels_of(prepared[name].call, device) for name in ways}
             steps = {}
             for name, (_, program) in ways.items():
                 built = Built(run=_without_gradients(prepared[name].forward), num_copies=num_copies)
@@ -157,6 +158,7 @@ class MeasureGemm:
             "max_autotune_pick": picked[0] if picked else "",
             "entries": self._used(prepared[BUNDLE].hits) if BUNDLE in prepared else [],
             "errors": errors,
+            "kernels": kernels,
             "compile_s": {name: round(item.compile_s, 2) for name, item in prepared.items()},
         }
 
@@ -212,6 +214,20 @@ def _without_gradients(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*inputs)
 
     return run
+
+
+def _kernels_of(call: Callable[[], Any], device: str) -> list[str]:
+    """Names of the kernels that a call launches, each once; [] on a CPU."""
+    if device != "cuda":
+        return []
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    events = seen.events() or ()
+    return list(dict.fromkeys(e.name[:200] for e in events if e.device_type is torch.autograd.DeviceType.CUDA))
 
 
 class _picks:  # noqa: N801  used like a function

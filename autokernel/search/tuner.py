@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autokernel.errors import ConfigError, StorageError
 from autokernel.records import Candidate, Problem, Status, digest_of
-from autokernel.search.cost_model import PREDICTED_OPS, CostModel, load_model
+from autokernel.search.cost_model import RECORDED_BYTES, CostModel, is_predicted, load_model
 from autokernel.search.ledger import Kind, Outcome
 from autokernel.search.model_study import ModelStudy
 from autokernel.search.observations import Observation, Observations
@@ -80,12 +80,13 @@ class Tuner(Proposer):
         if sampler in {"auto", "model"} and cost_model is None:
             cost_model = load_model()
         chosen: SamplerName = sampler if sampler != "auto" else "model" if _recorded(cost_model, names) else "tpe"
-        if problem.op not in PREDICTED_OPS:
+        if not is_predicted(problem.op, names):
             cost_model = None  # `model` then goes by what is measured alone
         _check_sampler(chosen)
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise a line per trial
         self._sampler: SamplerName = chosen
         self._cost_model = cost_model
+        self._dtype_bytes = names.get("dtype_bytes")
         super().__init__(
             problem,
             usable,
@@ -102,10 +103,13 @@ class Tuner(Proposer):
     def enqueue(self, seeds: Iterable[Seed]) -> int:
         """As `Proposer.enqueue`. Where the cost model knows the backend, nvMatmulHeuristics' seeds, the backend's default and
         Inductor's own choices are left out: it ranks better (docs/search.md), and with a few trials for a hotspot they
-        would be all that is tried. Seeds of other backends take turns with what it ranks.
+        would be all that is tried. Seeds of other backends take turns with what it ranks, as do those of CuTe DSL kernels for
+        dtypes of other sizes than the recorded one: in fp8 other tiles are fast.
         """
         if self._sampler == "model" and self._cost_model is not None:
-            known = self._cost_model.cost
+            known = set(self._cost_model.cost)
+            if self._dtype_bytes != RECORDED_BYTES:
+                known.discard("cutedsl")
             seeds = [seed for seed in seeds if seed.origin not in SEEDED_BY_RULE or seed.candidate.backend not in known]
         return super().enqueue(seeds)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 from autokernel.records import Candidate, Check, Evaluation, Measurement, Problem, Status, TensorSpec, Verdict
 from autokernel.search.cost_model import FEATURES, CostModel, Trees, load_model
-from autokernel.search.seeds import SeedContext, seeds_from
+from autokernel.search.seeds import Seed, SeedContext, seeds_from
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 from autokernel.search.tuner import Tuner
@@ -139,6 +141,17 @@ def test_seeds_of_a_backend_that_the_model_does_not_know_take_turns_with_what_it
     assert {proposal.origin for proposal in proposals if proposal.candidate.backend == "inductor"} == {"model"}
 
 
+@pytest.mark.parametrize(("dtype_bytes", "origins"), [(2, {"model"}), (1, {"model", "nvmatmul", "default"})])
+def test_rules_seed_kernels_of_other_dtypes_than_the_recorded_one(dtype_bytes: int, origins: set[str]) -> None:
+    spaces = {"cutedsl": load_space("mm")["cutedsl"]}
+    names = NAMES | {"dtype_bytes": dtype_bytes}
+    search = tuner(load_model(), spaces=spaces, names=names)
+    configs = itertools.islice(spaces["cutedsl"].enumerate(names), 0, 80, 20)
+    candidates = [Candidate(problem=PROBLEM, backend="cutedsl", config=config) for config in configs]
+    search.enqueue(Seed(candidate=c, origin="nvmatmul" if i else "default") for i, c in enumerate(candidates))
+    assert {proposal.origin for proposal in search.ask(2 * len(candidates))} == origins
+
+
 def test_a_librarys_few_ways_come_before_the_seeds_of_rules() -> None:
     """Weights side by side in one product of cuBLAS: with fourteen trials, seeds of CuTe DSL had kept it out."""
     weights = tuple(TensorSpec(shape=(4096, n), dtype="bfloat16", stride=(1, 4096)) for n in (4096, 1024, 1024))
@@ -186,7 +199,10 @@ def test_every_backend_of_a_hotspot_is_searched_in_one_study(sampler: str, count
     """Which backend wins is found out while its parameters are; the cost model knows nothing of the one that does."""
     spaces = load_space("mm")
     assert set(spaces) == {"aten", "inductor", "triton", "cutedsl"}
-    search = tuner(load_model(), spaces=spaces, sampler=sampler)
+    shipped = load_model()
+    assert shipped is not None
+    model = replace(shipped, cost={backend: trees for backend, trees in shipped.cost.items() if backend != "cutedsl"})
+    search = tuner(model, spaces=spaces, sampler=sampler)
     search.enqueue(seeds_from(("stock", "nvmatmul"), SeedContext(problem=PROBLEM, spaces=spaces, names=NAMES)))
     tried: dict[str, list[float]] = {}
     origins = set()
