@@ -107,10 +107,13 @@ def absorb_products(products, values, top, total, rows, SCALE: tl.constexpr, TF3
     The difference is exact where it matters: a single fma of large products and a rounded level would be off by hundreds.
     """
     largest = tl.max(products, 1)
-    highest = tl.maximum(top, largest * SCALE)
+    score = largest * SCALE
+    highest = tl.maximum(top, score)
     level = tl.where(highest == float("-inf"), 0.0, highest)
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    below = (largest * SCALE - level) * 1.4426950408889634  # how far this tile's largest score is from the largest of all
+    # How far this tile's largest score is from the largest of all: nothing, said in so many words if it is that one. The
+    # compiler makes one fma of a product and a difference, and what rounding took from the product would be far from nothing.
+    below = tl.where(score >= top, 0.0, score - level) * 1.4426950408889634
     weights = tl.exp2((products - base[:, None]) * (SCALE * 1.4426950408889634) + below[:, None])
     shrink = tl.exp2((top - level) * 1.4426950408889634)
     total = total * shrink + tl.sum(weights, 1)
