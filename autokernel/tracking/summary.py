@@ -23,6 +23,7 @@ from autokernel.events import (
     ScenarioResult,
     ScenarioTimed,
     StageFinished,
+    StageStarted,
 )
 from autokernel.export.matching import gemm_of
 from autokernel.records import Hotspot, Problem, Speedup, Status, Winner
@@ -197,8 +198,9 @@ class RunSummary:
     exported: Exported | None
     proved: Proved | None
     finished: RunFinished | None
-    stage_seconds: Mapping[str, float]
+    stage_seconds: Mapping[str, float]  # of the stages that came to their end
     timed: Mapping[str, ScenarioTimed] = field(default_factory=dict)  # the last time of each scenario
+    search_device_s: float = 0.0  # that candidates held the device for, in searches that came to their end
 
     @property
     def scenarios(self) -> tuple[ScenarioResult, ...]:
@@ -243,10 +245,12 @@ class RunSummary:
 
     @property
     def device_busy(self) -> float | None:
-        """Part of the search in which a candidate held the device; None where nobody kept count."""
-        held = math.fsum(t.evaluation.device_s for t in self.trials)
+        """Part of the search in which a candidate held the device; None where nobody kept count.
+
+        Of the processes that ended their search: how long one searched that was interrupted, its events do not say.
+        """
         seconds = self.stage_seconds.get("search", 0.0)
-        return held / seconds if held and seconds else None
+        return self.search_device_s / seconds if self.search_device_s and seconds else None
 
     @property
     def conditions(self) -> dict[str, tuple[float, float]]:
@@ -297,6 +301,8 @@ def summarize(events: Iterable[Event]) -> RunSummary:
     plan_trials: list[PlanTrial] = []
     timed: dict[str, ScenarioTimed] = {}
     seconds: Counter[str] = Counter()
+    held_s: list[float] = []  # since the search was last started
+    search_device_s = 0.0
     num_starts = 0
     for event in events:
         match event:
@@ -305,6 +311,7 @@ def summarize(events: Iterable[Event]) -> RunSummary:
                 last.pop("RunFinished", None)
             case Evaluated():
                 trials[event.evaluation.candidate.id] = event
+                held_s.append(event.evaluation.device_s)
             case Confirmed():
                 confirmed[event.candidate.id] = event
             case GraphTrial():
@@ -315,6 +322,10 @@ def summarize(events: Iterable[Event]) -> RunSummary:
                 timed[event.scenario] = event
             case StageFinished():
                 seconds[event.stage] += int(event.seconds * 1000)
+                if event.stage == "search":
+                    search_device_s += math.fsum(held_s)
+            case StageStarted() if event.stage == "search":
+                held_s.clear()
             case _:
                 last[type(event).__name__] = event
     if started is None:
@@ -331,6 +342,7 @@ def summarize(events: Iterable[Event]) -> RunSummary:
         proved=_get(last, Proved),
         finished=_get(last, RunFinished),
         stage_seconds={k: v / 1000 for k, v in seconds.items()},
+        search_device_s=search_device_s,
         timed=timed,
     )
     return replace(summary, problems=_problems(summary, trials.values(), confirmed.values()))

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import synthetic_events as synthetic
 
-from autokernel.events import Confirmed, Evaluated, Event, ModelValidated, Profiled, Proved, RunFinished
+from autokernel.events import (
+    Confirmed,
+    Evaluated,
+    Event,
+    ModelValidated,
+    Profiled,
+    Proved,
+    RunFinished,
+    StageFinished,
+    StageStarted,
+)
 from autokernel.records import Status
 from autokernel.tracking.plots import parameter_importance, svg_plots, write_plots
 from autokernel.tracking.report import format_interval, format_us, write_report
@@ -174,6 +184,17 @@ def test_rooflines_backends_and_scenarios_are_summed_up(gpu_events: list[Event])
     assert all((s.geometric_mean > 1) == (s.num_won > 0) for s in run.by_scenario)
     assert run.device_busy == pytest.approx(1 / 1.2, rel=1e-3)
     assert run.conditions["power_w"][1] > 600
+
+
+def test_a_search_that_was_interrupted_keeps_nothing_busy(gpu_events: list[Event]) -> None:
+    """Its candidates are in the journal, and how long it took is not: resumed for its last seconds, it was busy for 663 %."""
+    at = next(i for i, event in enumerate(gpu_events) if isinstance(event, StageStarted) and event.stage == "search")
+    trials = [event for event in gpu_events if isinstance(event, Evaluated)]
+    end = next(i for i, event in enumerate(gpu_events) if isinstance(event, StageFinished) and event.stage == "search")
+    resumed = [*gpu_events[: at + 1], *trials[:-1], gpu_events[0], gpu_events[at], trials[-1], *gpu_events[end:]]
+    busy = summarize(resumed).device_busy
+    assert busy is not None
+    assert busy == pytest.approx(trials[-1].evaluation.device_s / summarize(gpu_events).stage_seconds["search"])
 
 
 def test_gemms_that_share_a_search_are_one_problem() -> None:
