@@ -1,0 +1,122 @@
+"""What each kernel of a step takes, and what graph options give it: a scenario with a bundle, in CUDA graphs, on this GPU.
+
+    python benchmarks/step_kernels.py experiments/llama.yaml RUN/bundle --scenario decode-b1 --layers 4 \\
+        --options '{}' '{"combo_kernels": true}' '{"pdl": "all"}'
+
+Each set of options is compiled with the bundle's entries in place of its own options; the graphs are replayed by turns. Then
+the profiler looks at one replay of each: every kernel's time, and the gap to the one in front of it (less than nothing where
+they overlap). `--layers` makes the model shorter than the experiment says. Needs an idle NVIDIA GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autokernel.config import load_experiment
+from autokernel.evaluate.cuda_graphs import Capturer
+from autokernel.evaluate.modes import Contender, build_program, prepare
+from autokernel.export.bundle import read_bundle
+from autokernel.profiling.workload import import_model, load_model
+
+_REPLAYS = 8  # of a sample
+
+
+@dataclass(frozen=True)
+class Step:
+    """A captured step; what it was compiled with stays alive with it."""
+
+    label: str
+    graph: torch.cuda.CUDAGraph
+    kept: tuple[Any, ...]
+    hits: int
+
+
+def captured(arguments: argparse.Namespace) -> list[Step]:
+    """The scenario's step with each set of options."""
+    shorter = f"model.config_overrides.num_hidden_layers={arguments.layers}"
+    loaded = load_experiment(arguments.experiment, (shorter,) if arguments.layers else ())
+    import_model(loaded)
+    model = load_model(loaded, "cuda")
+    bundle = read_bundle(arguments.bundle)
+    capturer, steps = Capturer(), []
+    for text in arguments.options:
+        options = json.loads(text)
+        program = build_program(loaded, model, arguments.scenario, "cuda", 0)
+        changed = replace(bundle, graph_options=options, scenario_options=())
+        torch._dynamo.reset()
+        prepared = prepare(Contender(name="bundle", bundle=changed), program)
+        program.reset()
+        graph, outputs = capturer.capture(prepared.call)
+        steps.append(Step(text, graph, (prepared, program, outputs), sum(prepared.hits.values())))
+        sys.stdout.write(f"{text}: compiled in {prepared.compile_s:.1f} s, {steps[-1].hits} calls by the bundle's kernels\n")
+    return steps
+
+
+def us_of(graph: torch.cuda.CUDAGraph) -> float:
+    """Mean time of a few replays."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    graph.replay()
+    start.record()
+    for _ in range(_REPLAYS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / _REPLAYS * 1e3
+
+
+def kernels_of(graph: torch.cuda.CUDAGraph) -> list[dict[str, Any]]:
+    """Kernels of one replay, in order: name, us, and the gap in us to the one in front."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    found: list[dict[str, Any]] = []
+    end = None
+    on_device = (e for e in profile.events() or () if e.device_type is torch.autograd.DeviceType.CUDA)
+    for event in sorted(on_device, key=lambda e: e.time_range.start):
+        span = event.time_range
+        found.append({"name": event.name, "us": span.end - span.start, "gap_us": 0.0 if end is None else span.start - end})
+        end = span.end
+    return found
+
+
+def main() -> None:
+    """Parse, capture, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("bundle", type=Path, help="a bundle's folder, .zip or bundle.json")
+    parser.add_argument("--scenario", required=True)
+    parser.add_argument("--layers", type=int, default=0, help="0: as many as the experiment has")
+    parser.add_argument("--options", nargs="+", default=["{}"], help="JSON objects of graph options")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    arguments = parser.parse_args()
+    with torch.no_grad():
+        steps = captured(arguments)
+        times: dict[str, list[float]] = {step.label: [] for step in steps}
+        for _ in range(arguments.rounds):
+            for step in steps:
+                times[step.label].append(us_of(step.graph))
+    result = []
+    first = statistics.median(times[steps[0].label])
+    for step in steps:
+        us, kernels = statistics.median(times[step.label]), kernels_of(step.graph)
+        sys.stdout.write(f"\n{step.label}: {us:.2f} us, {first / us:.4f} times as fast as {steps[0].label}\n")
+        for kernel in kernels:
+            sys.stdout.write(f"{kernel['us']:9.2f} us, gap {kernel['gap_us']:6.2f}  {kernel['name'][:110]}\n")
+        result.append({"options": json.loads(step.label), "us": us, "hits": step.hits, "kernels": kernels})
+    if arguments.out is not None:
+        protocol = f"{arguments.scenario}, {arguments.layers or 'all'} layers, medians of {arguments.rounds} rounds by turns"
+        device = torch.cuda.get_device_name()
+        arguments.out.write_text(json.dumps({"protocol": protocol, "device": device, "steps": result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
