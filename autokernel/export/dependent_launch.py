@@ -100,10 +100,9 @@ def may_read_ahead(weights: Iterable[Any]) -> bool:
 
     graph: Any = V.graph
     placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
-    lifted = len(placeholders) - len(_state.parameters)  # what AOTAutograd puts in front of a graph's own inputs
-    if lifted < 0:
-        return False
-    own = zip(placeholders[lifted:], _state.parameters, strict=True)
+    if len(placeholders) != len(_state.parameters):  # inputs that were taken apart: which is which, nobody says
+        return all(weight.get_name() in graph.constants for weight in weights)
+    own = zip(placeholders, _state.parameters, strict=True)
     kept = {node.target for node, is_parameter in own if is_parameter and not any(map(_writes, node.users))}
     return all(weight.get_name() in graph.constants or weight.get_name() in kept for weight in weights)
 

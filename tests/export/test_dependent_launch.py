@@ -265,6 +265,24 @@ def test_what_may_be_read_ahead(active: bool, frozen: bool) -> None:
     assert not any(computed)
 
 
+def test_inputs_that_were_taken_apart_are_not_read_ahead() -> None:
+    """As a tensor of several tensors is: which of the graph's inputs are parameters is not known then."""
+    import torch.fx
+    from torch._inductor.virtualized import V
+
+    graph = torch.fx.Graph()
+    for name in ("a", "b"):
+        graph.placeholder(name)
+    lowered = mock.Mock(constants={"kept": None}, module=torch.fx.GraphModule({}, graph))
+    named = {name: mock.Mock(get_name=lambda name=name: name) for name in ("a", "b", "kept")}
+    parameter = torch.nn.Parameter(torch.ones(1))
+    with V.set_graph_handler(lowered):
+        with dependent_launches(True, [parameter, parameter]):
+            assert [may_read_ahead([named[name]]) for name in ("a", "b", "kept")] == [True, True, True]
+        with dependent_launches(True, [parameter]):
+            assert [may_read_ahead([named[name]]) for name in ("a", "b", "kept")] == [False, False, True]
+
+
 @pytest.mark.parametrize(
     "text", ["", "async_compile.triton('k', '''\nnothing\n''')", "async_compile.triton('k', '''\ntriton_meta={\n''')"]
 )
