@@ -271,8 +271,7 @@ def test_inputs_that_were_taken_apart_are_not_read_ahead() -> None:
     from torch._inductor.virtualized import V
 
     graph = torch.fx.Graph()
-    for name in ("a", "b"):
-        graph.placeholder(name)
+    graph.output(tuple(graph.placeholder(name) for name in ("a", "b")))
     lowered = mock.Mock(constants={"kept": None}, module=torch.fx.GraphModule({}, graph))
     named = {name: mock.Mock(get_name=lambda name=name: name) for name in ("a", "b", "kept")}
     parameter = torch.nn.Parameter(torch.ones(1))
