@@ -121,7 +121,7 @@ def test_a_node_that_dies_in_mid_search_changes_nothing(tmp_path: Path) -> None:
     check_consistent(outcome, killer, until="export")
     # each run profiled for itself: a hotspot whose weight is near the limit may be in one of them alone
     done, expected = (_candidates_that_passed(listener) for listener in (killer, quiet))
-    assert len(done.keys() & expected.keys()) >= 2
+    assert len(done.keys() & expected.keys()) >= 3
     assert all(done[key] == expected[key] for key in done.keys() & expected.keys())
     assert alone.outcome == "stopped"
     # one candidate besides stock per problem: who won clearly alone wins here too, unless this machine was too busy to tell

@@ -50,10 +50,7 @@ def test_durations_are_proportional_and_agree_with_plain_events() -> None:
     assert long.median_us / short.median_us == pytest.approx(2, rel=0.08)
     once = timer("cuda", lambda: torch.cuda._sleep(200_000), repeats=50)
     once()
-    ratios = []
-    for _ in range(4):  # other processes may hold the card, or change its clock, between the two
-        ratios.append(measure(idle(200_000), [], device="cuda").median_us / (min(once() for _ in range(5)) / 50))
-    assert any(ratio == pytest.approx(1, rel=0.1) for ratio in ratios), ratios
+    assert long.median_us == pytest.approx(min(once() for _ in range(5)) / 50, rel=0.1)
 
 
 def test_launches_do_not_count_in_a_graph() -> None:
