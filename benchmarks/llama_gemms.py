@@ -105,6 +105,8 @@ class MeasureGemm:
             return self._measure(turns)
 
     def _measure(self, turns: JobTurns) -> dict[str, Any]:
+        from step_kernels import kernels_of
+
         from autokernel.backends import Built
         from autokernel.evaluate.probes import num_copies_for
         from autokernel.evaluate.timing import compare, make_step
@@ -126,7 +128,8 @@ class MeasureGemm:
                     prepared[name] = prepare(contender, program, turns)
         with turns.alone():
             errors = _errors(case, {name: (prepared[name].call(), ways[name][1]) for name in ways})
-            kernels = {name: _kernels_of(prepared[name].call, device) for name in ways}
+            on_gpu = device == "cuda"
+            kernels = {n: list(dict.fromkeys(k["name"] for k in kernels_of(prepared[n].call))) if on_gpu else [] for n in ways}
             steps = {}
             for name, (_, program) in ways.items():
                 built = Built(run=_without_gradients(prepared[name].forward), num_copies=num_copies)
@@ -214,20 +217,6 @@ def _without_gradients(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*inputs)
 
     return run
-
-
-def _kernels_of(call: Callable[[], Any], device: str) -> list[str]:
-    """Names of the kernels that a call launches, each once; [] on a CPU."""
-    if device != "cuda":
-        return []
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    events = seen.events() or ()
-    return list(dict.fromkeys(e.name[:200] for e in events if e.device_type is torch.autograd.DeviceType.CUDA))
 
 
 class _picks:  # noqa: N801  used like a function

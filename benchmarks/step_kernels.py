@@ -3,17 +3,17 @@
     python benchmarks/step_kernels.py experiments/llama.yaml RUN/bundle --scenario decode-b1 --layers 4 \\
         --options '{}' '{"combo_kernels": true}' '{"pdl": "all"}'
 
-Each set of options is compiled with the bundle's entries in place of its own options; the graphs are replayed by turns. Then
-the profiler looks at one replay of each: every kernel's time, and the gap to the one in front of it (less than nothing where
-they overlap). `--layers` makes the model shorter than the experiment says. Needs an idle NVIDIA GPU.
+Each set of options is compiled with the bundle's entries in place of its own options; the graphs are compared in paired
+rounds. Then the profiler looks at one replay of each: every kernel's time, and the gap to the one in front of it (less than
+nothing where they overlap). `--layers` makes the model shorter than the experiment says. Needs an idle NVIDIA GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ import torch
 from autokernel.config import load_experiment
 from autokernel.evaluate.cuda_graphs import Capturer
 from autokernel.evaluate.modes import Contender, build_program, prepare
+from autokernel.evaluate.timing import compare
 from autokernel.export.bundle import read_bundle
 from autokernel.profiling.workload import import_model, load_model
-
-_REPLAYS = 8  # of a sample
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,10 @@ def captured(arguments: argparse.Namespace) -> list[Step]:
     return steps
 
 
-def us_of(graph: torch.cuda.CUDAGraph) -> float:
-    """Mean time of a few replays."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    graph.replay()
-    start.record()
-    for _ in range(_REPLAYS):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / _REPLAYS * 1e3
-
-
-def kernels_of(graph: torch.cuda.CUDAGraph) -> list[dict[str, Any]]:
-    """Kernels of one replay, in order: name, us, and the gap in us to the one in front."""
+def kernels_of(call: Callable[[], object]) -> list[dict[str, Any]]:
+    """Kernels of one call, in order: name, us, and the gap in us to the one in front."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        graph.replay()
+        call()
         torch.cuda.synchronize()
     found: list[dict[str, Any]] = []
     end = None
@@ -98,22 +85,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", type=Path, help="JSON to write")
     arguments = parser.parse_args()
-    with torch.no_grad():
-        steps = captured(arguments)
-        times: dict[str, list[float]] = {step.label: [] for step in steps}
-        for _ in range(arguments.rounds):
-            for step in steps:
-                times[step.label].append(us_of(step.graph))
+    steps = captured(arguments)
+    first = steps[0].label
+    found = compare({step.label: step.graph.replay for step in steps}, first, arguments.rounds, device="cuda", replays=True)
     result = []
-    first = statistics.median(times[steps[0].label])
     for step in steps:
-        us, kernels = statistics.median(times[step.label]), kernels_of(step.graph)
-        sys.stdout.write(f"\n{step.label}: {us:.2f} us, {first / us:.4f} times as fast as {steps[0].label}\n")
+        us, kernels, speedup = found.medians_us[step.label], kernels_of(step.graph.replay), found.speedups.get(step.label)
+        said = f", {speedup.ratio:.4f} [{speedup.low:.4f}, {speedup.high:.4f}] over {first}" if speedup is not None else ""
+        sys.stdout.write(f"\n{step.label}: {us:.2f} us{said}\n")
         for kernel in kernels:
             sys.stdout.write(f"{kernel['us']:9.2f} us, gap {kernel['gap_us']:6.2f}  {kernel['name'][:110]}\n")
-        result.append({"options": json.loads(step.label), "us": us, "hits": step.hits, "kernels": kernels})
+        ratio = speedup.to_json() if speedup is not None else None
+        result.append({"options": json.loads(step.label), "us": us, "speedup": ratio, "hits": step.hits, "kernels": kernels})
     if arguments.out is not None:
-        protocol = f"{arguments.scenario}, {arguments.layers or 'all'} layers, medians of {arguments.rounds} rounds by turns"
+        protocol = f"{arguments.scenario}, {arguments.layers or 'all'} layers, medians of {arguments.rounds} paired rounds"
         device = torch.cuda.get_device_name()
         arguments.out.write_text(json.dumps({"protocol": protocol, "device": device, "steps": result}, indent=1) + "\n")
 

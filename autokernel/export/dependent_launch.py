@@ -101,10 +101,15 @@ def may_read_ahead(weights: Iterable[Any]) -> bool:
     graph: Any = V.graph
     placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
     if len(placeholders) != len(_state.parameters):  # inputs that were taken apart: which is which, nobody says
-        return all(weight.get_name() in graph.constants for weight in weights)
-    own = zip(placeholders, _state.parameters, strict=True)
-    kept = {node.target for node, is_parameter in own if is_parameter and not any(map(_writes, node.users))}
-    return all(weight.get_name() in graph.constants or weight.get_name() in kept for weight in weights)
+        placeholders = []
+    parameters = {
+        node.target: node for node, is_parameter in zip(placeholders, _state.parameters, strict=False) if is_parameter
+    }
+
+    def is_kept(name: str) -> bool:
+        return name in graph.constants or (name in parameters and not any(map(_writes, parameters[name].users)))
+
+    return all(is_kept(weight.get_name()) for weight in weights)
 
 
 def _writes(node: Any) -> bool:

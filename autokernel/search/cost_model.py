@@ -110,7 +110,7 @@ class Trees:
 
 # Whose names and configs features are made of. What is measured of other fusions' kernels has to do.
 _PREDICTED_OPS = frozenset({"mm", "addmm", "bmm", "baddbmm", "merged_mm", "scaled_mm", "int_mm"})
-RECORDED_BYTES = 2  # of the landscapes' dtype, bf16
+_RECORDED_BYTES = 2  # of the landscapes' dtype, bf16
 _GENERATED_MAX_M = 128
 
 
@@ -123,7 +123,7 @@ def is_predicted(op: str, names: Names) -> bool:
     """
     if op != "generated":
         return op in _PREDICTED_OPS
-    reads = names["dtype_bytes"] == RECORDED_BYTES and float(names["m"]) <= _GENERATED_MAX_M
+    reads = names["dtype_bytes"] == _RECORDED_BYTES and float(names["m"]) <= _GENERATED_MAX_M
     return bool(names["has_gemm"]) and names["num_reductions"] == 0 and reads
 
 
@@ -135,6 +135,13 @@ class CostModel:
     failure: Mapping[str, Trees]
     kinds: Mapping[str, tuple[str, ...]]  # templates or modes that were recorded
     origin: Mapping[str, Any]
+
+    def ranked(self, names: Names) -> frozenset[str]:
+        """Backends whose configs it ranks better than rules do.
+
+        CuTe DSL's only in dtypes of the recorded size: in fp8 other tiles are fast.
+        """
+        return frozenset(b for b in self.cost if b != "cutedsl" or names.get("dtype_bytes") == _RECORDED_BYTES)
 
     def predict(self, backend: str, names: Names, configs: Sequence[Config]) -> Floats | None:
         """log(time / best time) of configs [n]; None for a backend that the model does not know.

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autokernel.errors import ConfigError, StorageError
 from autokernel.records import Candidate, Problem, Status, digest_of
-from autokernel.search.cost_model import RECORDED_BYTES, CostModel, is_predicted, load_model
+from autokernel.search.cost_model import CostModel, is_predicted, load_model
 from autokernel.search.ledger import Kind, Outcome
 from autokernel.search.model_study import ModelStudy
 from autokernel.search.observations import Observation, Observations
@@ -86,7 +86,7 @@ class Tuner(Proposer):
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise a line per trial
         self._sampler: SamplerName = chosen
         self._cost_model = cost_model
-        self._dtype_bytes = names.get("dtype_bytes")
+        self._ranked = cost_model.ranked(names) if chosen == "model" and cost_model is not None else frozenset()
         super().__init__(
             problem,
             usable,
@@ -106,12 +106,9 @@ class Tuner(Proposer):
         would be all that is tried. Seeds of other backends take turns with what it ranks, as do those of CuTe DSL kernels for
         dtypes of other sizes than the recorded one: in fp8 other tiles are fast.
         """
-        if self._sampler == "model" and self._cost_model is not None:
-            known = set(self._cost_model.cost)
-            if self._dtype_bytes != RECORDED_BYTES:
-                known.discard("cutedsl")
-            seeds = [seed for seed in seeds if seed.origin not in SEEDED_BY_RULE or seed.candidate.backend not in known]
-        return super().enqueue(seeds)
+        return super().enqueue(
+            seed for seed in seeds if seed.origin not in SEEDED_BY_RULE or seed.candidate.backend not in self._ranked
+        )
 
     def _new_study(self, spaces: Mapping[str, BoundSpace], seed: int) -> Sampled:
         if self._sampler == "model":

@@ -301,8 +301,7 @@ def summarize(events: Iterable[Event]) -> RunSummary:
     plan_trials: list[PlanTrial] = []
     timed: dict[str, ScenarioTimed] = {}
     seconds: Counter[str] = Counter()
-    held_s: list[float] = []  # since the search was last started
-    search_device_s = 0.0
+    held_s = search_device_s = 0.0  # since the search was last started; in all that came to their end
     num_starts = 0
     for event in events:
         match event:
@@ -311,7 +310,7 @@ def summarize(events: Iterable[Event]) -> RunSummary:
                 last.pop("RunFinished", None)
             case Evaluated():
                 trials[event.evaluation.candidate.id] = event
-                held_s.append(event.evaluation.device_s)
+                held_s += event.evaluation.device_s
             case Confirmed():
                 confirmed[event.candidate.id] = event
             case GraphTrial():
@@ -323,9 +322,9 @@ def summarize(events: Iterable[Event]) -> RunSummary:
             case StageFinished():
                 seconds[event.stage] += int(event.seconds * 1000)
                 if event.stage == "search":
-                    search_device_s += math.fsum(held_s)
+                    search_device_s += held_s
             case StageStarted() if event.stage == "search":
-                held_s.clear()
+                held_s = 0.0
             case _:
                 last[type(event).__name__] = event
     if started is None:
