@@ -31,9 +31,10 @@ from autokernel.tracking.state import RunState
 
 DATA = Path(__file__).parent / "data"
 EXPERIMENT = DATA / "tiny.yaml"
-PATIENCE_S = 120.0
+PATIENCE_S = 400.0  # what runs of minutes may take on a machine that is three times as busy
+SEARCH_S = load_experiment(EXPERIMENT).experiment.search.seconds
 
-pytestmark = [pytest.mark.slow, pytest.mark.clock]
+pytestmark = [pytest.mark.slow, pytest.mark.clock, pytest.mark.timeout(1200)]
 
 
 def named(candidate: Candidate) -> str:
@@ -82,7 +83,7 @@ def test_bad_candidates_and_killed_processes_cost_one_candidate_each(tmp_path: P
     monkeypatch.setenv("PYTHONPATH", str(DATA / "sabotage"))
     monkeypatch.setattr("autokernel.workers.limits.memory_limit", lambda num_workers, model_bytes=0: 2 << 30)
     worker, child = Killer(tmp_path / "lose the worker.pids", 1), Killer(tmp_path / "lose the child.pids", 0)
-    overrides = ("cluster.address=local", "search.workers=2", "search.trial_timeout_s=30")
+    overrides = ("cluster.address=local", "search.workers=2", "search.trial_timeout_s=60")
     outcome = run(EXPERIMENT, overrides=overrides, runs_folder=tmp_path / "runs", until="export")
     assert worker.killed
     assert child.killed
@@ -102,7 +103,7 @@ def test_bad_candidates_and_killed_processes_cost_one_candidate_each(tmp_path: P
     said = {name: tries[0].message for name, tries in found.items()}
     assert "the worker or its node went away" in said["merged_mm merge=none prepack=False"]
     assert "was killed by SIGSEGV" in said["merged_mm merge=none prepack=True"]
-    assert "deadline of 30 s" in said["addmm prepack=True"]
+    assert "deadline of 60 s" in said["addmm prepack=True"]
     assert "more than its memory limit of 2.00 GiB" in said["merged_mm merge=concat prepack=False"]
     assert "was killed by SIGKILL" in said["mm prepack=False"]
     assert (outcome.folder / JOURNAL_NAME).stat().st_size < 1 << 20, "what candidates print does not pile up"
@@ -260,10 +261,10 @@ def check_search_time(folder: Path) -> None:
     for position, entry in enumerate(entries):
         if isinstance(entry.event, StageStarted) and entry.event.stage == "search":
             spent = RunState.from_entries(entries[:position]).stage_seconds.get("search", 0.0)
-            assert entry.event.budget_s == pytest.approx(120 - spent, abs=0.1)
+            assert entry.event.budget_s == pytest.approx(SEARCH_S - spent, abs=0.1)
             budgets.append(entry.event.budget_s)
     assert len(budgets) == 3
-    assert budgets[0] == 120
+    assert budgets[0] == SEARCH_S
     assert budgets[0] > budgets[1] > budgets[2] > 0
 
 
@@ -285,8 +286,8 @@ def test_time_that_was_used_up_before_an_interruption_is_not_given_again(profile
     last = list(read_entries(folder))[-1].time
     with open(folder / JOURNAL_NAME, "a", encoding="utf-8") as f:
         for second, event in (
-            (1, StageStarted(stage="search", budget_s=120)),
-            (122, RunFinished(outcome="interrupted", message="Ctrl-C", seconds=122)),
+            (1, StageStarted(stage="search", budget_s=SEARCH_S)),
+            (SEARCH_S + 2, RunFinished(outcome="interrupted", message="Ctrl-C", seconds=SEARCH_S + 2)),
         ):
             time_text = (last + datetime.timedelta(seconds=second)).isoformat(timespec="milliseconds")
             f.write(json.dumps({"time": time_text, **event_to_json(event)}) + "\n")
