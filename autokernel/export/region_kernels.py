@@ -15,7 +15,8 @@ from torch._inductor import ir
 from torch._inductor.lowering import empty_strided
 
 from autokernel.export.dependent_launch import may_read_ahead
-from autokernel.kernels.launch import AHEAD, Buffer, KernelPlan, Launch, resolve
+from autokernel.export.user_kernels import enqueue
+from autokernel.kernels.launch import AHEAD, Buffer, KernelPlan, Launch, Operand, resolve
 from autokernel.ops import Region
 from autokernel.records import TensorSpec
 
@@ -65,6 +66,8 @@ def lower_region(
     """
     inputs, zeros = operands[: len(strides)], dict(zip(zero_dtypes, operands[len(strides) :], strict=True))
     device = inputs[0].get_device()
+    for x in inputs:
+        x.realize()  # a view of what is not stored yet would be computed and copied for each region that takes it
     held = [ir.ExternKernel.require_exact_strides(x, stride) for x, stride in zip(inputs, strides, strict=True)]
     outputs = tuple(_allocated(spec, device) for spec in plan.outputs)
     scratch = [
@@ -75,11 +78,13 @@ def lower_region(
         arguments = resolve(launch, {"in": held, "out": outputs, "scratch": scratch})
         if launch.weights and may_read_ahead([arguments[name] for name in launch.weights]):
             arguments[AHEAD] = 1
-        ir.UserDefinedTritonKernel(
-            kernel_idx=_kernel_index(launch),
-            grid=[launch.grid],
-            tma_descriptor_metadata={},
-            kernel_args=arguments,
+        enqueue(
+            launch.kernel,
+            launch.grid,
+            arguments,
+            _written(launch),
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
         )
     return outputs
 
@@ -87,13 +92,10 @@ def lower_region(
 lower_region._inductor_lowering_function = True  # type: ignore[attr-defined]
 
 
-def _kernel_index(launch: Launch) -> int:
-    """The kernel, with its warps and stages, among those that torch knows by number."""
-    import triton
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-
-    one = triton.Config({}, num_warps=launch.num_warps, num_stages=launch.num_stages)
-    return int(kernel_side_table.add_kernel(triton.autotune(configs=[one], key=[])(launch.kernel)))
+def _written(launch: Launch) -> list[str]:
+    """Parameters that are outputs or scratch; the last of those that are the same one (stand-ins for what is not there)."""
+    names = {value: name for name, value in launch.arguments.items() if isinstance(value, Operand) and value.kind != "in"}
+    return list(names.values())
 
 
 def _allocated(spec: TensorSpec, device: torch.device) -> Any:

@@ -26,6 +26,7 @@ from autokernel.export.dependent_launch import may_read_ahead
 from autokernel.export.matching import Gemm
 from autokernel.export.plan import Plan
 from autokernel.export.templates import gemm_of_node
+from autokernel.export.user_kernels import enqueue
 from autokernel.kernels.config import DTYPES, KERNEL, SkinnyConfig
 from autokernel.kernels.op import layout_problem, num_units_of
 
@@ -141,10 +142,13 @@ def lower_skinny_mm(config: SkinnyConfig, num_units: int, *arguments: Any) -> An
         arguments: what the GEMM's node had ([bias or matrix to add,] x, w), and the counters if any kernel of the graph has
             shared tiles.
     """
+    from autokernel.kernels.skinny_mm import skinny_mm_kernel
+
     operands = list(arguments)
     counters = operands.pop() if operands[-1].get_dtype() == torch.int32 else None
     *added, x, w = operands
     (m, k), n = (int(size) for size in x.get_size()), int(w.get_size()[1])
+    x.realize()  # else each product by it would have a copy of its own
     x = ir.ExternKernel.require_contiguous(x)
     w = ir.ExternKernel.require_contiguous(lowerings[aten.permute.default](w, [1, 0]))
     bias = added[0] if added and len(added[0].get_size()) == 1 else None
@@ -157,11 +161,10 @@ def lower_skinny_mm(config: SkinnyConfig, num_units: int, *arguments: Any) -> An
     if config.tma:
         descriptors["x"] = ("stable", ((config.block_m, config.block_k),))
         descriptors["w"] = ("stable", ((config.block_n, config.block_k),))
-    ir.UserDefinedTritonKernel(
-        kernel_idx=_kernel_index(config),
-        grid=[(config.programs(m, n, k, num_units), 1, 1)],
-        tma_descriptor_metadata=descriptors,
-        kernel_args={
+    enqueue(
+        skinny_mm_kernel,
+        (config.programs(m, n, k, num_units), 1, 1),
+        {
             "x": x,
             "w": w,
             "bias": x if bias is None else bias,
@@ -170,6 +173,10 @@ def lower_skinny_mm(config: SkinnyConfig, num_units: int, *arguments: Any) -> An
             "counters": counters if config.reduces else y,
             **config.constants(m, n, k, bias=bias is not None, num_units=num_units, ahead=may_read_ahead([w])),
         },
+        ("y", "parts", "counters") if config.reduces else ("y",),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        descriptors=descriptors,
     )
     if added and bias is None:
         return lowerings[aten.add.Tensor](y, added[0])
@@ -177,14 +184,3 @@ def lower_skinny_mm(config: SkinnyConfig, num_units: int, *arguments: Any) -> An
 
 
 lower_skinny_mm._inductor_lowering_function = True  # type: ignore[attr-defined]
-
-
-def _kernel_index(config: SkinnyConfig) -> int:
-    """The kernel, with the config's warps and stages, among those that torch knows by number."""
-    import triton
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-
-    from autokernel.kernels.skinny_mm import skinny_mm_kernel
-
-    one = triton.Config({}, num_warps=config.num_warps, num_stages=config.num_stages)
-    return int(kernel_side_table.add_kernel(triton.autotune(configs=[one], key=[])(skinny_mm_kernel)))

@@ -187,14 +187,14 @@ def library_twice(x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mas
     return (x,)
 
 
-def code_with(config: dict[str, ConfigValue]) -> tuple[str, Plan]:
+def code_with(config: dict[str, ConfigValue], function: Callable[..., Any] = library_twice) -> tuple[str, Plan]:
     entry = Entry(problem=attention("cuda", "bfloat16"), backend="triton", config=config)
     plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=(entry,)))
     cache = TensorSpec.contiguous((B, G, S, D), "bfloat16")
     specs = [TensorSpec.contiguous((B, 1, H, D), "bfloat16"), cache, cache, TensorSpec.contiguous((B, 1, 1, S), "bool")]
     # folding would compute the constant on the device
     options = {"post_grad_custom_post_pass": RegionPass(plan), "joint_graph_constant_folding": False}
-    return generated_code(library_twice, specs, options), plan
+    return generated_code(function, specs, options), plan
 
 
 def test_a_kernel_of_ours_reads_the_cache_itself_and_shares_one_buffer_of_counters() -> None:
@@ -212,6 +212,22 @@ def test_a_kernel_of_ours_reads_the_cache_itself_and_shares_one_buffer_of_counte
     assert "'mask': '*i1'" in code
     assert q != q2
     assert len(re.findall(r"= empty_strided_cuda\(\(4, \), \(1, \), torch.int32\)", code)) == 1
+
+
+def test_what_several_calls_are_given_is_computed_once() -> None:
+    """A view of what nothing has stored yet: Inductor would copy it for each call."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+
+    def masked_once(x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor]:
+        (made,) = library_twice(x, keys, values, hidden.logical_not().squeeze(1).unsqueeze(1))
+        return (made,)
+
+    code, _ = code_with(DECODE, masked_once)
+    calls = [line.split(", ") for line in re.findall(r"decode_attention_kernel_0\.run\((.*)", code)]
+    masks = {re.sub(r"reinterpret_tensor\((\w+).*", r"\1", call[3]) for call in calls}
+    assert len(calls) == 2
+    assert len(masks) == 1
+    assert len(re.findall(r"^ +triton_\w*logical_not\w*\.run\(", code, re.M)) == 1
 
 
 def test_one_split_has_no_counters() -> None:
