@@ -79,6 +79,7 @@ HOMES = {
         "export.rendering",
         "export.isa_probes",
         "export.substitution",
+        "export.user_kernels",
         "export.templates",
         "export.cutedsl",
         "export.chain",
