@@ -76,7 +76,7 @@ def lower_region(
     ]
     for launch in plan.launches:
         arguments = resolve(launch, {"in": held, "out": outputs, "scratch": scratch})
-        if launch.weights and may_read_ahead([arguments[name] for name in launch.weights]):
+        if launch.weights is not None and may_read_ahead([arguments[name] for name in launch.weights]):
             arguments[AHEAD] = 1
         enqueue(
             launch.kernel,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autokernel.kernels.launch import Buffer, KernelPlan, Launch, Operand
+from autokernel.kernels.launch import AHEAD, Buffer, KernelPlan, Launch, Operand
 from autokernel.kernels.parameters import Parameters, Precision, is_power_of_two, precision_problem
 from autokernel.ops.attention import AttentionSizes, mask_position, sizes_of
 from autokernel.records import ConfigValue, Problem, TensorSpec
@@ -19,6 +19,7 @@ MAX_SPLITS = 128
 MAX_TILES = 4096  # of keys, where what the mask says of them is looked up
 MAX_ELEMENTS = 2**31 - 1  # offsets within a sequence and a head are 32-bit
 _MIN_TILE = 16  # of matrix instructions
+_AHEAD_BYTES = 16 << 20  # of keys and values that are asked for before the kernel in front has ended: less than half of an L2
 _NO_MASK = "skip looks at the mask, and there is none; set it to false"
 
 
@@ -122,13 +123,21 @@ def plan_decode(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPl
         "MAX_SPLITS": _power_of_two(chosen.num_splits),
         "SKIP": int(chosen.skip),
         "TF32X3": int(chosen.precision == "tf32x3"),
+        AHEAD: 0,
     }
     programs = pairs * chosen.num_splits
     scratch = (Buffer((programs, rows, sizes.v_dim), "float32"), Buffer((programs, rows, 2), "float32"))
-    launch = Launch(decode_attention_kernel, (programs, 1, 1), arguments, chosen.num_warps, chosen.num_stages)
+    ahead = () if _can_be_asked_for(problem) and not chosen.skip else None  # with skip, nobody knows yet what will be read
+    launch = Launch(decode_attention_kernel, (programs, 1, 1), arguments, chosen.num_warps, chosen.num_stages, ahead)
     return KernelPlan(
         (_out_spec(problem),), (*scratch, Buffer((pairs,), "int32", zeroed=True)) if shared else (), (launch,)
     )  # fmt: skip
+
+
+def _can_be_asked_for(problem: Problem) -> bool:
+    """Whether all keys and values may come to the L2 cache early: they find room in it, and fill the lines that they touch."""
+    cached = problem.inputs[1:3]
+    return sum(spec.num_bytes for spec in cached) <= _AHEAD_BYTES and all(spec.stride[-1] == 1 for spec in cached)
 
 
 def plan_flash(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPlan:

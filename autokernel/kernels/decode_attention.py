@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from autokernel.kernels.online_softmax import absorb, divided, load_tile, mask_tile, row_products
+from autokernel.kernels.prefetch import prefetch
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
@@ -84,6 +85,28 @@ def _combine(parts, states, rows_at, pair, e, HEADS: tl.constexpr, ROWS: tl.cons
 
 
 @triton.jit
+def _ask_for(at, start, KV_LEN: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, D_STRIDE: tl.constexpr,
+             BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Bring a tile of keys or values to the L2 cache: one element in every 128 bytes."""
+    STEP: tl.constexpr = 128 * 8 // at.dtype.element_ty.primitive_bitwidth
+    s = tl.minimum(start + tl.arange(0, BLOCK_S), KV_LEN - 1)
+    d = tl.minimum(tl.arange(0, (BLOCK + STEP - 1) // STEP) * STEP, DIM - 1)
+    prefetch(at + s[:, None] * STRIDE + d[None, :] * D_STRIDE)
+
+
+@triton.jit
+def _ask_and_wait(k_at, v_at, tile, count, KV_LEN: tl.constexpr, K_S: tl.constexpr, HEAD_DIM: tl.constexpr,
+                  K_D: tl.constexpr, V_S: tl.constexpr, V_DIM: tl.constexpr, V_D: tl.constexpr, BLOCK_S: tl.constexpr,
+                  BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """With AHEAD: ask for the keys and values of `count` tiles, and wait for the kernel in front."""
+    if AHEAD:
+        for block in range(0, count):
+            _ask_for(k_at, (tile + block) * BLOCK_S, KV_LEN, K_S, HEAD_DIM, K_D, BLOCK_S, BLOCK_D)
+            _ask_for(v_at, (tile + block) * BLOCK_S, KV_LEN, V_S, V_DIM, V_D, BLOCK_S, BLOCK_E)
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def _store_part(parts, states, rows, top, total, r, e, part, ROWS: tl.constexpr, V_DIM: tl.constexpr):
     """What the rows of one split have seen."""
     place = part * ROWS + r
@@ -102,7 +125,7 @@ def decode_attention_kernel(
     V_B: tl.constexpr, V_H: tl.constexpr, V_S: tl.constexpr, V_D: tl.constexpr,
     MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_H: tl.constexpr, MASK_Q: tl.constexpr, MASK_S: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, SKIP: tl.constexpr, TF32X3: tl.constexpr,
+    SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, SKIP: tl.constexpr, TF32X3: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """softmax(q k' * SCALE + mask) v; grid: [batch * GROUPS * SPLITS].
 
@@ -116,6 +139,7 @@ def decode_attention_kernel(
         states: fp32 scratch, [B * GROUPS * SPLITS, REPEAT * Q_LEN, 2]: largest score and sum of weights.
         counters: int32 zeros, one for each batch and head of k.
         TF32X3: whether products in fp32 are three of the matrix instruction's.
+        AHEAD: the kernel is launched while the one in front of it runs: keys and values are asked for, then it waits.
     """
     ROWS: tl.constexpr = REPEAT * Q_LEN
     HEADS: tl.constexpr = GROUPS * REPEAT
@@ -131,6 +155,11 @@ def decode_attention_kernel(
     batch = (pair // GROUPS).to(tl.int64)
     group = pair % GROUPS
 
+    tile, count = split * PER_SPLIT, tl.minimum(PER_SPLIT, BLOCKS - split * PER_SPLIT)
+    k_at = k + batch * K_B + group * K_H
+    v_at = v + batch * V_B + group * V_H
+    _ask_and_wait(k_at, v_at, tile, count, KV_LEN, K_S, HEAD_DIM, K_D, V_S, V_DIM, V_D, BLOCK_S, BLOCK_D, BLOCK_E, AHEAD)
+
     r = tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -138,13 +167,9 @@ def decode_attention_kernel(
     r_position = r % Q_LEN
     q_at = q + batch * Q_B + r_head[:, None] * Q_H + r_position[:, None] * Q_S + d[None, :] * Q_D
     queries = load_tile(q_at, r[:, None], d[None, :], ROWS, HEAD_DIM, ROWS == BLOCK_R, ALL_D)
-    k_at = k + batch * K_B + group * K_H
-    v_at = v + batch * V_B + group * V_H
     mask_at = mask + batch * MASK_B
     mask_rows, mask_there = _rows_of_mask(r_head, r_position, r < ROWS, MASK_H, MASK_Q, ONE_MASK)
 
-    tile = split * PER_SPLIT
-    count = tl.minimum(PER_SPLIT, BLOCKS - tile)
     if SKIP:
         end = tl.minimum((tile + PER_SPLIT) * BLOCK_S, KV_LEN)
         tile, count = _what_is_seen(mask_at, mask_rows, mask_there, tile * BLOCK_S, end, KV_LEN, MASK, MASK_S, BLOCK_S)

@@ -139,7 +139,7 @@ def _plan(
         arguments[operand] = Operand("scratch", position)
     if weights:
         arguments[AHEAD] = 0
-    launch = Launch(load_kernel(name, source), grid, arguments, num_warps, num_stages, weights)
+    launch = Launch(load_kernel(name, source), grid, arguments, num_warps, num_stages, weights or None)
     return KernelPlan(tuple(results[output] for output in program.outputs), tuple(scratch), (launch,))
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 
-AHEAD = "AHEAD"  # of kernels: whether they read weights before they wait for the kernel in front of them
+AHEAD = "AHEAD"  # of kernels: whether they read or ask for something before they wait for the kernel in front of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,9 @@ class Buffer:
 class Launch:
     """One kernel. `arguments` has every parameter of it: operands as pointers, and numbers (compile-time ones as well).
 
-    `weights` are the operands that it reads before it waits for the kernel in front of it, if its argument AHEAD is 1; plans
-    say 0, and whoever launches it so may change that (`export/region_kernels.py`).
+    `weights` are the operands that it reads before it waits for the kernel in front of it, if its argument AHEAD is 1; none
+    of them where it only asks for memory until then, None where it has no such argument. Plans say 0, and whoever launches
+    it so may change that (`export/region_kernels.py`).
     """
 
     kernel: Any  # a triton.JITFunction
@@ -53,7 +54,7 @@ class Launch:
     arguments: Mapping[str, Operand | int | float | bool]
     num_warps: int
     num_stages: int
-    weights: tuple[str, ...] = ()
+    weights: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

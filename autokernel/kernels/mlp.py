@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from autokernel.kernels.online_softmax import added_product
+from autokernel.kernels.prefetch import prefetch
 from autokernel.kernels.row_norm import row_places
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -58,10 +59,7 @@ def _prefetch(w_out, first, HIDDEN: tl.constexpr, N: tl.constexpr, OUT_N: tl.con
     column = tl.minimum(first + tl.arange(0, BLOCK_H // STEP) * STEP, HIDDEN - 1)
     for start in range(0, N, BLOCK_N):
         row = tl.minimum(start + tl.arange(0, BLOCK_N), N - 1)
-        at = (w_out + row[:, None] * OUT_N + column[None, :]).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
+        prefetch(w_out + row[:, None] * OUT_N + column[None, :])
 
 
 @triton.jit

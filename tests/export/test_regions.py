@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import autokernel
 from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.dependent_launch import dependent_launches
 from autokernel.export.plan import Plan
 from autokernel.export.regions import RegionPass, UnfitError, replace_region
 from autokernel.ops import Region
@@ -228,6 +229,17 @@ def test_what_several_calls_are_given_is_computed_once() -> None:
     assert len(calls) == 2
     assert len(masks) == 1
     assert len(re.findall(r"^ +triton_\w*logical_not\w*\.run\(", code, re.M)) == 1
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+def test_where_kernels_do_not_wait_for_others_to_end_the_cache_is_asked_for_first(pdl: bool) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    with dependent_launches(pdl, []):
+        code, _ = code_with(DECODE)
+    text = code.replace("\\'", "'")
+    assert f"'AHEAD': {int(pdl)}" in text
+    assert f"'AHEAD': {int(not pdl)}" not in text
+    assert text.count("tl.extra.cuda.gdc_launch_dependents()") == int(pdl), "once, in the text of the one kernel"
 
 
 def test_one_split_has_no_counters() -> None:

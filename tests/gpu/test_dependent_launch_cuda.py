@@ -13,6 +13,7 @@ from autokernel.environment import current_environment
 from autokernel.export.apply import BundleBackend
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.dependent_launch import dependent
+from autokernel.ops.attention import Attention
 from autokernel.ops.generated import Generated
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
@@ -124,3 +125,84 @@ def test_results_are_the_same_bits_with_dependent_launches() -> None:
             assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), option
         for draw, result in zip(draws, expected, strict=False):
             torch.testing.assert_close(result, model(draw), rtol=5e-2, atol=5e-2)
+
+
+HEADS, GROUPS, DIM, SLOTS = 8, 2, 128, 1040
+ATTENTION: dict[str, ConfigValue] = {
+    "kernel": "decode_attention", "BLOCK_S": 64, "num_splits": 9, "skip": False, "num_warps": 2, "num_stages": 4,
+}  # fmt: skip
+
+
+class Step(torch.nn.Module):
+    """Attention over a static cache, whose newest row the kernels in front of it write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = torch.nn.Linear(D, HEADS * DIM, bias=False)
+        self.k, self.v = (torch.nn.Linear(D, GROUPS * DIM, bias=False) for _ in range(2))
+        self.register_buffer("keys", torch.zeros(1, GROUPS, SLOTS, DIM))
+        self.register_buffer("values", torch.zeros(1, GROUPS, SLOTS, DIM))
+
+    def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).view(1, 1, -1, DIM).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mask = (torch.arange(SLOTS, device=x.device) <= position)[None, None, None, :]
+        cached = []
+        for cache, row in ((self.keys, k), (self.values, v)):
+            cache.index_copy_(2, position, row)  # type: ignore[operator]
+            wide = cache[:, :, None].expand(1, GROUPS, HEADS // GROUPS, SLOTS, DIM)  # type: ignore[index]
+            cached.append(wide.reshape(1, HEADS, SLOTS, DIM))
+        return functional.scaled_dot_product_attention(q, *cached, attn_mask=mask).transpose(1, 2).reshape(1, 1, -1)
+
+
+def test_attention_that_asks_for_the_cache_early_sees_what_is_written_meanwhile() -> None:
+    torch.manual_seed(0)
+    model = Step().to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    draws = [torch.randn(1, 1, D, device="cuda", dtype=torch.bfloat16) for _ in range(40)]
+    places = [torch.tensor([place], device="cuda") for place in range(len(draws))]
+    problems: dict[str, Problem] = {}
+
+    def keep(graph: torch.fx.Graph) -> None:
+        problems.update({region.problem.key: region.problem for region in Attention().match(graph, frozenset(), "cuda")})
+
+    def forget() -> None:
+        model.keys.zero_()  # type: ignore[operator]
+        model.values.zero_()  # type: ignore[operator]
+
+    found: dict[object, list[torch.Tensor]] = {}
+    with torch.no_grad():
+        found["eager"] = [model(x, place) for x, place in zip(draws, places, strict=True)]
+        torch._dynamo.reset()
+        torch.compile(model, options={"post_grad_custom_post_pass": keep, "fx_graph_cache": False})(draws[0], places[0])
+        (problem,) = problems.values()
+        for option in (False, "all"):
+            forget()
+            bundle = Bundle(
+                name="d",
+                created="",
+                version="",
+                environment=current_environment("cuda"),
+                entries=(Entry(problem=problem, backend="triton", config=ATTENTION),),
+                graph_options={"pdl": option} if option else {},
+            )
+            torch._dynamo.reset()
+            backend = BundleBackend(bundle)
+            compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+            x, place = draws[0].clone(), places[0].clone()
+            with mock.patch("autokernel.export.dependent_launch.dependent", side_effect=dependent) as made:
+                compiled(x, place)
+            bodies = [call.args[0] for call in made.call_args_list]
+            assert sum("'AHEAD': 1" in body.replace("\\'", "'") for body in bodies) == int(option == "all")
+            assert [(usage.hits, usage.reasons) for usage in backend.usage().values()] == [(1, [])]
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                out = compiled(x, place)
+            found[option] = []
+            for draw, number in zip(draws, places, strict=True):
+                x.copy_(draw)
+                place.copy_(number)
+                graph.replay()
+                found[option].append(out.clone())
+    assert all(torch.equal(a, b) for a, b in zip(found[False], found["all"], strict=True))
+    for exact, got in zip(found["eager"], found["all"], strict=True):
+        torch.testing.assert_close(got, exact, rtol=2e-2, atol=2e-2)

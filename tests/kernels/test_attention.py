@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -65,6 +66,46 @@ def test_keys_and_values_come_by_asynchronous_copies_of_16_bytes(skip: bool) -> 
     assert "mma.sync.aligned.m16n8k16" in ptx
     assert "atom.global.gpu.acq_rel.add" in ptx
     assert "atom.global" not in ptx_of(problem(), {**DECODE, "num_splits": 1, "skip": skip})
+
+
+def one_sequence(kv_len: int = 2080) -> Problem:
+    many = problem(kv_len=kv_len)
+    return replace(many, inputs=tuple(replace(spec, shape=(1, *spec.shape[1:])) for spec in many.inputs))
+
+
+def test_keys_and_values_are_asked_for_before_the_wait_and_nothing_is_read_there() -> None:
+    """Two tiles of 64 rows of 256 bytes each, of keys and of values, by two warps."""
+    case, config = one_sequence(), {**DECODE, "num_splits": 17, "num_warps": 2, "num_stages": 4}
+    plan = plan_of(case, config)
+    (launch,) = plan.launches
+    assert (launch.weights, launch.arguments["AHEAD"]) == ((), 0)
+    plain = for_hopper.ptx_of(case, plan)
+    assert "prefetch.global" not in plain
+    assert "griddepcontrol" not in plain
+    ahead = replace(plan, launches=(replace(launch, arguments={**launch.arguments, "AHEAD": 1}),))
+    ptx = for_hopper.ptx_of(case, ahead)
+    before, behind = ptx.split("griddepcontrol.wait")
+    assert before.count("prefetch.global.L2") == 2 * 64 * 2 // 64, "lines of 128 bytes of a tile, keys and values, a thread"
+    assert "prefetch.global" not in behind
+    assert not re.search(r"\b(ld|st|atom|red|cp)\.(async\.)?\S*global", before.replace("prefetch.global.L2", ""))
+    assert "cp.async" in behind
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        (one_sequence(), {"skip": True}),
+        (problem(), {}),
+        (
+            replace(one_sequence(64), inputs=tuple(replace(s, stride=(*s.stride[:2], 1, 64)) for s in one_sequence(64).inputs)),
+            {},
+        ),
+    ],
+    ids=["nobody knows yet what is read", "more than a cache holds", "rows are not contiguous"],
+)
+def test_what_is_not_asked_for_early(case: Problem, change: dict[str, ConfigValue]) -> None:
+    (launch,) = plan_of(case, {**DECODE, "num_splits": 1, **change}).launches
+    assert launch.weights is None
 
 
 def test_tiles_of_64_rows_use_hoppers_matrix_instruction() -> None:
