@@ -1,9 +1,13 @@
-"""Programmatic dependent launch of Triton kernels: the graph option `pdl`, for our own (true) or for all of a graph ("all").
+"""Programmatic dependent launch of Triton kernels: the graph option `pdl`, for our own (true), for all of a graph ("all"), or
+for all but those of ours whose programs do not find room on the device at once ("one_wave").
 
 A kernel that is launched so starts while the one in front of it still runs, and waits for its results as the first thing it
 does: what is saved is the launch, and the time until all multiprocessors are busy. Every such kernel lets the next one
 start at once, and waits before it reads or writes anything; whatever else is in the stream waits for all of it, as always.
 Some of ours read their first weights before they wait: parameters, which no kernel of a graph writes (`may_read_ahead`).
+
+Each program pays for the wait. Where thousands of short ones follow each other only the first wave of them gains: with
+"one_wave" such a kernel is launched as usual, and its last wave lets the next one start.
 
 Inductor knows such launches for kernels that it writes itself (`triton.enable_pdl`), but not for those of others and for
 templates, and its own wait only for the kernel in front, where they need its results. Here the word is put in where Inductor
@@ -15,7 +19,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import inspect
 import logging
+import math
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,14 +32,17 @@ from autokernel.records import ConfigValue
 
 log = logging.getLogger(__name__)
 
-OPTION, ALL = "pdl", "all"
+OPTION, ALL, ONE_WAVE = "pdl", "all", "one_wave"
 _OURS = ("autokernel.kernels.", "autokernel_")  # modules of kernels that are read from files, and of generated ones
 _DECORATOR, _META, _LAUNCH = "@triton_heuristics.", "triton_meta={", "'launch_pdl': True, "
 _SAID = re.compile(r"'launch_pdl': False(, )?")  # by Inductor, of kernels of its own
 _COOPERATIVE = "'launch_cooperative_grid': True"  # all blocks at once: launched as usual
 _LAUNCH_NEXT, _WAIT = "tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()"
+_PROGRAM = "tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))"
 _WAITS_ITSELF = re.compile(rf"'{AHEAD}': 1\b")  # in what Inductor says of compile-time arguments
 _QUOTES = "'''"
+
+_MAX_PROGRAMS, _MAX_WARPS = 32, 64  # of a multiprocessor, from Hopper on
 
 _state = threading.local()
 
@@ -43,7 +52,7 @@ def dependent_launches(of: ConfigValue, inputs: Sequence[Any]) -> Iterator[None]
     """While Inductor compiles in this thread: kernels of ours are launched so, or all of Triton's.
 
     Args:
-        of: the option's value, True or "all"; with False nothing changes.
+        of: the option's value, True, "all" or "one_wave"; with False nothing changes.
         inputs: of the graph that is compiled.
     """
     import torch
@@ -65,36 +74,44 @@ def _install() -> None:
     if hasattr(wrapper.define_kernel, "autokernel"):
         return
     define, define_user = wrapper.define_kernel, wrapper.define_user_defined_triton_kernel
+    signature = inspect.signature(define_user)
+
+    def arguments_of(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return signature.bind(*args, **kwargs).arguments
 
     @functools.wraps(define_user)
-    def define_user_defined_triton_kernel(self: Any, kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        _state.ours = str(getattr(kernel.fn, "__module__", "")).startswith(_OURS)
+    def define_user_defined_triton_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = arguments_of(self, *args, **kwargs)
+        _state.ours = str(getattr(given["kernel"].fn, "__module__", "")).startswith(_OURS)
+        _state.next_from = _beyond_one_wave(given["grids"][0], given["configs"][0].num_warps) if _state.ours else None
         try:
-            return define_user(self, kernel, *args, **kwargs)
+            return define_user(self, *args, **kwargs)
         finally:
-            _state.ours = False
+            _state.ours, _state.next_from = False, None
 
     @functools.wraps(define)
     def define_kernel(self: Any, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any) -> Any:
         active = getattr(_state, "active", False)
-        if active and (getattr(_state, "ours", False) or (active == ALL and _DECORATOR in kernel_body)):
-            kernel_body = dependent(kernel_body)
+        if active and (getattr(_state, "ours", False) or (active in (ALL, ONE_WAVE) and _DECORATOR in kernel_body)):
+            kernel_body = dependent(kernel_body, getattr(_state, "next_from", None))
         return define(self, kernel_name, kernel_body, *args, **kwargs)
 
     define_kernel.autokernel = True  # type: ignore[attr-defined]
     wrapper.define_kernel, wrapper.define_user_defined_triton_kernel = define_kernel, define_user_defined_triton_kernel
 
 
-def may_read_ahead(weights: Iterable[Any]) -> bool:
-    """Whether kernels may read these before the kernel in front of them has ended.
+def may_read_ahead(weights: Iterable[Any], grid: Sequence[int], num_warps: int) -> bool:
+    """Whether a kernel may read these before the kernel in front of it has ended.
 
-    While dependent launches are on, of constants of the graph, and of its inputs that are parameters which it does not
+    If it is launched while that one runs: constants of the graph, and its inputs that are parameters which it does not
     change. Whatever else may be the result of a kernel that still runs, even one of another graph.
 
     Args:
         weights: Inductor's nodes of them.
+        grid: the kernel's.
+        num_warps: of each of its programs.
     """
-    if not getattr(_state, "active", False):
+    if not getattr(_state, "active", False) or _beyond_one_wave(grid, num_warps) is not None:
         return False
     from torch._inductor.virtualized import V
 
@@ -112,6 +129,18 @@ def may_read_ahead(weights: Iterable[Any]) -> bool:
     return all(is_kept(weight.get_name()) for weight in weights)
 
 
+def _beyond_one_wave(grid: Sequence[Any], num_warps: int) -> int | None:
+    """With "one_wave", of a grid that does not find room at once: the program that its last wave may begin with."""
+    if getattr(_state, "active", False) != ONE_WAVE:
+        return None
+    import torch
+
+    num_units = torch.cuda.get_device_properties().multi_processor_count
+    room = num_units * min(_MAX_PROGRAMS, _MAX_WARPS // num_warps)
+    num_programs = math.prod(int(size) for size in grid)
+    return num_programs - room if num_programs > room else None
+
+
 def _writes(node: Any) -> bool:
     """Whether a call may change its operands: ours do not."""
     schema = getattr(node.target, "_schema", None)
@@ -119,15 +148,21 @@ def _writes(node: Any) -> bool:
     return node.op == "call_function" and not ours and (schema is None or bool(schema.is_mutable))
 
 
-def dependent(body: str) -> str:
-    """Inductor's text of a kernel, as one that is launched while another runs; unchanged if it is not as expected."""
+def dependent(body: str, next_from: int | None = None) -> str:
+    """Inductor's text of a kernel, as one that is launched while another runs; unchanged if it is not as expected.
+
+    Args:
+        body: the text.
+        next_from: if given the kernel is launched as usual, and its programs from this one on let the next kernel start.
+    """
     if _COOPERATIVE in body:
         return body
     try:
         start, end = body.index(_QUOTES) + len(_QUOTES), body.rindex(_QUOTES)
         source = body[start:end].replace("\\'\\'\\'", _QUOTES)
         meta = source.index(_META, source.index(_DECORATOR)) + len(_META)
-        source = f"{source[:meta]}{_LAUNCH}{_SAID.sub('', source[meta:], count=1)}"
+        if next_from is None:
+            source = f"{source[:meta]}{_LAUNCH}{_SAID.sub('', source[meta:], count=1)}"
         lines = source.splitlines()
         tree = ast.parse(source)
         kernel = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and _is_entry(node))
@@ -136,6 +171,8 @@ def dependent(body: str) -> str:
         log.warning("autokernel: a kernel is launched as usual, for Inductor's text of it is not as expected: %s", error)
         return body
     begin = [_LAUNCH_NEXT] if _WAITS_ITSELF.search(source, meta) else [_LAUNCH_NEXT, _WAIT]
+    if next_from is not None:
+        begin = [f"if {_PROGRAM} >= {next_from}:", f"    {_LAUNCH_NEXT}"]
     lines[first.lineno - 1 : first.lineno - 1] = [" " * first.col_offset + line for line in begin]
     return body[:start] + "\n".join(lines).replace(_QUOTES, "\\'\\'\\'") + "\n" + body[end:]
 

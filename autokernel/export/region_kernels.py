@@ -76,7 +76,8 @@ def lower_region(
     ]
     for launch in plan.launches:
         arguments = resolve(launch, {"in": held, "out": outputs, "scratch": scratch})
-        if launch.weights is not None and may_read_ahead([arguments[name] for name in launch.weights]):
+        weights = None if launch.weights is None else [arguments[name] for name in launch.weights]
+        if weights is not None and may_read_ahead(weights, launch.grid, launch.num_warps):
             arguments[AHEAD] = 1
         enqueue(
             launch.kernel,

@@ -161,9 +161,11 @@ def lower_skinny_mm(config: SkinnyConfig, num_units: int, *arguments: Any) -> An
     if config.tma:
         descriptors["x"] = ("stable", ((config.block_m, config.block_k),))
         descriptors["w"] = ("stable", ((config.block_n, config.block_k),))
+    grid = (config.programs(m, n, k, num_units), 1, 1)
+    ahead = may_read_ahead([w], grid, config.num_warps)
     enqueue(
         skinny_mm_kernel,
-        (config.programs(m, n, k, num_units), 1, 1),
+        grid,
         {
             "x": x,
             "w": w,
@@ -171,7 +173,7 @@ def lower_skinny_mm(config: SkinnyConfig, num_units: int, *arguments: Any) -> An
             "y": y,
             "parts": parts,
             "counters": counters if config.reduces else y,
-            **config.constants(m, n, k, bias=bias is not None, num_units=num_units, ahead=may_read_ahead([w])),
+            **config.constants(m, n, k, bias=bias is not None, num_units=num_units, ahead=ahead),
         },
         ("y", "parts", "counters") if config.reduces else ("y",),
         num_warps=config.num_warps,

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from export.pretended_h200 import H200, Generated, generated_code
+from export.pretended_h200 import H200, Generated, generated_code, pretended_h200
 
 from autokernel.export.apply import inductor_options
 from autokernel.export.bundle import Bundle, Entry
@@ -191,7 +191,7 @@ def read_before_and_after(ptx: str, weight: int) -> tuple[set[bool], set[bool]]:
 def test_weights_are_read_before_the_wait_and_nothing_else(
     split_k: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autokernel.export.substitution.may_read_ahead", lambda weights: True)
+    monkeypatch.setattr("autokernel.export.substitution.may_read_ahead", lambda *_: True)
     (ours,) = [t for n, t in kernels(code_with(True, split_k=split_k)).items() if n.startswith("skinny_mm_kernel")]
     assert meta_of(ours)["constants"]["AHEAD"] == 1
     assert entry_of(ours)[0] == "tl.extra.cuda.gdc_launch_dependents()"
@@ -204,7 +204,7 @@ def test_weights_are_read_before_the_wait_and_nothing_else(
 
 
 def test_kernels_that_cannot_begin_with_weights_wait_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autokernel.export.substitution.may_read_ahead", lambda weights: True)
+    monkeypatch.setattr("autokernel.export.substitution.may_read_ahead", lambda *_: True)
     for changed in ({"split_k": 3}, {"waves": 1}):
         (ours,) = [t for n, t in kernels(code_with(True, **changed)).items() if n.startswith("skinny_mm_kernel")]
         assert meta_of(ours)["constants"]["AHEAD"] == 0, changed
@@ -238,9 +238,11 @@ def test_what_may_be_read_ahead(active: bool, frozen: bool) -> None:
     computed: list[bool] = []
 
     def look(self: Any) -> Any:
-        seen.update({buffer.data.data.layout.size[0]: may_read_ahead([buffer]) for buffer in self.graph_inputs.values()})
-        constants.extend(may_read_ahead([mock.Mock(get_name=lambda name=name: name)]) for name in self.constants)
-        computed.extend(may_read_ahead([buffer]) for buffer in self.buffers)
+        seen.update(
+            {buffer.data.data.layout.size[0]: may_read_ahead([buffer], (1, 1, 1), 4) for buffer in self.graph_inputs.values()}
+        )
+        constants.extend(may_read_ahead([mock.Mock(get_name=lambda name=name: name)], (1, 1, 1), 4) for name in self.constants)
+        computed.extend(may_read_ahead([buffer], (1, 1, 1), 4) for buffer in self.buffers)
         raise Generated
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -277,9 +279,56 @@ def test_inputs_that_were_taken_apart_are_not_read_ahead() -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     with V.set_graph_handler(lowered):
         with dependent_launches(True, [parameter, parameter]):
-            assert [may_read_ahead([named[name]]) for name in ("a", "b", "kept")] == [True, True, True]
+            assert [may_read_ahead([named[name]], (1, 1, 1), 4) for name in ("a", "b", "kept")] == [True, True, True]
         with dependent_launches(True, [parameter]):
-            assert [may_read_ahead([named[name]]) for name in ("a", "b", "kept")] == [False, False, True]
+            assert [may_read_ahead([named[name]], (1, 1, 1), 4) for name in ("a", "b", "kept")] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("option", "grid", "num_warps", "ahead"),
+    [
+        ("one_wave", (132 * 16, 1, 1), 4, True),
+        ("one_wave", (132, 16, 1), 4, True),
+        ("one_wave", (132, 17, 1), 4, False),
+        ("one_wave", (132 * 32, 1, 1), 1, True),
+        ("one_wave", (132 * 32 + 1, 1, 1), 1, False),
+        ("all", (132, 17, 1), 4, True),
+    ],
+)
+def test_weights_are_read_ahead_by_programs_that_find_room_at_once(
+    option: str, grid: tuple[int, int, int], num_warps: int, ahead: bool
+) -> None:
+    """A multiprocessor takes 64 warps, of 32 programs at most."""
+    from torch._inductor.virtualized import V
+
+    graph = torch.fx.Graph()
+    graph.output(())
+    lowered = mock.Mock(constants={"kept": None}, module=torch.fx.GraphModule({}, graph))
+    with pretended_h200(), V.set_graph_handler(lowered), dependent_launches(option, []):
+        assert may_read_ahead([mock.Mock(get_name=lambda: "kept")], grid, num_warps) is ahead
+
+
+def test_with_one_wave_small_grids_are_launched_as_with_all() -> None:
+    assert kernels(code_with("one_wave")) == kernels(code_with("all"))
+
+
+def test_with_one_wave_the_last_programs_of_a_large_grid_let_the_next_kernel_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 programs of 32 warps; two of them find room on a multiprocessor."""
+    found = kernels(code_with("one_wave", BLOCK_N=1, num_warps=32))
+    (ours,) = [text for name, text in found.items() if name.startswith("skinny_mm_kernel")]
+    (other,) = [text for name, text in found.items() if not name.startswith("skinny_mm_kernel")]
+    assert meta_of(other)["launch_pdl"] is True
+    assert not meta_of(ours).get("launch_pdl")
+    assert meta_of(ours)["constants"]["AHEAD"] == 0
+    first, *rest = entry_of(ours)
+    assert re.fullmatch(rf"if .*program_id.* >= {512 - 264}:\n    tl.extra.cuda.gdc_launch_dependents\(\)", first)
+    assert not any("gdc" in line for line in rest)
+    ptx = ptx_of(ours, tmp_path, monkeypatch)
+    assert "griddepcontrol.wait" not in ptx
+    assert ptx.count("griddepcontrol.launch_dependents") == 1
+    assert "gdc_wait" in kernels(code_with("all", BLOCK_N=1, num_warps=32))[next(n for n, t in found.items() if t is ours)]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_inductor_is_told_what_a_kernel_writes_and_compiles_nothing_for_it(
 
     monkeypatch.setattr(ir.UserDefinedTritonKernel, "__init__", keep)
     monkeypatch.setattr(triton_kernel_wrap, "generate_ttir", forbidden)
-    monkeypatch.setattr("autokernel.export.substitution.may_read_ahead", lambda weights: True)  # it waits in the kernel itself
+    monkeypatch.setattr("autokernel.export.substitution.may_read_ahead", lambda *_: True)  # it waits in the kernel itself
     plan = Plan(
         Bundle(
             name="b",

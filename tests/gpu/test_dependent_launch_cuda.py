@@ -53,7 +53,7 @@ class Layer(torch.nn.Module):
         return torch.tanh(product) + x
 
 
-def entries_of(model: torch.nn.Module, x: torch.Tensor) -> list[Entry]:
+def entries_of(model: torch.nn.Module, x: torch.Tensor, config: dict[str, ConfigValue]) -> list[Entry]:
     """Norm, both products and their gating in one kernel; down in another."""
     entries: dict[str, Entry] = {}
 
@@ -67,16 +67,16 @@ def entries_of(model: torch.nn.Module, x: torch.Tensor) -> list[Entry]:
     weight = TensorSpec(shape=(F, D), dtype="bfloat16", stride=(1, F))
     down = Problem(op="mm", inputs=(TensorSpec.contiguous((1, F), "bfloat16"), weight), device="cuda", constants=(1,))
     assert len(entries) == 1, list(entries)
-    return [*entries.values(), Entry(problem=down, backend="triton", config=SKINNY)]
+    return [*entries.values(), Entry(problem=down, backend="triton", config=config)]
 
 
 def replays(model: torch.nn.Module, bundle: Bundle, draws: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
     """Results of a CUDA graph for these inputs, by a bundle; and how many kernels read weights ahead."""
     x, ahead = draws[0].clone(), 0
 
-    def look(body: str) -> str:
+    def look(body: str, next_from: int | None = None) -> str:
         nonlocal ahead
-        made = dependent(body)
+        made = dependent(body, next_from)
         ahead += made.count("'AHEAD': 1") > 0
         return made
 
@@ -102,14 +102,19 @@ def replays(model: torch.nn.Module, bundle: Bundle, draws: list[torch.Tensor]) -
     return found, ahead
 
 
-def test_results_are_the_same_bits_with_dependent_launches() -> None:
+@pytest.mark.parametrize(
+    ("config", "num_ahead"),
+    [(SKINNY, 2), ({**SKINNY, "BLOCK_N": 1, "num_warps": 8}, 1)],
+    ids=["all programs find room", "down has more of them"],
+)
+def test_results_are_the_same_bits_with_dependent_launches(config: dict[str, ConfigValue], num_ahead: int) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(Layer() for _ in range(LAYERS))).to("cuda", torch.bfloat16).eval().requires_grad_(False)
     draws = [torch.randn(1, D, device="cuda", dtype=torch.bfloat16) for _ in range(5)]
     with torch.no_grad():
-        entries = tuple(entries_of(model, draws[0]))
+        entries = tuple(entries_of(model, draws[0], config))
         expected: list[torch.Tensor] = []
-        for option in (False, True, "all"):
+        for option in (False, True, "all", "one_wave"):
             options: dict[str, ConfigValue] = {"pdl": option} if option else {}
             bundle = Bundle(
                 name="d",
@@ -120,7 +125,8 @@ def test_results_are_the_same_bits_with_dependent_launches() -> None:
                 graph_options=options,
             )
             results, ahead = replays(model, bundle, draws)
-            assert ahead == (2 if option else 0), "the kernel of the norm and both products, and that of down"
+            expected_ahead = {False: 0, "one_wave": num_ahead}.get(option, 2)
+            assert ahead == expected_ahead, "the kernel of the norm and both products, and that of down"
             expected = expected or results
             assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), option
         for draw, result in zip(draws, expected, strict=False):
@@ -174,7 +180,7 @@ def test_attention_that_asks_for_the_cache_early_sees_what_is_written_meanwhile(
         torch._dynamo.reset()
         torch.compile(model, options={"post_grad_custom_post_pass": keep, "fx_graph_cache": False})(draws[0], places[0])
         (problem,) = problems.values()
-        for option in (False, "all"):
+        for option in (False, "all", "one_wave"):
             forget()
             bundle = Bundle(
                 name="d",
@@ -191,7 +197,7 @@ def test_attention_that_asks_for_the_cache_early_sees_what_is_written_meanwhile(
             with mock.patch("autokernel.export.dependent_launch.dependent", side_effect=dependent) as made:
                 compiled(x, place)
             bodies = [call.args[0] for call in made.call_args_list]
-            assert sum("'AHEAD': 1" in body.replace("\\'", "'") for body in bodies) == int(option == "all")
+            assert sum("'AHEAD': 1" in body.replace("\\'", "'") for body in bodies) == int(bool(option))
             assert [(usage.hits, usage.reasons) for usage in backend.usage().values()] == [(1, [])]
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
@@ -203,6 +209,7 @@ def test_attention_that_asks_for_the_cache_early_sees_what_is_written_meanwhile(
                 place.copy_(number)
                 graph.replay()
                 found[option].append(out.clone())
-    assert all(torch.equal(a, b) for a, b in zip(found[False], found["all"], strict=True))
+    for option in ("all", "one_wave"):
+        assert all(torch.equal(a, b) for a, b in zip(found[False], found[option], strict=True)), option
     for exact, got in zip(found["eager"], found["all"], strict=True):
         torch.testing.assert_close(got, exact, rtol=2e-2, atol=2e-2)
