@@ -159,10 +159,8 @@ def decode_attention_kernel(
     k_at = k + batch * K_B + group * K_H
     v_at = v + batch * V_B + group * V_H
     _ask_and_wait(k_at, v_at, tile, count, KV_LEN, K_S, HEAD_DIM, K_D, V_S, V_DIM, V_D, BLOCK_S, BLOCK_D, BLOCK_E, AHEAD)
-
     r = tl.arange(0, BLOCK_R)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_E)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     r_head = group * REPEAT + r // Q_LEN
     r_position = r % Q_LEN
     q_at = q + batch * Q_B + r_head[:, None] * Q_H + r_position[:, None] * Q_S + d[None, :] * Q_D
