@@ -53,35 +53,50 @@ def _rows_of_mask(head, position, there, MASK_H: tl.constexpr, MASK_Q: tl.conste
 
 
 @triton.jit
-def _combine_row(parts, states, out_at, pair, row, e, ROWS: tl.constexpr, V_DIM: tl.constexpr, SPLITS: tl.constexpr,
-                 MAX_SPLITS: tl.constexpr):  # fmt: skip
-    """One row of the output from its parts."""
-    split = tl.arange(0, MAX_SPLITS)
-    place = (pair * SPLITS + split) * ROWS + row
-    top = tl.load(states + place * 2, mask=split < SPLITS, other=float("-inf"), cache_modifier=".cg")
-    total = tl.load(states + place * 2 + 1, mask=split < SPLITS, other=0.0, cache_modifier=".cg")
-    there = (split < SPLITS)[:, None] & (e < V_DIM)[None, :]
-    part = tl.load(parts + place[:, None] * V_DIM + e[None, :], mask=there, other=0.0, cache_modifier=".cg")
-    highest = tl.max(top, 0)
+def _add_parts(parts, states, first, left, r, e, top, total, rows, ROWS: tl.constexpr, V_DIM: tl.constexpr,
+               CHUNK: tl.constexpr):  # fmt: skip
+    """The state of rows [R], [R], [R, E] with that of up to CHUNK splits added, of which `left` are there from `first` on.
+
+    A thread has the same rows and columns of every part, so that nothing goes from one to another.
+    """
+    inside = (r < ROWS)[:, None] & (e < V_DIM)[None, :]
+    highest = top
+    for i in tl.static_range(CHUNK):
+        place = (first + i) * ROWS + r
+        there = (r < ROWS) & (i < left)
+        highest = tl.maximum(highest, tl.load(states + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg"))
     level = tl.where(highest == float("-inf"), 0.0, highest)
     shrink = tl.exp2((top - level) * 1.4426950408889634)
-    whole = tl.sum(total * shrink, 0)
-    found = tl.sum(part * shrink[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
-    tl.store(out_at + e, found.to(out_at.dtype.element_ty), mask=e < V_DIM)
+    total *= shrink
+    rows *= shrink[:, None]
+    for i in tl.static_range(CHUNK):
+        place = (first + i) * ROWS + r
+        there = (r < ROWS) & (i < left)
+        part_at = parts + place[:, None] * V_DIM + e[None, :]
+        part = tl.load(part_at, mask=inside & (i < left), other=0.0, cache_modifier=".cg")
+        seen = tl.load(states + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.exp2((seen - level) * 1.4426950408889634)
+        total += weight * tl.load(states + place * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        rows += weight[:, None] * part
+    return highest, total, rows
 
 
 @triton.jit
 def _combine(parts, states, rows_at, pair, e, HEADS: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr,
-             V_DIM: tl.constexpr, SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr):  # fmt: skip
-    """All rows that share a head of k, whose first one lies at `rows_at`."""
-    if ROWS <= 8:  # all their loads are under way at once
-        for row in tl.static_range(ROWS):
-            row_at = rows_at + (row % Q_LEN * HEADS + row // Q_LEN) * V_DIM
-            _combine_row(parts, states, row_at, pair, row, e, ROWS, V_DIM, SPLITS, MAX_SPLITS)
-    else:
-        for row in range(ROWS):
-            row_at = rows_at + (row % Q_LEN * HEADS + row // Q_LEN) * V_DIM
-            _combine_row(parts, states, row_at, pair, row, e, ROWS, V_DIM, SPLITS, MAX_SPLITS)
+             V_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """All rows that share a head of k, BLOCK at a time; the first one lies at `rows_at`."""
+    for start in range(0, ROWS, BLOCK):
+        r = start + tl.arange(0, BLOCK)
+        top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        rows = tl.zeros((BLOCK, e.shape[0]), dtype=tl.float32)
+        for split in range(0, SPLITS, CHUNK):
+            top, total, rows = _add_parts(
+                parts, states, pair * SPLITS + split, SPLITS - split, r, e, top, total, rows, ROWS, V_DIM, CHUNK
+            )
+        row_at = rows_at + (r % Q_LEN * HEADS + r // Q_LEN)[:, None] * V_DIM + e[None, :]
+        inside = (r < ROWS)[:, None] & (e < V_DIM)[None, :]
+        tl.store(row_at, divided(rows, total).to(rows_at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -107,12 +122,18 @@ def _ask_and_wait(k_at, v_at, tile, count, KV_LEN: tl.constexpr, K_S: tl.constex
 
 
 @triton.jit
-def _store_part(parts, states, rows, top, total, r, e, part, ROWS: tl.constexpr, V_DIM: tl.constexpr):
-    """What the rows of one split have seen."""
-    place = part * ROWS + r
+def _join(parts, states, counters, rows_at, rows, top, total, pair, split, r, e, HEADS: tl.constexpr,
+          ROWS: tl.constexpr, Q_LEN: tl.constexpr, V_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+          CHUNK: tl.constexpr):  # fmt: skip
+    """Store what the rows of one split have seen; the last one of them to come combines all."""
+    place = (pair * SPLITS + split) * ROWS + r
     tl.store(parts + place[:, None] * V_DIM + e[None, :], rows, mask=(r < ROWS)[:, None] & (e < V_DIM)[None, :])
     tl.store(states + place * 2, top, mask=r < ROWS)
     tl.store(states + place * 2 + 1, total, mask=r < ROWS)
+    tl.debug_barrier()  # every thread's part is stored before the one atomic that publishes it
+    if tl.atomic_add(counters + pair, 1, sem="acq_rel") == SPLITS - 1:
+        tl.store(counters + pair, 0)
+        _combine(parts, states, rows_at, pair, e, HEADS, ROWS, Q_LEN, V_DIM, SPLITS, BLOCK, CHUNK)
 
 
 @triton.jit
@@ -125,7 +146,8 @@ def decode_attention_kernel(
     V_B: tl.constexpr, V_H: tl.constexpr, V_S: tl.constexpr, V_D: tl.constexpr,
     MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_H: tl.constexpr, MASK_Q: tl.constexpr, MASK_S: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, SKIP: tl.constexpr, TF32X3: tl.constexpr, AHEAD: tl.constexpr,
+    SPLITS: tl.constexpr, COMBINE_R: tl.constexpr, COMBINE_S: tl.constexpr, SKIP: tl.constexpr, TF32X3: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """softmax(q k' * SCALE + mask) v; grid: [batch * GROUPS * SPLITS].
 
@@ -138,6 +160,7 @@ def decode_attention_kernel(
         parts: fp32 scratch, [B * GROUPS * SPLITS, REPEAT * Q_LEN, V_DIM]; not used without splits, like states and counters.
         states: fp32 scratch, [B * GROUPS * SPLITS, REPEAT * Q_LEN, 2]: largest score and sum of weights.
         counters: int32 zeros, one for each batch and head of k.
+        COMBINE_R, COMBINE_S: rows and parts that are put together at a time.
         TF32X3: whether products in fp32 are three of the matrix instruction's.
         AHEAD: the kernel is launched while the one in front of it runs: keys and values are asked for, then it waits.
     """
@@ -191,8 +214,5 @@ def decode_attention_kernel(
         at = out_at + (r_position * HEADS + r_head)[:, None] * V_DIM + e[None, :]
         tl.store(at, divided(rows, total).to(out.dtype.element_ty), mask=(r < ROWS)[:, None] & (e < V_DIM)[None, :])
     else:
-        _store_part(parts, states, rows, top, total, r, e, pair * SPLITS + split, ROWS, V_DIM)
-        tl.debug_barrier()  # every thread's part is stored before the one atomic that publishes it
-        if tl.atomic_add(counters + pair, 1, sem="acq_rel") == SPLITS - 1:
-            tl.store(counters + pair, 0)
-            _combine(parts, states, out_at + group * REPEAT * V_DIM, pair, e, HEADS, ROWS, Q_LEN, V_DIM, SPLITS, MAX_SPLITS)
+        _join(parts, states, counters, out_at + group * REPEAT * V_DIM, rows, top, total, pair, split, r, e, HEADS, ROWS,
+              Q_LEN, V_DIM, SPLITS, COMBINE_R, COMBINE_S)  # fmt: skip
