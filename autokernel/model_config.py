@@ -178,10 +178,18 @@ class DecodeScenario(Section):
     kind: Literal["decode"]
     batch: PositiveInt = 1
     context: PositiveInt = Field(description="tokens already in the cache; the cache has room for a few more")
-    sample: Literal["none", "argmax"] = Field(
+    sample: Literal["none", "argmax", "top_k"] = Field(
         "none",
-        description="argmax: the step ends with the next token of each sequence, the likeliest one, instead of its logits",
+        description="what the step ends with instead of logits; argmax: the likeliest token of each sequence; top_k: the "
+        "likeliest ones and their logits, which a sampler draws from",
     )
+    top_k: PositiveInt = Field(50, description="how many tokens `sample: top_k` keeps")
+
+    @model_validator(mode="after")
+    def _top_k_is_sampled(self) -> DecodeScenario:
+        if "top_k" in self.model_fields_set and self.sample != "top_k":
+            raise ValueError(f"top_k: {self.top_k} is for `sample: top_k`, not `sample: {self.sample}`")
+        return self
 
 
 class CallScenario(Section):

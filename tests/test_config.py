@@ -160,6 +160,10 @@ def test_mistakes(write: Any, changes: dict[str, Any], said: str) -> None:
         ({"validation.eval": {}}, "validation.eval.data: metric bits_per_byte needs text to be measured on"),
         ({"scenarios.prefill.length": None}, "scenarios.prefill.length: Field required"),
         ({"scenarios.prefill.length": -3}, "scenarios.prefill.length: Input should be greater than 0 (got -3)"),
+        (
+            {"scenarios.step": {"kind": "decode", "context": 16, "sample": "argmax", "top_k": 8}},
+            "scenarios.step: top_k: 8 is for `sample: top_k`, not `sample: argmax`",
+        ),
     ],
 )
 def test_mistakes_with_language_models(write: Any, changes: dict[str, Any], said: str) -> None:

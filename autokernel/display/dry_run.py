@@ -113,8 +113,8 @@ def _scenario(scenario: PrefillScenario | DecodeScenario | CallScenario) -> str:
         case PrefillScenario():
             return f"prefill, batch {scenario.batch}, {scenario.length} tokens"
         case DecodeScenario():
-            greedy = ", greedy sampling" if scenario.sample == "argmax" else ""
-            return f"decode, batch {scenario.batch}, {scenario.context} tokens in the cache{greedy}"
+            end = {"none": "", "argmax": ", greedy sampling", "top_k": f", the {scenario.top_k} likeliest tokens"}
+            return f"decode, batch {scenario.batch}, {scenario.context} tokens in the cache{end[scenario.sample]}"
         case CallScenario():
             inputs = f"from {scenario.inputs}" if isinstance(scenario.inputs, str) else ", ".join(scenario.inputs)
             return f"call, batch {scenario.batch}, inputs {inputs}"

@@ -38,7 +38,8 @@ class ScenarioCheck(Record):
 class Trio:
     """One scenario run in three ways on the same inputs: as tuned, stock, and in higher precision.
 
-    With `greedy` the contender returns the likeliest tokens, and stock and reference the logits that they are chosen from.
+    With `choose` the contender returns tokens, behind their logits or alone, and stock and reference the logits that they are
+    chosen from; `choose` is how stock would.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Trio:
     reference: Run
     draws: Sequence[tuple[torch.Tensor, ...]]
     is_language: bool = False
-    greedy: bool = False
+    choose: Callable[[torch.Tensor], Any] | None = None
     raised: torch.dtype | None = None  # of the reference's floating-point inputs; None: as they are
     max_abs_error: float | None = None  # how far the contender may be from stock itself
 
@@ -133,16 +134,32 @@ def difference_from(draws: Iterable[Outputs]) -> tuple[float, str]:
     return math.sqrt(square / scale) if scale else math.sqrt(square), ""
 
 
-def missing_of_tokens(draws: Iterable[Outputs]) -> tuple[float, str]:
-    """(tokens, eager's logits) of each draw -> (what the tokens' logits lack to the largest, what is wrong besides)."""
+def missing_of_tokens(draws: Iterable[Outputs], choose: Callable[[torch.Tensor], Any]) -> tuple[float, str]:
+    """(what was chosen, eager's logits) of each draw -> (how far it is from eager's, what is wrong besides).
+
+    That is what the tokens' logits lack to the largest, and what those returned with them are from eager's.
+
+    Args:
+        draws: tokens, behind their logits or alone; the logits.
+        choose: how eager takes them from logits.
+    """
+    import torch
+
     worst = 0.0
     for actual, (logits,) in draws:
-        if _mismatch(actual, [logits.argmax(-1)]):
+        if _mismatch(actual, _tensors(choose(logits))):
             return math.inf, "outputs have other shapes or dtypes than eager's"
-        found = shortfall(actual[0], logits)
+        *values, chosen = actual
+        found = shortfall(chosen, logits)
         if found.misplaced:
             return math.inf, "tokens are none of the vocabulary, or not where eager's logits are finite"
         worst = max(worst, found.max)
+        for value in values:
+            own = logits.gather(-1, chosen)
+            if not torch.equal(torch.isfinite(value), torch.isfinite(own)):
+                return math.inf, "NaN or infinities are not where eager has them"
+            distances = torch.where(torch.isfinite(own), value.double() - own.double(), 0.0)
+            worst = max(worst, float(distances.abs().max()))
     return worst, ""
 
 
@@ -155,13 +172,13 @@ def _check_scenario(trio: Trio, tokens: _Tokens) -> Iterator[Check]:
         own = [tensor.clone() for tensor in _tensors(trio.stock(*inputs))]
         given = [tensor.clone() for tensor in inputs]
         outputs = _tensors(trio.contender(*inputs))
-        problem = _mismatch(outputs, [own[0].argmax(-1)] if trio.greedy else own) or _changed(inputs, given)
+        problem = _mismatch(outputs, own if trio.choose is None else _tensors(trio.choose(own[0]))) or _changed(inputs, given)
         if problem:
             yield Check(name=f"{trio.name}: outputs", value=1, limit=0, passed=False, note=problem)
             return
-        errors = errors or [_Errors() for _ in own]
-        if trio.greedy:
-            _measure_tokens(errors[0], tokens, outputs[0], own[0], exact[0])
+        errors = errors or [_Errors() for _ in (own if trio.choose is None else outputs)]
+        if trio.choose is not None:
+            _measure_tokens(errors, tokens, outputs, own[0], exact[0])
             continue
         for total, *tensors in zip(errors, outputs, own, exact, strict=True):
             for out, stock, reference in _pieces(*tensors):
@@ -173,8 +190,8 @@ def _check_scenario(trio: Trio, tokens: _Tokens) -> Iterator[Check]:
                 kl += part * _divergence(reference, out)
                 kl_stock += part * _divergence(reference, stock)
             num += 1
-    if trio.greedy:
-        yield _token_budget(trio.name, errors[0])
+    if trio.choose is not None:
+        yield from _token_budgets(trio.name, errors)
         return
     for number, total in enumerate(errors):
         name = trio.name if len(errors) == 1 else f"{trio.name}[{number}]"
@@ -220,23 +237,37 @@ def _budget(name: str, errors: _Errors) -> Iterator[Check]:
     yield Check(name=f"{name}: norm of error", value=norm, limit=limit, passed=norm <= limit, note=note)
 
 
-def _token_budget(name: str, errors: _Errors) -> Check:
-    """As of indices that a kernel chooses: the exact logit is below the largest by at most twice the budget of a logit."""
-    limit = 2 * (EAGER_FACTOR * errors.stock_max + errors.unit * errors.largest)
-    value = math.inf if errors.misplaced else errors.missing
-    note = f"what the tokens' logits lack to the largest; stock's logits err by up to {errors.stock_max:.3g}"
-    return Check(name=f"{name}: chosen logits", value=value, limit=limit, passed=value <= limit, note=note)
+def _token_budgets(name: str, errors: Sequence[_Errors]) -> Iterator[Check]:
+    """As of indices that a kernel chooses: the exact logit is below the largest by at most twice the budget of a logit.
+
+    The logits that are returned with them, those that the contender has, keep to that budget itself.
+    """
+    logits, *values = errors
+    limit = EAGER_FACTOR * logits.stock_max + logits.unit * logits.largest
+    value = math.inf if logits.misplaced else logits.missing
+    note = f"what the tokens' logits lack to the largest; stock's logits err by up to {logits.stock_max:.3g}"
+    yield Check(name=f"{name}: chosen logits", value=value, limit=2 * limit, passed=value <= 2 * limit, note=note)
+    for own in values:
+        value = math.inf if own.misplaced else own.max
+        note = f"what the returned logits are from those of their tokens; stock's err by up to {logits.stock_max:.3g}"
+        yield Check(name=f"{name}: returned logits", value=value, limit=limit, passed=value <= limit, note=note)
 
 
 def _measure_tokens(
-    total: _Errors, tokens: _Tokens, out: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor
+    totals: Sequence[_Errors], tokens: _Tokens, outputs: Sequence[torch.Tensor], stock: torch.Tensor, reference: torch.Tensor
 ) -> None:  # fmt: skip
-    """Add one draw's tokens, and stock's errors of their logits."""
-    _measure(total, stock, stock, reference)
-    found = shortfall(out, reference)
-    total.missing, total.misplaced = max(total.missing, found.max), total.misplaced + found.misplaced
-    if not found.misplaced:
-        _count_picked(tokens, out.unsqueeze(-1), stock, reference)
+    """Add one draw's tokens and stock's errors of their logits; and those of the logits that come with the tokens."""
+    *values, chosen = outputs
+    logits, *of_values = totals
+    _measure(logits, stock, stock, reference)
+    found = shortfall(chosen, reference)
+    logits.missing, logits.misplaced = max(logits.missing, found.max), logits.misplaced + found.misplaced
+    if found.misplaced:
+        return
+    picked = chosen.reshape(*stock.shape[:-1], -1)
+    _count_picked(tokens, picked[..., :1], stock, reference)
+    for total, value in zip(of_values, values, strict=True):
+        _measure(total, value.reshape(picked.shape), stock.gather(-1, picked), reference.gather(-1, picked))
 
 
 def _measure(total: _Errors, out: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor) -> None:

@@ -121,7 +121,7 @@ def check_program(
         reference=_resetting(program, own_reference),
         draws=_draws(program, is_language, seed),
         is_language=is_language,
-        greedy=program.scores is not None,
+        choose=program.choose,
         raised=higher,
         max_abs_error=loaded.experiment.validation.max_abs_error,
     )
@@ -170,7 +170,7 @@ def _trio(
         reference=_resetting(raised, raised.scores or raised.module),
         draws=_draws(tuned, is_language, seed),
         is_language=is_language,
-        greedy=tuned.scores is not None,
+        choose=tuned.choose,
         raised=higher,
         max_abs_error=loaded.experiment.validation.max_abs_error,
     )

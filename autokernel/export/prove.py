@@ -226,12 +226,12 @@ class _Process:
         forward, compile_s = self._compile(program, self.backend)
         draws = _draws(program, program.scores or program.module, forward, self.request["seed"] + 1)
         with device_lock(self.device, exclusive=False):
-            if program.scores is None:
+            if program.choose is None:
                 difference, problem = difference_from(draws)
                 how = f"outputs differ from eager by {difference:.3g} of their norm"
             else:
-                difference, problem = missing_of_tokens(draws)
-                how = f"eager's logits of the chosen tokens lack {difference:.3g} to the largest"
+                difference, problem = missing_of_tokens(draws, program.choose)
+                how = f"logits of the chosen tokens are {difference:.3g} from eager's"
         limit = self.request["limits"].get(name, math.inf)
         if not problem and not difference <= limit:
             problem = f"{how}; the error budget allows {limit:.3g}"

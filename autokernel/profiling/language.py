@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,16 +35,29 @@ class Prefill(nn.Module):
         return self.model(input_ids=tokens, use_cache=False, **self._keep)[0]  # type: ignore[no-any-return]
 
 
+Choose = Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]]
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """Tokens `[batch, 1]` of logits `[batch, 1, vocabulary]`: greedy sampling."""
+    return logits.argmax(-1)
+
+
+def top(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """The largest logits of `[batch, 1, vocabulary]` and their tokens, `[batch, 1, count]` each, the largest first."""
+    return tuple(logits.topk(count))
+
+
 class Decode(nn.Module):
     """One token per sequence behind `context` others: ids and positions of `[batch, 1]` to logits of `[batch, 1, vocabulary]`,
-    or with `greedy` to the likeliest tokens, `[batch, 1]`.
+    or to what `choose` takes of them.
 
     transformers' static cache counts its own length up with each call. The step starts by setting the counters, which are
     tensors, from the positions: every call is the same step, replays of a CUDA graph included, and overwrites the one slot
     that the call before wrote.
     """
 
-    def __init__(self, model: nn.Module, prompt: torch.Tensor, *, greedy: bool = False) -> None:
+    def __init__(self, model: nn.Module, prompt: torch.Tensor, *, choose: Choose | None = None) -> None:
         """Fill the cache by reading the prompt; a batch of more than 8 has the keys and values of the first 8 prompts in turn.
 
         So they are what this model computes, distinct in memory, and 128 x 2,048 tokens take no longer than 8 x 2,048.
@@ -52,13 +65,13 @@ class Decode(nn.Module):
         Args:
             model: a causal language model of transformers.
             prompt: `[batch, context]` token ids.
-            greedy: return tokens instead of logits.
+            choose: what a step returns instead of its logits: `likeliest`, or `top` with a count.
 
         Raises:
             WorkloadError: a layer's state is not a plain window of keys and values.
         """
         super().__init__()
-        self.model, self.greedy = model, greedy
+        self.model, self.choose = model, choose
         batch, self.context = prompt.shape
         self.num_slots = -(-(self.context + 1 + _CACHE_ROOM) // 16) * 16
         self.cache = self._new_cache()
@@ -69,9 +82,9 @@ class Decode(nn.Module):
             if read is not self.cache:
                 _spread(read, self.cache, batch)
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         logits = self.logits(tokens, positions)
-        return logits.argmax(-1) if self.greedy else logits
+        return logits if self.choose is None else self.choose(logits)
 
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Of the next token, `[batch, 1, vocabulary]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class ScenarioProgram:
 
     The module is what is to be compiled, with `fullgraph=True, dynamic=False`. A step depends on its inputs alone: repeated
     calls with the same ones return the same. Where it returns tokens, `scores` is the same step up to the logits that they are
-    chosen from.
+    chosen from, and `choose` takes them from logits, behind their own logits if those are returned, too.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ScenarioProgram:
     make_inputs: Callable[[int], Inputs]
     restore: Callable[[], None]
     scores: Callable[..., torch.Tensor] | None = None
+    choose: Callable[[torch.Tensor], Any] | None = None
 
     def fresh_inputs(self, seed: int) -> Inputs:
         """Other inputs of the same shapes."""
@@ -170,9 +172,9 @@ def _decode_program(
     from autokernel.profiling.language import Decode
 
     vocabulary = _vocabulary(model)
+    choose = _choose(scenario, name, vocabulary)
     text = draw_tokens(corpus, vocabulary, scenario.batch, scenario.context + 1, seed).to(device)
-    greedy = scenario.sample == "argmax"
-    module = Decode(model, text[:, :-1], greedy=greedy).eval()
+    module = Decode(model, text[:, :-1], choose=choose).eval()
     # A copy: a column of one row counts as contiguous whatever its strides, and other strides would mean to compile again.
     last = text[:, -1:].clone(memory_format=torch.contiguous_format)
     positions = torch.full((scenario.batch, 1), scenario.context, dtype=torch.long, device=device)
@@ -186,8 +188,22 @@ def _decode_program(
         inputs=(last, positions),
         make_inputs=make_inputs,
         restore=module.reset,
-        scores=module.logits if greedy else None,
+        scores=module.logits if choose is not None else None,
+        choose=choose,
     )
+
+
+def _choose(scenario: DecodeScenario, name: str, vocabulary: int) -> Callable[[torch.Tensor], Any] | None:
+    """What a step takes of its logits."""
+    from autokernel.profiling.language import likeliest, top
+
+    if scenario.sample == "none":
+        return None
+    if scenario.sample == "argmax":
+        return likeliest
+    if scenario.top_k > vocabulary:
+        raise WorkloadError(f"scenario {name}: top_k: {scenario.top_k} of {vocabulary} tokens; use fewer")
+    return functools.partial(top, count=scenario.top_k)
 
 
 def _call_program(

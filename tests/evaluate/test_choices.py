@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from autokernel.evaluate.numerics import check, expect, num_references
 from autokernel.evaluate.outputs import Trio, compare_outputs, missing_of_tokens
 from autokernel.evaluate.probes import make_constants
 from autokernel.ops import get_op
+from autokernel.profiling.language import likeliest, top
 from autokernel.records import Problem, TensorSpec, Verdict
 
 OP = get_op("lm_head_argmax")
@@ -131,7 +134,7 @@ def greedy_trio(tokens: Any, noise: float = 0.01) -> Trio:
     def stock(x: torch.Tensor) -> torch.Tensor:
         return x + noise * torch.sin(100 * x)
 
-    return Trio(name="g", contender=tokens, stock=stock, reference=lambda x: x, draws=draws, is_language=True, greedy=True)
+    return Trio(name="g", contender=tokens, stock=stock, reference=lambda x: x, draws=draws, is_language=True, choose=likeliest)
 
 
 def test_a_scenario_that_returns_tokens_is_judged_by_their_logits() -> None:
@@ -154,7 +157,49 @@ def test_a_scenario_that_returns_tokens_is_judged_by_their_logits() -> None:
 def test_tokens_that_eager_has_as_likely_are_no_difference() -> None:
     logits = torch.tensor([[[0.0, 2.0, 2.0, 1.5]]])
     first, second, third = (([torch.tensor([[i]])], [logits]) for i in (1, 2, 3))
-    assert missing_of_tokens([first, second]) == (0.0, "")
-    assert missing_of_tokens([first, third]) == (0.5, "")
-    assert missing_of_tokens([([torch.tensor([[4]])], [logits])])[1].startswith("tokens are none of the vocabulary")
-    assert missing_of_tokens([([torch.tensor([1])], [logits])])[0] == math.inf
+    assert missing_of_tokens([first, second], likeliest) == (0.0, "")
+    assert missing_of_tokens([first, third], likeliest) == (0.5, "")
+    assert missing_of_tokens([([torch.tensor([[4]])], [logits])], likeliest)[1].startswith("tokens are none of the vocabulary")
+    assert missing_of_tokens([([torch.tensor([1])], [logits])], likeliest)[0] == math.inf
+
+
+FIVE = partial(top, count=5)
+
+
+def top_trio(contender: Any) -> Trio:
+    return replace(greedy_trio(contender), choose=FIVE)
+
+
+def test_a_scenario_that_returns_the_likeliest_tokens_is_judged_by_their_logits_and_those_it_returns() -> None:
+    names = ("g: chosen logits", "g: returned logits", "top-1 disagreement")
+    verdict = compare_outputs([top_trio(lambda x: FIVE(x + 0.005 * x.cos()))], 0.5)
+    assert verdict.passed, verdict.failures
+    assert tuple(check.name for check in verdict.checks) == names
+    chosen, returned, _ = verdict.checks
+    assert chosen.limit == pytest.approx(2 * returned.limit)
+
+    def failures(contender: Any, agreement: float = 0.0) -> list[str]:
+        return [check.name for check in compare_outputs([top_trio(contender)], agreement).failures]
+
+    off = failures(lambda x: ((x + 0.03).topk(5).values, x.topk(5).indices))
+    assert off == [names[1]], "more than stock's error and half a unit; the tokens are right"
+    assert failures(lambda x: (x.topk(5).values, x.topk(6).indices[..., 1:])) == list(names[:2])
+    assert names[2] in failures(lambda x: tuple(part.flip(-1) for part in FIVE(x)), 0.99), "the largest comes first"
+    assert failures(lambda x: (x.topk(5).values, x.topk(5).indices[..., [0, 1, 2, 3, 3]])) == [names[0]], "no token twice"
+    assert failures(lambda x: FIVE(x)[1]) == ["g: outputs"]
+    assert failures(lambda x: top(x, 4)) == ["g: outputs"]
+
+
+def test_how_far_the_likeliest_tokens_are_from_eagers() -> None:
+    logits = torch.tensor([[[0.0, 2.0, 2.25, 1.5]]])
+    two = partial(top, count=2)
+
+    def found(values: list[float], tokens: list[int]) -> tuple[float, str]:
+        return missing_of_tokens([([torch.tensor([[values]]), torch.tensor([[tokens]])], [logits])], two)
+
+    assert found([2.25, 2.0], [2, 1]) == (0.0, "")
+    assert found([2.25, 1.5], [2, 3]) == (0.5, "")
+    assert found([2.25, 2.75], [2, 1]) == (0.75, "")
+    assert found([2.25, math.inf], [2, 1]) == (math.inf, "NaN or infinities are not where eager has them")
+    assert found([2.25, 2.0], [2, 2])[1].startswith("tokens are none of the vocabulary")
+    assert found([2.25], [2])[1] == "outputs have other shapes or dtypes than eager's"

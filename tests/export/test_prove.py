@@ -16,6 +16,7 @@ from autokernel.evaluate.outputs import Trio, compare_outputs
 from autokernel.events import ModelValidated
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.prove import BUNDLE, DEFAULT, Proof, Prove, ScenarioProof, together
+from autokernel.profiling.language import likeliest
 from autokernel.records import Problem, Speedup, TensorSpec
 from autokernel.stages.production import _shares, _verdict, difference_limits
 
@@ -118,7 +119,7 @@ def test_limits_come_from_what_validation_measured() -> None:
     limits = difference_limits(validated, ["one", "two", "unknown"])
     assert set(limits) == {"one", "two"}
     assert all(limit == pytest.approx(3e-3, rel=1e-2) for limit in limits.values())
-    tokens = replace(trio("g", 0.0, 1), contender=lambda x: x.argmax(-1), greedy=True)
+    tokens = replace(trio("g", 0.0, 1), contender=likeliest, choose=likeliest)
     validated = ModelValidated(verdict=compare_outputs([tokens], 0.99), evals=(), scenarios=())
     assert difference_limits(validated, ["g"]) == {"g": pytest.approx(6e-3, rel=1e-2)}
 

@@ -82,6 +82,23 @@ def test_a_greedy_step_returns_the_likeliest_tokens(tiny: nn.Module) -> None:
     assert (chosen.shape, chosen.dtype) == ((3, 1), torch.int64)
 
 
+def test_a_step_may_return_the_likeliest_tokens_with_their_logits(tiny: nn.Module) -> None:
+    scenario = DecodeScenario(kind="decode", batch=3, context=16, sample="top_k", top_k=7)
+    program = build_scenario(tiny, scenario, "g", 0, "cpu", "bfloat16")
+    assert program.scores is not None
+    assert program.choose is not None
+    with torch.no_grad():
+        values, chosen = program.module(*program.inputs)
+        logits = program.scores(*program.inputs)
+    assert (values.shape, chosen.shape, chosen.dtype) == ((3, 1, 7), (3, 1, 7), torch.int64)
+    assert torch.equal(values, logits.gather(-1, chosen))
+    for got, expected in zip((values, chosen), program.choose(logits), strict=True):
+        assert torch.equal(got, expected)
+    many = scenario.model_copy(update={"top_k": 65})
+    with pytest.raises(WorkloadError, match="scenario g: top_k: 65 of 64 tokens; use fewer"):
+        build_scenario(tiny, many, "g", 0, "cpu", "bfloat16")
+
+
 def test_a_large_batch_repeats_the_first_prompts(tiny: nn.Module) -> None:
     prompts = tokens(20, 24)
     large, small = Decode(tiny, prompts), Decode(tiny, prompts[:8])
