@@ -101,6 +101,11 @@ def pretended_h200() -> Iterator[None]:
 
 def generated_code(function: Callable[..., Any], specs: list[TensorSpec], options: dict[str, Any]) -> str:
     """The module that Inductor writes for a function of such inputs."""
+    return code_of(torch.fx.symbolic_trace(function), specs, options)
+
+
+def code_of(module: torch.fx.GraphModule, specs: list[TensorSpec], options: dict[str, Any]) -> str:
+    """The module that Inductor writes for a graph of such inputs."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.graph import GraphLowering
 
@@ -113,13 +118,21 @@ def generated_code(function: Callable[..., Any], specs: list[TensorSpec], option
             raise Generated
         return made
 
-    with pretended_h200(), mock.patch.object(GraphLowering, "codegen", codegen), torch.no_grad():
+    def copy(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        return torch.ops.aten.copy_.default(self, source, non_blocking)  # the method itself asks for a device
+
+    with (
+        pretended_h200(),
+        mock.patch.object(GraphLowering, "codegen", codegen),
+        mock.patch.object(torch.Tensor, "copy_", copy),
+        torch.no_grad(),
+    ):
         with FakeTensorMode():
             inputs = [torch.empty_strided(s.shape, s.stride, dtype=getattr(torch, s.dtype), device="cuda") for s in specs]
         try:
             # padding is timed on the device; where an earlier compilation has made its patterns, it would be tried
             patches = {"fx_graph_cache": False, "shape_padding": False, **options}
-            compile_fx(torch.fx.symbolic_trace(function), inputs, config_patches=patches)
+            compile_fx(module, inputs, config_patches=patches)
         except torch._inductor.exc.InductorError as error:
             if not isinstance(error.__cause__, Generated) and "Generated" not in str(error):
                 raise
