@@ -19,7 +19,7 @@ MAX_SPLITS = 128
 MAX_TILES = 4096  # of keys, where what the mask says of them is looked up
 MAX_ELEMENTS = 2**31 - 1  # offsets within a sequence and a head are 32-bit
 _MIN_TILE = 16  # of matrix instructions
-_COMBINE_ROWS = 4  # at a time, where the parts of splits are put together
+_COMBINE_ROWS, _COMBINE_SPLITS = 4, 32  # at a time at most, where the parts of splits are put together
 _COMBINE_REGISTERS = 160  # of a thread, for the parts that it has on the way at once
 _AHEAD_BYTES = 16 << 20  # of keys and values that are asked for before the kernel in front has ended: less than half of an L2
 _NO_MASK = "skip looks at the mask, and there is none; set it to false"
@@ -139,7 +139,7 @@ def plan_decode(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPl
 
 def _splits_at_once(config: DecodeConfig, elements: int) -> int:
     """How many parts of so many elements a program has on the way at once: as many as its threads have registers for."""
-    most = max(1, _COMBINE_REGISTERS * 32 * config.num_warps // elements)
+    most = min(_COMBINE_SPLITS, max(1, _COMBINE_REGISTERS * 32 * config.num_warps // elements))
     rounds = -(-config.num_splits // most)
     return -(-config.num_splits // rounds)
 

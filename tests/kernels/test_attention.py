@@ -108,6 +108,16 @@ def test_what_is_not_asked_for_early(case: Problem, change: dict[str, ConfigValu
     assert launch.weights is None
 
 
+@pytest.mark.parametrize(("num_splits", "num_warps", "at_once"), [(17, 2, 17), (26, 1, 9), (33, 8, 17), (2, 1, 2), (33, 2, 17)])
+def test_as_many_parts_are_put_together_at_once_as_registers_hold(
+    num_splits: int, num_warps: int, at_once: int, tmp_path: Path
+) -> None:
+    case, config = one_sequence(), {**DECODE, "BLOCK_S": 16, "num_splits": num_splits, "num_warps": num_warps}
+    (launch,) = plan_of(case, config).launches
+    assert launch.arguments["COMBINE_S"] == at_once
+    assert bytes_of_stack(ptx_of(case, config), tmp_path) == 0
+
+
 def test_tiles_of_64_rows_use_hoppers_matrix_instruction() -> None:
     ptx = ptx_of(problem(q_len=256, kv_len=256, mask=None, causal=True), FLASH)
     assert "wgmma.mma_async" in ptx
