@@ -63,8 +63,10 @@ def _install() -> None:
     """Make torch's analysis of kernels answer what it was told. Idempotent; kernels of others are analysed as before."""
     from torch._higher_order_ops import triton_kernel_wrap as wrap
 
-    # the name, and what it returns, changed in torch 2.13
-    for name, answer in (("identify_mutated_tensors", list), ("identify_accessed_tensors", _accesses)):
+    answers: dict[str, Callable[..., Any]] = {"identify_mutated_tensors": list}  # before torch 2.13
+    if hasattr(wrap, "TensorAccesses"):  # where there is neither, kernels are analysed
+        answers["identify_accessed_tensors"] = _accesses
+    for name, answer in answers.items():
         analyse = getattr(wrap, name, None)
         if analyse is not None and not hasattr(analyse, "autokernel"):
             setattr(wrap, name, _answering(analyse, answer))
