@@ -21,7 +21,7 @@ MAX_ELEMENTS = 2**31 - 1  # offsets within a sequence and a head are 32-bit
 _MIN_TILE = 16  # of matrix instructions
 _COMBINE_ROWS, _COMBINE_SPLITS = 4, 32  # at a time at most, where the parts of splits are put together
 _COMBINE_REGISTERS = 160  # of a thread, for the parts that it has on the way at once
-_AHEAD_BYTES = 16 << 20  # of keys and values that are asked for before the kernel in front has ended: less than half of an L2
+_AHEAD_BYTES = 16 << 20  # of keys and values that are asked for before they are read: less than half of an L2
 _NO_MASK = "skip looks at the mask, and there is none; set it to false"
 
 
@@ -36,6 +36,7 @@ class DecodeConfig(Parameters):
             are longer than what they hold; a NaN behind the mask is then not read.
         num_warps, num_stages: of Triton.
         precision: of products in fp32, as in `generated_config.ProductsConfig`.
+        prefetch: ask for all keys and values of a part before q is there, which the first tiles would wait for.
     """
 
     block_s: int
@@ -44,6 +45,7 @@ class DecodeConfig(Parameters):
     num_warps: int
     num_stages: int
     precision: Precision = "ieee"
+    prefetch: bool = False
 
     def problem(self, problem: Problem) -> str | None:
         """The rule that a problem breaks, None if the kernel takes it."""
@@ -64,6 +66,8 @@ class DecodeConfig(Parameters):
             return f"each split has a part: {blocks} blocks of {self.block_s} are too few for {self.num_splits} splits"
         if self.skip and mask_position(problem) is None:
             return _NO_MASK
+        if self.prefetch and (self.skip or not _can_be_asked_for(problem)):
+            return f"prefetch is for contiguous keys and values of {_AHEAD_BYTES >> 20} MiB together at most, without skip"
         if sizes.batch * sizes.kv_heads * self.num_splits * rows * sizes.v_dim > MAX_ELEMENTS:
             return f"offsets into the parts of all splits are 32-bit; num_splits is {self.num_splits}: take fewer"
         return None
@@ -126,6 +130,7 @@ def plan_decode(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPl
         "COMBINE_S": _splits_at_once(chosen, min(_COMBINE_ROWS, _power_of_two(rows)) * _power_of_two(sizes.v_dim)),
         "SKIP": int(chosen.skip),
         "TF32X3": int(chosen.precision == "tf32x3"),
+        "PREFETCH": int(chosen.prefetch),
         AHEAD: 0,
     }
     programs = pairs * chosen.num_splits

@@ -112,12 +112,13 @@ def _ask_for(at, start, KV_LEN: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.cons
 @triton.jit
 def _ask_and_wait(k_at, v_at, tile, count, KV_LEN: tl.constexpr, K_S: tl.constexpr, HEAD_DIM: tl.constexpr,
                   K_D: tl.constexpr, V_S: tl.constexpr, V_DIM: tl.constexpr, V_D: tl.constexpr, BLOCK_S: tl.constexpr,
-                  BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
-    """With AHEAD: ask for the keys and values of `count` tiles, and wait for the kernel in front."""
-    if AHEAD:
+                  BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """With either: ask for the keys and values of `count` tiles. With AHEAD: then wait for the kernel in front."""
+    if PREFETCH or AHEAD:
         for block in range(0, count):
             _ask_for(k_at, (tile + block) * BLOCK_S, KV_LEN, K_S, HEAD_DIM, K_D, BLOCK_S, BLOCK_D)
             _ask_for(v_at, (tile + block) * BLOCK_S, KV_LEN, V_S, V_DIM, V_D, BLOCK_S, BLOCK_E)
+    if AHEAD:
         tl.extra.cuda.gdc_wait()
 
 
@@ -147,7 +148,7 @@ def decode_attention_kernel(
     MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_H: tl.constexpr, MASK_Q: tl.constexpr, MASK_S: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     SPLITS: tl.constexpr, COMBINE_R: tl.constexpr, COMBINE_S: tl.constexpr, SKIP: tl.constexpr, TF32X3: tl.constexpr,
-    AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """softmax(q k' * SCALE + mask) v; grid: [batch * GROUPS * SPLITS].
 
@@ -162,7 +163,7 @@ def decode_attention_kernel(
         counters: int32 zeros, one for each batch and head of k.
         COMBINE_R, COMBINE_S: rows and parts that are put together at a time.
         TF32X3: whether products in fp32 are three of the matrix instruction's.
-        AHEAD: the kernel is launched while the one in front of it runs: keys and values are asked for, then it waits.
+        PREFETCH, AHEAD: keys and values are asked for before q is read; and before the kernel in front has ended.
     """
     ROWS: tl.constexpr = REPEAT * Q_LEN
     HEADS: tl.constexpr = GROUPS * REPEAT
@@ -181,7 +182,8 @@ def decode_attention_kernel(
     tile, count = split * PER_SPLIT, tl.minimum(PER_SPLIT, BLOCKS - split * PER_SPLIT)
     k_at = k + batch * K_B + group * K_H
     v_at = v + batch * V_B + group * V_H
-    _ask_and_wait(k_at, v_at, tile, count, KV_LEN, K_S, HEAD_DIM, K_D, V_S, V_DIM, V_D, BLOCK_S, BLOCK_D, BLOCK_E, AHEAD)
+    _ask_and_wait(k_at, v_at, tile, count, KV_LEN, K_S, HEAD_DIM, K_D, V_S, V_DIM, V_D, BLOCK_S, BLOCK_D, BLOCK_E,
+                  PREFETCH, AHEAD)  # fmt: skip
     r = tl.arange(0, BLOCK_R)
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     r_head = group * REPEAT + r // Q_LEN

@@ -79,9 +79,11 @@ def test_keys_and_values_are_asked_for_before_the_wait_and_nothing_is_read_there
     plan = plan_of(case, config)
     (launch,) = plan.launches
     assert (launch.weights, launch.arguments["AHEAD"]) == ((), 0)
-    plain = for_hopper.ptx_of(case, plan)
+    plain, asking = (for_hopper.ptx_of(case, plan_of(case, {**config, "prefetch": asks})) for asks in (False, True))
     assert "prefetch.global" not in plain
-    assert "griddepcontrol" not in plain
+    assert "griddepcontrol" not in plain + asking
+    assert asking.count("prefetch.global.L2") == 2 * 64 * 2 // 64
+    assert asking.rindex("prefetch.global.L2") < asking.index("ld.global"), "before q is read"
     ahead = replace(plan, launches=(replace(launch, arguments={**launch.arguments, "AHEAD": 1}),))
     ptx = for_hopper.ptx_of(case, ahead)
     before, behind = ptx.split("griddepcontrol.wait")
@@ -104,8 +106,11 @@ def test_keys_and_values_are_asked_for_before_the_wait_and_nothing_is_read_there
     ids=["nobody knows yet what is read", "more than a cache holds", "rows are not contiguous"],
 )
 def test_what_is_not_asked_for_early(case: Problem, change: dict[str, ConfigValue]) -> None:
-    (launch,) = plan_of(case, {**DECODE, "num_splits": 1, **change}).launches
+    config = {**DECODE, "num_splits": 1, **change}
+    (launch,) = plan_of(case, config).launches
     assert launch.weights is None
+    with pytest.raises(ValueError, match="prefetch is for contiguous keys and values of 16 MiB together at most, without skip"):
+        plan_of(case, {**config, "prefetch": True})
 
 
 @pytest.mark.parametrize(("num_splits", "num_warps", "at_once"), [(17, 2, 17), (26, 1, 9), (33, 8, 17), (2, 1, 2), (33, 2, 17)])
@@ -137,6 +142,17 @@ def default(case: Problem) -> dict[str, ConfigValue]:
     config = load_space("attention")["triton"].default(names_for(get_op("attention").dims(case), device))
     assert config is not None
     return config
+
+
+def test_a_cache_of_one_row_is_asked_for_by_default_and_may_be_left_alone() -> None:
+    device = DeviceFacts(device="cuda", isa="sm_90", num_units=132, smem_bytes=232448, l2_bytes=50 << 20)
+    chosen = default(one_sequence())
+    assert chosen["prefetch"] is True
+    names = names_for(get_op("attention").dims(one_sequence()), device)
+    assert load_space("attention")["triton"].violations({**chosen, "prefetch": False}, names) == []
+    assert plan_of(one_sequence(), chosen).launches[0].arguments["PREFETCH"] == 1
+    assert "prefetch" not in default(problem()), "64 sequences are more than a cache holds"
+    assert "prefetch" not in default(problem(q_len=2))
 
 
 def test_short_attention_in_fp32_is_one_tile_by_matrix_instructions(tmp_path: Path) -> None:
