@@ -143,8 +143,6 @@ def missing_of_tokens(draws: Iterable[Outputs], choose: Callable[[torch.Tensor],
         draws: tokens, behind their logits or alone; the logits.
         choose: how eager takes them from logits.
     """
-    import torch
-
     worst = 0.0
     for actual, (logits,) in draws:
         if _mismatch(actual, _tensors(choose(logits))):
@@ -155,11 +153,11 @@ def missing_of_tokens(draws: Iterable[Outputs], choose: Callable[[torch.Tensor],
             return math.inf, "tokens are none of the vocabulary, or not where eager's logits are finite"
         worst = max(worst, found.max)
         for value in values:
-            own = logits.gather(-1, chosen)
-            if not torch.equal(torch.isfinite(value), torch.isfinite(own)):
+            own, errors = logits.gather(-1, chosen), _Errors()
+            _measure(errors, value, own, own)
+            if errors.misplaced:
                 return math.inf, "NaN or infinities are not where eager has them"
-            distances = torch.where(torch.isfinite(own), value.double() - own.double(), 0.0)
-            worst = max(worst, float(distances.abs().max()))
+            worst = max(worst, errors.max)
     return worst, ""
 
 
@@ -176,7 +174,7 @@ def _check_scenario(trio: Trio, tokens: _Tokens) -> Iterator[Check]:
         if problem:
             yield Check(name=f"{trio.name}: outputs", value=1, limit=0, passed=False, note=problem)
             return
-        errors = errors or [_Errors() for _ in (own if trio.choose is None else outputs)]
+        errors = errors or [_Errors() for _ in outputs]
         if trio.choose is not None:
             _measure_tokens(errors, tokens, outputs, own[0], exact[0])
             continue
@@ -227,7 +225,7 @@ def _budget(name: str, errors: _Errors) -> Iterator[Check]:
         passed=errors.misplaced == 0,
         note="integers that differ, NaN and infinities that are not where stock has them",
     )
-    limit = EAGER_FACTOR * errors.stock_max + errors.unit * errors.largest
+    limit = _limit(errors)
     note = f"stock's own {errors.stock_max:.3g}"
     yield Check(name=f"{name}: max error", value=errors.max, limit=limit, passed=errors.max <= limit, note=note)
     scale = math.sqrt(errors.reference_square) or 1.0
@@ -237,13 +235,18 @@ def _budget(name: str, errors: _Errors) -> Iterator[Check]:
     yield Check(name=f"{name}: norm of error", value=norm, limit=limit, passed=norm <= limit, note=note)
 
 
+def _limit(errors: _Errors) -> float:
+    """How large an element's error may be: twice stock's largest, and half a unit in the last place of the largest element."""
+    return EAGER_FACTOR * errors.stock_max + errors.unit * errors.largest
+
+
 def _token_budgets(name: str, errors: Sequence[_Errors]) -> Iterator[Check]:
     """As of indices that a kernel chooses: the exact logit is below the largest by at most twice the budget of a logit.
 
     The logits that are returned with them, those that the contender has, keep to that budget itself.
     """
     logits, *values = errors
-    limit = EAGER_FACTOR * logits.stock_max + logits.unit * logits.largest
+    limit = _limit(logits)
     value = math.inf if logits.misplaced else logits.missing
     note = f"what the tokens' logits lack to the largest; stock's logits err by up to {logits.stock_max:.3g}"
     yield Check(name=f"{name}: chosen logits", value=value, limit=2 * limit, passed=value <= 2 * limit, note=note)

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from autokernel.kernels.launch import AHEAD
+from autokernel.kernels.op import num_units_of
 from autokernel.records import ConfigValue
 
 log = logging.getLogger(__name__)
@@ -76,12 +77,9 @@ def _install() -> None:
     define, define_user = wrapper.define_kernel, wrapper.define_user_defined_triton_kernel
     signature = inspect.signature(define_user)
 
-    def arguments_of(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        return signature.bind(*args, **kwargs).arguments
-
     @functools.wraps(define_user)
     def define_user_defined_triton_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = arguments_of(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
         _state.ours = str(getattr(given["kernel"].fn, "__module__", "")).startswith(_OURS)
         _state.next_from = _beyond_one_wave(given["grids"][0], given["configs"][0].num_warps) if _state.ours else None
         try:
@@ -135,8 +133,7 @@ def _beyond_one_wave(grid: Sequence[Any], num_warps: int) -> int | None:
         return None
     import torch
 
-    num_units = torch.cuda.get_device_properties().multi_processor_count
-    room = num_units * min(_MAX_PROGRAMS, _MAX_WARPS // num_warps)
+    room = num_units_of(torch.device("cuda")) * min(_MAX_PROGRAMS, _MAX_WARPS // num_warps)
     num_programs = math.prod(int(size) for size in grid)
     return num_programs - room if num_programs > room else None
 

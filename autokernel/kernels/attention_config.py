@@ -47,6 +47,15 @@ class DecodeConfig(Parameters):
     precision: Precision = "ieee"
     prefetch: bool = False
 
+    def may_ask(self, problem: Problem) -> bool:
+        """Whether all keys and values may come to the L2 cache early: they find room in it, and fill the lines they touch.
+
+        With skip nobody knows yet which of them will be read.
+        """
+        cached = problem.inputs[1:3]
+        fit = sum(spec.num_bytes for spec in cached) <= _AHEAD_BYTES
+        return fit and not self.skip and all(spec.stride[-1] == 1 for spec in cached)
+
     def problem(self, problem: Problem) -> str | None:
         """The rule that a problem breaks, None if the kernel takes it."""
         sizes = sizes_of(problem)
@@ -66,7 +75,7 @@ class DecodeConfig(Parameters):
             return f"each split has a part: {blocks} blocks of {self.block_s} are too few for {self.num_splits} splits"
         if self.skip and mask_position(problem) is None:
             return _NO_MASK
-        if self.prefetch and (self.skip or not _can_be_asked_for(problem)):
+        if self.prefetch and not self.may_ask(problem):
             return f"prefetch is for contiguous keys and values of {_AHEAD_BYTES >> 20} MiB together at most, without skip"
         if sizes.batch * sizes.kv_heads * self.num_splits * rows * sizes.v_dim > MAX_ELEMENTS:
             return f"offsets into the parts of all splits are 32-bit; num_splits is {self.num_splits}: take fewer"
@@ -114,7 +123,7 @@ def plan_decode(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPl
 
     sizes, rows = sizes_of(problem), _rows(sizes_of(problem))
     pairs = sizes.batch * sizes.kv_heads
-    out = Operand("out", 0)
+    out, combined = Operand("out", 0), min(_COMBINE_ROWS, _power_of_two(rows))
     shared = chosen.num_splits > 1
     arguments: dict[str, Operand | int | float | bool] = {
         **_operands(problem),
@@ -126,8 +135,8 @@ def plan_decode(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPl
         "BLOCK_R": max(_MIN_TILE, _power_of_two(rows)),
         "BLOCK_S": chosen.block_s,
         "SPLITS": chosen.num_splits,
-        "COMBINE_R": min(_COMBINE_ROWS, _power_of_two(rows)),
-        "COMBINE_S": _splits_at_once(chosen, min(_COMBINE_ROWS, _power_of_two(rows)) * _power_of_two(sizes.v_dim)),
+        "COMBINE_R": combined,
+        "COMBINE_S": _splits_at_once(chosen, combined * _power_of_two(sizes.v_dim)),
         "SKIP": int(chosen.skip),
         "TF32X3": int(chosen.precision == "tf32x3"),
         "PREFETCH": int(chosen.prefetch),
@@ -135,7 +144,7 @@ def plan_decode(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPl
     }
     programs = pairs * chosen.num_splits
     scratch = (Buffer((programs, rows, sizes.v_dim), "float32"), Buffer((programs, rows, 2), "float32"))
-    ahead = () if _can_be_asked_for(problem) and not chosen.skip else None  # with skip, nobody knows yet what will be read
+    ahead = () if chosen.may_ask(problem) else None
     launch = Launch(decode_attention_kernel, (programs, 1, 1), arguments, chosen.num_warps, chosen.num_stages, ahead)
     return KernelPlan(
         (_out_spec(problem),), (*scratch, Buffer((pairs,), "int32", zeroed=True)) if shared else (), (launch,)
@@ -147,12 +156,6 @@ def _splits_at_once(config: DecodeConfig, elements: int) -> int:
     most = min(_COMBINE_SPLITS, max(1, _COMBINE_REGISTERS * 32 * config.num_warps // elements))
     rounds = -(-config.num_splits // most)
     return -(-config.num_splits // rounds)
-
-
-def _can_be_asked_for(problem: Problem) -> bool:
-    """Whether all keys and values may come to the L2 cache early: they find room in it, and fill the lines that they touch."""
-    cached = problem.inputs[1:3]
-    return sum(spec.num_bytes for spec in cached) <= _AHEAD_BYTES and all(spec.stride[-1] == 1 for spec in cached)
 
 
 def plan_flash(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPlan:

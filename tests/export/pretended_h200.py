@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -12,6 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autokernel.environment import Environment
+from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.plan import Plan
 from autokernel.records import TensorSpec
 
 H200 = Environment(device="cuda", device_name="NVIDIA H200", isa="sm_90", num_units=132, torch=torch.__version__)
@@ -31,6 +33,11 @@ PROPERTIES = types.SimpleNamespace(
     shared_memory_per_block_optin=232448,
     shared_memory_per_multiprocessor=233472,
 )
+
+
+def plan_with(entries: Iterable[Entry]) -> Plan:
+    """The plan of a bundle that was made on such a device."""
+    return Plan(Bundle(name="b", created="", version="", environment=H200, entries=tuple(entries)))
 
 
 class Generated(Exception):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export.pretended_h200 import H200, generated_code
+from export.pretended_h200 import H200, generated_code, plan_with
 from export.stand_in_objects import BYTES, calls, entry, hits, info_of, path_of, reasons, spec, targets, traced, with_objects
 from torch._subclasses import FakeTensorMode
 
@@ -330,7 +330,7 @@ def test_a_cache_that_cannot_be_written_leaves_stock_code(monkeypatch: pytest.Mo
         raise StorageError("the cache cannot be written")
 
     monkeypatch.setattr(cutedsl, "compiled_object", refuses)
-    plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=(entry(MM, QUACK),)))
+    plan = plan_with((entry(MM, QUACK),))
     module = traced(lambda x, w: x @ w.t(), (M, K), (N, K))
     CutePass(plan)(module.graph)
     assert not calls(module)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import operator
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from export.pretended_h200 import H200, code_of
+from export.pretended_h200 import code_of, plan_with
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
 from autokernel.export.apply import inductor_options
-from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.plan import Plan
+from autokernel.export.bundle import Entry
 from autokernel.ops.attention import Attention
 from autokernel.ops.rotary_qk import RotaryQk
 from autokernel.profiling.language import Decode
@@ -29,6 +29,7 @@ CONFIGS: dict[str, dict[str, ConfigValue]] = {
     },
     "rotary_qk": {"kernel": "rotary", "block_rows": 4, "num_warps": 1},
 }  # fmt: skip
+PLAIN = {"joint_graph_constant_folding": False}  # it would compute on the device
 aten = torch.ops.aten
 
 
@@ -36,9 +37,17 @@ class Traced(Exception):
     """The graph is there; in place of running it."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step's graph in ATen's operators, as it is on a GPU, what its inputs are, and what ops find in it, by their names."""
+
+    module: GraphModule
+    inputs: list[TensorSpec]
+    problems: dict[str, Problem]
+
+
 @pytest.fixture(scope="module")
-def step() -> tuple[GraphModule, list[TensorSpec]]:
-    """The step's graph in ATen's operators, as it is on a GPU, and what its inputs are."""
+def step() -> Step:
     pytest.importorskip("triton", reason="Triton is not installed")
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     config = transformers.LlamaConfig(
@@ -65,7 +74,14 @@ def step() -> tuple[GraphModule, list[TensorSpec]]:
                 node.replace_all_uses_with(as_cudnn(traced.graph, *node.args, **node.kwargs))
             traced.graph.erase_node(node)
     traced.recompile()
-    return traced, [spec_of(x) for x in inputs]
+    specs, regions = [spec_of(x) for x in inputs], []
+
+    def keep(graph: Graph) -> None:
+        regions.extend(region for op in (Attention(), RotaryQk()) for region in op.match(graph, frozenset(), "cuda"))
+
+    code_of(traced, specs, {**PLAIN, "post_grad_custom_post_pass": keep})
+    assert len({region.problem for region in regions}) == 2, "layers are alike"
+    return Step(traced, specs, {region.problem.op: region.problem for region in regions})
 
 
 def spec_of(x: torch.Tensor) -> TensorSpec:
@@ -84,22 +100,10 @@ def as_cudnn(graph: Graph, q: Any, k: Any, v: Any, mask: Any, *rest: Any, scale:
     return graph.call_function(operator.getitem, (call, 0))
 
 
-def kernels_with(
-    step: tuple[GraphModule, list[TensorSpec]], ops: tuple[str, ...], options: dict[str, ConfigValue] | None = None
-) -> list[str]:
+def kernels_with(step: Step, ops: tuple[str, ...], options: dict[str, ConfigValue] | None = None) -> list[str]:
     """The kernels that are launched, in order, with entries for what these ops find."""
-    problems: dict[str, Problem] = {}
-
-    def keep(graph: Graph) -> None:
-        for op in (Attention(), RotaryQk()):
-            problems.update({r.problem.key: r.problem for r in op.match(graph, frozenset(), "cuda") if op.name in ops})
-
-    plain = {"joint_graph_constant_folding": False}  # it would compute on the device
-    code_of(*step, {**plain, "post_grad_custom_post_pass": keep})
-    entries = tuple(Entry(problem=p, backend="triton", config=CONFIGS[p.op]) for p in problems.values())
-    assert len(entries) == len(ops), "layers are alike"
-    plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=entries))
-    code = code_of(*step, {**plain, **inductor_options(plan, options or {}, frozen=False)})
+    plan = plan_with(Entry(problem=step.problems[op], backend="triton", config=CONFIGS[op]) for op in ops)
+    code = code_of(step.module, step.inputs, {**PLAIN, **inductor_options(plan, options or {}, frozen=False)})
     assert [(usage.hits, usage.reasons) for usage in plan.usage.values()] == [(LAYERS, [])] * len(ops)
     names = re.findall(r"^ +(\w+)\.run\(|(extern_kernels\.\w+)\(", code[code.index("def call(") :], re.MULTILINE)
     return [ours or other for ours, other in names]
@@ -113,14 +117,14 @@ def in_front_of_attention(kernels: list[str]) -> list[list[str]]:
     return [[name for name in part if not name.startswith("extern_kernels")] for part in parts]
 
 
-def test_the_mask_is_computed_once_for_all_layers(step: tuple[GraphModule, list[TensorSpec]]) -> None:
+def test_the_mask_is_computed_once_for_all_layers(step: Step) -> None:
     kernels = kernels_with(step, ("attention", "rotary_qk"))
     assert sum(name.startswith("decode_attention") for name in kernels) == LAYERS
     assert sum(bool(re.search(r"_(le|ge)_", name)) for name in kernels) == 1
 
 
 def test_rotary_embedding_and_both_writes_into_the_cache_are_one_kernel_where_inductor_may_combine_them(
-    step: tuple[GraphModule, list[TensorSpec]],
+    step: Step,
 ) -> None:
     """The kernel for rotary embedding stands in its way: three launches, which the run's ablation finds slower."""
     options: dict[str, ConfigValue] = {"combo_kernels": True}

@@ -10,13 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
-from export.pretended_h200 import H200, Generated, generated_code, pretended_h200
+from export.pretended_h200 import Generated, generated_code, plan_with, pretended_h200
 
 from autokernel.export.apply import inductor_options
-from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.bundle import Entry
 from autokernel.export.dependent_launch import dependent, dependent_launches, may_read_ahead
 from autokernel.export.freezing import freeze_inputs
-from autokernel.export.plan import Plan
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
 N, K = 512, 1024
@@ -41,7 +40,7 @@ def code_with(pdl: bool | str, **changed: ConfigValue) -> str:
     """What Inductor writes with the option."""
     pytest.importorskip("triton", reason="Triton is not installed")
     entry = Entry(problem=PROBLEM, backend="triton", config={**CONFIG, **changed})
-    plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=(entry,)))
+    plan = plan_with((entry,))
     options = inductor_options(plan, {"pdl": pdl}, frozen=False)
     assert "pdl" not in options, "Inductor does not know it"
     with dependent_launches(pdl, []):
@@ -124,15 +123,7 @@ def test_a_kernel_whose_blocks_run_all_at_once_is_launched_as_usual() -> None:
 
 def test_without_the_option_nothing_changes() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    plan = Plan(
-        Bundle(
-            name="b",
-            created="",
-            version="",
-            environment=H200,
-            entries=(Entry(problem=PROBLEM, backend="triton", config=CONFIG),),
-        )
-    )
+    plan = plan_with((Entry(problem=PROBLEM, backend="triton", config=CONFIG),))
     with dependent_launches(True, []):
         pass
     code = generated_code(layer, [X, GAIN, W], inductor_options(plan, {}, frozen=False))

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from autokernel.export.apply import inductor_options
-from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.plan import Plan, minor
+from autokernel.export.bundle import Entry
+from autokernel.export.plan import minor
 from autokernel.records import Problem, TensorSpec
 
 pytest.importorskip("triton", reason="Inductor's templates are Triton's")
 if minor(torch.__version__) != "2.13":
     pytest.skip("the pretended device is made for torch 2.13", allow_module_level=True)
 
-from export.pretended_h200 import H200, generated_code
+from export.pretended_h200 import generated_code, plan_with
 
 M, N, K = 64, 256, 128
 
@@ -52,7 +52,7 @@ def test_it_calls_the_library(function: Callable[..., Any], specs: list[TensorSp
     config = {"template": "mm", "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_stages": 3, "num_warps": 4, "GROUP_M": 4}
     tuned = [Problem(op="mm", inputs=(specs[0], weight), device="cuda", constants=(1,))]
     entries = tuple(Entry(problem=problem, backend="inductor", config=config) for problem in tuned)
-    plan = Plan(Bundle(name="t", created="", version="", environment=H200, entries=entries))
+    plan = plan_with(entries)
     code = generated_code(function, specs, inductor_options(plan, {}, frozen=False)).split("class Runner")[1]
     assert call in code
     assert code == generated_code(function, specs, {}).split("class Runner")[1]

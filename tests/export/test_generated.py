@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from export.pretended_h200 import H200, generated_code
+from export.pretended_h200 import generated_code, plan_with
 from torch.nn import functional
 
-from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.plan import Plan
+from autokernel.export.bundle import Entry
 from autokernel.export.regions import RegionPass
 from autokernel.ops import Region
 from autokernel.ops.generated import Generated
@@ -72,7 +71,7 @@ def region_with(regions: list[Region], *inner: str, num_outputs: int = 1) -> Reg
 
 def code_with(*entries: tuple[Region, dict[str, ConfigValue]]) -> tuple[str, list[tuple[int, list[str]]]]:
     made = tuple(Entry(problem=region.problem, backend="triton", config=config) for region, config in entries)
-    plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=made))
+    plan = plan_with(made)
     code = generated_code(layer, SPECS, {"post_grad_custom_post_pass": RegionPass(plan)})
     return code, [(usage.hits, usage.reasons) for usage in plan.usage.values()]
 

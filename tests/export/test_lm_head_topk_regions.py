@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from export.pretended_h200 import H200, generated_code
+from export.pretended_h200 import generated_code, plan_with
 
-from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.bundle import Entry
 from autokernel.export.plan import Plan
 from autokernel.export.regions import RegionPass
 from autokernel.records import ConfigValue, Problem, TensorSpec
@@ -25,7 +25,7 @@ CONFIG: dict[str, ConfigValue] = {
 def code_of(function: Any, top: int, **change: ConfigValue) -> tuple[str, Plan]:
     problem = Problem(op="lm_head_topk", inputs=(HIDDEN, HEAD), device="cuda", scalars=(("cast", True), ("top", top)))
     entry = Entry(problem=problem, backend="triton", config={**CONFIG, **change})
-    plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=(entry,)))
+    plan = plan_with((entry,))
     options = {"post_grad_custom_post_pass": RegionPass(plan), "joint_graph_constant_folding": False}
     return generated_code(function, [HIDDEN, HEAD], options), plan
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from export.pretended_h200 import H200, generated_code
+from export.pretended_h200 import generated_code, plan_with
 
-from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.bundle import Entry
 from autokernel.export.plan import Plan
 from autokernel.export.regions import RegionPass
 from autokernel.records import ConfigValue, Problem, TensorSpec
@@ -25,7 +25,7 @@ def problem(op: str, *shapes: tuple[int, ...]) -> Problem:
 
 
 def code_of(function: Callable[..., Any], specs: list[TensorSpec], *entries: Entry) -> tuple[str, Plan]:
-    plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=entries))
+    plan = plan_with(entries)
     options = {"post_grad_custom_post_pass": RegionPass(plan), "joint_graph_constant_folding": False}
     return generated_code(function, specs, options), plan
 

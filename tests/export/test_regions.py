@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from export.pretended_h200 import H200, generated_code
+from export.pretended_h200 import generated_code, plan_with
 from gated_layers import bundle_of
 from torch import nn
 from torch._inductor.compile_fx import compile_fx
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 import autokernel
-from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.bundle import Entry
 from autokernel.export.dependent_launch import dependent_launches
 from autokernel.export.plan import Plan
 from autokernel.export.regions import RegionPass, UnfitError, replace_region
@@ -190,7 +190,7 @@ def library_twice(x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mas
 
 def code_with(config: dict[str, ConfigValue], function: Callable[..., Any] = library_twice) -> tuple[str, Plan]:
     entry = Entry(problem=attention("cuda", "bfloat16"), backend="triton", config=config)
-    plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=(entry,)))
+    plan = plan_with((entry,))
     cache = TensorSpec.contiguous((B, G, S, D), "bfloat16")
     specs = [TensorSpec.contiguous((B, 1, H, D), "bfloat16"), cache, cache, TensorSpec.contiguous((B, 1, 1, S), "bool")]
     # folding would compute the constant on the device

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from export.pretended_h200 import H200, generated_code
+from export.pretended_h200 import generated_code, plan_with
 
-from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.bundle import Entry
 from autokernel.export.plan import Plan
 from autokernel.export.regions import RegionPass
 from autokernel.records import ConfigValue, Problem, TensorSpec
@@ -47,7 +47,7 @@ def code_of(
     function: Callable[..., Any], specs: list[TensorSpec], *entries: Problem, config: dict[str, ConfigValue] = CONFIG
 ) -> tuple[str, Plan]:
     found = tuple(Entry(problem=entry, backend="triton", config=config) for entry in entries)
-    plan = Plan(Bundle(name="b", created="", version="", environment=H200, entries=found))
+    plan = plan_with(found)
     options = {"post_grad_custom_post_pass": _Linted(plan), "joint_graph_constant_folding": False}
     return generated_code(function, specs, options), plan
 

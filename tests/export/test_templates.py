@@ -11,8 +11,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from autokernel.export.apply import inductor_options
-from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.plan import Plan, Usage, minor
+from autokernel.export.bundle import Entry
+from autokernel.export.plan import Usage, minor
 from autokernel.export.templates import template_of
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Inductor's templates are Triton's")
 if minor(torch.__version__) != "2.13":
     pytest.skip("the pretended device is made for torch 2.13", allow_module_level=True)
 
-from export.pretended_h200 import H200, generated_code
+from export.pretended_h200 import generated_code, plan_with
 
 F = torch.nn.functional
 M, N, K = 64, 6144, 4096
@@ -82,7 +82,7 @@ def generate(
 ) -> tuple[str, Usage]:
     counters.clear()
     entry = Entry(problem=problem, backend="inductor", config=config)
-    plan = Plan(Bundle(name="t", created="", version="", environment=H200, entries=(entry,)))
+    plan = plan_with((entry,))
     code = generated_code(function, specs, inductor_options(plan, {}, frozen=False))
     assert counters["inductor"]["select_algorithm_autotune"] == 0
     return code, plan.usage[entry.key]
@@ -212,5 +212,5 @@ def test_code_from_the_graph_cache_is_never_taken_where_its_entries_must_be_coun
     config: dict[str, ConfigValue] = {"template": "mm"} if backend == "inductor" else {"kernel": "skinny_mm"}
     problem = Problem(op="mm", inputs=(spec(16, 256), weight(256, 512)), device="cuda", constants=(1,))
     entry = Entry(problem=problem, backend=backend, config={**config, "merge": merge})
-    plan = Plan(Bundle(name="t", created="", version="", environment=H200, entries=(entry,)))
+    plan = plan_with((entry,))
     assert inductor_options(plan, {}, frozen=merge == "concat")["fx_graph_cache"] is False

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from export.pretended_h200 import H200, generated_code
+from export.pretended_h200 import generated_code, plan_with
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import ir
 
 from autokernel.export.apply import inductor_options
-from autokernel.export.bundle import Bundle, Entry
+from autokernel.export.bundle import Entry
 from autokernel.export.dependent_launch import dependent_launches
-from autokernel.export.plan import Plan
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
 M, K, N = 1, 1024, 512
@@ -68,15 +67,7 @@ def test_inductor_is_told_what_a_kernel_writes_and_compiles_nothing_for_it(
     monkeypatch.setattr(ir.UserDefinedTritonKernel, "__init__", keep)
     monkeypatch.setattr(triton_kernel_wrap, "generate_ttir", forbidden)
     monkeypatch.setattr("autokernel.export.substitution.may_read_ahead", lambda *_: True)  # it waits in the kernel itself
-    plan = Plan(
-        Bundle(
-            name="b",
-            created="",
-            version="",
-            environment=H200,
-            entries=(Entry(problem=problem, backend="triton", config=config),),
-        )
-    )
+    plan = plan_with((Entry(problem=problem, backend="triton", config=config),))
     specs = [X, W if problem is MM else problem.inputs[1]]
     with caplog.at_level(logging.WARNING), dependent_launches(True, []):
         generated_code(function, specs, inductor_options(plan, {}, frozen=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -70,9 +71,18 @@ def entries_of(model: torch.nn.Module, x: torch.Tensor, config: dict[str, Config
     return [*entries.values(), Entry(problem=down, backend="triton", config=config)]
 
 
-def replays(model: torch.nn.Module, bundle: Bundle, draws: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
-    """Results of a CUDA graph for these inputs, by a bundle; and how many kernels read weights ahead."""
-    x, ahead = draws[0].clone(), 0
+def bundle_with(entries: Sequence[Entry], option: bool | str) -> Bundle:
+    """A bundle for this machine, with the graph option or without."""
+    options: dict[str, ConfigValue] = {"pdl": option} if option else {}
+    environment = current_environment("cuda")
+    return Bundle(name="d", created="", version="", environment=environment, entries=tuple(entries), graph_options=options)
+
+
+def replays(
+    model: torch.nn.Module, bundle: Bundle, draws: Sequence[tuple[torch.Tensor, ...]], num_sites: int, rounds: int
+) -> tuple[list[torch.Tensor], int]:
+    """Results of a CUDA graph for these inputs, by a bundle; and how many kernels read or ask for something ahead."""
+    inputs, ahead = [x.clone() for x in draws[0]], 0
 
     def look(body: str, next_from: int | None = None) -> str:
         nonlocal ahead
@@ -84,19 +94,20 @@ def replays(model: torch.nn.Module, bundle: Bundle, draws: list[torch.Tensor]) -
     backend = BundleBackend(bundle)
     with mock.patch("autokernel.export.dependent_launch.dependent", look):
         compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
-        compiled(x)
-    assert [(usage.hits, usage.reasons) for usage in backend.usage().values()] == [(LAYERS, [])] * 2
+        compiled(*inputs)
+    assert [(usage.hits, usage.reasons) for usage in backend.usage().values()] == [(num_sites, [])] * len(bundle.entries)
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        compiled(x)
+        compiled(*inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = compiled(x)
+        out = compiled(*inputs)
     found = []
-    for _ in range(20):
+    for _ in range(rounds):
         for draw in draws:
-            x.copy_(draw)
+            for x, value in zip(inputs, draw, strict=True):
+                x.copy_(value)
             graph.replay()
             found.append(out.clone())
     return found, ahead
@@ -115,16 +126,7 @@ def test_results_are_the_same_bits_with_dependent_launches(config: dict[str, Con
         entries = tuple(entries_of(model, draws[0], config))
         expected: list[torch.Tensor] = []
         for option in (False, True, "all", "one_wave"):
-            options: dict[str, ConfigValue] = {"pdl": option} if option else {}
-            bundle = Bundle(
-                name="d",
-                created="",
-                version="",
-                environment=current_environment("cuda"),
-                entries=entries,
-                graph_options=options,
-            )
-            results, ahead = replays(model, bundle, draws)
+            results, ahead = replays(model, bundle_with(entries, option), [(x,) for x in draws], LAYERS, rounds=20)
             expected_ahead = {False: 0, "one_wave": num_ahead}.get(option, 2)
             assert ahead == expected_ahead, "the kernel of the norm and both products, and that of down"
             expected = expected or results
@@ -170,10 +172,6 @@ def test_attention_that_asks_for_the_cache_early_sees_what_is_written_meanwhile(
     def keep(graph: torch.fx.Graph) -> None:
         problems.update({region.problem.key: region.problem for region in Attention().match(graph, frozenset(), "cuda")})
 
-    def forget() -> None:
-        model.keys.zero_()  # type: ignore[operator]
-        model.values.zero_()  # type: ignore[operator]
-
     found: dict[object, list[torch.Tensor]] = {}
     with torch.no_grad():
         found["eager"] = [model(x, place) for x, place in zip(draws, places, strict=True)]
@@ -181,34 +179,11 @@ def test_attention_that_asks_for_the_cache_early_sees_what_is_written_meanwhile(
         torch.compile(model, options={"post_grad_custom_post_pass": keep, "fx_graph_cache": False})(draws[0], places[0])
         (problem,) = problems.values()
         for option in (False, "all", "one_wave"):
-            forget()
-            bundle = Bundle(
-                name="d",
-                created="",
-                version="",
-                environment=current_environment("cuda"),
-                entries=(Entry(problem=problem, backend="triton", config=ATTENTION),),
-                graph_options={"pdl": option} if option else {},
-            )
-            torch._dynamo.reset()
-            backend = BundleBackend(bundle)
-            compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
-            x, place = draws[0].clone(), places[0].clone()
-            with mock.patch("autokernel.export.dependent_launch.dependent", side_effect=dependent) as made:
-                compiled(x, place)
-            bodies = [call.args[0] for call in made.call_args_list]
-            assert sum("'AHEAD': 1" in body.replace("\\'", "'") for body in bodies) == int(bool(option))
-            assert [(usage.hits, usage.reasons) for usage in backend.usage().values()] == [(1, [])]
-            graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph):
-                out = compiled(x, place)
-            found[option] = []
-            for draw, number in zip(draws, places, strict=True):
-                x.copy_(draw)
-                place.copy_(number)
-                graph.replay()
-                found[option].append(out.clone())
+            model.keys.zero_()  # type: ignore[operator]
+            model.values.zero_()  # type: ignore[operator]
+            bundle = bundle_with([Entry(problem=problem, backend="triton", config=ATTENTION)], option)
+            found[option], ahead = replays(model, bundle, [*zip(draws, places, strict=True)], 1, rounds=1)
+            assert ahead == int(bool(option))
     for option in ("all", "one_wave"):
         assert all(torch.equal(a, b) for a, b in zip(found[False], found[option], strict=True)), option
     for exact, got in zip(found["eager"], found["all"], strict=True):

@@ -19,7 +19,7 @@ from autokernel.kernels.launch import Buffer, KernelPlan, Launch
 from autokernel.kernels.plans import plan_of
 from autokernel.ops import get_op
 from autokernel.records import ConfigValue, Problem, TensorSpec
-from autokernel.search.space import DeviceFacts, names_for
+from autokernel.search.space import DeviceFacts, Names, names_for
 from autokernel.search.space_file import load_space
 
 FOLDER = Path(__file__).resolve().parent
@@ -137,19 +137,21 @@ def time_series(kv_len: int = 37, mask: bool = True) -> Problem:
     return Problem(op="attention", inputs=(q, kv, kv, *masks), device="cuda", scalars=(("scale", 1.0),))
 
 
-def default(case: Problem) -> dict[str, ConfigValue]:
+def names_of(case: Problem) -> Names:
     device = DeviceFacts(device="cuda", isa="sm_90", num_units=132, smem_bytes=232448, l2_bytes=50 << 20)
-    config = load_space("attention")["triton"].default(names_for(get_op("attention").dims(case), device))
+    return names_for(get_op("attention").dims(case), device)
+
+
+def default(case: Problem) -> dict[str, ConfigValue]:
+    config = load_space("attention")["triton"].default(names_of(case))
     assert config is not None
     return config
 
 
 def test_a_cache_of_one_row_is_asked_for_by_default_and_may_be_left_alone() -> None:
-    device = DeviceFacts(device="cuda", isa="sm_90", num_units=132, smem_bytes=232448, l2_bytes=50 << 20)
     chosen = default(one_sequence())
     assert chosen["prefetch"] is True
-    names = names_for(get_op("attention").dims(one_sequence()), device)
-    assert load_space("attention")["triton"].violations({**chosen, "prefetch": False}, names) == []
+    assert load_space("attention")["triton"].violations({**chosen, "prefetch": False}, names_of(one_sequence())) == []
     assert plan_of(one_sequence(), chosen).launches[0].arguments["PREFETCH"] == 1
     assert "prefetch" not in default(problem()), "64 sequences are more than a cache holds"
     assert "prefetch" not in default(problem(q_len=2))
