@@ -210,8 +210,9 @@ class Hotspot(Record):
     `share` is its part of the scenario's step, `weight` its part of all scenarios together (their sum is at most 1).
     `roofline_us` is the least time that this machine's measured ceilings allow for all its calls. `estimated` times were not
     measured in the step: the compiler's own kernels do not say which nodes they are. `rivals` are keys of other problems of the
-    scenario whose entries would take some of the same nodes: only one of them can have a node. `nodes` has a digest of
-    each call's nodes: calls of two problems that have one in common would take the very same nodes. Empty: not known.
+    scenario whose entries would take some of the same nodes: only one of them can have a node; `rival_calls` says for each how
+    many calls of this problem it could take nodes of. `nodes` has a digest of each call's nodes: calls of two problems that
+    have one in common would take the very same nodes. Empty: not known.
     """
 
     problem: Problem
@@ -226,6 +227,7 @@ class Hotspot(Record):
     consumers: tuple[str, ...] = ()
     estimated: bool = False
     rivals: tuple[str, ...] = ()
+    rival_calls: tuple[int, ...] = ()
     nodes: tuple[str, ...] = ()
 
     @property

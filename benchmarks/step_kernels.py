@@ -66,7 +66,7 @@ def kernels_of(call: Callable[[], object]) -> list[dict[str, Any]]:
         torch.cuda.synchronize()
     found: list[dict[str, Any]] = []
     end = None
-    on_device = (e for e in profile.events() or () if e.device_type is torch.autograd.DeviceType.CUDA)
+    on_device = (e for e in profile.events() or () if str(e.device_type).endswith("CUDA"))
     for event in sorted(on_device, key=lambda e: e.time_range.start):
         span = event.time_range
         found.append({"name": event.name, "us": span.end - span.start, "gap_us": 0.0 if end is None else span.start - end})

@@ -82,6 +82,7 @@ def _hotspot(
     problem = sites[0].problem
     least_us = limits.least_us(key, problem)
     estimated = key not in scenario.call_us
+    rivals = tuple(other for other, names in nodes.items() if other != key and not names.isdisjoint(nodes[key]))
     time_us = (least_us + _KERNEL_US[problem.device] if estimated else scenario.call_us[key]) * num_calls
     share = time_us / scenario.step_us
     return Hotspot(
@@ -96,9 +97,14 @@ def _hotspot(
         producers=_distinct(site.producers for site in sites),
         consumers=_distinct(site.consumers for site in sites),
         estimated=estimated,
-        rivals=tuple(other for other, names in nodes.items() if other != key and not names.isdisjoint(nodes[key])),
+        rivals=rivals,
+        rival_calls=tuple(_num_shared(sites, nodes[other]) * num_calls // len(sites) for other in rivals),
         nodes=tuple(digest_of(sorted(site.nodes), _DIGEST) for site in sites if site.nodes),
     )
+
+
+def _num_shared(sites: Sequence[Site], names: frozenset[str]) -> int:
+    return sum(not names.isdisjoint(site.nodes) for site in sites)
 
 
 def _distinct(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:

@@ -117,6 +117,7 @@ def parts_of(scenario: str, winners: Sequence[Winner]) -> list[Part]:
     """The scenario's winners that exclude others or are excluded; empty where all go together.
 
     GEMMs that share an input are no rivals here: whether they are merged is decided by their own times (`confirm.compatible`).
+    What is merged saves nothing by itself.
     """
     own = {winner.hotspot.problem.key: winner for winner in winners if winner.hotspot.scenario == scenario}
     rivals = {
@@ -128,7 +129,7 @@ def parts_of(scenario: str, winners: Sequence[Winner]) -> list[Part]:
     return [
         Part(
             key=key,
-            saved_us=_saved_us(winner),
+            saved_us=_saved_us(winner) * _share_apart(winner, own),
             rivals=rivals[key],
             stock_us=winner.baseline_us * winner.hotspot.num_calls,
             # what Inductor can see into does not leave its neighbours the same
@@ -141,6 +142,17 @@ def parts_of(scenario: str, winners: Sequence[Winner]) -> list[Part]:
 
 def _is_fusion(winner: Winner) -> bool:
     return winner.hotspot.problem.op in FUSIONS
+
+
+def _share_apart(winner: Winner, own: Mapping[str, Winner]) -> float:
+    """The part of a GEMM's calls that no merged winner takes."""
+    merged = [
+        calls
+        for key, calls in zip(winner.hotspot.rivals, winner.hotspot.rival_calls, strict=False)
+        if key in own and own[key].hotspot.problem.op == "merged_mm"
+    ]
+    taken = 0 if winner.hotspot.problem.op == "merged_mm" or _is_fusion(winner) else max(merged, default=0)
+    return 1 - taken / winner.hotspot.num_calls
 
 
 def _saved_us(winner: Winner) -> float:

@@ -122,3 +122,15 @@ def test_problems_of_the_same_nodes_are_rivals_and_say_so() -> None:
     assert set(same.rivals) == {other.problem.key, part.problem.key}
     assert apart.rivals == ()
     assert rank([captured], CEILINGS)[0].nodes == (), "not known"
+
+
+def test_how_many_calls_a_rival_takes_nodes_of() -> None:
+    """o's product looks like q's, and nothing is merged with it; a model of fewer layers stands for all 12 calls."""
+    products = mm(1, 100, 100), mm(1, 300, 100)
+    captured = scenario("s", 1000, *((problem, 1, 1) for problem in (products[0],) * 4 + (products[1],) * 2))
+    names = iter((("q0",), ("o0",), ("q1",), ("o1",), ("q0", "k0"), ("q1", "k1")))
+    sites = tuple(dataclasses.replace(site, nodes=next(names)) for site in captured.sites)
+    fewer = dataclasses.replace(captured, sites=sites, num_calls={products[0].key: 12, products[1].key: 6})
+    found = {hotspot.problem: hotspot for hotspot in rank([fewer], CEILINGS)}
+    assert (found[products[0]].rivals, found[products[0]].rival_calls) == ((products[1].key,), (6,))
+    assert (found[products[1]].rivals, found[products[1]].rival_calls) == ((products[0].key,), (6,))

@@ -79,6 +79,17 @@ def test_merged_products_and_their_parts_are_no_rivals_here() -> None:
     assert parts_of("decode", [winner(MM, 1, MERGED), winner(MERGED, 2, MM)]) == []
 
 
+def test_what_is_merged_saves_nothing_by_itself() -> None:
+    """Else a plan with a merged product counts the savings of its parts as well, and wins over a fusion that takes both."""
+    mm, merged, fused = winner(MM, 3, MERGED, WHOLE, num_calls=4), winner(MERGED, 2, MM, WHOLE), winner(WHOLE, 9, MERGED, MM)
+    for calls, saved in ((4, 0), (1, 9), (0, 12)):
+        taken = replace(mm, hotspot=replace(mm.hotspot, rival_calls=(calls, 4)))
+        found = {part.key: part.saved_us for part in parts_of("decode", [taken, merged, fused])}
+        assert found == {MM.key: saved, MERGED.key: 2, WHOLE.key: 9}, "what the fusion takes is for the plan to say"
+    taken = replace(mm, hotspot=replace(mm.hotspot, rival_calls=(4, 4)))
+    assert {part.key: part.saved_us for part in parts_of("decode", [taken, fused])}[MM.key] == 12, "merging has not won"
+
+
 FIRST, SECOND = Plan(keys=(WHOLE.key,), saved_us=15), Plan(keys=(PART.key, MM.key), saved_us=3)
 
 
