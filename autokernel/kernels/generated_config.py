@@ -46,7 +46,8 @@ class ProductsConfig(Parameters):
         mode: "rows": rows of the left matrix are the rows of the matrix instruction. "swap": columns of the right one are, so
             that few rows waste nothing of an instruction of 64. "vector": one row, no matrix instruction.
         block_m, block_n, block_k: the tile. In mode "vector", block_m is 1.
-        block_s: columns of a tile where statistics of rows are found, before the loop over K; not used without statistics.
+        block_s: columns of a tile where statistics of rows are found, before the loop over K; not used without statistics, nor
+            in mode "vector" without split_k where they make a scale that can be taken out (`ops/row_scale.py`).
         split_k: programs that share a tile, each with a part of K; the last one to finish adds the parts in order.
         num_warps, num_stages: of Triton.
         precision: of products in fp32. "ieee": multiplied by vector units. "tf32x3": each factor is the sum of two numbers of

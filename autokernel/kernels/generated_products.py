@@ -10,6 +10,7 @@ from autokernel.kernels.generated_ops import rounded
 from autokernel.kernels.generated_source import Columns, Scope, Writer, indented, kernel_source, products_of
 from autokernel.kernels.launch import AHEAD
 from autokernel.ops.program import Line, Program
+from autokernel.ops.row_scale import row_scale
 from autokernel.records import TensorSpec
 
 _STATISTICS_BYTES = 98304  # of shared memory, for rows that are read ahead; the loop over K has it afterwards
@@ -109,6 +110,11 @@ class _Section:
         self.results, self.config, self.group, self.tiles_m = results, config, group, tiles_m
         self.rows, self.depth, self.ahead = rows, depth, ahead
         self.left = str(group.products[0].arguments[-2])
+        # one row is read once: the products begin at once, and are multiplied by its scale when they are there
+        self.scale = row_scale(program, results) if config.mode == "vector" and config.split_k == 1 else None
+        self.statistics = self.writer.statistics({self.scale.number}) if self.scale is not None else []
+        if self.scale is not None:
+            self.writer.leave_out(self.scale)
         self.dtype = results[self.left].dtype
         self.k = Columns("k", depth, config.block_k)
         self.n = Columns("n", group.columns, config.block_n)
@@ -126,8 +132,9 @@ class _Section:
         ]
         if self.ahead:
             lines += self._weights_ahead()
-        smem_bytes = _STATISTICS_BYTES if self.rows > 1 else 0
-        self.writer.walk({self.left}, Columns("k", self.depth, self.config.block_s), lines, smem_bytes)
+        if self.scale is None:
+            smem_bytes = _STATISTICS_BYTES if self.rows > 1 else 0
+            self.writer.walk({self.left}, Columns("k", self.depth, self.config.block_s), lines, smem_bytes)
         self._product(lines)
         if config.split_k == 1:
             lines += self._epilogue()
@@ -149,6 +156,8 @@ class _Section:
         """The first step of the loop over K, with weights that are there already."""
         scope = Scope(Columns("a_k", self.depth, self.config.block_k), prefix="a_")
         left = self.writer.tile(self.left, (), scope)
+        for statistic in self.statistics:
+            self.writer.join(statistic, scope)
         lines = [*scope.lines, f"a_x = {self._left(left)}"]
         for number, line in enumerate(self.group.products):
             lines += self._step(number, line, "a_")
@@ -156,16 +165,18 @@ class _Section:
 
     def _left(self, tile: str) -> str:
         """The left matrix's tile, rounded to the products' dtype; in mode vector it stays in fp32."""
-        shape = f"[{self.config.block_m}, {self.config.block_k}]"
-        return (
-            f"tl.broadcast_to({tile}, {shape}).to(tl.{self.dtype}){'.to(tl.float32)' if self.config.mode == 'vector' else ''}"
-        )
+        whole = f"tl.broadcast_to({tile}, [{self.config.block_m}, {self.config.block_k}])"
+        if self.scale is not None:
+            return whole
+        return f"{whole}.to(tl.{self.dtype}){'.to(tl.float32)' if self.config.mode == 'vector' else ''}"
 
     def _product(self, lines: list[str]) -> None:
         """Loop over K: `acc0`, `acc1`, ... are the products' tiles, [block_m, block_n]."""
         config, scope = self.config, Scope(self.k)
         for number, line in enumerate(self.group.products):
             lines.append(f"acc{number} = tl.zeros({self._accumulator(line)}, tl.float32)")
+        for statistic in self.statistics:
+            self.writer.begin(statistic, self.k, lines)
         first, end = "0", str(self.depth)
         if self.ahead:
             lines += self._product_ahead()
@@ -177,6 +188,8 @@ class _Section:
         left = self.writer.tile(self.left, (), scope)
         if self.k.ragged:
             left = f"tl.where({self.k.inside}, {left}, 0.0)"
+        for statistic in self.statistics:
+            self.writer.join(statistic, scope)
         scope.lines.append(f"x = {self._left(left)}")
         for number, line in enumerate(self.group.products):
             scope.lines += [f"w{number} = {self._weight(line, 'k')}", *self._step(number, line, "")]
@@ -192,6 +205,18 @@ class _Section:
                 lines.append(f"acc{number} = tl.sum(acc{number}, {axis})[None, :]")
             elif config.mode == "swap":
                 lines.append(f"acc{number} = tl.trans(acc{number})")
+        lines += self._scaled()
+
+    def _scaled(self) -> list[str]:
+        """The products times what was left out. Of a row whose scale is 0 they are 0, whatever it holds."""
+        if self.scale is None:
+            return []
+        scope = Scope(self.n)
+        for statistic in self.statistics:
+            self.writer.finish(statistic, scope.lines)
+        by = self.writer.tile(self.scale.number, (), scope)
+        numbers = range(len(self.group.products))
+        return [*scope.lines, *(f"acc{number} = tl.where({by} == 0, 0.0, acc{number} * {by})" for number in numbers)]
 
     def _accumulator(self, line: Line) -> str:
         config = self.config

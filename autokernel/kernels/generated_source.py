@@ -24,6 +24,7 @@ from autokernel.kernels.generated_ops import (
     sum_of_row,
 )
 from autokernel.ops.program import COMPARISONS, GEMMS, REDUCTIONS, Line, Program
+from autokernel.ops.row_scale import RowScale
 from autokernel.records import DTYPE_BYTES, TensorSpec, digest_of
 
 _TRUTHS = (*COMPARISONS, "isnan", "logical_not")
@@ -78,6 +79,12 @@ class Writer:
         self.block_m = block_m
         self.fixed: dict[str, str] = {}  # known everywhere: statistics and products
         self._lines = {line.name: line for line in program.lines}
+        self._exact: frozenset[str] = frozenset()  # lines that are not rounded
+
+    def leave_out(self, scale: RowScale) -> None:
+        """Compute rows without what they are multiplied by. Nothing is rounded then, for they may have any size."""
+        self._lines[scale.line] = Line(scale.line, "clone", (scale.kept,))
+        self._exact = scale.path
 
     @property
     def row_block(self) -> int:
@@ -126,7 +133,8 @@ class Writer:
         if dtype == "bool" and line.op not in (*_TRUTHS, "where", "reshape", "clone"):
             raise ValueError(f"generated kernels have no code for {line.op} of truth values")
         extra = line.arguments[1] if line.op in ("pow", "gelu") else None
-        return rounded(expression(line.op, operands, extra), line.op, dtype)
+        text = expression(line.op, operands, extra)
+        return text if line.name in self._exact else rounded(text, line.op, dtype)
 
     def _load(self, name: str, frame: tuple[int, ...], scope: Scope) -> str:
         spec = self.results[name]
@@ -190,16 +198,30 @@ class Writer:
             found = [s for s in statistics if s.level == level]
             scope = Scope(columns)
             for statistic in found:
-                start = reduction_of(statistic).start
-                lines.append(f"{_variable(statistic)}_sum = tl.full([{self.row_block}, {columns.block}], {start}, tl.float32)")
-                self._join(statistic, scope)
+                self.begin(statistic, columns, lines)
+                self.join(statistic, scope)
             stages = self._stages(scope, smem_bytes)
             ahead = f", num_stages={stages}" if stages > 1 else ""
             lines.append(f"for start in tl.range(0, {columns.count}, {columns.block}{ahead}):")
             lines.append(f"    {columns.name} = start + tl.arange(0, {columns.block})[None, :]")
             lines += [f"    {text}" for text in scope.lines]
             for statistic in found:
-                self._finish(statistic, f"{_variable(statistic)}_sum", lines)
+                self.finish(statistic, lines)
+
+    def begin(self, statistic: Statistic, columns: Columns, lines: list[str]) -> None:
+        """What it is before any tile of the row."""
+        start = reduction_of(statistic).start
+        lines.append(f"{_variable(statistic)}_sum = tl.full([{self.row_block}, {columns.block}], {start}, tl.float32)")
+
+    def join(self, statistic: Statistic, scope: Scope) -> None:
+        """With the scope's tile."""
+        running = f"{_variable(statistic)}_sum"
+        value = self._guarded(statistic, scope)
+        scope.lines.append(f"{running} = {reduction_of(statistic).join(running, value)}")
+
+    def finish(self, statistic: Statistic, lines: list[str]) -> None:
+        """Behind the last tile; it is known everywhere then."""
+        self._finish(statistic, f"{_variable(statistic)}_sum", lines)
 
     def _stages(self, scope: Scope, smem_bytes: int) -> int:
         """Tiles of each operand that fit into so much shared memory, 3 at most: loads then hide most of each other's time."""
@@ -212,11 +234,6 @@ class Writer:
         for statistic in self.statistics(names):
             value = self._guarded(statistic, scope)
             self._finish(statistic, value, scope.lines)
-
-    def _join(self, statistic: Statistic, scope: Scope) -> None:
-        running = f"{_variable(statistic)}_sum"
-        value = self._guarded(statistic, scope)
-        scope.lines.append(f"{running} = {reduction_of(statistic).join(running, value)}")
 
     def _guarded(self, statistic: Statistic, scope: Scope) -> str:
         """The tile that is reduced, with what changes nothing in the columns that are not there."""

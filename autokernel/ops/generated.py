@@ -18,6 +18,7 @@ from autokernel.ops.matching import op_name, settled, tensor_spec
 from autokernel.ops.product_regions import PRODUCTS, ProductRegions
 from autokernel.ops.program import GEMMS, REDUCTIONS, Argument, Line, Program, program_of, results_of, run
 from autokernel.ops.row_regions import RowRegions
+from autokernel.ops.row_scale import row_scale
 from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class Generated:
 
     def dims(self, problem: Problem) -> Mapping[str, int]:
         """`has_gemm`; `m` rows; `n` columns of all products together, `k` their depth (rows alone: `n` columns, `k` 0);
-        `num_products`, `num_reductions`, `num_outputs`; `dtype_bytes` of the widest matrix, `out_bytes` of the first result.
+        `num_products`, `num_reductions`, `num_outputs`; `dtype_bytes` of the widest matrix, `out_bytes` of the first result;
+        `scaled`, whether the left matrix has a scale for each row that can be taken out (`row_scale`).
         """
         program, results = program_of(problem), results_of(problem)
         products = [line for line in program.lines if line.op in GEMMS]
@@ -68,6 +70,7 @@ class Generated:
             "has_gemm": int(bool(products)), "m": m, "n": n, "k": k,
             "num_products": len(products), "num_reductions": reductions, "num_outputs": len(program.outputs),
             "dtype_bytes": widest, "out_bytes": DTYPE_BYTES[results["o0"].dtype],
+            "scaled": int(row_scale(program, results) is not None),
         }  # fmt: skip
 
     def flops(self, problem: Problem) -> int:

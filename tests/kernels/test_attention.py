@@ -148,11 +148,12 @@ def default(case: Problem) -> dict[str, ConfigValue]:
     return config
 
 
-def test_a_cache_of_one_row_is_asked_for_by_default_and_may_be_left_alone() -> None:
+def test_a_cache_of_one_row_may_be_asked_for_and_is_left_alone_by_default() -> None:
     chosen = default(one_sequence())
-    assert chosen["prefetch"] is True
-    assert load_space("attention")["triton"].violations({**chosen, "prefetch": False}, names_of(one_sequence())) == []
-    assert plan_of(one_sequence(), chosen).launches[0].arguments["PREFETCH"] == 1
+    assert chosen["prefetch"] is False
+    asking = {**chosen, "prefetch": True}
+    assert load_space("attention")["triton"].violations(asking, names_of(one_sequence())) == []
+    assert [plan_of(one_sequence(), c).launches[0].arguments["PREFETCH"] for c in (chosen, asking)] == [0, 1]
     assert "prefetch" not in default(problem()), "64 sequences are more than a cache holds"
     assert "prefetch" not in default(problem(q_len=2))
 

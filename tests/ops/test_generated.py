@@ -146,8 +146,8 @@ def test_sizes_and_costs() -> None:
     specs = tuple(spec for x in (rows(6, K), W) if (spec := spec_of(x)) is not None)
     problem = Problem(op="generated", inputs=specs, device="cpu", scalars=(("program", text),))
     dims = OP.dims(problem)
-    assert {name: dims[name] for name in ("has_gemm", "m", "n", "k", "num_products", "num_reductions")} == {
-        "has_gemm": 1, "m": 6, "n": N, "k": K, "num_products": 1, "num_reductions": 1,
+    assert {name: dims[name] for name in ("has_gemm", "m", "n", "k", "num_products", "num_reductions", "scaled")} == {
+        "has_gemm": 1, "m": 6, "n": N, "k": K, "num_products": 1, "num_reductions": 1, "scaled": 1,
     }  # fmt: skip
     assert OP.num_bytes(problem) == 4 * (6 * K + N * K + 6 * N)
     assert OP.flops(problem) >= 2 * 6 * N * K

@@ -173,10 +173,12 @@ def test_side_by_side_is_proposed_first_for_few_rows(backend: str) -> None:
     assert config["merge"] == "concat"
 
 
-def generated_names(m: int, *, products: int = 1, outputs: int = 1, reductions: int = 0, size: int = 2) -> Names:
+def generated_names(
+    m: int, *, products: int = 1, outputs: int = 1, reductions: int = 0, scaled: int = 0, size: int = 2
+) -> Names:
     dims = {
         "has_gemm": 1, "m": m, "n": 4096 * products, "k": 4096, "num_products": products, "num_reductions": reductions,
-        "num_outputs": outputs, "dtype_bytes": size, "out_bytes": size,
+        "num_outputs": outputs, "dtype_bytes": size, "out_bytes": size, "scaled": scaled,
     }  # fmt: skip
     return names_for(dims, H200)
 
@@ -198,6 +200,8 @@ def test_generated_products_are_taken_for_the_skinny_kernels() -> None:
         (generated_names(197), False),
         (generated_names(16, size=4), False),
         (generated_names(1, reductions=1), False),
+        (generated_names(1, reductions=1, scaled=1), True),
+        (generated_names(2, reductions=1, scaled=1), False),
         ({**generated_names(1), "has_gemm": 0}, False),
     ],
 )
