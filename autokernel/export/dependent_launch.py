@@ -1,13 +1,15 @@
 """Programmatic dependent launch of Triton kernels: the graph option `pdl`, for our own (true), for all of a graph ("all"), or
-for all but those of ours whose programs do not find room on the device at once ("one_wave").
+for those of ours that have something to do before they need what the kernel in front of them writes ("ahead").
 
 A kernel that is launched so starts while the one in front of it still runs, and waits for its results as the first thing it
 does: what is saved is the launch, and the time until all multiprocessors are busy. Every such kernel lets the next one
 start at once, and waits before it reads or writes anything; whatever else is in the stream waits for all of it, as always.
 Some of ours read their first weights before they wait: parameters, which no kernel of a graph writes (`may_read_ahead`).
 
-Each program pays for the wait. Where thousands of short ones follow each other only the first wave of them gains: with
-"one_wave" such a kernel is launched as usual, and its last wave lets the next one start.
+Each program pays for the wait, and where thousands of short ones follow each other only the first wave of them gains. With
+"ahead" a kernel is launched so if it reads or asks for memory ahead, its programs are a few waves at most, and its loop is not
+pipelined (the pipeline would start when the first weights are multiplied); all others are launched as usual, and only let the
+next one start.
 
 Inductor knows such launches for kernels that it writes itself (`triton.enable_pdl`), but not for those of others and for
 templates, and its own wait only for the kernel in front, where they need its results. Here the word is put in where Inductor
@@ -24,7 +26,7 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from autokernel.kernels.launch import AHEAD
@@ -33,17 +35,17 @@ from autokernel.records import ConfigValue
 
 log = logging.getLogger(__name__)
 
-OPTION, ALL, ONE_WAVE = "pdl", "all", "one_wave"
+OPTION, ALL, ONLY_AHEAD = "pdl", "all", "ahead"
 _OURS = ("autokernel.kernels.", "autokernel_")  # modules of kernels that are read from files, and of generated ones
 _DECORATOR, _META, _LAUNCH = "@triton_heuristics.", "triton_meta={", "'launch_pdl': True, "
 _SAID = re.compile(r"'launch_pdl': False(, )?")  # by Inductor, of kernels of its own
 _COOPERATIVE = "'launch_cooperative_grid': True"  # all blocks at once: launched as usual
 _LAUNCH_NEXT, _WAIT = "tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()"
-_PROGRAM = "tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))"
 _WAITS_ITSELF = re.compile(rf"'{AHEAD}': 1\b")  # in what Inductor says of compile-time arguments
 _QUOTES = "'''"
 
 _MAX_PROGRAMS, _MAX_WARPS = 32, 64  # of a multiprocessor, from Hopper on
+_MAX_WAVES = 8
 
 _state = threading.local()
 
@@ -53,7 +55,7 @@ def dependent_launches(of: ConfigValue, inputs: Sequence[Any]) -> Iterator[None]
     """While Inductor compiles in this thread: kernels of ours are launched so, or all of Triton's.
 
     Args:
-        of: the option's value, True, "all" or "one_wave"; with False nothing changes.
+        of: the option's value, True, "all" or "ahead"; with False nothing changes.
         inputs: of the graph that is compiled.
     """
     import torch
@@ -81,24 +83,23 @@ def _install() -> None:
     def define_user_defined_triton_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         _state.ours = str(getattr(given["kernel"].fn, "__module__", "")).startswith(_OURS)
-        _state.next_from = _beyond_one_wave(given["grids"][0], given["configs"][0].num_warps) if _state.ours else None
         try:
             return define_user(self, *args, **kwargs)
         finally:
-            _state.ours, _state.next_from = False, None
+            _state.ours = False
 
     @functools.wraps(define)
     def define_kernel(self: Any, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any) -> Any:
         active = getattr(_state, "active", False)
-        if active and (getattr(_state, "ours", False) or (active in (ALL, ONE_WAVE) and _DECORATOR in kernel_body)):
-            kernel_body = dependent(kernel_body, getattr(_state, "next_from", None))
+        if active and (getattr(_state, "ours", False) or (active in (ALL, ONLY_AHEAD) and _DECORATOR in kernel_body)):
+            kernel_body = dependent(kernel_body, only_ahead=active == ONLY_AHEAD)
         return define(self, kernel_name, kernel_body, *args, **kwargs)
 
     define_kernel.autokernel = True  # type: ignore[attr-defined]
     wrapper.define_kernel, wrapper.define_user_defined_triton_kernel = define_kernel, define_user_defined_triton_kernel
 
 
-def may_read_ahead(weights: Iterable[Any], grid: Sequence[int], num_warps: int) -> bool:
+def may_read_ahead(weights: Sequence[Any], grid: Sequence[int], num_warps: int, num_stages: int) -> bool:
     """Whether a kernel may read these before the kernel in front of it has ended.
 
     If it is launched while that one runs: constants of the graph, and its inputs that are parameters which it does not
@@ -108,8 +109,11 @@ def may_read_ahead(weights: Iterable[Any], grid: Sequence[int], num_warps: int) 
         weights: Inductor's nodes of them.
         grid: the kernel's.
         num_warps: of each of its programs.
+        num_stages: that its loop is pipelined in.
     """
-    if not getattr(_state, "active", False) or _beyond_one_wave(grid, num_warps) is not None:
+    active = getattr(_state, "active", False)
+    dear = active == ONLY_AHEAD and (_waves(grid, num_warps) > _MAX_WAVES or (bool(weights) and num_stages > 1))
+    if not active or dear:
         return False
     from torch._inductor.virtualized import V
 
@@ -127,15 +131,12 @@ def may_read_ahead(weights: Iterable[Any], grid: Sequence[int], num_warps: int) 
     return all(is_kept(weight.get_name()) for weight in weights)
 
 
-def _beyond_one_wave(grid: Sequence[Any], num_warps: int) -> int | None:
-    """With "one_wave", of a grid that does not find room at once: the program that its last wave may begin with."""
-    if getattr(_state, "active", False) != ONE_WAVE:
-        return None
+def _waves(grid: Sequence[int], num_warps: int) -> float:
+    """How often the programs of a grid fill the device, if nothing but their number and warps limits them."""
     import torch
 
     room = num_units_of(torch.device("cuda")) * min(_MAX_PROGRAMS, _MAX_WARPS // num_warps)
-    num_programs = math.prod(int(size) for size in grid)
-    return num_programs - room if num_programs > room else None
+    return math.prod(grid) / room
 
 
 def _writes(node: Any) -> bool:
@@ -145,12 +146,12 @@ def _writes(node: Any) -> bool:
     return node.op == "call_function" and not ours and (schema is None or bool(schema.is_mutable))
 
 
-def dependent(body: str, next_from: int | None = None) -> str:
+def dependent(body: str, *, only_ahead: bool = False) -> str:
     """Inductor's text of a kernel, as one that is launched while another runs; unchanged if it is not as expected.
 
     Args:
         body: the text.
-        next_from: if given the kernel is launched as usual, and its programs from this one on let the next kernel start.
+        only_ahead: a kernel that does nothing before its wait is launched as usual, and only lets the next one start.
     """
     if _COOPERATIVE in body:
         return body
@@ -158,7 +159,8 @@ def dependent(body: str, next_from: int | None = None) -> str:
         start, end = body.index(_QUOTES) + len(_QUOTES), body.rindex(_QUOTES)
         source = body[start:end].replace("\\'\\'\\'", _QUOTES)
         meta = source.index(_META, source.index(_DECORATOR)) + len(_META)
-        if next_from is None:
+        waits_itself = _WAITS_ITSELF.search(source, meta) is not None
+        if waits_itself or not only_ahead:
             source = f"{source[:meta]}{_LAUNCH}{_SAID.sub('', source[meta:], count=1)}"
         lines = source.splitlines()
         tree = ast.parse(source)
@@ -167,9 +169,7 @@ def dependent(body: str, next_from: int | None = None) -> str:
     except (ValueError, SyntaxError, StopIteration) as error:
         log.warning("autokernel: a kernel is launched as usual, for Inductor's text of it is not as expected: %s", error)
         return body
-    begin = [_LAUNCH_NEXT] if _WAITS_ITSELF.search(source, meta) else [_LAUNCH_NEXT, _WAIT]
-    if next_from is not None:
-        begin = [f"if {_PROGRAM} >= {next_from}:", f"    {_LAUNCH_NEXT}"]
+    begin = [_LAUNCH_NEXT] if waits_itself or only_ahead else [_LAUNCH_NEXT, _WAIT]
     lines[first.lineno - 1 : first.lineno - 1] = [" " * first.col_offset + line for line in begin]
     return body[:start] + "\n".join(lines).replace(_QUOTES, "\\'\\'\\'") + "\n" + body[end:]
 

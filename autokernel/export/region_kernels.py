@@ -77,7 +77,7 @@ def lower_region(
     for launch in plan.launches:
         arguments = resolve(launch, {"in": held, "out": outputs, "scratch": scratch})
         weights = None if launch.weights is None else [arguments[name] for name in launch.weights]
-        if weights is not None and may_read_ahead(weights, launch.grid, launch.num_warps):
+        if weights is not None and may_read_ahead(weights, launch.grid, launch.num_warps, launch.num_stages):
             arguments[AHEAD] = 1
         enqueue(
             launch.kernel,

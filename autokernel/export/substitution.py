@@ -162,7 +162,7 @@ def lower_skinny_mm(config: SkinnyConfig, num_units: int, *arguments: Any) -> An
         descriptors["x"] = ("stable", ((config.block_m, config.block_k),))
         descriptors["w"] = ("stable", ((config.block_n, config.block_k),))
     grid = (config.programs(m, n, k, num_units), 1, 1)
-    ahead = may_read_ahead([w], grid, config.num_warps)
+    ahead = may_read_ahead([w], grid, config.num_warps, config.num_stages)
     enqueue(
         skinny_mm_kernel,
         grid,

@@ -14,6 +14,7 @@ import optuna
 from autokernel.search.plans import Part, Plan, best_plans, completed, differing_us
 
 _TRIES = 64  # proposals that were known already before the study is taken to be exhausted
+_AT_LEAST = 3  # plans of the first round: sums of savings are off by what a launch takes, and what neighbours gain
 _TOLD_PLANS = 32  # how many plans tell the sampler what sums of savings look like
 
 
@@ -44,8 +45,8 @@ class PlanStudy:
             self._tell(plan, plan.saved_us)
 
     def first(self) -> list[Plan]:
-        """The plans that should save most: the better half of what may be proposed, two at least."""
-        count = min(self._limit, max(2, math.ceil(self._limit / 2)))
+        """The plans that should save most: the better half of what may be proposed, three at least."""
+        count = min(self._limit, max(_AT_LEAST, math.ceil(self._limit / 2)))
         found: list[Plan] = []
         for plan in self._ranked:
             if len(found) == count:

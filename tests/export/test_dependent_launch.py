@@ -230,10 +230,15 @@ def test_what_may_be_read_ahead(active: bool, frozen: bool) -> None:
 
     def look(self: Any) -> Any:
         seen.update(
-            {buffer.data.data.layout.size[0]: may_read_ahead([buffer], (1, 1, 1), 4) for buffer in self.graph_inputs.values()}
+            {
+                buffer.data.data.layout.size[0]: may_read_ahead([buffer], (1, 1, 1), 4, 1)
+                for buffer in self.graph_inputs.values()
+            }
         )
-        constants.extend(may_read_ahead([mock.Mock(get_name=lambda name=name: name)], (1, 1, 1), 4) for name in self.constants)
-        computed.extend(may_read_ahead([buffer], (1, 1, 1), 4) for buffer in self.buffers)
+        constants.extend(
+            may_read_ahead([mock.Mock(get_name=lambda name=name: name)], (1, 1, 1), 4, 1) for name in self.constants
+        )
+        computed.extend(may_read_ahead([buffer], (1, 1, 1), 4, 1) for buffer in self.buffers)
         raise Generated
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -270,24 +275,25 @@ def test_inputs_that_were_taken_apart_are_not_read_ahead() -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     with V.set_graph_handler(lowered):
         with dependent_launches(True, [parameter, parameter]):
-            assert [may_read_ahead([named[name]], (1, 1, 1), 4) for name in ("a", "b", "kept")] == [True, True, True]
+            assert [may_read_ahead([named[name]], (1, 1, 1), 4, 1) for name in ("a", "b", "kept")] == [True, True, True]
         with dependent_launches(True, [parameter]):
-            assert [may_read_ahead([named[name]], (1, 1, 1), 4) for name in ("a", "b", "kept")] == [False, False, True]
+            assert [may_read_ahead([named[name]], (1, 1, 1), 4, 1) for name in ("a", "b", "kept")] == [False, False, True]
 
 
 @pytest.mark.parametrize(
-    ("option", "grid", "num_warps", "ahead"),
+    ("option", "grid", "num_warps", "num_stages", "ahead"),
     [
-        ("one_wave", (132 * 16, 1, 1), 4, True),
-        ("one_wave", (132, 16, 1), 4, True),
-        ("one_wave", (132, 17, 1), 4, False),
-        ("one_wave", (132 * 32, 1, 1), 1, True),
-        ("one_wave", (132 * 32 + 1, 1, 1), 1, False),
-        ("all", (132, 17, 1), 4, True),
+        ("ahead", (132 * 16 * 8, 1, 1), 4, 1, True),
+        ("ahead", (132, 16, 8), 4, 1, True),
+        ("ahead", (132, 16 * 8 + 1, 1), 4, 1, False),
+        ("ahead", (132 * 32 * 8, 1, 1), 1, 1, True),
+        ("ahead", (132 * 32 * 8 + 1, 1, 1), 1, 1, False),
+        ("ahead", (132, 1, 1), 4, 2, False),
+        ("all", (132, 16 * 8 + 1, 1), 4, 2, True),
     ],
 )
-def test_weights_are_read_ahead_by_programs_that_find_room_at_once(
-    option: str, grid: tuple[int, int, int], num_warps: int, ahead: bool
+def test_weights_are_read_ahead_by_a_few_waves_of_programs_without_a_pipeline(
+    option: str, grid: tuple[int, int, int], num_warps: int, num_stages: int, ahead: bool
 ) -> None:
     """A multiprocessor takes 64 warps, of 32 programs at most."""
     from torch._inductor.virtualized import V
@@ -296,30 +302,31 @@ def test_weights_are_read_ahead_by_programs_that_find_room_at_once(
     graph.output(())
     lowered = mock.Mock(constants={"kept": None}, module=torch.fx.GraphModule({}, graph))
     with pretended_h200(), V.set_graph_handler(lowered), dependent_launches(option, []):
-        assert may_read_ahead([mock.Mock(get_name=lambda: "kept")], grid, num_warps) is ahead
+        assert may_read_ahead([mock.Mock(get_name=lambda: "kept")], grid, num_warps, num_stages) is ahead
+        few = num_stages == 1 and ahead
+        assert may_read_ahead([], grid, num_warps, num_stages) is (few or num_stages == 2), "who only asks has no weights"
 
 
-def test_with_one_wave_small_grids_are_launched_as_with_all() -> None:
-    assert kernels(code_with("one_wave")) == kernels(code_with("all"))
+def test_with_ahead_a_kernel_is_launched_as_usual_that_does_nothing_before_its_wait() -> None:
+    for text in kernels(code_with("ahead")).values():
+        assert not meta_of(text).get("launch_pdl"), "the weight is an input like others here"
+        assert entry_of(text)[0] == "tl.extra.cuda.gdc_launch_dependents()"
+        assert "gdc_wait" not in entry_of(text)[1]
+        assert meta_of(text)["constants"].get("AHEAD", 0) == 0
 
 
-def test_with_one_wave_the_last_programs_of_a_large_grid_let_the_next_kernel_start(
+def test_with_ahead_a_kernel_that_begins_with_weights_waits_behind_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """512 programs of 32 warps; two of them find room on a multiprocessor."""
-    found = kernels(code_with("one_wave", BLOCK_N=1, num_warps=32))
+    monkeypatch.setattr("autokernel.export.substitution.may_read_ahead", lambda *_: True)
+    found = kernels(code_with("ahead"))
     (ours,) = [text for name, text in found.items() if name.startswith("skinny_mm_kernel")]
     (other,) = [text for name, text in found.items() if not name.startswith("skinny_mm_kernel")]
-    assert meta_of(other)["launch_pdl"] is True
-    assert not meta_of(ours).get("launch_pdl")
-    assert meta_of(ours)["constants"]["AHEAD"] == 0
-    first, *rest = entry_of(ours)
-    assert re.fullmatch(rf"if .*program_id.* >= {512 - 264}:\n    tl.extra.cuda.gdc_launch_dependents\(\)", first)
-    assert not any("gdc" in line for line in rest)
-    ptx = ptx_of(ours, tmp_path, monkeypatch)
-    assert "griddepcontrol.wait" not in ptx
-    assert ptx.count("griddepcontrol.launch_dependents") == 1
-    assert "gdc_wait" in kernels(code_with("all", BLOCK_N=1, num_warps=32))[next(n for n, t in found.items() if t is ours)]
+    assert meta_of(ours)["launch_pdl"] is True
+    assert meta_of(ours)["constants"]["AHEAD"] == 1
+    assert not meta_of(other).get("launch_pdl")
+    assert ptx_of(ours, tmp_path, monkeypatch).count("griddepcontrol.wait") == 1
+    assert ptx_of(ours, tmp_path, monkeypatch).count("griddepcontrol.launch_dependents") == 1
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,9 @@ def replays(
     """Results of a CUDA graph for these inputs, by a bundle; and how many kernels read or ask for something ahead."""
     inputs, ahead = [x.clone() for x in draws[0]], 0
 
-    def look(body: str, next_from: int | None = None) -> str:
+    def look(body: str, *, only_ahead: bool = False) -> str:
         nonlocal ahead
-        made = dependent(body, next_from)
+        made = dependent(body, only_ahead=only_ahead)
         ahead += made.count("'AHEAD': 1") > 0
         return made
 
@@ -115,8 +115,8 @@ def replays(
 
 @pytest.mark.parametrize(
     ("config", "num_ahead"),
-    [(SKINNY, 2), ({**SKINNY, "BLOCK_N": 1, "num_warps": 8}, 1)],
-    ids=["all programs find room", "down has more of them"],
+    [(SKINNY, 2), ({**SKINNY, "num_stages": 2}, 1)],
+    ids=["both read ahead", "down has a pipeline"],
 )
 def test_results_are_the_same_bits_with_dependent_launches(config: dict[str, ConfigValue], num_ahead: int) -> None:
     torch.manual_seed(0)
@@ -125,9 +125,9 @@ def test_results_are_the_same_bits_with_dependent_launches(config: dict[str, Con
     with torch.no_grad():
         entries = tuple(entries_of(model, draws[0], config))
         expected: list[torch.Tensor] = []
-        for option in (False, True, "all", "one_wave"):
+        for option in (False, True, "all", "ahead"):
             results, ahead = replays(model, bundle_with(entries, option), [(x,) for x in draws], LAYERS, rounds=20)
-            expected_ahead = {False: 0, "one_wave": num_ahead}.get(option, 2)
+            expected_ahead = {False: 0, "ahead": num_ahead}.get(option, 2)
             assert ahead == expected_ahead, "the kernel of the norm and both products, and that of down"
             expected = expected or results
             assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), option
@@ -178,13 +178,13 @@ def test_attention_that_asks_for_the_cache_early_sees_what_is_written_meanwhile(
         torch._dynamo.reset()
         torch.compile(model, options={"post_grad_custom_post_pass": keep, "fx_graph_cache": False})(draws[0], places[0])
         (problem,) = problems.values()
-        for option in (False, "all", "one_wave"):
+        for option in (False, "all", "ahead"):
             model.keys.zero_()  # type: ignore[operator]
             model.values.zero_()  # type: ignore[operator]
             bundle = bundle_with([Entry(problem=problem, backend="triton", config=ATTENTION)], option)
             found[option], ahead = replays(model, bundle, [*zip(draws, places, strict=True)], 1, rounds=1)
             assert ahead == int(bool(option))
-    for option in ("all", "one_wave"):
+    for option in ("all", "ahead"):
         assert all(torch.equal(a, b) for a, b in zip(found[False], found[option], strict=True)), option
     for exact, got in zip(found["eager"], found["all"], strict=True):
         torch.testing.assert_close(got, exact, rtol=2e-2, atol=2e-2)
