@@ -13,6 +13,7 @@ from autokernel.ops.program import Line, Program
 from autokernel.ops.row_scale import row_scale
 from autokernel.records import TensorSpec
 
+_COLUMNS = "n = n_at[None, :]"
 _STATISTICS_BYTES = 98304  # of shared memory, for rows that are read ahead; the loop over K has it afterwards
 
 
@@ -92,6 +93,11 @@ def groups_of(program: Program, results: Mapping[str, TensorSpec]) -> list[Group
     return found
 
 
+def _reads_input(line: str) -> bool:
+    """Whether a line of the epilogue needs nothing that comes before it, so that it can be on its way during the products."""
+    return line.startswith("v_i") and " = tl.load(i" in line
+
+
 class _Section:
     """The code of one group's tiles."""
 
@@ -135,11 +141,13 @@ class _Section:
         if self.scale is None:
             smem_bytes = _STATISTICS_BYTES if self.rows > 1 else 0
             self.writer.walk({self.left}, Columns("k", self.depth, self.config.block_s), lines, smem_bytes)
-        self._product(lines)
-        if config.split_k == 1:
-            lines += self._epilogue()
-            return lines
-        return [*lines, *self._joined(tiles_before, parts_before)]
+        product: list[str] = []
+        self._product(product)
+        if config.split_k > 1:
+            return [*lines, *product, *self._joined(tiles_before, parts_before)]
+        epilogue = self._epilogue()
+        early = [line for line in epilogue if _reads_input(line)] if config.mode == "vector" else []
+        return [*lines, _COLUMNS, *early, *product, *(line for line in epilogue if line not in early)]
 
     def weights(self) -> list[str]:
         """The right matrices, as inputs of the program."""
@@ -271,7 +279,6 @@ class _Section:
     def _epilogue(self) -> list[str]:
         """From the accumulators to the stored outputs."""
         scope = Scope(self.n)
-        scope.lines.append("n = n_at[None, :]")
         for number, line in enumerate(self.group.products):
             text = f"acc{number}"
             if line.op == "addmm":
@@ -304,5 +311,5 @@ class _Section:
         inner += [
             f'    acc{number} += tl.load({theirs} + {number * size} + place, cache_modifier=".cg")' for number in range(count)
         ]
-        inner += [f"tl.store(counters + {tiles_before} + tile, 0)", *self._epilogue()]
+        inner += [f"tl.store(counters + {tiles_before} + tile, 0)", _COLUMNS, *self._epilogue()]
         return [*lines, *(f"    {line}" for line in inner)]

@@ -255,3 +255,22 @@ def test_rows_are_found_wherever_they_lie(
         wanted = sum(eval(term, {"row": row}) for term in terms)
         assert sum(eval(term, {"row": row}) for term in found) == wanted
     assert len(found) == len(terms)
+
+
+def test_what_is_added_to_one_row_is_asked_for_before_the_threads_add_up() -> None:
+    """Else its latency comes last, behind barriers."""
+    text = "t0 = t(i2); t1 = mm(i1, t0); o0 = add(i0, t1)"
+    operands = (spec(1, D), spec(1, D), spec(D, D))
+    problem = Problem(op="generated", inputs=operands, device="cuda", scalars=(("program", text),))
+    config = {
+        **default(problem),
+        "mode": "vector",
+        "block_m": 1,
+        "block_n": 1,
+        "block_k": 2048,
+        "num_warps": 8,
+        "num_stages": 1,
+    }
+    ptx = ptx_of(problem, plan_of(problem, config))
+    assert ptx.index("ld.global.b16") < ptx.index("bar.sync")
+    assert ptx.index("ld.global.b16") < ptx.index("shfl.sync")
