@@ -172,6 +172,9 @@ class PrefillScenario(Section):
     )
 
 
+_TOP_K = 50
+
+
 class DecodeScenario(Section):
     """A language model produces one token per sequence, with a static KV cache."""
 
@@ -183,11 +186,16 @@ class DecodeScenario(Section):
         description="what the step ends with instead of logits; argmax: the likeliest token of each sequence; top_k: the "
         "likeliest ones and their logits, which a sampler draws from",
     )
-    top_k: PositiveInt = Field(50, description="how many tokens `sample: top_k` keeps")
+    top_k: PositiveInt | None = Field(None, description="how many tokens `sample: top_k` keeps; 50 if it is not given")
+
+    @property
+    def num_sampled(self) -> int:
+        """How many tokens of each sequence `sample: top_k` keeps."""
+        return self.top_k or _TOP_K
 
     @model_validator(mode="after")
     def _top_k_is_sampled(self) -> DecodeScenario:
-        if "top_k" in self.model_fields_set and self.sample != "top_k":
+        if self.top_k is not None and self.sample != "top_k":
             raise ValueError(f"top_k: {self.top_k} is for `sample: top_k`, not `sample: {self.sample}`")
         return self
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from autokernel.config import Experiment, load_experiment, parse_yaml_mapping
+from autokernel.config import Experiment, LoadedExperiment, load_experiment, parse_yaml_mapping
 from autokernel.errors import ConfigError
 
 MODEL = {"factory": "model.py:make"}
@@ -59,7 +59,13 @@ def message_of(path: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_packages_own_experiments_are_good(path: Path) -> None:
-    assert load_experiment(path).experiment.name == path.stem.replace("_", "-")
+    loaded = load_experiment(path)
+    assert loaded.experiment.name == path.stem.replace("_", "-")
+    assert as_a_fresh_process_gets_it(loaded) == loaded
+
+
+def as_a_fresh_process_gets_it(loaded: LoadedExperiment) -> LoadedExperiment:
+    return LoadedExperiment.model_validate(json.loads(json.dumps(loaded.model_dump(mode="json"))))
 
 
 def test_the_experiment_with_cute_kernels_is_the_other_one_with_more_to_try() -> None:
@@ -225,8 +231,14 @@ def test_mistakes_with_models_of_a_class(write: Any, changes: dict[str, Any], sa
 
 
 def test_declared_inputs_survive_json(write: Any) -> None:
-    experiment = load_experiment(write(CLASS, {"scenarios.one.inputs.many": [{"shape": [2]}, 3, None]})).experiment
-    assert Experiment.model_validate(json.loads(json.dumps(experiment.model_dump(mode="json")))) == experiment
+    loaded = load_experiment(write(CLASS, {"scenarios.one.inputs.many": [{"shape": [2]}, 3, None]}))
+    assert as_a_fresh_process_gets_it(loaded) == loaded
+
+
+@pytest.mark.parametrize("sample", [{}, {"sample": "argmax"}, {"sample": "top_k"}, {"sample": "top_k", "top_k": 8}])
+def test_decoding_survives_json(write: Any, sample: dict[str, Any]) -> None:
+    loaded = load_experiment(write(LANGUAGE, {"scenarios.step": {"kind": "decode", "context": 16, **sample}}))
+    assert as_a_fresh_process_gets_it(loaded) == loaded
 
 
 def test_all_mistakes_are_told_at_once(write: Any) -> None:

@@ -113,7 +113,7 @@ def _scenario(scenario: PrefillScenario | DecodeScenario | CallScenario) -> str:
         case PrefillScenario():
             return f"prefill, batch {scenario.batch}, {scenario.length} tokens"
         case DecodeScenario():
-            end = {"none": "", "argmax": ", greedy sampling", "top_k": f", the {scenario.top_k} likeliest tokens"}
+            end = {"none": "", "argmax": ", greedy sampling", "top_k": f", the {scenario.num_sampled} likeliest tokens"}
             return f"decode, batch {scenario.batch}, {scenario.context} tokens in the cache{end[scenario.sample]}"
         case CallScenario():
             inputs = f"from {scenario.inputs}" if isinstance(scenario.inputs, str) else ", ".join(scenario.inputs)

@@ -10,7 +10,7 @@ from autokernel.kernels.generated_ops import rounded
 from autokernel.kernels.generated_source import Columns, Scope, Writer, indented, kernel_source, products_of
 from autokernel.kernels.launch import AHEAD
 from autokernel.ops.program import Line, Program
-from autokernel.ops.row_scale import row_scale
+from autokernel.ops.row_scale import RowScale, row_scale
 from autokernel.records import TensorSpec
 
 _COLUMNS = "n = n_at[None, :]"
@@ -173,10 +173,12 @@ class _Section:
 
     def _left(self, tile: str) -> str:
         """The left matrix's tile, rounded to the products' dtype; in mode vector it stays in fp32."""
-        whole = f"tl.broadcast_to({tile}, [{self.config.block_m}, {self.config.block_k}])"
         if self.scale is not None:
-            return whole
-        return f"{whole}.to(tl.{self.dtype}){'.to(tl.float32)' if self.config.mode == 'vector' else ''}"
+            return self._whole(tile)
+        return f"{self._whole(tile)}.to(tl.{self.dtype}){'.to(tl.float32)' if self.config.mode == 'vector' else ''}"
+
+    def _whole(self, tile: str) -> str:
+        return f"tl.broadcast_to({tile}, [{self.config.block_m}, {self.config.block_k}])"
 
     def _product(self, lines: list[str]) -> None:
         """Loop over K: `acc0`, `acc1`, ... are the products' tiles, [block_m, block_n]."""
@@ -193,38 +195,61 @@ class _Section:
             share = -(-self.depth // (config.block_k * config.split_k)) * config.block_k
             lines.append(f"first = (program % {config.split_k}) * {share}")
             first, end = "first", f"tl.minimum(first + {share}, {self.depth})"
-        left = self.writer.tile(self.left, (), scope)
-        if self.k.ragged:
-            left = f"tl.where({self.k.inside}, {left}, 0.0)"
+        left = self._inside(self.writer.tile(self.left, (), scope))
         for statistic in self.statistics:
             self.writer.join(statistic, scope)
         scope.lines.append(f"x = {self._left(left)}")
-        for number, line in enumerate(self.group.products):
-            scope.lines += [f"w{number} = {self._weight(line, 'k')}", *self._step(number, line, "")]
-        # where no product tells Triton to read ahead
-        stages = f", num_stages={config.num_stages}" if config.mode == "vector" else ""
-        lines.append(f"for start in tl.range({first}, {end}, {config.block_k}{stages}):")
-        lines.append(f"    k_at = start + tl.arange(0, {config.block_k})")
-        lines.append("    k = k_at[None, :]")
-        lines += [f"    {text}" for text in scope.lines]
+        self._loop(scope, first, end, lines)
         for number, line in enumerate(self.group.products):
             if config.mode == "vector":
-                axis = 1 if self._along_k(line) else 0
-                lines.append(f"acc{number} = tl.sum(acc{number}, {axis})[None, :]")
+                lines.append(f"acc{number} = {self._added_up(f'acc{number}', line)}")
             elif config.mode == "swap":
                 lines.append(f"acc{number} = tl.trans(acc{number})")
-        lines += self._scaled()
+        if self.scale is not None:
+            lines += self._scaled(self.scale)
 
-    def _scaled(self) -> list[str]:
-        """The products times what was left out. Of a row whose scale is 0 they are 0, whatever it holds."""
-        if self.scale is None:
-            return []
+    def _inside(self, tile: str) -> str:
+        """The tile with zeros where K has ended."""
+        return f"tl.where({self.k.inside}, {tile}, 0.0)" if self.k.ragged else tile
+
+    def _loop(self, scope: Scope, first: str, end: str, lines: list[str], into: str = "acc") -> None:
+        """Multiply the left matrix's tiles, which the scope's lines compute, and add them up."""
+        for number, line in enumerate(self.group.products):
+            weight = f"{scope.prefix}w{number} = {self._weight(line, 'k')}"
+            scope.lines += [weight, *self._step(number, line, scope.prefix, into)]
+        # where no product tells Triton to read ahead
+        stages = f", num_stages={self.config.num_stages}" if self.config.mode == "vector" else ""
+        lines.append(f"for start in tl.range({first}, {end}, {self.config.block_k}{stages}):")
+        lines.append(f"    k_at = start + tl.arange(0, {self.config.block_k})")
+        lines.append("    k = k_at[None, :]")
+        lines += [f"    {text}" for text in scope.lines]
+
+    def _added_up(self, tile: str, line: Line) -> str:
+        """In mode vector: the products from what the threads have of them."""
+        return f"tl.sum({tile}, {1 if self._along_k(line) else 0})[None, :]"
+
+    def _scaled(self, scale: RowScale) -> list[str]:
+        """The products times what was left out.
+
+        Where that is 0 or infinite, as for numbers whose squares are too large, each element by itself decides what comes of
+        it: such a row is multiplied once more, as the program says.
+        """
         scope = Scope(self.n)
         for statistic in self.statistics:
             self.writer.finish(statistic, scope.lines)
-        by = self.writer.tile(self.scale.number, (), scope)
-        numbers = range(len(self.group.products))
-        return [*scope.lines, *(f"acc{number} = tl.where({by} == 0, 0.0, acc{number} * {by})" for number in numbers)]
+        by = self.writer.tile(scale.number, (), scope)
+        lines, products = scope.lines, list(enumerate(self.group.products))
+        lines += [f"acc{number} = acc{number} * {by}" for number, _ in products]
+        lines.append(f'if tl.max((({by} == 0) | (tl.abs({by}) == float("inf"))).to(tl.int32)) > 0:')
+        plain = Writer(self.writer.program, self.results, self.rows, self.config.block_m)
+        plain.fixed[scale.number] = by
+        again = Scope(self.k, prefix="z_")
+        tile = self._inside(plain.tile(self.left, (), again))
+        again.lines.append(f"z_x = {self._whole(tile)}.to(tl.{self.dtype}).to(tl.float32)")
+        inner = [f"z_acc{number} = tl.zeros({self._accumulator(line)}, tl.float32)" for number, line in products]
+        self._loop(again, "0", str(self.depth), inner, "z_acc")
+        inner += [f"acc{number} = {self._added_up(f'z_acc{number}', line)}" for number, line in products]
+        return [*lines, *(f"    {text}" for text in inner)]
 
     def _accumulator(self, line: Line) -> str:
         config = self.config
@@ -251,12 +276,12 @@ class _Section:
         guard = f", mask={k} < {self.depth}, other=0.0" if self.k.ragged else ""
         return f'tl.load({source} + {where}{guard}, eviction_policy="evict_first")'
 
-    def _step(self, number: int, line: Line, prefix: str) -> list[str]:
+    def _step(self, number: int, line: Line, prefix: str, into: str = "acc") -> list[str]:
         """The product of a right matrix's tile with the left one's; `prefix` is that of their variables."""
         along = self._along_k(line)
         if self.config.mode == "vector":
             x = f"{prefix}x" if along else f"tl.trans({prefix}x)"
-            return [f"acc{number} += {prefix}w{number}.to(tl.float32) * {x}"]
+            return [f"{into}{number} += {prefix}w{number}.to(tl.float32) * {x}"]
         w = f"w{number}" if along == (self.config.mode == "swap") else f"tl.trans(w{number})"
         pair = f"{w}, tl.trans(x)" if self.config.mode == "swap" else f"x, {w}"
         if self.dtype == "float32":

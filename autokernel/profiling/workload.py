@@ -201,9 +201,9 @@ def _choose(scenario: DecodeScenario, name: str, vocabulary: int) -> Callable[[t
         return None
     if scenario.sample == "argmax":
         return likeliest
-    if scenario.top_k > vocabulary:
-        raise WorkloadError(f"scenario {name}: top_k: {scenario.top_k} of {vocabulary} tokens; use fewer")
-    return functools.partial(top, count=scenario.top_k)
+    if scenario.num_sampled > vocabulary:
+        raise WorkloadError(f"scenario {name}: top_k: {scenario.num_sampled} of {vocabulary} tokens; use fewer")
+    return functools.partial(top, count=scenario.num_sampled)
 
 
 def _call_program(

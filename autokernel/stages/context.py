@@ -20,6 +20,7 @@ from autokernel.tracking.state import RunState
 from autokernel.workers.pool import Pool
 
 if TYPE_CHECKING:
+    from autokernel.evaluate.end_to_end import ScenarioTiming
     from autokernel.profiling.footprint import Footprint
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class RunContext:
     measuring: Future[tuple[Footprint, ...]] | None = None  # of all that a run needs, while they are not there yet
     beside: Beside = field(default_factory=Beside)  # what runs beside stages, and ends with none of them
     rehearsing: bool = False  # what validation will compile is compiled beside them
+    timed_ahead: dict[str, ScenarioTiming] = field(default_factory=dict)  # graph options, beside plans, by what was asked
 
     @property
     def experiment(self) -> Experiment:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from autokernel.errors import WorkerError
 from autokernel.evaluate.end_to_end import Contender, ScenarioTiming, TimeScenario
 from autokernel.events import GraphTrial
 from autokernel.export.bundle import Bundle, ScenarioOptions
-from autokernel.records import ConfigValue, Speedup
+from autokernel.records import ConfigValue, Speedup, digest_of
 from autokernel.search.graph_options import Options, load_graph_options, merged, spelled
 from autokernel.stages.context import RunContext
 from autokernel.stages.rehearsal import rehearse_beside
@@ -40,9 +40,7 @@ def search_graph_options(context: RunContext, bundle: Bundle) -> tuple[Options, 
         return {}, ()
     if context.state is not None and "graph" in context.state.stages_done:
         return _decided(context.state.graph_trials)
-    spaces = context.experiment.search.spaces
-    sets = load_graph_options(context.device, context.loaded.resolve(spaces) if spaces is not None else None)
-    sets = sets[: settings.trials]
+    sets = _sets(context)
     with context.stage("graph", total=len(sets), note=f"{len(sets)} option sets"):
         rehearse_beside(context)
         trials = _try(context, bundle, sets)
@@ -55,6 +53,43 @@ def search_graph_options(context: RunContext, bundle: Bundle) -> tuple[Options, 
         for trial in trials:
             context.emit(trial)
         return _decided(trials)
+
+
+def jobs_ahead(context: RunContext, bundle: Bundle, undecided: Collection[str]) -> list[tuple[str, str, TimeScenario]]:
+    """What the stage will ask for, (label, scenario, job), of scenarios whose entries are decided before the others' are.
+
+    Their values are for `keep_ahead`. None if they would load another model than those that time plans.
+    """
+    settings = context.experiment.graph
+    if not settings.enabled or settings.layers != context.experiment.plan.layers:
+        return []
+    names = [name for name in settings.scenarios or context.experiment.scenarios if name not in undecided]
+    return [(f"graph options: {name}", name, job) for name, job in _jobs(context, bundle, _sets(context), names)]
+
+
+def keep_ahead(context: RunContext, jobs: Sequence[TimeScenario], timing: ScenarioTiming) -> None:
+    """Have the stage find the value of one of these jobs, as long as the scenario keeps its entries."""
+    answered = {*timing.speedups, *timing.failures}
+    for job in jobs:
+        if job.scenario == timing.scenario and answered == {one.name for one in job.contenders[1:]}:
+            context.timed_ahead[_asked(job)] = timing
+
+
+def _asked(job: TimeScenario) -> str:
+    """What a job's answer depends on: the contenders, with their scenario's own entries."""
+    contenders = []
+    for one in job.contenders:
+        entries = one.bundle.entries if one.bundle is not None else ()
+        options = dict(one.bundle.graph_options) if one.bundle is not None else {}
+        contenders.append([one.name, options, [entry.to_json() for entry in entries if entry.scenario == job.scenario]])
+    return digest_of([job.scenario, contenders])
+
+
+def _sets(context: RunContext) -> list[Options]:
+    """The option sets to try."""
+    spaces = context.experiment.search.spaces
+    sets = load_graph_options(context.device, context.loaded.resolve(spaces) if spaces is not None else None)
+    return list(sets[: context.experiment.graph.trials])
 
 
 def _decided(trials: Sequence[GraphTrial]) -> tuple[Options, tuple[ScenarioOptions, ...]]:
@@ -107,7 +142,28 @@ def _unions(good: Sequence[GraphTrial]) -> list[Options]:
 
 
 def _try(context: RunContext, bundle: Bundle, sets: Sequence[Options]) -> list[GraphTrial]:
-    """Time the option sets on every scenario that is asked for, one job per scenario."""
+    """Time the option sets on every scenario that is asked for, but for what was timed ahead."""
+    settings = context.experiment.graph
+    jobs = _jobs(context, bundle, sets, settings.scenarios or list(context.experiment.scenarios))
+    timings = [context.timed_ahead[_asked(job)] for _, job in jobs if _asked(job) in context.timed_ahead]
+    left = [(name, name, job) for name, job in jobs if _asked(job) not in context.timed_ahead]
+    try:
+        timings += run_on_model(context, "graph", left, _TIMEOUT_S, layers=settings.layers, bundle=largest(bundle))
+    except WorkerError as error:  # validation will see what is wrong with the bundle
+        log.warning("no graph options were tried: %s", error)
+        return []
+    return [_judge(options, timings) for options in sets]
+
+
+def largest(bundle: Bundle) -> Bundle:
+    """The bundle with the options that take most memory."""
+    return replace(bundle, graph_options={"freezing": "all"})
+
+
+def _jobs(
+    context: RunContext, bundle: Bundle, sets: Sequence[Options], scenarios: Sequence[str]
+) -> list[tuple[str, TimeScenario]]:
+    """(scenario, job) for each, or several, if there are many option sets."""
     settings = context.experiment.graph
     on_gpu = context.device == "cuda"
     loaded = with_layers(context.loaded, settings.layers)
@@ -116,9 +172,8 @@ def _try(context: RunContext, bundle: Bundle, sets: Sequence[Options]) -> list[G
     # on a GPU several jobs compile at once, each with a baseline of its own
     size = _SETS_PER_JOB if on_gpu else max(1, len(sets))
     parts = [contenders[i : i + size] for i in range(0, len(contenders), size)]
-    jobs = [
+    return [
         (
-            name,
             name,
             TimeScenario(
                 loaded=loaded,
@@ -134,15 +189,8 @@ def _try(context: RunContext, bundle: Bundle, sets: Sequence[Options]) -> list[G
             ),
         )
         for part in parts
-        for name in settings.scenarios or context.experiment.scenarios
+        for name in scenarios
     ]
-    largest = replace(bundle, graph_options={"freezing": "all"})
-    try:
-        timings = run_on_model(context, "graph", jobs, _TIMEOUT_S, layers=settings.layers, bundle=largest)
-    except WorkerError as error:  # validation will see what is wrong with the bundle
-        log.warning("no graph options were tried: %s", error)
-        return []
-    return [_judge(options, timings) for options in sets]
 
 
 def _judge(options: Options, timings: Sequence[ScenarioTiming]) -> GraphTrial:

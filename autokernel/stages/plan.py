@@ -21,6 +21,7 @@ from autokernel.search.plan_study import PlanStudy
 from autokernel.search.plans import Part, Plan, best_plans, rivals_of
 from autokernel.stages.confirm import entry_of
 from autokernel.stages.context import RunContext
+from autokernel.stages.graph import jobs_ahead, keep_ahead, largest
 from autokernel.stages.production import make_bundle
 from autokernel.stages.rehearsal import rehearse_beside
 from autokernel.stages.whole_model import run_on_model, with_layers
@@ -59,8 +60,10 @@ def choose_plans(context: RunContext, profiled: Profiled, winners: Sequence[Winn
             for scenario, parts in by_scenario.items()
         ]
         rehearse_beside(context)
+        ahead = _graph_options_of_others(context, contests, winners)
         while open_ones := [contest for contest in contests if contest.challengers]:
-            timings = _time(context, open_ones, winners)
+            timings = _time(context, open_ones, winners, ahead)
+            ahead = []
             for contest in open_ones:
                 play(contest, timings.get(contest.scenario))
         trials = [trial for contest in contests for trial in contest.trials]
@@ -186,8 +189,27 @@ def _named(plan: Plan) -> str:
     return " + ".join(plan.keys)
 
 
-def _time(context: RunContext, contests: Sequence[_Contest], winners: Sequence[Winner]) -> dict[str, ScenarioTiming]:
-    """Every challenger against the plan that is to be beaten, by scenario; without those on which the model does not run."""
+def _graph_options_of_others(
+    context: RunContext, contests: Sequence[_Contest], winners: Sequence[Winner]
+) -> list[tuple[str, str, TimeScenario]]:
+    """Jobs of the next stage that wait for no plan: they compile while plans do."""
+    contested = {contest.scenario: contest for contest in contests}
+    kept = [winner for winner in winners if winner.hotspot.scenario not in contested]
+    for name, contest in contested.items():
+        kept += _kept(name, contest.best, contest.parts, winners)
+    return jobs_ahead(context, make_bundle(context, [entry_of(winner) for winner in kept], {}), contested)
+
+
+def _time(
+    context: RunContext,
+    contests: Sequence[_Contest],
+    winners: Sequence[Winner],
+    beside: Sequence[tuple[str, str, TimeScenario]],
+) -> dict[str, ScenarioTiming]:
+    """Every challenger against the plan that is to be beaten, by scenario; without those on which the model does not run.
+
+    The graph stage's jobs `beside` are run with them.
+    """
     settings = context.experiment.plan
     loaded = with_layers(context.loaded, settings.layers)
     jobs: list[tuple[str, str, Callable[[], ScenarioTiming]]] = []
@@ -208,14 +230,26 @@ def _time(context: RunContext, contests: Sequence[_Contest], winners: Sequence[W
     found: dict[str, ScenarioTiming] = {}
 
     def arrived(timing: ScenarioTiming) -> None:
-        found[timing.scenario] = timing
+        if any(timing.scenario == contest.scenario for contest in contests):
+            found[timing.scenario] = timing
+        else:
+            keep_ahead(context, [job for _, _, job in beside], timing)
 
-    largest = make_bundle(context, [entry_of(winner) for winner in winners], {})
+    bundle = make_bundle(context, [entry_of(winner) for winner in winners], {})
     try:
-        run_on_model(context, _STAGE, jobs, _TIMEOUT_S, layers=settings.layers, bundle=largest, arrived=arrived)
+        run_on_model(
+            context,
+            _STAGE,
+            [*jobs, *beside],
+            _TIMEOUT_S,
+            layers=settings.layers,
+            bundle=largest(bundle) if beside else bundle,
+            arrived=arrived,
+        )
     except WorkerError as error:
         missing = ", ".join(contest.scenario for contest in contests if contest.scenario not in found)
-        log.warning("%s: the plan that should save most is taken untimed: %s", missing, error)
+        if missing:
+            log.warning("%s: the plan that should save most is taken untimed: %s", missing, error)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -97,11 +98,14 @@ def wrong_with(problem: Problem, config: dict[str, Any], size: float = 1.0) -> s
     """What is wrong with the kernel's results, None if nothing is: no more than the program's own error, twice.
 
     The second input, a norm's rows, is that many times as large as usual, and the first, its gain, 8 times: what they give
-    together is more than fp16 holds, if nothing is made of the norm before.
+    together is more than fp16 holds, if nothing is made of the norm before. A size that is no number is one element's.
     """
+    torch.manual_seed(0)
     inputs = [tensor(spec) for spec in problem.inputs]
     inputs[0][..., :1] = 0
-    if size != 1:
+    if not math.isfinite(size):
+        inputs[1][..., 5] = size
+    elif size != 1:
         inputs[0] *= 8
         inputs[1] *= size
     eager = run(problem, *inputs)
@@ -110,7 +114,7 @@ def wrong_with(problem: Problem, config: dict[str, Any], size: float = 1.0) -> s
     results = launch(plan, *inputs)
     if ahead := reading_ahead(plan):
         others = launch(ahead, *inputs)
-        if not all(torch.equal(a, b) for a, b in zip(results, others, strict=True)):
+        if not all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(results, others, strict=True)):
             return "other bits where weights are read ahead"
     elif config is WHOLE_VECTOR:
         return "weights are not read ahead"
@@ -121,14 +125,16 @@ def wrong_with(problem: Problem, config: dict[str, Any], size: float = 1.0) -> s
             if (out != own).float().mean() > 0.01:
                 return "other truth values"
             continue
-        error, limit = ((x.double() - reference).abs().max().item() for x in (out, own))
-        if not error <= 2 * limit + torch.finfo(own.dtype).eps / 2 * reference.abs().max().item():
+        if not torch.equal(out.isnan(), own.isnan()):
+            return f"{int(out.isnan().sum())} NaN, eager has {int(own.isnan().sum())}"
+        exact_there = reference.nan_to_num(0.0)
+        error, limit = ((x.nan_to_num(0.0).double() - exact_there).abs().max().item() for x in (out, own))
+        if not error <= 2 * limit + torch.finfo(own.dtype).eps / 2 * exact_there.abs().max().item():
             return f"error {error:.3g}, eager's is {limit:.3g}"
     return None
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     for d in ("float16", "float32"):
         for template, specs, configs in cases(d)[: None if d == "float16" else 4]:
             text = template.replace("{d}", d)
@@ -136,7 +142,7 @@ if __name__ == "__main__":
                 problem = Problem(op="generated", inputs=tuple(specs), device="cpu", scalars=(("program", text),))
                 normed = "i1, float32" in text and config in (VECTOR, WHOLE_VECTOR)
                 # a norm makes them small again; in fp32 its squares are infinite, and what it gives is 0
-                for size in (1.0, *((0.0, 1e-4, 1e4 if d == "float16" else 1e38) if normed else ())):
+                for size in (1.0, *((0.0, 1e-4, 1e4 if d == "float16" else 1e38, math.inf, math.nan) if normed else ())):
                     wrong = wrong_with(problem, config, size)
                     if wrong:
                         print(config, problem.key, f"times {size}:", wrong)

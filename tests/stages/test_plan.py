@@ -29,7 +29,10 @@ from autokernel.records import (
     Winner,
 )
 from autokernel.search.plans import Plan
+from autokernel.stages.confirm import entry_of
+from autokernel.stages.graph import search_graph_options
 from autokernel.stages.plan import _contest, _decided, choose_plans, judge, parts_of, play
+from autokernel.stages.production import make_bundle
 from autokernel.stages.rehearsal import Rehearse
 
 PASSED = Verdict(checks=(Check(name="all", value=0, limit=1, passed=True),))
@@ -228,6 +231,28 @@ def test_stock_modes_are_rehearsed_beside_plans_on_a_gpu() -> None:
     choose_plans(context_of(pool, "cuda"), profiled, winners)
     assert [job.scenario for job in pool.asked][:1] == ["decode-b64"]
     assert len(pool.rehearsed) == 1, "one of the two workers is the stage's own"
+
+
+def test_graph_options_of_scenarios_without_plans_are_timed_beside_the_plans_of_others() -> None:
+    own, shared = winner(attention(30.0), 4, scenario="decode-b16"), attention(20.0)
+    winners = [winner(attention(10.0), 5, shared, scenario="decode-b64"), winner(shared, 2, scenario="decode-b64"), own]
+    pool = Timer()
+    context = context_of(pool, "cuda")
+    profiled = Profiled(hotspots=(), scenario_us={"decode-b64": 100.0}, read_gb_per_s=1, peak_tflops={})
+    kept, _ = choose_plans(context, profiled, winners)
+    first, *beside = pool.asked
+    others = sorted(set(SIZES) - {"decode-b64"})
+    assert (first.scenario, sorted(job.scenario for job in beside)) == ("decode-b64", others)
+    pool.asked.clear()
+    bundle = make_bundle(context, [entry_of(one) for one in kept], {})
+    search_graph_options(context, bundle)
+    tried = {job.contenders[1].name: job.scenario for job in pool.asked if len(job.contenders) == len(beside[0].contenders)}
+    assert [name for name in tried.values() if name != "decode-b64"] == [], "what was timed ahead is found"
+    pool.asked.clear()
+    context.state = None
+    search_graph_options(context, make_bundle(context, [entry_of(one) for one in kept if one is not own], {}))
+    again = [job.scenario for job in pool.asked if len(job.contenders) == len(beside[0].contenders)]
+    assert sorted(again) == ["decode-b16", "decode-b64"], "it has other entries now"
 
 
 def test_all_scenarios_are_timed_together_and_one_that_fails_costs_no_other(caplog: pytest.LogCaptureFixture) -> None:
