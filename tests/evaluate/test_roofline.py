@@ -8,18 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from kernels.for_hopper import ptx_of
 
 from autokernel.evaluate.roofline import (
     Ceilings,
     MeasureCeilings,
     measure_ceilings,
     physics_check,
+    reading_product,
     roofline_us,
     sound_physics_check,
 )
+from autokernel.kernels.plans import plan_of
+from autokernel.ops import get_op
 from autokernel.records import Measurement
+from autokernel.search.space import DeviceFacts, names_for
+from autokernel.search.space_file import load_space
 
 pytestmark = pytest.mark.clock
+
+H200 = DeviceFacts(device="cuda", isa="sm_90", device_name="NVIDIA H200", smem_bytes=232448, num_units=132, l2_bytes=50 << 20)
 
 CEILINGS = Ceilings(
     threads=1, read_gb_per_s=10, tflops={"float32": 0.1, "bfloat16": 0.4}, cache_gb_per_s=100, cache_bytes=1 << 20,
@@ -112,6 +120,17 @@ def test_a_dtype_that_does_not_multiply_is_left_out(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.nn.functional, "linear", refuse)
     assert measure_ceilings("cpu", 1, ("float32",), budget_s=0.2).tflops == {}
+
+
+def test_the_kernels_that_measure_reading_compile_for_hopper() -> None:
+    pytest.importorskip("triton")
+    problem, configs = reading_product(1 << 30)
+    assert problem.inputs[1].num_bytes == 1 << 30
+    space = load_space("generated")["triton"]
+    for config in configs:
+        assert not space.violations(config, names_for(get_op("generated").dims(problem), H200))
+        code = ptx_of(problem, plan_of(problem, config))
+        assert "ld.global.L1::evict_first.L2::cache_hint.v4" in code or "cp.async.cg.shared.global" in code, "16 bytes a lane"
 
 
 def test_ceilings_must_be_positive() -> None:

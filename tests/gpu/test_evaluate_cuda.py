@@ -229,6 +229,18 @@ def test_faster_than_memory_is_impossible(ceilings: Ceilings) -> None:
     assert not physics_check(measurement, problem, get_op("mm"), ceilings, num_copies=4).passed
 
 
+def test_no_product_reads_faster_than_the_ceiling(ceilings: Ceilings) -> None:
+    problem = mm_problem(m=1, n=128256)
+    config = {
+        "kernel": "skinny_mm", "mode": "vector", "BLOCK_M": 1, "BLOCK_N": 4, "BLOCK_K": 1024, "num_stages": 4, "num_warps": 2,
+        "split_k": 1, "tma": False, "waves": 0,
+    }  # fmt: skip
+    result = EvaluateCandidate(candidate=Candidate(problem=problem, backend="triton", config=config), ceilings=ceilings)()
+    assert result.measurement is not None, result.message
+    speed = problem.inputs[1].num_bytes / (result.measurement.median_us * 1e3)
+    assert 0.9 * ceilings.read_gb_per_s < speed < 1.02 * ceilings.read_gb_per_s
+
+
 def test_an_illegal_access_costs_its_job_and_its_process_only() -> None:
     pool = LocalPool(1, env=worker_env(1), preload=("torch",))
     try:
