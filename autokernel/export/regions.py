@@ -7,7 +7,7 @@ kernel of ours, or a CuTe DSL kernel with what it leaves to the graph. What does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,28 +41,36 @@ class RegionPass(CustomGraphPass):
         self._resolve = objects_of(plan)
 
     def uuid(self) -> str:
-        return f"autokernel-regions-3-{self.plan.digest}"
+        return f"autokernel-regions-4-{self.plan.digest}"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         wanted = self.plan.region_ops if self.plan.active else frozenset()
         now: dict[torch.fx.Node, torch.fx.Node] = {}  # an output that was replaced -> what computes it now
         gone: set[torch.fx.Node] = set()
-        for op in OPS:
-            if op.name not in wanted or not isinstance(op, FusionOp):
-                continue
-            for found in op.match(graph, frozenset(), self.plan.bundle.environment.device):
-                entry = self.plan.find_region(found.problem)
-                if entry is None or found.inner & gone:
-                    continue  # regions may overlap: the first one with an entry has the nodes
-                region = replace(found, inputs=tuple(now.get(node, node) for node in found.inputs))
-                try:
-                    results = replace_region(graph, region, entry, self._resolve)
-                except UnfitError as error:
-                    self.plan.skip(entry, str(error))
-                else:
-                    self.plan.hit(entry)
-                    now |= dict(zip(region.outputs, results, strict=True))
-                    gone |= region.inner
+        for found, entry in self._matches(graph, wanted):
+            if found.inner & gone:
+                continue  # regions may overlap: the one whose entry comes first in the bundle has the nodes
+            region = replace(found, inputs=tuple(now.get(node, node) for node in found.inputs))
+            try:
+                results = replace_region(graph, region, entry, self._resolve)
+            except UnfitError as error:
+                self.plan.skip(entry, str(error))
+            else:
+                self.plan.hit(entry)
+                now |= dict(zip(region.outputs, results, strict=True))
+                gone |= region.inner
+
+    def _matches(self, graph: torch.fx.Graph, wanted: Collection[str]) -> list[tuple[Region, Entry]]:
+        """Regions with their entries: in the bundle's order, those of one entry in the graph's."""
+        place = {id(entry): number for number, entry in enumerate(self.plan.bundle.entries)}
+        found = [
+            (region, entry)
+            for op in OPS
+            if op.name in wanted and isinstance(op, FusionOp)
+            for region in op.match(graph, frozenset(), self.plan.bundle.environment.device)
+            if (entry := self.plan.find_region(region.problem)) is not None
+        ]
+        return sorted(found, key=lambda pair: place[id(pair[1])])
 
 
 class UnfitError(Exception):

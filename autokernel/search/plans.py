@@ -1,15 +1,16 @@
 """Plans: which entries go together where fusions exclude each other. Pure.
 
-A part is an entry with what it saves per step; two parts are rivals if they would take the same nodes of a graph. A plan is a
-set of parts without rivals to which no other part can be added: leaving one out that nothing excludes is for ablation to tell.
+A part is an entry with what it saves per step; two parts are rivals if they would take the same nodes of a graph. Where one
+takes nodes of some of the other's calls they are none: the other keeps the rest. A plan is a set of parts without rivals to
+which no other part can be added: leaving one out that nothing excludes is for ablation to tell.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 _MAX_STEPS = 200_000  # of the search; a graph's rivals come in small groups, which need a few hundred
 
@@ -18,8 +19,9 @@ _MAX_STEPS = 200_000  # of the search; a graph's rivals come in small groups, wh
 class Part:
     """An entry that may be in a plan. `saved_us` is what a step of its scenario takes less with it, by its own timing.
 
-    `stock_us` is what stock code takes for all its calls. `nodes` stands for the nodes of the graph that each call takes: calls
-    of two parts that have one in common take the very same ones. Empty: not known.
+    `taken` says of other parts which fraction of its calls they take, if they are in a plan with it. `stock_us` is what stock
+    code takes for all its calls. `nodes` stands for the nodes of the graph that each call takes: calls of two parts that have
+    one in common take the very same ones. Empty: not known.
     """
 
     key: str
@@ -27,6 +29,13 @@ class Part:
     rivals: frozenset[str]  # keys of parts that it excludes
     stock_us: float = math.inf
     nodes: frozenset[str] = frozenset()
+    taken: Mapping[str, float] = field(default_factory=dict)
+
+    def left_us(self, keys: Collection[str]) -> float:
+        """What it saves beside the parts of these keys."""
+        if not self.taken:
+            return self.saved_us
+        return self.saved_us * max(0.0, 1 - sum(share for key, share in self.taken.items() if key in keys))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +62,14 @@ def best_plans(parts: Sequence[Part], limit: int) -> list[Plan]:
         sums = ((a + b, (*keys, *more)) for a, keys in best for b, more in found)
         best = heapq.nlargest(limit, sums)
     plans = [tuple(sorted(keys, key=lambda key: (-saved[key], key))) for _, keys in best]
-    return sorted(
-        (Plan(keys=keys, saved_us=sum(saved[key] for key in keys)) for keys in plans), key=lambda p: (-p.saved_us, p.keys)
-    )
+    return sorted((Plan(keys=keys, saved_us=_saved(keys, parts)) for keys in plans), key=lambda p: (-p.saved_us, p.keys))
 
 
 def _groups(parts: Sequence[Part], rivals: Mapping[str, frozenset[str]]) -> list[list[Part]]:
-    """Parts that exclude each other, directly or through others."""
+    """Parts that exclude each other or take each other's calls, directly or through others."""
     left = {part.key: part for part in parts}
+    takers = {part.key: [key for key in part.taken if key in left] for part in parts}
+    losers = {key: [part.key for part in parts if key in part.taken] for key in left}
     groups: list[list[Part]] = []
     while left:
         group, edge = [], [next(iter(left))]
@@ -68,7 +77,7 @@ def _groups(parts: Sequence[Part], rivals: Mapping[str, frozenset[str]]) -> list
             part = left.pop(edge.pop(), None)
             if part is not None:
                 group.append(part)
-                edge += rivals[part.key]
+                edge += [*rivals[part.key], *takers[part.key], *losers[part.key]]
         groups.append(group)
     return groups
 
@@ -84,9 +93,10 @@ def _plans_of_group(
     found: list[tuple[float, tuple[str, ...]]] = []  # a heap, the worst first
     steps = 0
 
-    def visit(i: int, taken: tuple[str, ...], saved: float) -> None:
+    def visit(i: int, taken: tuple[str, ...]) -> None:
         nonlocal steps
         steps += 1
+        saved = _saved(taken, order)
         if steps > _MAX_STEPS or (len(found) == limit and saved + rest[i] <= found[0][0]):
             return
         if i == len(order):
@@ -97,12 +107,17 @@ def _plans_of_group(
             return
         part = order[i]
         if not rivals[part.key] & set(taken):
-            visit(i + 1, (*taken, part.key), saved + part.saved_us)
+            visit(i + 1, (*taken, part.key))
         if rivals[part.key]:  # nothing is gained by leaving out what excludes nothing
-            visit(i + 1, taken, saved)
+            visit(i + 1, taken)
 
-    visit(0, (), 0.0)
+    visit(0, ())
     return found
+
+
+def _saved(keys: Collection[str], parts: Iterable[Part]) -> float:
+    """What the parts of these keys save together."""
+    return sum(part.left_us(keys) for part in parts if part.key in keys)
 
 
 def rivals_of(key: str, parts: Sequence[Part]) -> frozenset[str]:
@@ -143,4 +158,4 @@ def completed(keys: Sequence[str], parts: Sequence[Part]) -> Plan:
             taken.append(part.key)
     saved: Mapping[str, float] = {part.key: part.saved_us for part in parts}
     ranked = sorted(taken, key=lambda key: (-saved[key], key))
-    return Plan(keys=tuple(ranked), saved_us=sum(saved[key] for key in ranked))
+    return Plan(keys=tuple(ranked), saved_us=_saved(ranked, parts))

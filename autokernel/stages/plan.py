@@ -49,6 +49,7 @@ class _Contest:
 def choose_plans(context: RunContext, profiled: Profiled, winners: Sequence[Winner]) -> tuple[list[Winner], dict[str, str]]:
     """Winners that go together, and why others are left out."""
     settings = context.experiment.plan
+    winners = in_precedence(winners)
     by_scenario = {name: parts for name in context.experiment.scenarios if (parts := parts_of(name, winners))}
     if not by_scenario or not settings.enabled:
         return list(winners), {}
@@ -77,7 +78,9 @@ def _contest(
 ) -> _Contest:
     """The first round: those of the plans that should save most that could be told apart in the model."""
     best = best_plans(parts, 1)[0]
-    step_us = max(stock_us - sum(_saved_us(winner) for winner in _kept(scenario, best, parts, winners)), 0.0)
+    in_parts = {part.key for part in parts}
+    others_us = sum(_saved_us(w) for w in _kept(scenario, best, parts, winners) if w.hotspot.problem.key not in in_parts)
+    step_us = max(stock_us - best.saved_us - others_us, 0.0)
     study = PlanStudy(parts, stock_us, trials, seed, _TOLD_APART * step_us)
     best, *others = study.first()
     contest = _Contest(scenario=scenario, study=study, parts=parts, best=best, step_us=step_us, challengers=others)
@@ -123,12 +126,21 @@ def parts_of(scenario: str, winners: Sequence[Winner]) -> list[Part]:
     What is merged saves nothing by itself.
     """
     own = {winner.hotspot.problem.key: winner for winner in winners if winner.hotspot.scenario == scenario}
+    taken = {key: _taken(winner, own) for key, winner in own.items()}
     rivals = {
         key: frozenset(
-            other for other in winner.hotspot.rivals if other in own and (_is_fusion(winner) or _is_fusion(own[other]))
+            other
+            for other in winner.hotspot.rivals
+            if other in own
+            and (_is_fusion(winner) or _is_fusion(own[other]))
+            and other not in taken[key]
+            and key not in taken[other]
         )
         for key, winner in own.items()
     }
+    if not any(rivals.values()):
+        return []
+    lost = {taker for takers in taken.values() for taker in takers}
     return [
         Part(
             key=key,
@@ -137,10 +149,46 @@ def parts_of(scenario: str, winners: Sequence[Winner]) -> list[Part]:
             stock_us=winner.baseline_us * winner.hotspot.num_calls,
             # what Inductor can see into does not leave its neighbours the same
             nodes=frozenset(winner.hotspot.nodes if _is_fusion(winner) else ()),
+            taken=taken[key],
         )
         for key, winner in own.items()
-        if rivals[key] or any(key in others for others in rivals.values())
+        if rivals[key] or taken[key] or key in lost or any(key in others for others in rivals.values())
     ]
+
+
+def in_precedence(winners: Sequence[Winner]) -> list[Winner]:
+    """Winners in the order in which they get nodes: those that take some of another's calls before the other."""
+    own = {(winner.hotspot.scenario, winner.hotspot.problem.key): winner for winner in winners}
+    placed: dict[tuple[str, str], Winner] = {}
+
+    def place(winner: Winner, above: frozenset[str]) -> None:
+        key, scenario = winner.hotspot.problem.key, winner.hotspot.scenario
+        same = {other: one for (name, other), one in own.items() if name == scenario}
+        for taker in _taken(winner, same):
+            if taker not in above:
+                place(same[taker], above | {key})
+        placed.setdefault((scenario, key), winner)
+
+    for winner in winners:
+        place(winner, frozenset())
+    return list(placed.values())
+
+
+def _taken(winner: Winner, own: Mapping[str, Winner]) -> dict[str, float]:
+    """The fraction of a fusion's calls that others of the scenario take which want nodes of all their own calls there.
+
+    The fusion keeps the rest. Those with the very same nodes are rivals.
+    """
+    found = {}
+    key, calls = winner.hotspot.problem.key, winner.hotspot.num_calls
+    for other, shared in zip(winner.hotspot.rivals, winner.hotspot.rival_calls, strict=False):
+        if other not in own or not (_is_fusion(winner) and _is_fusion(own[other])) or not 0 < shared < calls:
+            continue
+        taker = own[other].hotspot
+        of_taker = dict(zip(taker.rivals, taker.rival_calls, strict=False)).get(key, 0)
+        if of_taker >= taker.num_calls and not set(taker.nodes) & set(winner.hotspot.nodes):
+            found[other] = shared / calls
+    return found
 
 
 def _is_fusion(winner: Winner) -> bool:

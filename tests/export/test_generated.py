@@ -15,7 +15,7 @@ from autokernel.export.bundle import Entry
 from autokernel.export.regions import RegionPass
 from autokernel.ops import Region
 from autokernel.ops.generated import Generated
-from autokernel.records import ConfigValue, TensorSpec
+from autokernel.records import ConfigValue, Problem, TensorSpec
 
 M, D, F = 16, 256, 512
 MM: dict[str, ConfigValue] = {
@@ -104,3 +104,28 @@ def test_stock_code_stays_where_sizes_differ_or_the_kernel_does_not_take_the_con
     code, usage = code_with((region, {**MM, "block_k": 48}), (other, MM))
     assert usage == [(0, ["block_k must be a power of two; it is 48"]), (0, [])]
     assert "generated_" not in code
+
+
+def between_two_norms(
+    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
+) -> tuple[torch.Tensor]:
+    """The layer, and its norm once more behind it."""
+    (x,) = layer(x, weight, gate, up, down)
+    wide = x.float()
+    scaled = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).bfloat16()
+    return (weight * scaled,)
+
+
+@pytest.mark.parametrize(("order", "hits"), [((0, 1), [1, 1]), ((1, 0), [2, 0])])
+def test_whose_entry_comes_first_in_the_bundle_has_the_nodes(
+    regions: list[Region], order: tuple[int, ...], hits: list[int]
+) -> None:
+    whole = region_with(regions, "rsqrt", "exp", "mm").problem
+    norm = Problem(
+        op="rms_norm", inputs=(SPECS[0], SPECS[1]), device="cuda", constants=(1,), scalars=(("eps", 1e-5),)
+    )  # fmt: skip
+    row_norm: dict[str, ConfigValue] = {"kernel": "row_norm", "num_warps": 4, "repeat": 1, "rows": 1}
+    both = Entry(problem=whole, backend="triton", config=MM), Entry(problem=norm, backend="triton", config=row_norm)
+    plan = plan_with(tuple(both[i] for i in order))
+    generated_code(between_two_norms, SPECS, {"post_grad_custom_post_pass": RegionPass(plan)})
+    assert [plan.usage[both[i].key].hits for i in order] == hits

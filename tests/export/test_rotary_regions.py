@@ -74,7 +74,7 @@ PAIR = problem("rotary_qk", Q, GAIN, K, GAIN, TABLE, TABLE)
 APART = tuple(problem("norm_rotary", x, GAIN, TABLE, TABLE) for x in (Q, K))
 
 
-@pytest.mark.parametrize(("entries", "calls"), [((PAIR,), 1), (APART, 2), ((*APART, PAIR), 1)])
+@pytest.mark.parametrize(("entries", "calls"), [((PAIR,), 1), (APART, 2), ((PAIR, *APART), 1), ((*APART, PAIR), 2)])
 def test_normed_queries_and_keys_are_turned_in_one_launch_or_in_two(entries: tuple[Problem, ...], calls: int) -> None:
     code, plan = code_of(qwen3, INPUTS, *entries)
     hits = [plan.usage[key].hits for key in plan.usage]

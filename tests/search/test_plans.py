@@ -27,6 +27,21 @@ def test_a_rivalry_counts_both_ways_and_strangers_do_not() -> None:
     assert [plan.keys for plan in plans] == [("b",), ("a",)]
 
 
+def test_what_is_taken_in_part_saves_the_rest() -> None:
+    norm = replace(part("norm", 10), taken={"whole": 0.4, "other": 0.5})
+    parts = [norm, part("whole", 7, "left"), part("left", 6), part("other", 1, "right"), part("right", 0.5)]
+    plans = best_plans(parts, 9)
+    assert [(plan.keys, plan.saved_us) for plan in plans] == [
+        (("norm", "left", "right"), 16.5),
+        (("norm", "whole", "right"), 13.5),
+        (("norm", "left", "other"), 12),
+        (("norm", "whole", "other"), 9),
+    ]
+    assert completed(["whole"], parts) == plans[3], "nothing excludes the norm"
+    everything = replace(norm, taken={"whole": 0.6, "other": 0.6})
+    assert best_plans([everything, part("whole", 7), part("other", 5)], 1)[0].saved_us == 12, "no less than nothing is left"
+
+
 def test_what_excludes_nothing_is_in_every_plan_even_where_it_seems_to_cost() -> None:
     assert [plan.keys for plan in best_plans([part("a", -1), part("b", 2)], 9)] == [("b", "a")]
     assert best_plans([], 3) == [best_plans([], 3)[0]]

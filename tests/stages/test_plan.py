@@ -28,10 +28,10 @@ from autokernel.records import (
     Verdict,
     Winner,
 )
-from autokernel.search.plans import Plan
+from autokernel.search.plans import Plan, best_plans
 from autokernel.stages.confirm import entry_of
 from autokernel.stages.graph import search_graph_options
-from autokernel.stages.plan import _contest, _decided, choose_plans, judge, parts_of, play
+from autokernel.stages.plan import _contest, _decided, choose_plans, in_precedence, judge, parts_of, play
 from autokernel.stages.production import make_bundle
 from autokernel.stages.rehearsal import Rehearse
 
@@ -91,6 +91,31 @@ def test_what_is_merged_saves_nothing_by_itself() -> None:
         assert found == {MM.key: saved, MERGED.key: 2, WHOLE.key: 9}, "what the fusion takes is for the plan to say"
     taken = replace(mm, hotspot=replace(mm.hotspot, rival_calls=(4, 4)))
     assert {part.key: part.saved_us for part in parts_of("decode", [taken, fused])}[MM.key] == 12, "merging has not won"
+
+
+def shared(one: Winner, **calls: int) -> Winner:
+    """With so many of its calls shared with each of its rivals, by their numbers."""
+    return replace(one, hotspot=replace(one.hotspot, rival_calls=tuple(calls.values())))
+
+
+def test_a_fusion_that_loses_some_of_its_calls_keeps_the_rest() -> None:
+    taker = shared(winner(WHOLE, 5, PART, MM, num_calls=32), part=32, mm=32)
+    loser = shared(winner(PART, 2, WHOLE, num_calls=64), whole=16)
+    mm = shared(winner(MM, 1, WHOLE, num_calls=32), whole=32)
+    parts = {part.key: part for part in parts_of("decode", [loser, taker, mm])}
+    assert (parts[PART.key].rivals, parts[WHOLE.key].rivals) == (frozenset(), {MM.key})
+    assert (parts[PART.key].taken, parts[WHOLE.key].taken) == ({WHOLE.key: 0.25}, {})
+    assert best_plans(list(parts.values()), 1)[0].saved_us == 32 * 5 + 64 * 2 * 0.75
+    assert in_precedence([loser, mm, taker]) == [taker, loser, mm], "who takes is asked first"
+    assert in_precedence([taker, mm, loser]) == [taker, mm, loser]
+    for all_of_it in (
+        [shared(winner(WHOLE, 5, PART, num_calls=32), part=31), loser],  # it does not want all of its own calls there
+        [shared(winner(WHOLE, 5, PART, num_calls=32), part=32), shared(winner(PART, 2, WHOLE, num_calls=16), whole=16)],
+        [winner(WHOLE, 5, PART, num_calls=32), winner(PART, 2, WHOLE, num_calls=64)],  # not known
+    ):
+        found = parts_of("decode", all_of_it)
+        assert [part.rivals for part in found] == [{PART.key}, {WHOLE.key}]
+        assert in_precedence(list(reversed(all_of_it))) == list(reversed(all_of_it))
 
 
 FIRST, SECOND = Plan(keys=(WHOLE.key,), saved_us=15), Plan(keys=(PART.key, MM.key), saved_us=3)
