@@ -33,8 +33,8 @@ _READ_BYTES_LIMIT = 1 << 30
 _SECOND_LOOK_S = 1.0
 _MUCH_TOO_LONG = 100
 _GRAPH_US, _MAX_GRAPH_CALLS = 1000.0, 64
-# Tiles of products of one row that read memory fastest, by what was measured on an H200.
 _READING_COLUMNS = 4096
+# Of products of one row, those that read memory fastest, by what was measured on an H200.
 _READING_TILES = ((2048, 1, 4, 1), (2048, 2, 4, 1), (1024, 4, 2, 4))  # block_k, block_n, num_warps, num_stages
 EIGHT_BIT_DTYPES = ("float8_e4m3fn", "int8")  # what quantized models multiply in, on a GPU with twice the peak
 
