@@ -38,6 +38,7 @@ from autokernel.records import Record, Speedup
 if TYPE_CHECKING:
     import torch
 
+    from autokernel.export.bundle import Bundle
     from autokernel.profiling.workload import ScenarioProgram
 
 log = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ def scenario_result(timing: ScenarioTiming, stock: bool = False) -> ScenarioResu
     """The line of a results table: the bundle against the best stock mode.
 
     It passes unless it is clearly slower: the interval is below 1, and by more than the same code differs from itself (a
-    tenth at most). A stock bundle changes nothing, and passes. Where eager PyTorch beats all that is compiled, a bundle
-    passes if it is no slower than Inductor's default, which it replaces.
+    tenth at most). Stock code (`is_stock_in`) changes nothing, and passes. Where eager PyTorch beats all that is compiled, a
+    bundle passes if it is no slower than Inductor's default, which it replaces.
     """
     speedup = timing.speedups[BUNDLE]
     medians = {mode.mode: mode.median_us for mode in timing.modes}
@@ -86,6 +87,13 @@ def scenario_result(timing: ScenarioTiming, stock: bool = False) -> ScenarioResu
         speedup=speedup,
         passed=stock or speedup.high >= 1 or 1 - speedup.ratio <= min(timing.spread, _MOST_NOISE) or replaces_slower,
     )
+
+
+def is_stock_in(bundle: Bundle, timing: ScenarioTiming) -> bool:
+    """Whether nothing of the bundle is in a scenario's code: it is stock code then, whatever else differs in two times."""
+    own = any(part.scenario == timing.scenario for part in bundle.scenario_options)
+    hits = timing.hits.get(BUNDLE)
+    return bundle.stock or (hits is not None and not any(hits.values()) and not own and not bundle.graph_options)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -327,6 +335,7 @@ __all__ = [
     "against_stock",
     "build_program",
     "compile_errors",
+    "is_stock_in",
     "own_code",
     "prepare",
     "scenario_result",

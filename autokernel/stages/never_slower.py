@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from autokernel.errors import WorkerError
-from autokernel.evaluate.end_to_end import BUNDLE, ScenarioTiming, TimeScenario, against_stock, scenario_result
+from autokernel.evaluate.end_to_end import BUNDLE, ScenarioTiming, TimeScenario, against_stock, is_stock_in, scenario_result
 from autokernel.events import ScenarioResult, ScenarioTimed
 from autokernel.export.bundle import Bundle
 from autokernel.stages.context import RunContext
@@ -47,14 +48,13 @@ def time_until_never_slower(
         latest = {timing.scenario: timing for timing in time_scenarios(context, bundle, names)}
         _require_bundle(latest.values())
         slower = _slower(latest, bundle)
-    for own in (_own_options, _own_entries):
-        found = {key: _why(result) for result in slower for key in own(bundle, result.scenario)}
+    while slower:
+        found = _next_to_go(bundle, slower, latest)
         if not found:
-            continue
+            break
         gone |= found
-        changing = {result.scenario for result in slower if own(bundle, result.scenario)}
-        # entries that others share are missing there, too
-        changing |= {name for name, timing in latest.items() if any(timing.hits.get(BUNDLE, {}).get(key) for key in found)}
+        changing = {name for name, timing in latest.items() if set(found) & {options_of(name), *_hit(timing)}}
+        changing |= {entry.scenario for entry in bundle.entries if entry.key in found}
         bundle = without(bundle, gone)
         again = time_scenarios(context, bundle, tuple(name for name in names if name in changing))
         _require_bundle(again)
@@ -96,7 +96,7 @@ def time_scenarios(context: RunContext, bundle: Bundle, scenarios: Sequence[str]
     ]
 
     def arrived(timing: ScenarioTiming) -> None:
-        result = scenario_result(timing, bundle.stock) if BUNDLE in timing.speedups else None
+        result = scenario_result(timing, is_stock_in(bundle, timing)) if BUNDLE in timing.speedups else None
         context.emit(ScenarioTimed(scenario=timing.scenario, applied_digest=digest, result=result, timing=timing.to_json()))
 
     if jobs and context.beside.running:
@@ -130,8 +130,26 @@ def _own_entries(bundle: Bundle, scenario: str) -> list[str]:
     return [entry.key for entry in bundle.entries if entry.scenario == scenario]
 
 
+def _next_to_go(bundle: Bundle, slower: Sequence[ScenarioResult], timings: Mapping[str, ScenarioTiming]) -> dict[str, str]:
+    """What slows these scenarios down, with the reason: own options first, then own entries, then those of others."""
+
+    def of_others(name: str) -> list[str]:
+        return [entry.key for entry in bundle.entries if entry.key in _hit(timings[name])]
+
+    for suspects in (functools.partial(_own_options, bundle), functools.partial(_own_entries, bundle), of_others):
+        found = {key: _why(result) for result in slower for key in suspects(result.scenario)}
+        if found:
+            return found
+    return {}
+
+
+def _hit(timing: ScenarioTiming) -> set[str]:
+    """Keys of the entries that are in a scenario's code."""
+    return {key for key, count in timing.hits.get(BUNDLE, {}).items() if count}
+
+
 def _slower(timings: Mapping[str, ScenarioTiming], bundle: Bundle) -> list[ScenarioResult]:
-    results = [scenario_result(timing, bundle.stock) for timing in timings.values()]
+    results = [scenario_result(timing, is_stock_in(bundle, timing)) for timing in timings.values()]
     return [result for result in results if not result.passed]
 
 

@@ -57,8 +57,9 @@ class Answers:
         harmful: Callable[[Bundle], str] = lambda bundle: "",
         slower: Callable[[Bundle, str], bool] = lambda bundle, scenario: False,
         unused: Sequence[Entry] = (),
+        shared: Sequence[Entry] = (),
     ) -> None:
-        self.harmful, self.slower, self.unused = harmful, slower, unused
+        self.harmful, self.slower, self.unused, self.shared = harmful, slower, unused, shared
         self.checked: list[Bundle] = []
         self.timed: list[str] = []
         self._inline = InlinePool()
@@ -80,7 +81,7 @@ class Answers:
         self.timed.append(job.scenario)
         bundle = next(c.bundle for c in job.contenders if c.bundle is not None)
         ratio = 0.8 if self.slower(bundle, job.scenario) else 1.2
-        hits = {e.key: int(e not in self.unused and e.scenario == job.scenario) for e in bundle.entries}
+        hits = {e.key: int(e not in self.unused and (e.scenario == job.scenario or e in self.shared)) for e in bundle.entries}
         modes = [ModeTiming(mode=mode, median_us=100, spread_us=1) for mode in STOCK_MODES]
         return ScenarioTiming(
             scenario=job.scenario,
@@ -174,6 +175,33 @@ def test_a_slower_scenario_loses_its_own_entries() -> None:
     assert set(validated.dropped) == {e.key for e in ENTRIES if e.scenario == "four"}
     assert all(s.passed for s in validated.scenarios)
     assert "1.250 times as long as stock" in next(iter(validated.dropped.values()))
+
+
+def test_a_scenario_without_entries_is_stock_code_and_not_slower() -> None:
+    answers = Answers(slower=lambda b, s: s == "four")
+    validated, bundle = run(answers, bundle_of(*ENTRIES[:5]))
+    assert bundle.entries == ENTRIES[:5]
+    assert all(s.passed for s in validated.scenarios), "it was measured 0.8 times as fast, of the very same code"
+    _, bundle = run(Answers(slower=lambda b, s: s == "four"), bundle_of(*ENTRIES[:5], freezing="all"))
+    assert not bundle.graph_options
+
+
+def test_a_scenario_that_is_slower_by_the_entry_of_another_loses_it() -> None:
+    shared = ENTRIES[1]
+    answers = Answers(slower=lambda b, s: s == "four" and shared in b.entries, shared=(shared,))
+    validated, bundle = run(answers, bundle_of(*ENTRIES))
+    assert keys(bundle.entries) == keys(ENTRIES[:5]) - {shared.key}, "its own went first"
+    assert all(s.passed for s in validated.scenarios)
+    assert answers.timed == ["one", "four", "four", "one", "four"]
+
+
+def test_who_is_slower_the_second_time_is_looked_at_again() -> None:
+    def slower(bundle: Bundle, scenario: str) -> bool:
+        return any(e.scenario == scenario for e in bundle.entries) and (scenario == "four" or ENTRIES[5] not in bundle.entries)
+
+    validated, bundle = run(Answers(slower=slower, shared=ENTRIES[5:6]), bundle_of(*ENTRIES))
+    assert bundle.stock
+    assert all(s.passed for s in validated.scenarios)
 
 
 def test_options_that_slow_a_scenario_go_before_its_entries() -> None:
