@@ -132,19 +132,21 @@ def test_jobs_beside_may_fail() -> None:
 
 
 def test_jobs_beside_outlive_a_stage_and_leave_it_room() -> None:
-    pool, end = Threads(), threading.Event()
+    pool, end, begun = Threads(), threading.Event(), threading.Semaphore(0)
     context = context_of(pool)
 
     @dataclass
     class Long(Job):
         def __call__(self) -> str:
-            end.wait(10)
+            begun.release()
+            end.wait(60)
             return ""
 
     # the room is 135: three fifths of it are theirs
     context.beside.waiting = [beside("small", 5, Long("small")), beside("large", 75, Long("large")), beside("next", 10)]
     first = [(name, name, Job(name)) for name in ("decode-b1", "decode-b16")]
     assert run_on_model(context, "s", first, 10) == ["DECODE-B1", "DECODE-B16"]
+    assert all(begun.acquire(timeout=60) for _ in range(2)), "they were started, and threads take their time"
     assert pool.running == {"large", "small"}
     assert [job.label for job in context.beside.waiting] == ["next"], "81 are their share"
     assert run_on_model(context, "s", [("a", "decode-b64", Job("decode-b64"))], 10) == ["DECODE-B64"]
