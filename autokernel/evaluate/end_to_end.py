@@ -74,7 +74,7 @@ def scenario_result(timing: ScenarioTiming, stock: bool = False) -> ScenarioResu
     """The line of a results table: the bundle against the best stock mode.
 
     It passes unless it is clearly slower: the interval is below 1, and by more than the same code differs from itself (a
-    tenth at most). Stock code (`is_stock_in`) changes nothing, and passes. Where eager PyTorch beats all that is compiled, a
+    tenth at most). Stock code changes nothing, and passes. Where eager PyTorch beats all that is compiled, a
     bundle passes if it is no slower than Inductor's default, which it replaces.
     """
     speedup = timing.speedups[BUNDLE]
@@ -89,11 +89,12 @@ def scenario_result(timing: ScenarioTiming, stock: bool = False) -> ScenarioResu
     )
 
 
-def is_stock_in(bundle: Bundle, timing: ScenarioTiming) -> bool:
-    """Whether nothing of the bundle is in a scenario's code: it is stock code then, whatever else differs in two times."""
+def result_with(bundle: Bundle, timing: ScenarioTiming) -> ScenarioResult:
+    """`scenario_result` of a scenario timed with this bundle: where nothing of it is in the code, that is stock code."""
     own = any(part.scenario == timing.scenario for part in bundle.scenario_options)
     hits = timing.hits.get(BUNDLE)
-    return bundle.stock or (hits is not None and not any(hits.values()) and not own and not bundle.graph_options)
+    untouched = hits is not None and not any(hits.values()) and not own and not bundle.graph_options
+    return scenario_result(timing, stock=bundle.stock or untouched)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -335,8 +336,8 @@ __all__ = [
     "against_stock",
     "build_program",
     "compile_errors",
-    "is_stock_in",
     "own_code",
     "prepare",
+    "result_with",
     "scenario_result",
 ]

@@ -13,7 +13,7 @@ from autokernel.config import ClusterSection, LoadedExperiment
 from autokernel.environment import current_environment, physical_cores
 from autokernel.errors import WorkerError
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
-from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, TimeScenario, against_stock, is_stock_in, scenario_result
+from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, TimeScenario, against_stock, result_with
 from autokernel.events import ScenarioResult
 from autokernel.export.bundle import Bundle, Entry, read_bundle
 from autokernel.export.plan import mismatch
@@ -112,9 +112,7 @@ def _verify(bundle: Bundle, loaded: LoadedExperiment, rounds: int, pool: Pool) -
         for key, count in timing.hits.get(BUNDLE, {}).items():
             hits[key] = hits.get(key, 0) + count
     checks = tuple(_check(entry, hits.get(entry.key, 0), reason, entry_jobs.get(entry.key)) for entry in bundle.entries)
-    scenarios = tuple(
-        scenario_result(timing, is_stock_in(bundle, timing)) for timing in timings if BUNDLE not in timing.failures
-    )
+    scenarios = tuple(result_with(bundle, timing) for timing in timings if BUNDLE not in timing.failures)
     failed = [timing for timing in timings if BUNDLE in timing.failures]
     for timing in failed:
         log.warning("%s does not run with the bundle: %s", timing.scenario, timing.failures[BUNDLE])

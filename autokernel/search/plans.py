@@ -33,8 +33,6 @@ class Part:
 
     def left_us(self, keys: Collection[str]) -> float:
         """What it saves beside the parts of these keys."""
-        if not self.taken:
-            return self.saved_us
         return self.saved_us * max(0.0, 1 - sum(share for key, share in self.taken.items() if key in keys))
 
 
@@ -68,8 +66,7 @@ def best_plans(parts: Sequence[Part], limit: int) -> list[Plan]:
 def _groups(parts: Sequence[Part], rivals: Mapping[str, frozenset[str]]) -> list[list[Part]]:
     """Parts that exclude each other or take each other's calls, directly or through others."""
     left = {part.key: part for part in parts}
-    takers = {part.key: [key for key in part.taken if key in left] for part in parts}
-    losers = {key: [part.key for part in parts if key in part.taken] for key in left}
+    sharing = {part.key: [p.key for p in parts if p.key in part.taken or part.key in p.taken] for part in parts}
     groups: list[list[Part]] = []
     while left:
         group, edge = [], [next(iter(left))]
@@ -77,7 +74,7 @@ def _groups(parts: Sequence[Part], rivals: Mapping[str, frozenset[str]]) -> list
             part = left.pop(edge.pop(), None)
             if part is not None:
                 group.append(part)
-                edge += [*rivals[part.key], *takers[part.key], *losers[part.key]]
+                edge += [*rivals[part.key], *sharing[part.key]]
         groups.append(group)
     return groups
 

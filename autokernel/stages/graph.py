@@ -64,7 +64,7 @@ def jobs_ahead(context: RunContext, bundle: Bundle, undecided: Collection[str]) 
     if not settings.enabled or settings.layers != context.experiment.plan.layers:
         return []
     names = [name for name in settings.scenarios or context.experiment.scenarios if name not in undecided]
-    return [(f"graph options: {name}", name, job) for name, job in _jobs(context, bundle, _sets(context), names)]
+    return [(f"graph options: {job.scenario}", job.scenario, job) for job in _jobs(context, bundle, _sets(context), names)]
 
 
 def keep_ahead(context: RunContext, jobs: Sequence[TimeScenario], timing: ScenarioTiming) -> None:
@@ -145,8 +145,9 @@ def _try(context: RunContext, bundle: Bundle, sets: Sequence[Options]) -> list[G
     """Time the option sets on every scenario that is asked for, but for what was timed ahead."""
     settings = context.experiment.graph
     jobs = _jobs(context, bundle, sets, settings.scenarios or list(context.experiment.scenarios))
-    timings = [context.timed_ahead[_asked(job)] for _, job in jobs if _asked(job) in context.timed_ahead]
-    left = [(name, name, job) for name, job in jobs if _asked(job) not in context.timed_ahead]
+    found = [(job, context.timed_ahead.get(_asked(job))) for job in jobs]
+    timings = [timing for _, timing in found if timing is not None]
+    left = [(job.scenario, job.scenario, job) for job, timing in found if timing is None]
     try:
         timings += run_on_model(context, "graph", left, _TIMEOUT_S, layers=settings.layers, bundle=largest(bundle))
     except WorkerError as error:  # validation will see what is wrong with the bundle
@@ -160,10 +161,8 @@ def largest(bundle: Bundle) -> Bundle:
     return replace(bundle, graph_options={"freezing": "all"})
 
 
-def _jobs(
-    context: RunContext, bundle: Bundle, sets: Sequence[Options], scenarios: Sequence[str]
-) -> list[tuple[str, TimeScenario]]:
-    """(scenario, job) for each, or several, if there are many option sets."""
+def _jobs(context: RunContext, bundle: Bundle, sets: Sequence[Options], scenarios: Sequence[str]) -> list[TimeScenario]:
+    """One job for each scenario, or several, if there are many option sets."""
     settings = context.experiment.graph
     on_gpu = context.device == "cuda"
     loaded = with_layers(context.loaded, settings.layers)
@@ -173,20 +172,17 @@ def _jobs(
     size = _SETS_PER_JOB if on_gpu else max(1, len(sets))
     parts = [contenders[i : i + size] for i in range(0, len(contenders), size)]
     return [
-        (
-            name,
-            TimeScenario(
-                loaded=loaded,
-                scenario=name,
-                device=context.device,
-                threads=context.threads,
-                contenders=(plain, *part),
-                baselines=(_PLAIN,),
-                rounds=max(11, context.experiment.validation.end_to_end_rounds // 2),
-                seed=context.seed + 2,
-                in_turn=on_gpu,
-                budget_s=settings.seconds,
-            ),
+        TimeScenario(
+            loaded=loaded,
+            scenario=name,
+            device=context.device,
+            threads=context.threads,
+            contenders=(plain, *part),
+            baselines=(_PLAIN,),
+            rounds=max(11, context.experiment.validation.end_to_end_rounds // 2),
+            seed=context.seed + 2,
+            in_turn=on_gpu,
+            budget_s=settings.seconds,
         )
         for part in parts
         for name in scenarios

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from autokernel.config import LoadedExperiment
 from autokernel.errors import WorkerError
-from autokernel.evaluate.end_to_end import ScenarioTiming, is_stock_in, scenario_result
+from autokernel.evaluate.end_to_end import ScenarioTiming, result_with
 from autokernel.evaluate.outputs import ScenarioCheck, verdict_of
 from autokernel.evaluate.whole_model import ModelJob, model_job
 from autokernel.events import EvalResult, ModelValidated
@@ -100,7 +100,7 @@ def validate(context: RunContext, bundle: Bundle, dropped: Mapping[str, str]) ->
                 quality = _quality(context, checks, _metric_on_gpu(context, bundle))
             else:
                 quality = check(context, bundle)
-        scenarios = tuple(scenario_result(timing, is_stock_in(bundle, timing)) for timing in timed)
+        scenarios = tuple(result_with(bundle, timing) for timing in timed)
         validated = ModelValidated(verdict=quality.verdict, evals=quality.evals, scenarios=scenarios, dropped=gone)
         context.emit(validated)
     return validated, bundle

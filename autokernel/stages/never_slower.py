@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from autokernel.errors import WorkerError
-from autokernel.evaluate.end_to_end import BUNDLE, ScenarioTiming, TimeScenario, against_stock, is_stock_in, scenario_result
+from autokernel.evaluate.end_to_end import BUNDLE, ScenarioTiming, TimeScenario, against_stock, result_with
 from autokernel.events import ScenarioResult, ScenarioTimed
 from autokernel.export.bundle import Bundle
 from autokernel.stages.context import RunContext
@@ -42,18 +42,16 @@ def time_until_never_slower(
     bundle = without(bundle, gone)
     slower = _slower(latest, bundle)
     changed = bool(slower)
-    if slower and bundle.graph_options:
-        gone[OPTIONS] = _why(slower[0])
-        bundle = without(bundle, gone)
-        latest = {timing.scenario: timing for timing in time_scenarios(context, bundle, names)}
-        _require_bundle(latest.values())
-        slower = _slower(latest, bundle)
     while slower:
         found = _next_to_go(bundle, slower, latest)
         if not found:
             break
         gone |= found
-        changing = {name for name, timing in latest.items() if set(found) & {options_of(name), *_hit(timing)}}
+        changing = (
+            set(names)
+            if OPTIONS in found
+            else {name for name, timing in latest.items() if set(found) & {options_of(name), *_hit(timing)}}
+        )
         changing |= {entry.scenario for entry in bundle.entries if entry.key in found}
         bundle = without(bundle, gone)
         again = time_scenarios(context, bundle, tuple(name for name in names if name in changing))
@@ -96,7 +94,7 @@ def time_scenarios(context: RunContext, bundle: Bundle, scenarios: Sequence[str]
     ]
 
     def arrived(timing: ScenarioTiming) -> None:
-        result = scenario_result(timing, is_stock_in(bundle, timing)) if BUNDLE in timing.speedups else None
+        result = result_with(bundle, timing) if BUNDLE in timing.speedups else None
         context.emit(ScenarioTimed(scenario=timing.scenario, applied_digest=digest, result=result, timing=timing.to_json()))
 
     if jobs and context.beside.running:
@@ -131,7 +129,9 @@ def _own_entries(bundle: Bundle, scenario: str) -> list[str]:
 
 
 def _next_to_go(bundle: Bundle, slower: Sequence[ScenarioResult], timings: Mapping[str, ScenarioTiming]) -> dict[str, str]:
-    """What slows these scenarios down, with the reason: own options first, then own entries, then those of others."""
+    """What slows these scenarios down, with the reason: options of all first, own ones, own entries, then those of others."""
+    if bundle.graph_options:
+        return {OPTIONS: _why(slower[0])}
 
     def of_others(name: str) -> list[str]:
         return [entry.key for entry in bundle.entries if entry.key in _hit(timings[name])]
@@ -149,7 +149,7 @@ def _hit(timing: ScenarioTiming) -> set[str]:
 
 
 def _slower(timings: Mapping[str, ScenarioTiming], bundle: Bundle) -> list[ScenarioResult]:
-    results = [scenario_result(timing, is_stock_in(bundle, timing)) for timing in timings.values()]
+    results = [result_with(bundle, timing) for timing in timings.values()]
     return [result for result in results if not result.passed]
 
 

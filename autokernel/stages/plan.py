@@ -78,8 +78,8 @@ def _contest(
 ) -> _Contest:
     """The first round: those of the plans that should save most that could be told apart in the model."""
     best = best_plans(parts, 1)[0]
-    in_parts = {part.key for part in parts}
-    others_us = sum(_saved_us(w) for w in _kept(scenario, best, parts, winners) if w.hotspot.problem.key not in in_parts)
+    nothing = Plan(keys=(), saved_us=0.0)
+    others_us = sum(_saved_us(winner) for winner in _kept(scenario, nothing, parts, winners))
     step_us = max(stock_us - best.saved_us - others_us, 0.0)
     study = PlanStudy(parts, stock_us, trials, seed, _TOLD_APART * step_us)
     best, *others = study.first()
@@ -158,15 +158,16 @@ def parts_of(scenario: str, winners: Sequence[Winner]) -> list[Part]:
 
 def in_precedence(winners: Sequence[Winner]) -> list[Winner]:
     """Winners in the order in which they get nodes: those that take some of another's calls before the other."""
-    own = {(winner.hotspot.scenario, winner.hotspot.problem.key): winner for winner in winners}
+    own: dict[str, dict[str, Winner]] = {}
+    for winner in winners:
+        own.setdefault(winner.hotspot.scenario, {})[winner.hotspot.problem.key] = winner
     placed: dict[tuple[str, str], Winner] = {}
 
     def place(winner: Winner, above: frozenset[str]) -> None:
         key, scenario = winner.hotspot.problem.key, winner.hotspot.scenario
-        same = {other: one for (name, other), one in own.items() if name == scenario}
-        for taker in _taken(winner, same):
+        for taker in _taken(winner, own[scenario]):
             if taker not in above:
-                place(same[taker], above | {key})
+                place(own[scenario][taker], above | {key})
         placed.setdefault((scenario, key), winner)
 
     for winner in winners:
