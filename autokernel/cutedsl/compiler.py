@@ -42,6 +42,7 @@ _RUNTIME = "libcuda_dialect_runtime_static.a"
 _LINK_TIMEOUT_S = 120
 _EXAMPLE = (512, 768, 1024)  # M, N, K of the matrices that stand for all sizes
 _EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
+_WIDE_ROWS, _SHARED_COLUMNS = 192, 128  # quack shares wider tiles of so many rows out by columns
 _ALLOWED = re.compile(r"(cuda[A-Z]|TVMFFI)\w*$|\w+@(@)?GLIBC_[0-9.]+$")
 
 
@@ -120,6 +121,10 @@ def refusal(spec: KernelSpec) -> str | None:
         outputs = ("bfloat16", "float16", "float32")
         if spec.dtype == "int8":
             return "quack takes no int8: use operators"
+        along_k = (spec.a_major if config.swap else spec.b_major) == "k"
+        if config.tile_m == _WIDE_ROWS and config.tile_n > _SHARED_COLUMNS and not along_k:
+            tile = f"{config.tile_m}x{config.tile_n}"
+            return f"quack's compiler ends its process for tiles of {tile} whose columns are not contiguous along K"
     if spec.out_dtype not in outputs:
         return f"{config.source} makes {', '.join(outputs)} of {spec.dtype}, not {spec.out_dtype}"
     return None

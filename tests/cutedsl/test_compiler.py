@@ -47,6 +47,8 @@ SPECS = {
     "fp8, sums in fp32": spec(COOPERATIVE, **FP8, epilogue=("scale_a", "scale_b")),
     "fp8, sums in the matrix units": spec({**COOPERATIVE, "fast_accum": True}, **FP8, epilogue=("scale_a", "scale_b")),
     "gated, fp8, batched": spec(COOPERATIVE, **FP8, batched=True, epilogue=("gated_gelu_tanh",)),
+    "columns for a row of multiprocessors": spec({**COOPERATIVE, "tile_m": 64, "tile_n": 48, "fuse": True}, epilogue=("add",)),
+    "a few rows, swapped": spec({**COOPERATIVE, "tile_m": 64, "tile_n": 16, "swap": True, "split_k": 4}),
     "batched, fused": spec(COOPERATIVE, batched=True, a_major="m", b_major="n", epilogue=("bias", "add")),
 }
 
@@ -123,6 +125,8 @@ def test_scratch_memory_is_told_to_the_caller(kernels: Kernels) -> None:
         ({"epilogue": ("bias",)}, "operators computes no epilogue"),
         ({"config": COOPERATIVE, "epilogue": ("softmax",)}, "not softmax"),
         ({"config": COOPERATIVE, "dtype": "int8"}, "use operators"),
+        ({"config": {**COOPERATIVE, "tile_m": 192, "tile_n": 256}, "b_major": "n"}, "ends its process for tiles of 192x256"),
+        ({"config": {**COOPERATIVE, "tile_m": 192, "tile_n": 256, "swap": True}, "a_major": "m"}, "contiguous along K"),
         ({"config": {**COOPERATIVE, "fast_accum": True}}, "8-bit floating point, not for bfloat16"),
         ({"config": {**OPERATORS, "fast_accum": True}, **FP8}, "nor fast_accum"),
         ({"config": COOPERATIVE, "out_dtype": "int32"}, "quack makes bfloat16"),
