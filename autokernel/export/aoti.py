@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
 
 from autokernel.export.apply import BundleBackend, OnMismatch, inductor_options, load_bundle
 from autokernel.export.bundle import Bundle
 from autokernel.export.dependent_launch import OPTION as PDL
 from autokernel.export.freezing import needs_constant
+from autokernel.export.host_compiler import shared_libstdcxx
 from autokernel.export.pins import install
 from autokernel.export.plan import Plan, Usage
 
@@ -58,8 +60,8 @@ def aoti_compile_and_package(
         BundleError: the bundle cannot be read, or does not fit and `on_mismatch` is "error".
     """
     plan = BundleBackend(load_bundle(bundle), on_mismatch).plan
-    options = {**aoti_options(plan), **(inductor_configs or {})}
-    with torch.no_grad():  # gradients would keep weights from being packed
+    with shared_libstdcxx(get_cpp_compiler()) as compiler, torch.no_grad():  # gradients would keep weights from being packed
+        options = {**({"cpp.cxx": compiler} if compiler else {}), **aoti_options(plan), **(inductor_configs or {})}
         path = torch._inductor.aoti_compile_and_package(
             exported_program,
             package_path=str(package_path) if package_path is not None else None,

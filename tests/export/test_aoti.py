@@ -102,6 +102,19 @@ print(run.get_metadata()["autokernel_bundle"], "autokernel" in sys.modules)
     assert done.stdout.split() == ["packed", "False"]
 
 
+def test_it_is_linked_with_the_libstdcxx_that_torch_has(tmp_path: Path, static_gxx: str) -> None:
+    """With a copy of its own the process that loads it would end."""
+    model, x = Gated().eval(), torch.randn(M, K)
+    plain = bundle_of(Entry(problem=DOWN, backend="aten", config={"prepack": False}))
+    with torch._inductor.config.patch({"cpp.cxx": static_gxx}):
+        package = autokernel.aoti_compile_and_package(
+            torch.export.export(model, (x,)), plain, package_path=tmp_path / "model.pt2"
+        )
+    loads = f"import torch; torch._inductor.aoti_load_package({package.path!r})(torch.randn({M}, {K}))"
+    done = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_a_packed_weight_nothing_is_frozen(tmp_path: Path) -> None:
     """Weights of such a package can still be exchanged."""
     plain = Entry(problem=DOWN, backend="aten", config={"prepack": False})
