@@ -39,5 +39,9 @@ class JobCrashed(WorkerError):
     """The process that ran the job died (signal, exit, memory limit). The message carries the end of its log."""
 
 
+class NoRoomError(AutokernelError, ValueError):
+    """What a problem needs does not fit into the memory that is free, for now."""
+
+
 class JobLost(WorkerError):
     """The worker or its node went away; the job itself is not to blame and may be tried again."""

@@ -10,6 +10,7 @@ is the exception: a copy of the weights, which one of many samples of that timin
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -172,6 +173,11 @@ def expanded(entry: Entry) -> tuple[Entry, ...]:
 def release() -> None:
     """Let go of everything that was compiled in this process, of its folded weights, and of the device memory for them."""
     torch.compiler.reset()
+    for module in PyCodeCache.modules:  # Inductor leaves them where imported modules are, with the weights that it folded
+        if sys.modules.get(module.__name__) is module:
+            del sys.modules[module.__name__]
+        for name in [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]:
+            delattr(module, name)
     PyCodeCache.cache_clear()
     gc.collect()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

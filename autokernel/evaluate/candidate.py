@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from autokernel.backends import Backend, BuildError, Built, Refused
 from autokernel.environment import current_environment
-from autokernel.errors import JobCrashed, JobLost, JobTimeout
+from autokernel.errors import JobCrashed, JobLost, JobTimeout, NoRoomError
 from autokernel.evaluate.budget import expectation_bytes
 from autokernel.evaluate.caches import cache_bytes
 from autokernel.evaluate.call_graphs import CaptureError
@@ -80,7 +80,9 @@ class EvaluateCandidate:
         phases: dict[str, float] = {}
         try:
             evaluation = self._evaluate(turns, phases, start)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, NoRoomError) as error:
+            if isinstance(error, NoRoomError) and problem.device == "cpu":
+                raise  # it is the machine that is too small
             message = f"{problem.key}: the device had no room for the reference beside the other workers: {one_line(error)}"
             raise JobLost(message) from None
         leave(problem.device, evaluation.message)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autokernel.backends import Built
-from autokernel.errors import JobLost
+from autokernel.errors import JobLost, NoRoomError
 from autokernel.evaluate.caches import cache_bytes
 from autokernel.evaluate.candidate import build_or_fail, describe_failures, one_line, prepare, start_clean
 from autokernel.evaluate.numerics import Checker
@@ -76,6 +76,7 @@ class ConfirmCandidates:
         ceilings: for the physics check.
         deterministic_required: drop candidates whose output differs between two runs.
         max_copies: most sets of inputs to rotate among.
+        alone: no other job is on the device, so that a candidate for which there is no room needs too much.
     """
 
     problem: Problem
@@ -87,6 +88,7 @@ class ConfirmCandidates:
     ceilings: Ceilings | None = None
     deterministic_required: bool = False
     max_copies: int = MAX_COPIES
+    alone: bool = False
 
     def __post_init__(self) -> None:
         strangers = [c.label for c in (*self.finalists, *self.baselines) if c.problem != self.problem]
@@ -98,6 +100,7 @@ class ConfirmCandidates:
         """Confirm.
 
         Raises:
+            JobLost: the device has no room for it now, beside others.
             Exception: the op or the machine is at fault, not a candidate.
         """
         import torch
@@ -106,7 +109,9 @@ class ConfirmCandidates:
 
         try:
             confirmation = self._confirm(get_op(self.problem.op))
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, NoRoomError) as error:
+            if isinstance(error, NoRoomError) and self.problem.device == "cpu":
+                raise  # it is the machine that is too small
             message = f"{self.problem.key}: the device had no room for its confirmation beside the other workers"
             raise JobLost(f"{message}: {one_line(error)}") from None
         leave(self.problem.device, "; ".join(failure.message for failure in confirmation.failures))
@@ -151,11 +156,15 @@ class ConfirmCandidates:
 
     def _keep(self, runners: Sequence[_Runner], action: Callable[[_Runner], None], failures: list[Evaluation]) -> list[_Runner]:
         """The runners that survive an action with all checks passed; the others become failures."""
+        import torch
+
         kept = []
         for runner in runners:
             try:
                 action(runner)
-            except Exception as error:  # noqa: BLE001  the candidate's own code, at the boundary of the child process
+            except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError) and not self.alone:
+                    raise
                 message = f"running it failed: {one_line(error)}"
                 failures.append(Evaluation(candidate=runner.candidate, status=Status.RUN_ERROR, message=message))
                 continue

@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from autokernel.errors import NoRoomError
 from autokernel.evaluate.caches import cache_bytes
 from autokernel.ops.attention import Attention, mask_position, num_keys_seen_by_all, sizes_of
 from autokernel.ops.scaled_mm import scales_of
@@ -62,7 +63,7 @@ def num_copies_for(
             that all take as much finds three fifths of the memory left).
 
     Raises:
-        ValueError: not even the least number of copies fits.
+        NoRoomError: not even the least number of copies fits.
     """
     cache_size = cache_bytes(problem.device) if cache_size is None else cache_size
     each = max(1, sum(spec.num_bytes for spec in problem.inputs))
@@ -73,7 +74,7 @@ def num_copies_for(
         free = free_bytes(problem.device)
         memory_bytes, shared_bytes = free // 4, free // 32 if on_gpu else free // 4
     if memory_bytes // each < least:
-        raise ValueError(
+        raise NoRoomError(
             f"{problem.key}: {least} copies of its inputs ({each} bytes each) must fit in {memory_bytes} bytes, a quarter "
             f"of the free memory; tune a smaller problem or free some"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 
@@ -68,7 +69,7 @@ def return_spare_memory(device: str) -> None:
 
 
 def leave(device: str, why: str = "") -> None:
-    """At a job's end: free what it took of a GPU. Nothing may refer to its tensors any more.
+    """At a job's end: free what it took. Nothing may refer to its tensors any more.
 
     Args:
         device: "cpu" or "cuda".
@@ -77,14 +78,15 @@ def leave(device: str, why: str = "") -> None:
     Raises:
         SystemExit: the CUDA context is dead (an illegal access); this process cannot use the device again.
     """
-    if device != "cuda":
+    if device != "cuda" and "torch._inductor" not in sys.modules:  # nothing was compiled
         return
     import torch
 
     from autokernel.backends.compiled import release
 
     try:
-        torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
         release()
     except RuntimeError as error:
         reason = why or str(error).partition("\n")[0]

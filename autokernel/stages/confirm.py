@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from autokernel.backends.aten import is_stock as is_stock_config
-from autokernel.errors import WorkerError
+from autokernel.errors import JobLost, WorkerError
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
 from autokernel.evaluate.roofline import Ceilings, roofline_us
 from autokernel.events import Confirmed, Profiled
@@ -101,21 +102,38 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
     if not jobs and "confirm" in (context.state.stages_done if context.state is not None else ()):
         return _by_weight(winners)
     with context.stage("confirm", total=len(jobs)):
-        futures = [context.pool.submit(job, _TIMEOUT_S) for _, job in jobs]
-        for done, ((hotspot, _), future) in enumerate(zip(jobs, futures, strict=True)):
-            context.progress("confirm", done, len(jobs), hotspot.problem.key)
-            try:
-                confirmation = future.result()
-            except WorkerError as error:
-                log.warning("%s was not confirmed: %s", hotspot.problem.key, error)
-                continue
-            events = _judge(hotspot, confirmation, settings.min_gain)
-            for event in events:
+        for hotspot, confirmation in _confirmations(context, jobs):
+            for event in _judge(hotspot, confirmation, settings.min_gain):
                 context.emit(event)
                 if event.winner is not None:
                     winners.append(event.winner)
         context.progress("confirm", len(jobs), len(jobs))
     return _by_weight(winners)
+
+
+def _confirmations(
+    context: RunContext, jobs: Sequence[tuple[Hotspot, ConfirmCandidates]]
+) -> Iterator[tuple[Hotspot, Confirmation]]:
+    """Each as soon as it is there. What was lost, for want of room on the device or of a worker, gets a second try alone."""
+    futures = [context.pool.submit(job, _TIMEOUT_S) for _, job in jobs]
+    lost: list[tuple[Hotspot, ConfirmCandidates]] = []
+    for done, ((hotspot, job), future) in enumerate(zip(jobs, futures, strict=True)):
+        context.progress("confirm", done, len(jobs), hotspot.problem.key)
+        try:
+            yield hotspot, future.result()
+        except JobLost as error:
+            log.info("%s is confirmed later: %s", hotspot.problem.key, error)
+            lost.append((hotspot, job))
+        except WorkerError as error:
+            log.warning("%s was not confirmed: %s", hotspot.problem.key, error)
+    if lost:
+        context.pool.renew()  # idle workers hold memory, too
+    for done, (hotspot, job) in enumerate(lost, start=len(jobs) - len(lost)):
+        context.progress("confirm", done, len(jobs), hotspot.problem.key)
+        try:
+            yield hotspot, context.pool.submit(replace(job, alone=True), _TIMEOUT_S).result()
+        except WorkerError as error:
+            log.warning("%s was not confirmed: %s", hotspot.problem.key, error)
 
 
 def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> list[Confirmed]:

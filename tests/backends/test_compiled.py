@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,3 +53,18 @@ def test_release_forgets_generated_modules() -> None:
     assert PyCodeCache.modules
     release()
     assert not PyCodeCache.modules
+
+
+def test_release_forgets_the_weights_that_were_folded_into_a_graph() -> None:
+    model = torch.nn.Linear(8, 8).eval()
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        torch.compile(lambda x: x @ (2 * model.weight), fullgraph=True)(torch.randn(8, 8))
+    folded = [
+        weakref.ref(value)
+        for module in PyCodeCache.modules
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor)
+    ]
+    assert folded
+    release()
+    assert [reference() for reference in folded] == [None] * len(folded)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pickle
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from autokernel.errors import JobLost, NoRoomError
+from autokernel.evaluate import candidate as candidate_module
+from autokernel.evaluate import confirm as confirm_module
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.records import Candidate, Status
@@ -37,7 +41,18 @@ def raising(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no such instruction")
 
 
-KERNELS = {"slow": delayed(1200), "strong": delayed(600), "fast": delayed(150), "broken": broken, "raising": raising}
+def greedy(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    raise torch.OutOfMemoryError("tried to allocate 1002 MiB")
+
+
+KERNELS = {
+    "greedy": greedy,
+    "slow": delayed(1200),
+    "strong": delayed(600),
+    "fast": delayed(150),
+    "broken": broken,
+    "raising": raising,
+}
 
 
 @pytest.fixture
@@ -52,6 +67,31 @@ def confirm(candidate: Any, finalists: list[Any], baselines: list[Any], **option
     return ConfirmCandidates(
         problem=problem, finalists=tuple(finalists), baselines=tuple(baselines), rounds=15, threads=1, max_copies=2, **options
     )()
+
+
+def test_a_candidate_without_room_is_to_blame_only_where_it_is_alone(candidate: Any) -> None:
+    finalists, baselines = [candidate("greedy"), candidate("fast")], [candidate("slow")]
+    with pytest.raises(JobLost, match=r"had no room for its confirmation beside the other workers: .*1002 MiB"):
+        confirm(candidate, finalists, baselines)
+    result = confirm(candidate, finalists, baselines, alone=True)
+    assert [(one.candidate, one.status) for one in result.failures] == [(candidate("greedy"), Status.RUN_ERROR)]
+    assert [contender.candidate for contender in result.finalists] == [candidate("fast")]
+
+
+def test_no_memory_for_two_copies_is_the_devices_affair_on_a_gpu(candidate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise NoRoomError("2 copies of its inputs must fit")
+
+    monkeypatch.setattr(candidate_module, "num_copies_for", full)
+    with pytest.raises(NoRoomError):
+        confirm(candidate, [candidate("fast")], [candidate("slow")])
+    problem = replace(candidate("slow").problem, device="cuda")
+    on_gpu = [replace(candidate(kernel), problem=problem) for kernel in ("slow", "fast")]
+    monkeypatch.setattr(confirm_module, "wake", lambda device: None)
+    monkeypatch.setattr(candidate_module, "cache_bytes", lambda *_: 1)
+    job = ConfirmCandidates(problem=problem, finalists=(on_gpu[1],), baselines=(on_gpu[0],), threads=1)
+    with pytest.raises(JobLost, match="2 copies"):
+        job()
 
 
 def test_speedup_is_over_the_strongest_baseline(candidate: Any) -> None:

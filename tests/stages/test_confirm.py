@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from autokernel.evaluate.confirm import Confirmation, Contender
+from autokernel.errors import JobCrashed, JobLost
+from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates, Contender
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.records import (
     Candidate,
@@ -22,7 +26,16 @@ from autokernel.records import (
     Verdict,
     Winner,
 )
-from autokernel.stages.confirm import _judge, compatible, copied_bytes, entry_of, finalists_of, fitting, slack_of
+from autokernel.stages.confirm import (
+    _confirmations,
+    _judge,
+    compatible,
+    copied_bytes,
+    entry_of,
+    finalists_of,
+    fitting,
+    slack_of,
+)
 
 X = TensorSpec.contiguous((1, 64), "float32")
 PASSED = Verdict(checks=(Check(name="all", value=0, limit=1, passed=True),))
@@ -33,6 +46,7 @@ def weight(n: int) -> TensorSpec:
 
 
 MM = Problem(op="mm", inputs=(X, weight(32)), device="cpu", constants=(1,))
+OTHER = Problem(op="mm", inputs=(X, weight(48)), device="cpu", constants=(1,))
 MERGED = Problem(op="merged_mm", inputs=(X, weight(32), weight(32)), device="cpu", constants=(1, 2))
 
 
@@ -191,3 +205,44 @@ def test_copies_of_weights_are_bounded_and_the_least_useful_ones_go() -> None:
     assert dropped == {MERGED.key: "it copies 1.64e-05 GB of weights, of 2e-05 GB 1.18e-05 are left (validation.max_copied_gb)"}
     many = replace(small, hotspot=replace(small.hotspot, num_calls=3))
     assert copied_bytes(many) == 3 * 8192
+
+
+@dataclass
+class Full:
+    """A pool whose device has room for one job at a time."""
+
+    asked: list[ConfirmCandidates] = field(default_factory=list)
+    renewed: int = 0
+
+    def submit(self, job: ConfirmCandidates, timeout_s: float) -> Future[Confirmation]:
+        self.asked.append(job)
+        future: Future[Confirmation] = Future()
+        if job.problem == MERGED and not job.alone:
+            future.set_exception(JobLost("the device had no room"))
+        elif job.problem == OTHER:
+            future.set_exception(JobLost("the device had no room") if not job.alone else JobCrashed("signal 11"))
+        else:
+            future.set_result(Confirmation(problem=job.problem, baseline=None))
+        return future
+
+    def renew(self) -> None:
+        assert all(not job.alone for job in self.asked)
+        self.renewed += 1
+
+
+def test_what_had_no_room_is_confirmed_alone_behind_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    pool = Full()
+    context: Any = SimpleNamespace(pool=pool, progress=lambda *_: None)
+    jobs = [
+        (hotspot(problem), ConfirmCandidates(problem=problem, finalists=(), baselines=(evaluation(problem, 1).candidate,)))
+        for problem in (MERGED, OTHER, MM)
+    ]
+    found = [(one.problem, confirmation.problem) for one, confirmation in _confirmations(context, jobs)]
+    assert found == [(MM, MM), (MERGED, MERGED)]
+    assert [(job.problem, job.alone) for job in pool.asked[3:]] == [(MERGED, True), (OTHER, True)]
+    assert pool.renewed == 1
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{OTHER.key} was not confirmed: signal 11"
+    ]
+    assert list(_confirmations(context, [])) == []
+    assert pool.renewed == 1
