@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def main() -> None:
         loaded = load_experiment(arguments.experiment)
         found = None
         if bundle is not None:
-            found = read_bundle(bundle)
+            found = replace(read_bundle(bundle), objects=())  # child processes have no files of it: this machine's cache has
         elif arguments.run is not None:
             found = winners_of(arguments.run)
         run = results.get("run", {})
