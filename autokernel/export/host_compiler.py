@@ -39,14 +39,14 @@ def shared_libstdcxx(compiler: str) -> Iterator[str | None]:
     with tempfile.TemporaryDirectory(prefix="autokernel-cxx-") as name:
         folder = Path(name)
         loaded = _loaded()
-        if sys.platform != "linux" or loaded is None or not _holds_a_copy(compiler, folder):
+        if sys.platform != "linux" or loaded is None or _links_shared(compiler, folder) is not False:
             yield None
             return
         (folder / _NAME).symlink_to(loaded)
         wrapper = folder / f"shared-{Path(compiler).name}"  # torch tells compilers by their names
         wrapper.write_text(_WRAPPER.format(compiler=shlex.quote(compiler), folder=shlex.quote(name)))
         wrapper.chmod(0o755)
-        if _holds_a_copy(str(wrapper), folder):
+        if not _links_shared(str(wrapper), folder):
             log.warning(
                 "autokernel: %s links libstdc++ statically, and a process that loads such a package ends: install the link %s "
                 "of the compiler's version (Debian, Ubuntu: libstdc++-dev)", compiler, _NAME,
@@ -57,16 +57,16 @@ def shared_libstdcxx(compiler: str) -> Iterator[str | None]:
         yield str(wrapper)
 
 
-def _holds_a_copy(compiler: str, folder: Path) -> bool:
-    """Whether what it links does not ask for the shared library. A compiler that fails does not: torch says what is wrong."""
+def _links_shared(compiler: str, folder: Path) -> bool | None:
+    """Whether what it links asks for the shared library; None for a compiler that fails: torch says what is wrong with it."""
     source, built = folder / "linked.cpp", folder / "linked.so"
     source.write_text(_SOURCE)
     command = [compiler, "-shared", "-fPIC", "-o", str(built), str(source)]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):
-        return False
-    return _NAME.encode() not in built.read_bytes()  # the name of a library that it needs
+        return None
+    return _NAME.encode() in built.read_bytes()  # the name of a library that it needs
 
 
 def _loaded() -> str | None:

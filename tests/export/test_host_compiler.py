@@ -41,6 +41,15 @@ def test_a_compiler_that_links_the_shared_library_is_left_alone() -> None:
         assert compiler is None
 
 
+def test_where_no_script_can_be_run_the_compiler_stays(
+    static_gxx: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Path, "chmod", lambda *_, **__: None)  # as with a folder for temporary files that is mounted noexec
+    with shared_libstdcxx(static_gxx) as compiler:
+        assert compiler is None
+    assert "links libstdc++ statically" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["no-such-compiler", os.devnull])
 def test_one_that_does_not_work_is_left_to_torch(name: str) -> None:
     with shared_libstdcxx(name) as compiler:
