@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -72,19 +72,12 @@ class EvaluateCandidate:
 
     def in_phases(self) -> tuple[Evaluation, Mapping[str, float]]:
         """The same, and where the time went: seconds of `reference`, `build`, `wait` (for the device) and `device` (alone)."""
-        import torch
-
         start = time.monotonic()
         problem = self.candidate.problem
         turns = Turns(problem.device)
         phases: dict[str, float] = {}
-        try:
+        with lost_without_room(problem, "the reference"):
             evaluation = self._evaluate(turns, phases, start)
-        except (torch.OutOfMemoryError, NoRoomError) as error:
-            if isinstance(error, NoRoomError) and problem.device == "cpu":
-                raise  # it is the machine that is too small
-            message = f"{problem.key}: the device had no room for the reference beside the other workers: {one_line(error)}"
-            raise JobLost(message) from None
         leave(problem.device, evaluation.message)
         phases.update(wait=turns.waited_s, device=turns.alone_s)
         return replace(evaluation, device_s=turns.alone_s, total_s=time.monotonic() - start), phases
@@ -211,6 +204,29 @@ def evaluation_of_failure(candidate: Candidate, error: BaseException) -> Evaluat
             notes = "\n".join(getattr(error, "__notes__", ()))
             return Evaluation(candidate=candidate, status=status, message=one_line(error), log_tail=notes[-_MAX_LOG_CHARS:])
     raise error
+
+
+@contextlib.contextmanager
+def lost_without_room(problem: Problem, what: str) -> Iterator[None]:
+    """No room on a device that workers share is nobody's fault.
+
+    Args:
+        problem: whose job it is.
+        what: there is no room for, if there is none.
+
+    Raises:
+        JobLost: the device's memory is full for now.
+        NoRoomError: a CPU's never was enough: it is the machine that is too small.
+    """
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, NoRoomError) as error:
+        if isinstance(error, NoRoomError) and problem.device == "cpu":
+            raise
+        message = f"{problem.key}: the device had no room for {what} beside the other workers: {one_line(error)}"
+        raise JobLost(message) from None
 
 
 def start_clean(threads: int | None) -> None:

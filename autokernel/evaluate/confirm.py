@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autokernel.backends import Built
-from autokernel.errors import JobLost, NoRoomError
 from autokernel.evaluate.caches import cache_bytes
-from autokernel.evaluate.candidate import build_or_fail, describe_failures, one_line, prepare, start_clean
+from autokernel.evaluate.candidate import build_or_fail, describe_failures, lost_without_room, one_line, prepare, start_clean
 from autokernel.evaluate.numerics import Checker
 from autokernel.evaluate.probes import MAX_COPIES, derived_seed, is_cold
 from autokernel.evaluate.roofline import Ceilings, sound_physics_check
@@ -103,17 +102,10 @@ class ConfirmCandidates:
             JobLost: the device has no room for it now, beside others.
             Exception: the op or the machine is at fault, not a candidate.
         """
-        import torch
-
         from autokernel.ops import get_op
 
-        try:
+        with lost_without_room(self.problem, "its confirmation"):
             confirmation = self._confirm(get_op(self.problem.op))
-        except (torch.OutOfMemoryError, NoRoomError) as error:
-            if isinstance(error, NoRoomError) and self.problem.device == "cpu":
-                raise  # it is the machine that is too small
-            message = f"{self.problem.key}: the device had no room for its confirmation beside the other workers"
-            raise JobLost(f"{message}: {one_line(error)}") from None
         leave(self.problem.device, "; ".join(failure.message for failure in confirmation.failures))
         return confirmation
 
@@ -162,7 +154,7 @@ class ConfirmCandidates:
         for runner in runners:
             try:
                 action(runner)
-            except Exception as error:
+            except Exception as error:  # the candidate's own code, at the boundary of the child process
                 if isinstance(error, torch.OutOfMemoryError) and not self.alone:
                     raise
                 message = f"running it failed: {one_line(error)}"

@@ -11,8 +11,9 @@ same kind of machine. `run.get_metadata()` says which bundle is in it, and where
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ def aoti_compile_and_package(
         BundleError: the bundle cannot be read, or does not fit and `on_mismatch` is "error".
     """
     plan = BundleBackend(load_bundle(bundle), on_mismatch).plan
-    with shared_libstdcxx(get_cpp_compiler()) as compiler, torch.no_grad():  # gradients would keep weights from being packed
-        options = {**({"cpp.cxx": compiler} if compiler else {}), **aoti_options(plan), **(inductor_configs or {})}
+    with linking_options() as linking, torch.no_grad():  # gradients would keep weights from being packed
+        options = {**linking, **aoti_options(plan), **(inductor_configs or {})}
         path = torch._inductor.aoti_compile_and_package(
             exported_program,
             package_path=str(package_path) if package_path is not None else None,
@@ -72,6 +73,13 @@ def aoti_compile_and_package(
     if plan.active and missed:
         log.info("autokernel: %d of %d entries have no place in this package", len(missed), len(usage))
     return Package(path=str(path), usage=usage)
+
+
+@contextlib.contextmanager
+def linking_options() -> Iterator[dict[str, str]]:
+    """Inductor's configuration for packages that can be loaded beside torch, whichever libstdc++ the compiler finds."""
+    with shared_libstdcxx(get_cpp_compiler()) as compiler:
+        yield {} if compiler is None else {"cpp.cxx": compiler}
 
 
 def aoti_options(plan: Plan) -> dict[str, Any]:

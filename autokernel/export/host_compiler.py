@@ -13,7 +13,6 @@ import logging
 import os
 import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +38,7 @@ def shared_libstdcxx(compiler: str) -> Iterator[str | None]:
     with tempfile.TemporaryDirectory(prefix="autokernel-cxx-") as name:
         folder = Path(name)
         loaded = _loaded()
-        if sys.platform != "linux" or loaded is None or _links_shared(compiler, folder) is not False:
+        if loaded is None or _links_shared(compiler, folder) is not False:
             yield None
             return
         (folder / _NAME).symlink_to(loaded)
@@ -70,7 +69,7 @@ def _links_shared(compiler: str, folder: Path) -> bool | None:
 
 
 def _loaded() -> str | None:
-    """The file of the libstdc++ in this process."""
+    """The file of the libstdc++ in this process; None where that is not known, as on all but Linux."""
     with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
         for line in maps:
             path = line.split(maxsplit=5)[-1].strip()

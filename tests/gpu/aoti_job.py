@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from gpu.llama_like import DOWN, DOWN_BIASED, DOWN_TILE, GATE, bundle_of, make_input, make_model, template_bundle
 from torch._dynamo.utils import counters
-from torch._inductor.cpp_builder import get_cpp_compiler
 
 import autokernel
+from autokernel.export.aoti import linking_options
 from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.host_compiler import shared_libstdcxx
 
 SKINNY = {
     "kernel": "skinny_mm", "mode": "swap", "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "split_k": 2,
@@ -42,8 +41,7 @@ def main(case: str, folder: Path) -> None:
     with torch.no_grad():
         program = torch.export.export(model, (inputs[0],))
         if case == "stock":
-            with shared_libstdcxx(get_cpp_compiler()) as compiler:
-                configs = {"cpp.cxx": compiler} if compiler else {}
+            with linking_options() as configs:
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
             usage = {}
         else:
