@@ -9,11 +9,11 @@ the regions for which kernels are generated; GEMMs by backend; where a step's ti
 measured and what is summed). Files are named after the experiment, the card and the run's day.
 
 `--measure` is for the GEMMs of a language model with {qkv, o, gate-up, down, LM head}: it builds each in every
-number of rows that the experiment has, in child processes, in four ways: cuBLAS (one product of all the weights that share an
-input), stock (as the model has them), the pick of Inductor's max-autotune for the one product, and the bundle as production
-applies it (of a run that exported none, its confirmed winners). All are timed in one process against each other: cold L2 by
-rotation over copies, CUDA graphs of many calls, events, interleaved in random order; speed-ups are medians of paired ratios
-with 95 % intervals. Leave the machine alone.
+number of rows that the experiment has, in child processes, in five ways: cuBLAS (one product of all the weights that share an
+input), stock (as the model has them), Inductor's max-autotune with its pick for the one product and with those for the
+products that the model has, and the bundle as production applies it (of a run that exported none, its confirmed winners). All
+are timed in one process against each other: cold L2 by rotation over copies, CUDA graphs of many calls, events, interleaved
+in random order; speed-ups are medians of paired ratios with 95 % intervals. Leave the machine alone.
 """
 
 from __future__ import annotations

@@ -37,16 +37,18 @@ def row_norm_kernel(
     Y0: tl.constexpr, Y1: tl.constexpr, Y2: tl.constexpr, Y3: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
     SUM: tl.constexpr, SCALE: tl.constexpr, GATE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, REPEAT: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, REPEAT: tl.constexpr, BLOCK_COLS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y = norm(x) * weight, of `ROWS` rows with `COLS` columns; strides are those of four dimensions.
 
     SUM: of x + residual, which is written to `total`. SCALE: times 1 + factor. GATE: times factor, plus residual. What a
-    mode does not use is not read.
+    mode does not use is not read. AHEAD: the weight is read before the kernel in front has ended.
     """
     column = tl.arange(0, BLOCK_COLS)
     in_row = column < COLS
     gain = tl.load(weight + column * W, mask=in_row, other=0.0).to(tl.float32)
+    if AHEAD:
+        tl.extra.cuda.gdc_wait()
     block = tl.program_id(0).to(tl.int64) * REPEAT
     for step in range(REPEAT):
         row = (block + step) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from autokernel.kernels.launch import KernelPlan, Launch, Operand
+from autokernel.kernels.launch import AHEAD, KernelPlan, Launch, Operand
 from autokernel.kernels.parameters import is_power_of_two, power_of_two
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
@@ -138,9 +138,11 @@ def plan_row_norm(problem: Problem, config: Mapping[str, ConfigValue]) -> Kernel
                     "BLOCK_ROWS": parameters.rows,
                     "REPEAT": parameters.repeat,
                     "BLOCK_COLS": power_of_two(cols),
+                    AHEAD: 0,
                 },
                 num_warps=parameters.num_warps,
                 num_stages=1,
+                weights=("weight",),
             ),
         ),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 WIDTH, KEY_VALUE, HIDDEN, VOCABULARY = 4096, 1024, 14336, 128256
 QKV = WIDTH + 2 * KEY_VALUE
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
+LARGEST_INT8 = 127  # -128 has no counterpart
 
 
 class PlainGemms(nn.Module):
@@ -72,14 +75,31 @@ class Float8Linear(nn.Module):
         return y.to(x.dtype)
 
 
-class Float8Gemms(nn.Module):
-    """q/k/v, o, gate/up and down in 8 bits."""
+class Int8Linear(nn.Module):
+    """y[M, N] = x[M, K] @ w[N, K]^T in int8, exact in 32 bits, with a scale for each row of both; x is scaled as it comes."""
 
-    def __init__(self, use_fast_accum: bool) -> None:
+    def __init__(self, k: int, n: int) -> None:
+        super().__init__()
+        weight = torch.randn(n, k) / k**0.5
+        scale = weight.abs().amax(dim=1, keepdim=True) / LARGEST_INT8
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale.reshape(1, n).float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-6) / LARGEST_INT8
+        quantized = (wide / scale).round().to(torch.int8)
+        return (torch._int_mm(quantized, self.weight.t()) * scale * self.scale).to(x.dtype)
+
+
+class EightBitGemms(nn.Module):
+    """q/k/v, o, gate/up and down, each by a layer that `linear` makes of K and N."""
+
+    def __init__(self, linear: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
         sizes = {"qkv": (WIDTH, QKV), "o": (WIDTH, WIDTH), "gate_up": (WIDTH, 2 * HIDDEN), "down": (HIDDEN, WIDTH)}
         for name, (k, n) in sizes.items():
-            self.add_module(name, Float8Linear(k, n, use_fast_accum))
+            self.add_module(name, linear(k, n))
 
     def forward(self, x: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x [M, 4096], hidden [M, 14336] -> [M, 6144], [M, 4096], [M, 28672], [M, 4096]."""
@@ -95,4 +115,8 @@ def fused_gemms() -> nn.Module:
 
 
 def float8_gemms(use_fast_accum: bool = False) -> nn.Module:
-    return Float8Gemms(use_fast_accum)
+    return EightBitGemms(lambda k, n: Float8Linear(k, n, use_fast_accum))
+
+
+def int8_gemms() -> nn.Module:
+    return EightBitGemms(Int8Linear)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_run
+import llama_gemms
 import pytest
 import run_markdown
 import run_results
@@ -175,3 +176,24 @@ def test_files_are_named_after_the_experiment(run: dict[str, Any]) -> None:
     run["date"] = "2026-11-21T18:13:54+00:00"
     assert gpu_run.file_name({"run": run, "date": "2027-01-01"}, "llama", "cuda") == "invented-nvidia-h200-2026-11-21.json"
     assert gpu_run.file_name({"date": "2027-01-01T00:00:00"}, "llama", "cuda") == "llama-cuda-2027-01-01.json"
+
+
+def test_products_that_share_an_input_are_measured_apart_and_as_one() -> None:
+    ways = [llama_gemms.CUBLAS, llama_gemms.PICK, llama_gemms.STOCK, llama_gemms.PICKS]
+    case = llama_gemms.GemmCase(name="qkv", m=4, ns=(48, 16), k=32, dtype="float32", device="cpu")
+    several = llama_gemms.MeasureGemm(case=case, bundle=None, threads=1, rounds=3)()
+    assert list(several["us"]) == ways
+    assert set(several["over_max_autotune_apart"]) == {*ways} - {llama_gemms.PICKS}
+    one = llama_gemms.MeasureGemm(case=case.one(), bundle=None, threads=1, rounds=3)()
+    assert list(one["us"]) == ways[:2]
+    assert one["over_max_autotune_apart"] == one["over_max_autotune"]
+
+
+def test_means_over_each_way() -> None:
+    speedups = [{"ratio": r, "low": r, "high": r} for r in (1.0, 4.0, 8.0)]
+    against = ("over_cublas", "over_max_autotune", "over_max_autotune_apart")
+    rows = [{"gemm": "o", "m": 1, "us": {"bundle": 1.0}} | {key: {"bundle": speedups[i]} for key in against} for i in (0, 1)]
+    rows[1] |= {"m": 16, "over_max_autotune_apart": {"bundle": speedups[2]}}
+    text = run_markdown.mean_lines(rows)
+    assert "- M <= 16: 2.000× max-autotune's picks (geometric mean of 2, least 1.000×)" in text
+    assert "- all M: 2.828× max-autotune's picks for the model's own products (geometric mean of 2, least 1.000×)" in text

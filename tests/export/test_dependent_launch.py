@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from export.pretended_h200 import Generated, generated_code, plan_with, pretended_h200
+from kernels.for_hopper import read_before_and_after
 
 from autokernel.export.apply import inductor_options
 from autokernel.export.bundle import Entry
@@ -158,24 +159,6 @@ def test_hoppers_instructions_are_there(code: str, tmp_path: Path, monkeypatch: 
     ptx = ptx_of(ours, tmp_path, monkeypatch)
     wait, launch = ptx.index("griddepcontrol.wait"), ptx.index("griddepcontrol.launch_dependents")
     assert launch < wait < ptx.index("ld.global")
-
-
-def read_before_and_after(ptx: str, weight: int) -> tuple[set[bool], set[bool]]:
-    """Whether what is loaded and stored before and behind the wait belongs to the weight, by its parameter's position."""
-    sources: dict[str, set[int]] = {}
-    found: tuple[set[bool], set[bool]] = (set(), set())
-    behind = 0
-    for line in ptx.splitlines():
-        if "griddepcontrol.wait" in line:
-            behind = 1
-        if match := re.search(r"ld\.param\.b64\s+(%rd\d+), \[\w+_param_(\d+)\]", line):
-            sources[match[1]] = {int(match[2])}
-        elif match := re.match(r"\s+(?:@%p\d+ )?(ld|st)\.global\S*.*\[ ?(%rd\d+)", line):
-            found[behind].add(match[1] == "ld" and sources.get(match[2], set()) == {weight})
-        elif match := re.match(r"\s+(?:mad|add|cvta|mov|mul)\S*\s+(%rd\d+), (.*);", line):
-            known = set().union(*(sources.get(name, set()) for name in re.findall(r"%rd\d+", match[2])))
-            sources[match[1]] = known
-    return found
 
 
 @pytest.mark.parametrize("split_k", [1, 2])

@@ -52,3 +52,21 @@ def bytes_of_stack(ptx: str, folder: Path) -> int:
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stderr
     (found,) = re.findall(r"(\d+) bytes stack frame", said)
     return int(found)
+
+
+def read_before_and_after(ptx: str, weight: int) -> tuple[set[bool], set[bool]]:
+    """Whether what is loaded and stored before and behind the wait belongs to the weight, by its parameter's position."""
+    sources: dict[str, set[int]] = {}
+    found: tuple[set[bool], set[bool]] = (set(), set())
+    behind = 0
+    for line in ptx.splitlines():
+        if "griddepcontrol.wait" in line:
+            behind = 1
+        if match := re.search(r"ld\.param\.b64\s+(%rd\d+), \[\w+_param_(\d+)\]", line):
+            sources[match[1]] = {int(match[2])}
+        elif match := re.match(r"\s+(?:@%p\d+ )?(ld|st)\.global\S*.*\[ ?(%rd\d+)", line):
+            found[behind].add(match[1] == "ld" and sources.get(match[2], set()) == {weight})
+        elif match := re.match(r"\s+(?:mad|add|cvta|mov|mul)\S*\s+(%rd\d+), (.*);", line):
+            known = set().union(*(sources.get(name, set()) for name in re.findall(r"%rd\d+", match[2])))
+            sources[match[1]] = known
+    return found

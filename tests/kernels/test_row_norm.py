@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kernels.for_hopper import ptx_of
+from kernels.for_hopper import ptx_of, read_before_and_after
 
 from autokernel.kernels.plans import plan_of
 from autokernel.records import ConfigValue, Problem, TensorSpec
@@ -46,6 +47,21 @@ def test_rows_are_read_sixteen_bytes_at_a_time() -> None:
     plan = plan_of(case, {**CONFIG, "repeat": 4})
     assert [launch.grid for launch in plan.launches] == [(16, 1, 1)]
     assert "ld.global.v4.b32" in ptx_of(case, plan)
+
+
+def test_the_weight_and_nothing_else_is_read_before_the_wait() -> None:
+    """4,096 elements by 128 threads: four reads of 16 bytes each for the weight, the row and the residual."""
+    case = problem((1, 4096), "add_rms_norm", (1, 4096))
+    plan = plan_of(case, CONFIG)
+    (launch,) = plan.launches
+    assert (launch.weights, launch.arguments["AHEAD"]) == (("weight",), 0)
+    assert "griddepcontrol" not in ptx_of(case, plan)
+    ahead = replace(plan, launches=(replace(launch, arguments={**launch.arguments, "AHEAD": 1}),))
+    ptx = ptx_of(case, ahead)
+    before, behind = ptx.split("griddepcontrol.wait")
+    assert (before.count("ld.global"), before.count("st.global")) == (4, 0)
+    assert (behind.count("ld.global"), behind.count("st.global")) == (8, 8)
+    assert read_before_and_after(ptx, launch.kernel.arg_names.index("weight")) == ({True}, {False})
 
 
 @pytest.mark.parametrize(
