@@ -1,5 +1,6 @@
-"""Programmatic dependent launch of Triton kernels: the graph option `pdl`, for our own (true), for all of a graph ("all"), or
-for those of ours that have something to do before they need what the kernel in front of them writes ("ahead").
+"""Programmatic dependent launch of Triton kernels: the graph option `pdl`, for our own (true), for all of a graph ("all"),
+for those of ours that have something to do before they need what the kernel in front of them writes ("ahead"), or for these
+and all whose programs find room on the device at once ("one_wave").
 
 A kernel that is launched so starts while the one in front of it still runs, and waits for its results as the first thing it
 does: what is saved is the launch, and the time until all multiprocessors are busy. Every such kernel lets the next one
@@ -9,7 +10,8 @@ Some of ours read their first weights before they wait: parameters, which no ker
 Each program pays for the wait, and where thousands of short ones follow each other only the first wave of them gains. With
 "ahead" a kernel is launched so if it reads or asks for memory ahead, its programs are a few waves at most, and its loop is not
 pipelined (the pipeline would start when the first weights are multiplied); all others are launched as usual, and only let the
-next one start.
+next one start. With "one_wave" so are those of more programs than find room at once; Inductor's own kernels count as small,
+as they are where launches matter.
 
 Inductor knows such launches for kernels that it writes itself (`triton.enable_pdl`), but not for those of others and for
 templates, and its own wait only for the kernel in front, where they need its results. Here the word is put in where Inductor
@@ -22,6 +24,7 @@ import ast
 import contextlib
 import functools
 import inspect
+import json
 import logging
 import math
 import re
@@ -29,13 +32,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from autokernel.errors import BundleError
 from autokernel.kernels.launch import AHEAD
 from autokernel.kernels.op import num_units_of
 from autokernel.records import ConfigValue
 
 log = logging.getLogger(__name__)
 
-OPTION, ALL, ONLY_AHEAD = "pdl", "all", "ahead"
+OPTION, ALL, ONLY_AHEAD, ONE_WAVE = "pdl", "all", "ahead", "one_wave"
+_VALUES: tuple[ConfigValue, ...] = (True, ALL, ONLY_AHEAD, ONE_WAVE, False)
 _OURS = ("autokernel.kernels.", "autokernel_")  # modules of kernels that are read from files, and of generated ones
 _DECORATOR, _META, _LAUNCH = "@triton_heuristics.", "triton_meta={", "'launch_pdl': True, "
 _SAID = re.compile(r"'launch_pdl': False(, )?")  # by Inductor, of kernels of its own
@@ -55,11 +60,17 @@ def dependent_launches(of: ConfigValue, inputs: Sequence[Any]) -> Iterator[None]
     """While Inductor compiles in this thread: kernels of ours are launched so, or all of Triton's.
 
     Args:
-        of: the option's value, True, "all" or "ahead"; with False nothing changes.
+        of: the option's value, True, "all", "ahead" or "one_wave"; with False nothing changes.
         inputs: of the graph that is compiled.
+
+    Raises:
+        BundleError: there is no such value.
     """
     import torch
 
+    if of not in _VALUES:
+        known = ", ".join(json.dumps(value) for value in _VALUES)
+        raise BundleError(f"graph option {OPTION}: {of!r} is unknown; write one of {known}, or leave it out")
     _install()
     _state.active = of
     _state.parameters = [isinstance(value, torch.nn.Parameter) for value in inputs]
@@ -83,16 +94,18 @@ def _install() -> None:
     def define_user_defined_triton_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         _state.ours = str(getattr(given["kernel"].fn, "__module__", "")).startswith(_OURS)
+        if _state.ours and getattr(_state, "active", False) == ONE_WAVE:
+            _state.many = _waves(given["grids"][0], given["configs"][0].num_warps) > 1
         try:
             return define_user(self, *args, **kwargs)
         finally:
-            _state.ours = False
+            _state.ours = _state.many = False
 
     @functools.wraps(define)
     def define_kernel(self: Any, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any) -> Any:
         active = getattr(_state, "active", False)
-        if active and (getattr(_state, "ours", False) or (active in (ALL, ONLY_AHEAD) and _DECORATOR in kernel_body)):
-            kernel_body = dependent(kernel_body, only_ahead=active == ONLY_AHEAD)
+        if active and (getattr(_state, "ours", False) or (active is not True and _DECORATOR in kernel_body)):
+            kernel_body = dependent(kernel_body, only_ahead=active == ONLY_AHEAD or getattr(_state, "many", False))
         return define(self, kernel_name, kernel_body, *args, **kwargs)
 
     define_kernel.autokernel = True  # type: ignore[attr-defined]
@@ -112,7 +125,7 @@ def may_read_ahead(weights: Sequence[Any], grid: Sequence[int], num_warps: int, 
         num_stages: that its loop is pipelined in.
     """
     active = getattr(_state, "active", False)
-    dear = active == ONLY_AHEAD and (_waves(grid, num_warps) > _MAX_WAVES or (bool(weights) and num_stages > 1))
+    dear = active in (ONLY_AHEAD, ONE_WAVE) and (_waves(grid, num_warps) > _MAX_WAVES or (bool(weights) and num_stages > 1))
     if not active or dear:
         return False
     from torch._inductor.virtualized import V
@@ -131,12 +144,12 @@ def may_read_ahead(weights: Sequence[Any], grid: Sequence[int], num_warps: int, 
     return all(is_kept(weight.get_name()) for weight in weights)
 
 
-def _waves(grid: Sequence[int], num_warps: int) -> float:
+def _waves(grid: Sequence[Any], num_warps: int) -> float:
     """How often the programs of a grid fill the device, if nothing but their number and warps limits them."""
     import torch
 
     room = num_units_of(torch.device("cuda")) * min(_MAX_PROGRAMS, _MAX_WARPS // num_warps)
-    return math.prod(grid) / room
+    return math.prod(int(size) for size in grid) / room
 
 
 def _writes(node: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 from export.pretended_h200 import Generated, generated_code, plan_with, pretended_h200
 from kernels.for_hopper import read_before_and_after
 
+from autokernel.errors import BundleError
 from autokernel.export.apply import inductor_options
 from autokernel.export.bundle import Entry
 from autokernel.export.dependent_launch import dependent, dependent_launches, may_read_ahead
@@ -272,6 +273,8 @@ def test_inputs_that_were_taken_apart_are_not_read_ahead() -> None:
         ("ahead", (132 * 32 * 8, 1, 1), 1, 1, True),
         ("ahead", (132 * 32 * 8 + 1, 1, 1), 1, 1, False),
         ("ahead", (132, 1, 1), 4, 2, False),
+        ("one_wave", (132 * 16 * 8, 1, 1), 4, 1, True),
+        ("one_wave", (132, 1, 1), 4, 2, False),
         ("all", (132, 16 * 8 + 1, 1), 4, 2, True),
     ],
 )
@@ -310,6 +313,29 @@ def test_with_ahead_a_kernel_that_begins_with_weights_waits_behind_them(
     assert not meta_of(other).get("launch_pdl")
     assert ptx_of(ours, tmp_path, monkeypatch).count("griddepcontrol.wait") == 1
     assert ptx_of(ours, tmp_path, monkeypatch).count("griddepcontrol.launch_dependents") == 1
+
+
+def test_with_one_wave_kernels_that_find_room_at_once_wait_first() -> None:
+    """64 programs of four warps; and, as if the device took no more than 63, more than that."""
+    for text in kernels(code_with("one_wave")).values():
+        assert meta_of(text)["launch_pdl"] is True
+        assert entry_of(text)[:2] == ["tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()"]
+    with mock.patch("autokernel.export.dependent_launch._waves", lambda grid, num_warps: grid[0] * num_warps / 252):
+        found = kernels(code_with("one_wave"))
+    (ours,) = [text for name, text in found.items() if name.startswith("skinny_mm_kernel")]
+    (other,) = [text for name, text in found.items() if not name.startswith("skinny_mm_kernel")]
+    assert not meta_of(ours).get("launch_pdl")
+    assert entry_of(ours)[0] == "tl.extra.cuda.gdc_launch_dependents()"
+    assert "gdc_wait" not in entry_of(ours)[1]
+    assert meta_of(other)["launch_pdl"] is True
+
+
+def test_an_unknown_value_is_refused() -> None:
+    with (
+        pytest.raises(BundleError, match='pdl: \'some\' is unknown; write one of true, "all", "ahead", "one_wave", false'),
+        dependent_launches("some", []),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -125,9 +125,9 @@ def test_results_are_the_same_bits_with_dependent_launches(config: dict[str, Con
     with torch.no_grad():
         entries = tuple(entries_of(model, draws[0], config))
         expected: list[torch.Tensor] = []
-        for option in (False, True, "all", "ahead"):
+        for option in (False, True, "all", "ahead", "one_wave"):
             results, ahead = replays(model, bundle_with(entries, option), [(x,) for x in draws], LAYERS, rounds=20)
-            expected_ahead = {False: 0, "ahead": num_ahead}.get(option, 2)
+            expected_ahead = {False: 0, "ahead": num_ahead, "one_wave": num_ahead}.get(option, 2)
             assert ahead == expected_ahead, "the kernel of the norm and both products, and that of down"
             expected = expected or results
             assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), option
@@ -178,13 +178,13 @@ def test_attention_that_asks_for_the_cache_early_sees_what_is_written_meanwhile(
         torch._dynamo.reset()
         torch.compile(model, options={"post_grad_custom_post_pass": keep, "fx_graph_cache": False})(draws[0], places[0])
         (problem,) = problems.values()
-        for option in (False, "all", "ahead"):
+        for option in (False, "all", "ahead", "one_wave"):
             model.keys.zero_()  # type: ignore[operator]
             model.values.zero_()  # type: ignore[operator]
             bundle = bundle_with([Entry(problem=problem, backend="triton", config=ATTENTION)], option)
             found[option], ahead = replays(model, bundle, [*zip(draws, places, strict=True)], 1, rounds=1)
             assert ahead == int(bool(option))
-    for option in ("all", "ahead"):
+    for option in ("all", "ahead", "one_wave"):
         assert all(torch.equal(a, b) for a, b in zip(found[False], found[option], strict=True)), option
     for exact, got in zip(found["eager"], found["all"], strict=True):
         torch.testing.assert_close(got, exact, rtol=2e-2, atol=2e-2)
