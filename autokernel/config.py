@@ -61,7 +61,8 @@ class GraphSection(Section):
     seconds: PositiveFloat = Field(600, description="wall time per scenario; sets that it does not suffice for are not tried")
     scenarios: tuple[str, ...] = Field((), description="scenarios that the sets are tried on; default: all")
     layers: PositiveInt | None = Field(
-        None, description="try the sets on a language model of so many layers; validation always takes the whole model"
+        None,
+        description="try the sets on a model of so many layers (`model.depth_key`); validation always takes the whole model",
     )
 
 
@@ -71,8 +72,8 @@ class ProfileSection(Section):
     layers: int | None = Field(
         None,
         ge=2,
-        description="capture a language model of so many layers and one of half as many, and reckon from both what all layers "
-        "take; where layers differ in kind, the whole model is captured all the same",
+        description="capture a model of so many layers (`model.depth_key`) and one of half as many, and reckon from both what "
+        "all layers take; where layers differ in kind, the whole model is captured all the same",
     )
 
 
@@ -82,7 +83,8 @@ class PlanSection(Section):
     enabled: bool = True
     trials: PositiveInt = Field(4, description="plans per scenario that are timed in the model")
     layers: PositiveInt | None = Field(
-        None, description="time them in a language model of so many layers; validation always takes the whole model"
+        None,
+        description="time them in a model of so many layers (`model.depth_key`); validation always takes the whole model",
     )
 
 
@@ -125,7 +127,8 @@ class ValidationSection(Section):
         False, description="compile the model without each entry in turn, and drop entries that it is faster without"
     )
     ablation_layers: PositiveInt | None = Field(
-        4, description="do that with a language model of so many layers; null: all. The last word has the whole model"
+        4,
+        description="do that with a model of so many layers (`model.depth_key`); null: all. The last word has the whole model",
     )
     max_abs_error: PositiveFloat | None = Field(
         None, description="how far any output may be from that of eager PyTorch, on top of the numerical budget; default: any"

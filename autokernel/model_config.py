@@ -47,6 +47,11 @@ class ModelSection(Section):
         default_factory=dict,
         description="keys of the config to replace, e.g. `num_hidden_layers: 8` for a quick try",
     )
+    depth_key: str | None = Field(
+        None,
+        description="key of `config`, `config_overrides` or `arguments` that counts the model's layers, all of them alike: "
+        "where `layers` are asked for (`graph.layers` and others), it is set to so many. Language models: num_hidden_layers",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     seed: int = Field(0, description="of random weights")
 
@@ -54,6 +59,34 @@ class ModelSection(Section):
     def by_auto_class(self) -> bool:
         """Whether transformers finds the class by the config, as it does for language models."""
         return self.class_path is None and self.factory is None
+
+    @property
+    def depth(self) -> int | None:
+        """How many layers it has, where that is written out."""
+        given = {**(self.config if isinstance(self.config, dict) else {}), **self.arguments, **self.config_overrides}
+        depth = given.get(self._depth_key or "")
+        return depth if isinstance(depth, int) else None
+
+    @property
+    def _depth_key(self) -> str | None:
+        return self.depth_key or ("num_hidden_layers" if self.by_auto_class else None)
+
+    def with_depth(self, num_layers: int) -> ModelSection:
+        """The same with so many layers; itself where it has no more, or there is no telling what counts them."""
+        if self._depth_key is None or (self.depth is not None and self.depth <= num_layers):
+            return self
+        name = "arguments" if self._depth_key in self.arguments else "config_overrides"
+        return self.model_copy(update={name: {**getattr(self, name), self._depth_key: num_layers}})
+
+    @model_validator(mode="after")
+    def _depth_is_counted(self) -> ModelSection:
+        if self.depth_key is not None and self.depth is None:
+            known = sorted({*(self.config if isinstance(self.config, dict) else ()), *self.arguments, *self.config_overrides})
+            raise ValueError(
+                f"depth_key is a key of config, config_overrides or arguments with a whole number; {self.depth_key!r} is not "
+                f"among {', '.join(known) or 'them, for they are empty'}: write the number out there"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:

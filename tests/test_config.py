@@ -184,6 +184,10 @@ def test_mistakes_with_language_models(write: Any, changes: dict[str, Any], said
             {"model.config": {"a": 1}},
             "model: a class is built from one of checkpoint, config and arguments, not from ['config', 'arguments']",
         ),
+        (
+            {"model.depth_key": "n_layers"},
+            "model: depth_key is a key of config, config_overrides or arguments with a whole number; 'n_layers' is not among",
+        ),
         ({"model.config_overrides": {"a": 1}}, "model: with `class_path`, `config_overrides` belong to `config`, which is not"),
         ({"model.class_path": "missing.py:Net"}, "model.class_path: "),
         ({"model.class_path": "torch.nn.Linear"}, "model.class_path: 'torch.nn.Linear' must look like package.module:function"),

@@ -66,7 +66,7 @@ def _layers_of(loaded: LoadedExperiment) -> tuple[int, bool]:
     from autokernel.profiling.workload import model_config
 
     if not loaded.experiment.model.by_auto_class:
-        return 0, True
+        return loaded.experiment.model.depth or 0, True
     config = model_config(loaded).get_text_config()
     whole = int(getattr(config, "num_hidden_layers", 0))
     facts = [getattr(config, name) for name in dir(config) if "layer" in name]

@@ -102,10 +102,9 @@ def _layers_of(context: RunContext) -> tuple[int | None, ...]:
 
 
 def with_layers(loaded: LoadedExperiment, num_layers: int | None) -> LoadedExperiment:
-    """The same with fewer layers in its model; itself where transformers does not find the class, or None is asked for."""
+    """The same with fewer layers in its model; itself where nothing says what counts them, or None is asked for."""
     model = loaded.experiment.model
-    if num_layers is None or not model.by_auto_class:
+    smaller = model.with_depth(num_layers) if num_layers is not None else model
+    if smaller is model:
         return loaded
-    overrides = {**model.config_overrides, "num_hidden_layers": num_layers}
-    smaller = loaded.experiment.model_copy(update={"model": model.model_copy(update={"config_overrides": overrides})})
-    return loaded.model_copy(update={"experiment": smaller})
+    return loaded.model_copy(update={"experiment": loaded.experiment.model_copy(update={"model": smaller})})

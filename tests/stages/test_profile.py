@@ -61,6 +61,40 @@ def test_a_part_of_the_layers_tells_the_calls_of_all(tmp_path: Path) -> None:
     assert calls(loaded, 2) == whole
 
 
+STACK = """
+import torch
+
+
+class Stack(torch.nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(depth))
+        self.last = torch.nn.Linear(32, 8)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.relu(layer(x))
+        return self.last(x)
+"""
+
+
+@pytest.mark.slow
+def test_of_any_class_whose_file_says_what_counts_its_layers(tmp_path: Path) -> None:
+    (tmp_path / "stack.py").write_text(STACK)
+    model = {"class_path": "stack.py:Stack", "arguments": {"depth": 7}, "depth_key": "depth", "dtype": "float32"}
+    scenarios = {"decode": {"kind": "call", "inputs": {"x": {"shape": ["batch", 32]}}, "batch": 4}}
+    path = tmp_path / "stack.yaml"
+    path.write_text(yaml.safe_dump({"name": "stack", "device": "cpu", "model": model, "scenarios": scenarios}))
+    loaded = load_experiment(path)
+    whole = calls(loaded, None)
+    assert whole is not None
+    assert sorted(set(whole.values())) == [1, 7]
+    captured = ProfileScenario(loaded=loaded, scenario="decode", device="cpu", threads=1, seed=0, layers=4)()
+    assert captured is not None
+    assert sum("32x32" in site.problem.key for site in captured.sites) == 4, "of four layers"
+    assert calls(loaded, 4) == whole
+
+
 @pytest.mark.parametrize("model", ["gemma3_text", "jamba"])
 def test_layers_that_a_config_calls_different_are_not_reckoned_from_the_first(tmp_path: Path, model: str) -> None:
     """The first four are alike, and a later one is not."""

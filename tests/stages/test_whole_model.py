@@ -19,6 +19,7 @@ from autokernel.events import ModelValidated, RunStarted, ScenarioResult
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.prove import Proof, Prove, ScenarioProof
 from autokernel.profiling.footprint import Footprint, MeasureFootprints
+from autokernel.profiling.workload import load_model
 from autokernel.records import Problem, Speedup, TensorSpec, Verdict
 from autokernel.stages.ablation import without_useless
 from autokernel.stages.beside import BesideJob
@@ -207,8 +208,38 @@ def test_fewer_layers_change_the_model_alone() -> None:
     assert smaller.experiment.model.config_overrides == {"num_hidden_layers": 4}
     assert smaller.experiment.scenarios == loaded.experiment.scenarios
     assert with_layers(loaded, None) is loaded
-    of_a_class = load_experiment(LLAMA.parent / "vit.yaml")
-    assert with_layers(of_a_class, 4) is of_a_class
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "expected"),
+    [
+        ("vit", "config_overrides", {"num_hidden_layers": 4}),
+        ("chronos2", "config_overrides", {"num_layers": 4}),
+        ("zimage", "arguments", {"n_layers": 4}),
+    ],
+)
+def test_any_model_has_fewer_layers_where_its_file_says_what_counts_them(
+    name: str, field: str, expected: dict[str, int]
+) -> None:
+    loaded = load_experiment(LLAMA.parent / f"{name}.yaml")
+    smaller = with_layers(loaded, 4)
+    assert expected.items() <= getattr(smaller.experiment.model, field).items()
+    assert smaller.experiment.scenarios == loaded.experiment.scenarios
+    assert with_layers(loaded, 64) is loaded, "it has no more"
+    assert with_layers(smaller, 4) is smaller
+    unknown = loaded.experiment.model.model_copy(update={"depth_key": None})
+    assert unknown.with_depth(4) is unknown
+
+
+def test_a_vit_of_four_layers_is_built() -> None:
+    loaded = load_experiment(LLAMA.parent / "vit.yaml", ("device=cpu", "backends=[aten]", "model.config.hidden_size=48"))
+    sizes = {"num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 6}
+    model = loaded.experiment.model
+    model = model.model_copy(update={"config": {**(model.config if isinstance(model.config, dict) else {}), **sizes}})
+    small = loaded.model_copy(update={"experiment": loaded.experiment.model_copy(update={"model": model})})
+    counts = [sum(name.endswith("layernorm_before.weight") for name, _ in load_model(one, "cpu").named_parameters())
+              for one in (small, with_layers(small, 4))]  # fmt: skip
+    assert counts == [6, 4]
 
 
 def entry(n: int, scenario: str) -> Entry:
