@@ -58,7 +58,8 @@ class StageFinished(Record):
 class Profiled(Record):
     """Hotspots, ranked by attainable gain, with the ceilings their rooflines come from.
 
-    `layers`: where a part of the model was captured, the number of its layers; times and calls are reckoned for all of them.
+    `layers`: where a part of the model was captured, the number of its layers; times, calls and memory are reckoned for all of
+    them. `peak_bytes`: what capturing each scenario took of a GPU's memory.
     """
 
     hotspots: tuple[Hotspot, ...]
@@ -67,6 +68,7 @@ class Profiled(Record):
     peak_tflops: Mapping[str, float]  # by dtype
     ceilings: Mapping[str, Any] = field(default_factory=dict)  # `evaluate.roofline.Ceilings` as JSON
     layers: int | None = None
+    peak_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,8 @@ class CapturedScenario:
     against `step_us`; an opportunity that stands for several kernels takes as long as all of them, and one that has no library
     call at all is not among them. `kernel_us` is the
     device time of all kernels of a step on a GPU; on a CPU, that of the library kernels alone. `num_calls` is there where the
-    model has more layers than the graph: the calls of each problem in all of them.
+    model has more layers than the graph: the calls of each problem in all of them. `peak_bytes` is what the capture took of a
+    GPU's memory at most, the model included; 0 on a CPU.
     """
 
     scenario: str
@@ -51,6 +52,7 @@ class CapturedScenario:
     graph: str
     compile_s: float
     num_calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, order=True)

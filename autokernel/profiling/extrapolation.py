@@ -42,4 +42,5 @@ def extrapolated(
         step_spread_us=more.step_spread_us * step_us / more.step_us,
         kernel_us=min(step_us, further(fewer.kernel_us, more.kernel_us)),
         num_calls=num_calls,
+        peak_bytes=round(further(fewer.peak_bytes, more.peak_bytes)),
     )

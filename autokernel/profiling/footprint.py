@@ -13,6 +13,7 @@ _OVERHEAD = 3 << 30  # of one process: its CUDA context, the libraries' workspac
 _STREAMS = 8  # activations of the hidden size that live at once
 _MERGED_PART = 0.8  # of the weights, that a bundle may hold a second time: concatenated, or packed
 _LOGIT_COPIES = 3
+_COMPARED = 3  # times what a scenario takes under Inductor's default that a comparison with bundles and stock modes takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +44,21 @@ class MeasureFootprints:
         return tuple(footprint(loaded, device) for loaded in self.models)
 
 
+def by_peaks(peak_bytes: Mapping[str, int], device_bytes: int) -> Footprint:
+    """Of a model of which nothing else can be told: by what each scenario took of the memory when it was profiled.
+
+    A bundle may hold most weights a second time, and each graph of a comparison its activations: room for both is left.
+    """
+    scenarios = {name: _COMPARED * peak + _OVERHEAD for name, peak in peak_bytes.items()}
+    return Footprint(scenarios=scenarios, device=device_bytes)
+
+
 def footprint(loaded: LoadedExperiment, device_bytes: int) -> Footprint:
     """An upper estimate for each scenario of a language model; the most that its contenders need together.
 
     Counted are the weights, once more what of them a bundle concatenates, the KV cache, and the activations of one layer:
     those of attention with the keys and values of one layer repeated for each head, as transformers' code does it. Of other
-    models nothing can be told.
+    models nothing can be told before they have run (`by_peaks`).
     """
     from autokernel.profiling.workload import empty_model
 

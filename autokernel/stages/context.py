@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +46,7 @@ class RunContext:
     history: Sequence[Path] = field(default_factory=tuple)  # journals of earlier runs, for seeds
     started: float = field(default_factory=time.monotonic)
     footprints: dict[int | None, Footprint] = field(default_factory=dict)  # by the model's number of layers, if fewer
+    peak_bytes: Mapping[str, int] = field(default_factory=dict)  # of the GPU, that each scenario took when it was profiled
     measuring: Future[tuple[Footprint, ...]] | None = None  # of all that a run needs, while they are not there yet
     beside: Beside = field(default_factory=Beside)  # what runs beside stages, and ends with none of them
     rehearsing: bool = False  # what validation will compile is compiled beside them

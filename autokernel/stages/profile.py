@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
@@ -52,10 +52,16 @@ class ProfileScenario(ModelJob):
         return extrapolated(fewer, more, depths, whole)
 
     def _capture(self, layers: int | None, turns: JobTurns) -> CapturedScenario:
+        import torch
+
         from autokernel.profiling.capture import capture
 
+        on_gpu = self.device == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         _, program = load_scenario(with_layers(self.loaded, layers), self.scenario, turns, self.seed)
-        return capture(program, self.device, turns=turns)
+        captured = capture(program, self.device, turns=turns)
+        return replace(captured, peak_bytes=torch.cuda.max_memory_reserved()) if on_gpu else captured
 
 
 def _layers_of(loaded: LoadedExperiment) -> tuple[int, bool]:
@@ -105,6 +111,7 @@ def _complete(context: RunContext, found: dict[str, CapturedScenario | None]) ->
 def profile(context: RunContext) -> Profiled:
     """The hotspots of all scenarios, from the journal if an earlier process found them."""
     if context.state is not None and context.state.profiled is not None:
+        context.peak_bytes = context.state.profiled.peak_bytes
         return context.state.profiled
     from autokernel.profiling.hotspots import rank
 
@@ -125,6 +132,8 @@ def profile(context: RunContext) -> Profiled:
             peak_tflops=dict(ceilings.tflops),
             ceilings=ceilings.to_json(),
             layers=layers if any(scenario.num_calls for scenario in captured) else None,
+            peak_bytes={c.scenario: c.peak_bytes for c in captured if c.peak_bytes},
         )
+        context.peak_bytes = profiled.peak_bytes
         context.emit(profiled)
     return profiled

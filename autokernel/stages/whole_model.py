@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from autokernel.config import LoadedExperiment
 from autokernel.export.bundle import Bundle
-from autokernel.profiling.footprint import Footprint, MeasureFootprints
+from autokernel.profiling.footprint import Footprint, MeasureFootprints, by_peaks
 from autokernel.records import DTYPE_BYTES
 from autokernel.stages.context import RunContext
 
@@ -86,12 +86,16 @@ def measure_ahead(context: RunContext) -> None:
 
 
 def footprint_of(context: RunContext, layers: int | None = None) -> Footprint:
-    """What jobs on the model take, or on one with as many layers as some stage asks for; measured once per run."""
+    """What jobs on the model take, or on one with as many layers as some stage asks for; measured once per run.
+
+    Where it cannot be told from the model's config, what the whole model takes stands for it, from its profile on.
+    """
     measure_ahead(context)
     measuring, context.measuring = context.measuring, None
     if measuring is not None:
         context.footprints |= zip(_layers_of(context), measuring.result(), strict=True)
-    return context.footprints[layers]
+    found = context.footprints[layers]
+    return found if found.scenarios else by_peaks(context.peak_bytes, found.device)
 
 
 def _layers_of(context: RunContext) -> tuple[int | None, ...]:

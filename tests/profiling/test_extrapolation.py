@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -47,6 +48,10 @@ def test_what_a_layer_adds_is_added_for_every_layer() -> None:
     assert whole.step_us == 230 + 28 * 50
     assert whole.kernel_us == 180 + 28 * 40
     assert whole.sites == FOUR.sites
+    with_memory = [replace(one, peak_bytes=peak) for one, peak in ((TWO, 3000), (FOUR, 5000))]
+    memory = extrapolated(*with_memory, (2, 4), 32)
+    assert memory is not None
+    assert memory.peak_bytes == 5000 + 28 * 1000
 
 
 def test_hotspots_count_and_cost_all_calls() -> None:

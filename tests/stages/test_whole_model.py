@@ -182,6 +182,25 @@ def test_what_jobs_take_may_be_measured_ahead_and_is_so_once() -> None:
     assert pool.measured == 1
 
 
+def test_of_a_model_that_tells_nothing_jobs_take_what_profiling_did() -> None:
+    """Three times that, and what a process takes; before it was profiled, each runs alone."""
+    device = 100 << 30
+    jobs = [(name, name, Job(name)) for name in ("a", "b", "c")]
+    together = []
+    for peaks in ({}, {"a": 21 << 30, "b": 8 << 30, "c": 2 << 30}):
+        pool = Threads()
+        context = context_of(pool)
+        context.footprints = {None: Footprint(scenarios={}, device=device)}
+        context.peak_bytes = peaks
+        run_on_model(context, "s", jobs, 10)
+        together.append(pool.together)
+    assert all(len(names) == 1 for names in together[0])
+    assert set(together[1]) >= {frozenset("a"), frozenset("ac")}, "66 and 9 GiB"
+    assert not any({"a", "b"} <= names for names in together[1]), "66 and 27 GiB"
+    sizes = footprint_of(context).scenarios
+    assert {name: size >> 30 for name, size in sizes.items()} == {"a": 66, "b": 27, "c": 9}
+
+
 def test_on_a_cpu_all_are_handed_over() -> None:
     pool = Threads()
     run_on_model(context_of(pool, "cpu"), "s", [(name, name, Job(name)) for name in SIZES], 10)
