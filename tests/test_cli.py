@@ -159,7 +159,7 @@ def test_a_dry_run_says_what_would_be_done(experiment: Path, runs: Path) -> None
 def test_a_dry_run_of_a_model_of_a_class(runs: Path) -> None:
     experiments = Path(__file__).parents[1] / "experiments"
     shown = call("run", experiments / "vit.yaml", "--runs", runs, "--dry-run").stdout
-    assert "transformers:ViTForImageClassification, random weights, a config of 1 keys, bfloat16" in " ".join(shown.split())
+    assert "transformers:ViTForImageClassification, random weights, a config of 2 keys, bfloat16" in " ".join(shown.split())
     assert "call, batch 32, inputs pixel_values" in shown
     shown = " ".join(call("run", experiments / "zimage.yaml", "--runs", runs, "--dry-run").stdout.split())
     assert "diffusers:ZImageTransformer2DModel(dim=3840, n_layers=30" in shown
