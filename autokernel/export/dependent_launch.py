@@ -10,8 +10,8 @@ Some of ours read their first weights before they wait: parameters, which no ker
 Each program pays for the wait, and where thousands of short ones follow each other only the first wave of them gains. With
 "ahead" a kernel is launched so if it reads or asks for memory ahead, its programs are a few waves at most, and its loop is not
 pipelined (the pipeline would start when the first weights are multiplied); all others are launched as usual, and only let the
-next one start. With "one_wave" so are those of more programs than find room at once; Inductor's own kernels count as small,
-as they are where launches matter.
+next one start. With "one_wave" so are those of more programs than find room at once, and nothing is asked for but weights;
+Inductor's own kernels count as small, as they are where launches matter.
 
 Inductor knows such launches for kernels that it writes itself (`triton.enable_pdl`), but not for those of others and for
 templates, and its own wait only for the kernel in front, where they need its results. Here the word is put in where Inductor
@@ -126,7 +126,9 @@ def may_read_ahead(weights: Sequence[Any], grid: Sequence[int], num_warps: int, 
     """
     active = getattr(_state, "active", False)
     dear = active in (ONLY_AHEAD, ONE_WAVE) and (_waves(grid, num_warps) > _MAX_WAVES or (bool(weights) and num_stages > 1))
-    if not active or dear:
+    # on an H200 attention took as much longer where it asked for its keys early as it began earlier
+    asks = active == ONE_WAVE and not weights
+    if not active or dear or asks:
         return False
     from torch._inductor.virtualized import V
 
