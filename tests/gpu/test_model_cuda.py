@@ -25,7 +25,7 @@ from autokernel.evaluate.outputs import verdict_of
 from autokernel.evaluate.whole_model import JobTurns, free_memory
 from autokernel.export.bundle import Bundle
 from autokernel.ops import get_op
-from autokernel.profiling.footprint import footprint
+from autokernel.profiling.footprint import by_peaks, footprint
 from autokernel.profiling.workload import load_model
 from autokernel.stages.profile import ProfileScenario
 
@@ -216,3 +216,27 @@ def test_the_footprint_is_no_less_than_what_a_job_takes(loaded: LoadedExperiment
     compared()
     torch._C._cuda_clearCublasWorkspaces()
     assert torch.cuda.memory_allocated() - left < 4 << 20, "the job left its model behind"
+
+
+def test_what_profiling_takes_tells_what_comparing_a_model_that_says_nothing_takes(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
+    model = {"class_path": "transformers:ViTForImageClassification", "config": sizes, "depth_key": "num_hidden_layers"}
+    inputs = {"pixel_values": {"shape": ["batch", 3, 224, 224]}}
+    scenarios = {"images": {"kind": "call", "batch": 32, "inputs": inputs, "outputs": ["logits"]}}
+    path = tmp_path / "vit.yaml"
+    path.write_text(json.dumps({"name": "vit", "model": model, "device": "cuda", "scenarios": scenarios}))
+    loaded = load_experiment(path)
+    assert not footprint(loaded, 0).scenarios, "its config is not read"
+    peaks = []
+    for layers in (None, 4):
+        free_memory()
+        captured = ProfileScenario(loaded=loaded, scenario="images", device="cuda", threads=1, seed=0, layers=layers)()
+        assert captured is not None
+        peaks.append(captured.peak_bytes)
+    whole, reckoned = peaks
+    assert whole > 6 * 12 * 512**2 * 2, "the weights alone"
+    assert reckoned == pytest.approx(whole, rel=0.5)
+    free_memory()
+    torch.cuda.reset_peak_memory_stats()
+    job(loaded, "images", *against_stock(stock_bundle(freezing="all"), ("eager", "default")))()
+    assert torch.cuda.max_memory_reserved() < by_peaks({"images": min(peaks)}, 0).scenarios["images"]
