@@ -234,7 +234,6 @@ def test_fewer_layers_change_the_model_alone() -> None:
     [
         ("vit", "config_overrides", {"num_hidden_layers": 4}),
         ("chronos2", "config_overrides", {"num_layers": 4}),
-        ("zimage", "arguments", {"n_layers": 4}),
     ],
 )
 def test_any_model_has_fewer_layers_where_its_file_says_what_counts_them(
@@ -248,6 +247,13 @@ def test_any_model_has_fewer_layers_where_its_file_says_what_counts_them(
     assert with_layers(smaller, 4) is smaller
     unknown = loaded.experiment.model.model_copy(update={"depth_key": None})
     assert unknown.with_depth(4) is unknown
+
+
+def test_what_counts_the_layers_may_be_an_argument() -> None:
+    model = load_experiment(LLAMA.parent / "zimage.yaml").experiment.model
+    assert model.with_depth(4) is model, "its layers share products"
+    said = model.model_copy(update={"depth_key": "n_layers"})
+    assert (said.depth, said.with_depth(4).arguments) == (30, {**model.arguments, "n_layers": 4})
 
 
 def test_a_vit_of_four_layers_is_built() -> None:
