@@ -63,9 +63,13 @@ class ModelSection(Section):
     @property
     def depth(self) -> int | None:
         """How many layers it has, where that is written out."""
-        given = {**(self.config if isinstance(self.config, dict) else {}), **self.arguments, **self.config_overrides}
-        depth = given.get(self._depth_key or "")
+        depth = self._written_out.get(self._depth_key or "")
         return depth if isinstance(depth, int) else None
+
+    @property
+    def _written_out(self) -> dict[str, Any]:
+        """What the experiment says of the model's config or arguments."""
+        return {**(self.config if isinstance(self.config, dict) else {}), **self.arguments, **self.config_overrides}
 
     @property
     def _depth_key(self) -> str | None:
@@ -81,7 +85,7 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _depth_is_counted(self) -> ModelSection:
         if self.depth_key is not None and self.depth is None:
-            known = sorted({*(self.config if isinstance(self.config, dict) else ()), *self.arguments, *self.config_overrides})
+            known = sorted(self._written_out)
             raise ValueError(
                 f"depth_key is a key of config, config_overrides or arguments with a whole number; {self.depth_key!r} is not "
                 f"among {', '.join(known) or 'them, for they are empty'}: write the number out there"

@@ -110,9 +110,13 @@ def _complete(context: RunContext, found: dict[str, CapturedScenario | None]) ->
 
 def profile(context: RunContext) -> Profiled:
     """The hotspots of all scenarios, from the journal if an earlier process found them."""
-    if context.state is not None and context.state.profiled is not None:
-        context.peak_bytes = context.state.profiled.peak_bytes
-        return context.state.profiled
+    known = context.state.profiled if context.state is not None else None
+    profiled = known if known is not None else _profile(context)
+    context.peak_bytes = profiled.peak_bytes
+    return profiled
+
+
+def _profile(context: RunContext) -> Profiled:
     from autokernel.profiling.hotspots import rank
 
     experiment = context.experiment
@@ -134,6 +138,5 @@ def profile(context: RunContext) -> Profiled:
             layers=layers if any(scenario.num_calls for scenario in captured) else None,
             peak_bytes={c.scenario: c.peak_bytes for c in captured if c.peak_bytes},
         )
-        context.peak_bytes = profiled.peak_bytes
         context.emit(profiled)
     return profiled

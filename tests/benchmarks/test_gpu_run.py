@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import run_markdown
 import run_results
 import run_where
 import synthetic_events as synthetic
-import torch
 
 from autokernel.events import Event, ModelValidated, Profiled, ScenarioTimed, StageFinished
 from autokernel.records import Candidate, ConfigValue, Problem, Speedup, Status, TensorSpec
@@ -180,15 +178,7 @@ def test_files_are_named_after_the_experiment(run: dict[str, Any]) -> None:
     assert gpu_run.file_name({"date": "2027-01-01T00:00:00"}, "llama", "cuda") == "llama-cuda-2027-01-01.json"
 
 
-@pytest.fixture
-def _own_threads() -> Iterator[None]:
-    """Jobs pin the threads of their process, which here is everybody's."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("_own_threads")
+@pytest.mark.usefixtures("own_threads")
 def test_products_that_share_an_input_are_measured_apart_and_as_one() -> None:
     ways = [llama_gemms.CUBLAS, llama_gemms.PICK, llama_gemms.STOCK, llama_gemms.PICKS]
     case = llama_gemms.GemmCase(name="qkv", m=4, ns=(48, 16), k=32, dtype="float32", device="cpu")

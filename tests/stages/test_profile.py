@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from autokernel.config import LoadedExperiment, load_experiment
@@ -28,12 +26,7 @@ CONFIG = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_threads() -> Iterator[None]:
-    """Jobs pin the threads of their process, which here is everybody's."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("own_threads")
 
 
 def experiment(folder: Path, **config: object) -> LoadedExperiment:

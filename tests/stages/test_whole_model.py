@@ -227,6 +227,8 @@ def test_fewer_layers_change_the_model_alone() -> None:
     assert smaller.experiment.model.config_overrides == {"num_hidden_layers": 4}
     assert smaller.experiment.scenarios == loaded.experiment.scenarios
     assert with_layers(loaded, None) is loaded
+    of_a_class = load_experiment(LLAMA.parent / "zimage.yaml")
+    assert with_layers(of_a_class, 4) is of_a_class, "its layers share products"
 
 
 @pytest.mark.parametrize(
@@ -251,19 +253,16 @@ def test_any_model_has_fewer_layers_where_its_file_says_what_counts_them(
 
 def test_what_counts_the_layers_may_be_an_argument() -> None:
     model = load_experiment(LLAMA.parent / "zimage.yaml").experiment.model
-    assert model.with_depth(4) is model, "its layers share products"
     said = model.model_copy(update={"depth_key": "n_layers"})
     assert (said.depth, said.with_depth(4).arguments) == (30, {**model.arguments, "n_layers": 4})
 
 
 def test_a_vit_of_four_layers_is_built() -> None:
-    loaded = load_experiment(LLAMA.parent / "vit.yaml", ("device=cpu", "backends=[aten]", "model.config.hidden_size=48"))
-    sizes = {"num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 6}
-    model = loaded.experiment.model
-    model = model.model_copy(update={"config": {**(model.config if isinstance(model.config, dict) else {}), **sizes}})
-    small = loaded.model_copy(update={"experiment": loaded.experiment.model_copy(update={"model": model})})
-    counts = [sum(name.endswith("layernorm_before.weight") for name, _ in load_model(one, "cpu").named_parameters())
-              for one in (small, with_layers(small, 4))]  # fmt: skip
+    sizes = {"hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 6}
+    changes = ("device=cpu", "backends=[aten]", *(f"model.config.{name}={size}" for name, size in sizes.items()))
+    loaded = load_experiment(LLAMA.parent / "vit.yaml", changes)
+    models = [load_model(one, "cpu") for one in (loaded, with_layers(loaded, 4))]
+    counts = [sum(name.endswith("layernorm_before.weight") for name, _ in model.named_parameters()) for model in models]
     assert counts == [6, 4]
 
 
