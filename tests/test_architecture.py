@@ -65,7 +65,14 @@ HOMES = {
     "matplotlib": ("tracking.plots",),
     "jinja2": ("tracking.report",),
     "scipy": ("tracking", "search"),
-    "cutlass": ("cutedsl.blackwell", "cutedsl.compiler", "cutedsl.epilogue_source", "cutedsl.operators"),
+    "cutlass": (
+        "cutedsl.blackwell",
+        "cutedsl.cluster_gemm",
+        "cutedsl.compiler",
+        "cutedsl.epilogue_source",
+        "cutedsl.operators",
+        "cutedsl.quack",
+    ),
     "quack": ("cutedsl.compiler", "cutedsl.epilogue_source", "cutedsl.quack"),
     "tvm_ffi": ("cutedsl.compiler", "cutedsl.objects"),
     "torch._inductor": (

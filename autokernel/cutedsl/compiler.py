@@ -24,7 +24,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autokernel.cutedsl.config import DTYPES, OPERATORS
+from autokernel.cutedsl.config import CLUSTER, DTYPES, OPERATORS
 from autokernel.cutedsl.spec import BIAS, SQUARES, KernelSpec, Launch, ObjectInfo
 from autokernel.errors import CompileError
 from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, scalar_step
@@ -119,6 +119,8 @@ def refusal(spec: KernelSpec) -> str | None:
             return f"operators computes no epilogue, spec has {', '.join(spec.epilogue)}: use quack, or leave it to the graph"
     else:
         outputs = ("bfloat16", "float16", "float32")
+        if config.source == CLUSTER and (reason := _cluster_refusal(spec)) is not None:
+            return reason
         if spec.dtype == "int8":
             return "quack takes no int8: use operators"
         along_k = (spec.a_major if config.swap else spec.b_major) == "k"
@@ -151,6 +153,16 @@ def _squares_refusal(spec: KernelSpec) -> str | None:
         return f"{SQUARES} are summed by quack alone, behind all other steps"
     if config.split_k > 1 or spec.batched or spec.arch != "sm_90a":
         return f"{SQUARES} are summed for one product on sm_90a, without split_k: a part of K has no squares of the whole"
+    return None
+
+
+def _cluster_refusal(spec: KernelSpec) -> str | None:
+    """Rules of our own kernel."""
+    if spec.dtype in _EIGHT_BITS or (spec.a_major, spec.b_major) != ("k", "k"):
+        given = f"{spec.dtype}, A {spec.a_major}-major, B {spec.b_major}-major"
+        return f"cluster multiplies matrices of 16 bits that are contiguous along K, not {given}: use quack or operators"
+    if spec.epilogue or spec.batched or spec.arch != "sm_90a":
+        return "cluster computes one product on sm_90a, without an epilogue: use quack, or leave the epilogue to the graph"
     return None
 
 
@@ -191,6 +203,8 @@ def _compiled(spec: KernelSpec) -> tuple[Any, Launch]:
 
     if spec.cute.source == OPERATORS:
         from autokernel.cutedsl.operators import compile_spec
+    elif spec.cute.source == CLUSTER:
+        from autokernel.cutedsl.cluster_gemm import compile_spec
     else:
         from autokernel.cutedsl.quack import compile_spec
     try:

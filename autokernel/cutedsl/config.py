@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-OPERATORS, QUACK = "operators", "quack"
-SOURCES = (OPERATORS, QUACK)
+OPERATORS, QUACK, CLUSTER = "operators", "quack", "cluster"
+SOURCES = (OPERATORS, QUACK, CLUSTER)
 ROWS, COLUMNS = "rows", "columns"
 DEFAULT_SWIZZLE = 8
 AT_CALLS: Mapping[str, tuple[str, ...]] = {QUACK: ("swizzle",)}  # source -> see `CuteConfig.at_calls`
@@ -26,6 +26,13 @@ PINGPONG_TILES = (
     *((128, n) for n in (32, 48, 64, 96, 112, 128, 160, 192, 208)),
     (192, 128),
 )
+# of `cluster_gemm`: rows of weights for each warpgroup, rows of the other matrix, and what a multiprocessor can hold
+CLUSTER_ROWS = 64
+CLUSTER_TILES = tuple((m, n) for m in (64, 128, 192, 256) for n in (16, 32, 48, 64, 96, 128))
+CLUSTER_BLOCK_K = 64
+CLUSTER_BLOCKS = 8
+SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of a multiprocessor of sm_90, and by CUDA for each block
+BARRIERS_BYTES = 1024
 OPERATORS_TILES = ((64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256))
 
 
@@ -34,14 +41,14 @@ class CuteConfig:
     """One kernel of one source.
 
     Args:
-        source: "operators" (nvidia-cutlass-operators' persistent kernel) or "quack" (quack-kernels' GEMM).
+        source: "operators" (nvidia-cutlass-operators' persistent kernel), "quack" (quack-kernels' GEMM) or "cluster" (our own).
         tile_m: rows of a tile of the product as the kernel sees it (columns of the caller's with `swap`).
         tile_n: its columns.
         cluster_m: thread blocks of a cluster along M, which share loads of B.
         cluster_n: along N, which share loads of A.
         pingpong: two warpgroups with a tile each, of which one computes while the other stores; else both share one. quack.
         swap: computes the transpose, weights as rows: for few rows.
-        split_k: parts of K, summed in fp32 by the last one to finish. quack.
+        split_k: parts of K, summed in fp32: by the last one to finish (quack), or by all blocks of a cluster, each some rows.
         ordered: parts are summed in their order, so that results repeat to the bit; else in that of their arrival.
         separate: the kernel leaves the parts, fp32, to the graph, which sums them in one kernel with what follows. quack.
         swizzle: most tiles that run side by side before the next row of them, so that they find each other's operands in L2.
@@ -49,6 +56,9 @@ class CuteConfig:
         fuse: compute the problem's epilogue in the kernel; else it stays behind it. quack.
         fast_accum: sums of products in 8-bit floating point stay in the matrix units, which keep fewer bits of them than fp32
             has; else those of each block of K are added up in fp32, in as many registers again. quack.
+        resident: blocks of a multiprocessor at once, among which it divides its shared memory. cluster.
+        stream: weights, which are read once, leave L2 first, and what all tiles read leaves it last. quack; cluster always
+            reads so.
     """
 
     source: str
@@ -65,6 +75,8 @@ class CuteConfig:
     raster: str = ROWS
     fuse: bool = False
     fast_accum: bool = False
+    stream: bool = False
+    resident: int = 1
 
     def problem(self) -> str | None:
         """The rule that the parameters break, None if a kernel has them."""
@@ -72,8 +84,8 @@ class CuteConfig:
         if self.source == OPERATORS:
             if tile not in OPERATORS_TILES:
                 return f"operators has tiles {_listed(OPERATORS_TILES)}, not {tile[0]}x{tile[1]}"
-            if self.pingpong or self.split_k != 1 or self.fuse or self.fast_accum:
-                return "operators has neither pingpong nor split_k nor fuse nor fast_accum on SM90: leave them off"
+            if self.pingpong or self.split_k != 1 or self.fuse or self.fast_accum or self.stream:
+                return "operators has neither pingpong nor split_k nor fuse nor fast_accum nor stream on SM90: leave them off"
         elif self.source == QUACK:
             tiles = PINGPONG_TILES if self.pingpong else COOPERATIVE_TILES
             if tile not in tiles:
@@ -81,6 +93,9 @@ class CuteConfig:
                 return f"quack has {kind} tiles {_listed(tiles)}, not {tile[0]}x{tile[1]}"
             if self.raster != ROWS:
                 return "quack orders tiles by the shape of the problem: leave raster at rows"
+        elif self.source == CLUSTER:
+            if (wrong := self._cluster_problem()) is not None:
+                return wrong
         else:
             return f"source must be one of {', '.join(SOURCES)}, not {self.source!r}"
         if any(size not in (1, 2) for size in cluster):
@@ -88,11 +103,38 @@ class CuteConfig:
         if self.split_k < 1 or self.swizzle not in (1, 2, 4, 8) or self.raster not in (ROWS, COLUMNS):
             given = f"split_k={self.split_k}, swizzle={self.swizzle}, raster={self.raster}"
             return f"split_k is 1 or more, swizzle 1, 2, 4 or 8, raster rows or columns, not {given}"
+        if self.resident != 1 and self.source != CLUSTER:
+            return f"{self.source} decides itself how many blocks a multiprocessor has: leave resident at 1"
         if self.split_k == 1 and not self.ordered:
             return "ordered says how parts of K are summed: leave it on with split_k=1"
         if self.separate and (self.split_k == 1 or not self.ordered or self.fuse):
             return "separate leaves parts of K to what follows, which sums them in order: with split_k above 1, without fuse"
         return None
+
+    def _cluster_problem(self) -> str | None:
+        """The rule of our own kernel that is broken."""
+        if (self.tile_m, self.tile_n) not in CLUSTER_TILES:
+            return f"cluster has tiles {_listed(CLUSTER_TILES)}, not {self.tile_m}x{self.tile_n}"
+        flags = self.pingpong or self.separate or self.fuse or self.fast_accum or self.stream or not self.ordered
+        if not self.swap or flags or self.cluster_n != 1 or self.swizzle != DEFAULT_SWIZZLE or self.raster != ROWS:
+            return "cluster takes swap (always), cluster_m, split_k and resident: leave the other parameters off"
+        blocks, warps = self.cluster_m * self.split_k, self.tile_m // 16
+        if self.split_k not in (1, 2, 4, 8) or blocks > CLUSTER_BLOCKS or warps % self.split_k:
+            return (
+                f"a cluster has up to {CLUSTER_BLOCKS} blocks, and each adds up as many of a tile's 16 rows as the others: "
+                f"not split_k={self.split_k}, cluster_m={self.cluster_m} with tile_m={self.tile_m}"
+            )
+        if self.resident < 1 or self.cluster_stages < 2:
+            tile = f"{self.tile_m}x{self.tile_n}"
+            return f"{tile} needs more shared memory than resident={self.resident} leaves: choose a smaller one of them"
+        return None
+
+    @property
+    def cluster_stages(self) -> int:
+        """Blocks of K of both matrices that our own kernel has room for, beside the sums that it receives."""
+        stage = (self.tile_m + self.tile_n) * CLUSTER_BLOCK_K * 2
+        room = SHARED_BYTES // self.resident - RESERVED_BYTES
+        return (room - BARRIERS_BYTES - 4 * self.tile_m * self.tile_n) // stage
 
     @property
     def deterministic(self) -> bool:
@@ -134,7 +176,7 @@ class CuteConfig:
         return made
 
 
-_FLAGS = ("pingpong", "swap", "ordered", "separate", "fuse", "fast_accum")
+_FLAGS = ("pingpong", "swap", "ordered", "separate", "fuse", "fast_accum", "stream")
 _OF_ENTRIES = ("merge",)  # what a config says beside the kernel's parameters
 
 

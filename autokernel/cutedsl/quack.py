@@ -6,19 +6,34 @@ quack compiles through its epilogue frontend for any sizes; what it would pass a
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import cutlass
 import torch
 from quack.cute_dsl_utils import get_max_active_clusters, torch2cute_dtype_map
 from quack.gemm import GemmDefaultSm90, _compile_gemm
 from quack.gemm_config import SplitKMode, cta_tile_shape_m
+from quack.gemm_runtime.host import _compile_gemm_epi
 from quack.gemm_sm90 import GemmSm90
 from quack.rounding import RoundingMode
 
+from autokernel.cutedsl.config import CuteConfig
 from autokernel.cutedsl.epilogue_source import GATED_RESULT, epilogue_of
-from autokernel.cutedsl.spec import AT_A_CALL, BIAS, MATRICES, SCALE_A, SQUARES, TRANSPOSED, KernelSpec, Launch
+from autokernel.cutedsl.spec import (
+    AT_A_CALL,
+    BIAS,
+    EVICT_FIRST,
+    EVICT_LAST,
+    MATRICES,
+    SCALE_A,
+    SQUARES,
+    TRANSPOSED,
+    KernelSpec,
+    Launch,
+)
 
 
 def compile_spec(
@@ -35,14 +50,18 @@ def compile_spec(
         What has `export_to_c`, and how to call it.
     """
     config = spec.cute
+    for remembered in (_compile_gemm, _compile_gemm_epi):  # under keys that know nothing of what it is told below
+        remembered.cache_clear()
     if config.separate:
-        return _compiled_parts(spec), _launch(spec, GemmDefaultSm90.EpilogueArguments._fields, function, config.swap)
+        with _reads(config):
+            compiled = _compiled_parts(spec)
+        return compiled, _launch(spec, GemmDefaultSm90.EpilogueArguments._fields, function, config.swap)
     a, b, out = matrices
     # quack swaps when it traces, so that nothing is transposed at a call; with parts of K or sums it does not: there we do
     by_hand = config.swap and (config.split_k > 1 or spec.squares)
     if by_hand:
         a, b, out = b.mT, a.mT, out.mT
-    with _sums(fast=config.fast_accum):
+    with _sums(fast=config.fast_accum), _reads(config):
         plan = epilogue_of(spec, swapped=by_hand).gemm(
             a,
             b,
@@ -79,6 +98,30 @@ def _sums(*, fast: bool) -> Iterator[None]:
         yield
     finally:
         GemmSm90.__init__ = made
+
+
+@contextlib.contextmanager
+def _reads(config: CuteConfig) -> Iterator[None]:
+    """While a kernel is compiled: which of its operands leaves L2 first, of which its TMA reads say nothing otherwise."""
+    if not config.stream:
+        yield
+        return
+    read = GemmSm90.load_tma
+    weights = 0 if config.swap else 1
+
+    def read_hinted(self: Any, pipeline: Any, state: Any, copies: Any, *args: Any, **kwargs: Any) -> Any:
+        hints = [EVICT_FIRST if i == weights else EVICT_LAST for i in range(len(copies))]
+        hinted = [
+            None if copy is None else functools.partial(copy, cache_policy=cutlass.Int64(hint))
+            for copy, hint in zip(copies, hints, strict=True)
+        ]
+        return read(self, pipeline, state, hinted, *args, **kwargs)
+
+    GemmSm90.load_tma = read_hinted
+    try:
+        yield
+    finally:
+        del GemmSm90.load_tma
 
 
 def _compiled_parts(spec: KernelSpec) -> Any:

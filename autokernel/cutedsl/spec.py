@@ -16,6 +16,8 @@ TENSOR_SCALE_A, TENSOR_SCALE_B = "tensor_scale_a", "tensor_scale_b"  # fp32 tens
 MATRICES = ("add", "mul")  # names of `ops.epilogue` with an operand like the result
 SQUARES = "squares"  # the last step: sums of squares of each row, one for each tile of columns, as a second result
 TRANSPOSED = "^T"  # behind a tensor's name in a `Launch`
+# PTX's cache policies of TMA reads (CUTLASS' `TMA::CacheHintSm90`): what leaves L2 before, and after, all else in it
+EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000
 AT_A_CALL = "swizzle"  # in a `Launch`: a number that the caller chooses
 
 

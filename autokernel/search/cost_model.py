@@ -26,7 +26,19 @@ Floats = npt.NDArray[np.float64]
 
 MODEL_FILE = Path(__file__).with_name("cost_model.json.gz")
 # a template, a mode, or the kind of a CuTe DSL kernel; new ones are appended, for models know them by their place
-KINDS = ("mm", "mm_persistent_tma", "bmm", "decompose_k", "rows", "swap", "vector", "operators", "cooperative", "pingpong")
+KINDS = (
+    "mm",
+    "mm_persistent_tma",
+    "bmm",
+    "decompose_k",
+    "rows",
+    "swap",
+    "vector",
+    "operators",
+    "cooperative",
+    "pingpong",
+    "cluster",
+)
 
 _FORMAT = 1
 _KIND_MISSING = -1.0
@@ -45,7 +57,7 @@ FEATURES = (
     "smem_share", "log_accumulators", "log_bytes_in_flight", "log_bytes_in_flight_all", "log_stage_bytes",
     "log_steps", "stages_over_steps", "fill_m", "fill_n", "fill_k",
     "log_tile_intensity", "log_traffic", "log_group_rows", "wgmma", "log_rows_per_warp", "log_split_traffic",
-    "log_cluster_m", "log_cluster_n", "swapped", "ordered", "fused",
+    "log_cluster_m", "log_cluster_n", "swapped", "ordered", "fused", "streamed",
 )  # fmt: skip
 
 
@@ -244,7 +256,7 @@ def features(names: Names, configs: Sequence[Config]) -> Floats:
         ((np.where(swapped, block_n, block_m) >= 64) & (warps % 4 == 0)).astype(np.float64), np.log2(block_m / warps),
         np.log2(1 + np.where((split > 1) | (waves > 0), split * 8 * m * n * batch / least, 0.0)),
         *(np.log2(_column(configs, name, 1.0)) for name in ("cluster_m", "cluster_n")),
-        swapped, *(_column(configs, name, missing) for name, missing in (("ordered", 1.0), ("fuse", 0.0))),
+        swapped, *(_column(configs, name, missing) for name, missing in (("ordered", 1.0), ("fuse", 0.0), ("stream", 0.0))),
     ]  # fmt: skip
     return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
 
@@ -265,21 +277,25 @@ def _of_cute(config: Config, size: float) -> Config:
     """A CuTe DSL kernel's config in Triton's terms: rows and columns are the caller's."""
     tile_m, tile_n = float(config["tile_m"]), float(config["tile_n"])
     kind = _cute_kind(config)
-    # two warpgroups share a tile, unless each has its own, or it is small
-    shared = kind != "pingpong" and tile_m > 64 and (kind == "cooperative" or tile_n > 128)
     stage = (tile_m + tile_n) * _CUTE_DEPTH_BYTES
+    if kind == "cluster":
+        room, warps = _SMEM_PER_UNIT / float(config["resident"]) - _SMEM_RESERVED - 4 * tile_m * tile_n, tile_m / 16
+    else:
+        # two warpgroups share a tile, unless each has its own, or it is small
+        shared = kind != "pingpong" and tile_m > 64 and (kind == "cooperative" or tile_n > 128)
+        room, warps = _SMEM_PER_BLOCK - _CUTE_EPILOGUE_BYTES, 8 if shared else 4
     rows, columns = ("n", "m") if config.get("swap") else ("m", "n")
     return {
-        **{name: value for name, value in config.items() if name in ("swap", "split_k", "ordered", "fuse")},
+        **{name: value for name, value in config.items() if name in ("swap", "split_k", "ordered", "fuse", "stream")},
         "template": kind,
         f"BLOCK_{rows.upper()}": tile_m,
         f"BLOCK_{columns.upper()}": tile_n,
         f"cluster_{rows}": config["cluster_m"],
-        f"cluster_{columns}": config["cluster_n"],
+        f"cluster_{columns}": config.get("cluster_n", 1),
         "BLOCK_K": _CUTE_DEPTH_BYTES / size,
-        "num_stages": max(2.0, (_SMEM_PER_BLOCK - _CUTE_EPILOGUE_BYTES) // stage),  # as many as there is room for
-        "num_warps": 8 if shared else 4,
-        "GROUP_M": config["swizzle"],
+        "num_stages": max(2.0, room // stage),  # as many as there is room for
+        "num_warps": warps,
+        "GROUP_M": config.get("swizzle", 1),
         "tma": True,
     }
 
@@ -308,7 +324,9 @@ def kind_of(config: Config) -> str | None:
 
 
 def _cute_kind(config: Config) -> str:
-    return "operators" if config["source"] == "operators" else "pingpong" if config.get("pingpong") else "cooperative"
+    if config["source"] != "quack":
+        return str(config["source"])
+    return "pingpong" if config.get("pingpong") else "cooperative"
 
 
 def _kind(config: Config) -> float:

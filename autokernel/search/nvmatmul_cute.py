@@ -109,7 +109,7 @@ def cute_configs(query: Query, space: BoundSpace) -> list[Config]:
     if not {"source", "tile_m", "tile_n"} <= set(domains) or space.empty:
         return []
     by_source: list[list[Config]] = []
-    for source in (str(choice) for choice in domains["source"].choices):
+    for source in (str(choice) for choice in domains["source"].choices if choice in _TILES):
         splits = source == QUACK and "split_k" in domains
         rows = ask_cute(query, _TILES[source], split=splits)
         by_source.append(_legal(source, rows, space)[:MAX_SEEDS])

@@ -30,6 +30,7 @@ def spec(config: dict[str, Any], **changed: Any) -> KernelSpec:
     return KernelSpec(config=config, **given)
 
 
+CLUSTER = {"source": "cluster", "tile_m": 128, "tile_n": 16, "cluster_m": 2, "split_k": 2, "swap": True}
 PARTS = {**COOPERATIVE, "split_k": 4, "separate": True}
 SPECS = {
     "operators": spec(OPERATORS),
@@ -49,6 +50,9 @@ SPECS = {
     "gated, fp8, batched": spec(COOPERATIVE, **FP8, batched=True, epilogue=("gated_gelu_tanh",)),
     "columns for a row of multiprocessors": spec({**COOPERATIVE, "tile_m": 64, "tile_n": 48, "fuse": True}, epilogue=("add",)),
     "a few rows, swapped": spec({**COOPERATIVE, "tile_m": 64, "tile_n": 16, "swap": True, "split_k": 4}),
+    "cache hints": spec({**PINGPONG, "stream": True}),
+    "our own, x shared by pairs": spec(CLUSTER),
+    "our own, fp16, lone blocks": spec({**CLUSTER, "cluster_m": 1, "split_k": 1}, dtype="float16", out_dtype="float32"),
     "batched, fused": spec(COOPERATIVE, batched=True, a_major="m", b_major="n", epilogue=("bias", "add")),
 }
 
@@ -72,6 +76,22 @@ def kernels(compile_all: Any, child: Any) -> Kernels:
     said = [json.loads(line) for line in called.stdout.splitlines()]
     calls = zip(SPECS, found, said[: len(SPECS)], said[len(SPECS) :], strict=True)
     return {name: Compiled(*kernel, reached, refused) for name, kernel, reached, refused in calls}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "changed"),
+    [({**PINGPONG, "stream": True}, {}), ({**PARTS, "stream": True}, {"out_dtype": "float32"}),
+     ({**COOPERATIVE, "fast_accum": True}, FP8)],
+    ids=["stream", "stream, parts", "fast_accum"],
+)  # fmt: skip
+def test_what_a_source_is_told_aside_is_not_lost_in_its_memory(
+    compile_all: Any, config: dict[str, Any], changed: dict[str, str]
+) -> None:
+    """quack remembers kernels under keys that lack it: one process compiles both, and gets two kernels."""
+    plain = {name: value for name, value in config.items() if name not in ("stream", "fast_accum")}
+    infos = [info for info, _ in compile_all([spec(plain, **changed), spec(config, **changed)])]
+    assert infos[0].sha256 != infos[1].sha256
 
 
 @pytest.mark.slow

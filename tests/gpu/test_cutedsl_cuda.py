@@ -40,6 +40,7 @@ pytestmark = [
 QUACK: dict[str, ConfigValue] = {"source": "quack", "tile_m": 128, "tile_n": 128, "cluster_n": 2}
 PINGPONG: dict[str, ConfigValue] = {**QUACK, "pingpong": True}
 SWAP: dict[str, ConfigValue] = {**QUACK, "swap": True}
+CLUSTER: dict[str, ConfigValue] = {"source": "cluster", "tile_m": 128, "tile_n": 16, "split_k": 2, "swap": True}
 OPERATORS: dict[str, ConfigValue] = {"source": "operators", "tile_m": 128, "tile_n": 128, "cluster_m": 2}
 MAX_CALL_US = 15.0  # host time of one call in the eager regime
 
@@ -135,6 +136,19 @@ def all_cases() -> dict[str, dict[str, Any]]:
         "both": {"config": SWAP, "a_major": "m", "b_major": "n"},
         "batched": {"config": QUACK, "batched": True},
         "batched, swap": {"config": SWAP, "batched": True},
+        "stream": {"config": {**PINGPONG, "stream": True}},
+        "stream, swap": {"config": {**SWAP, "tile_m": 64, "tile_n": 64, "stream": True}},
+        "stream, parts": {"config": {**QUACK, "split_k": 4, "separate": True, "stream": True}, "out_dtype": "float32"},
+        "cluster": {"config": CLUSTER},
+        "cluster, x shared": {"config": {**CLUSTER, "cluster_m": 2}},
+        "cluster, no parts": {"config": {**CLUSTER, "split_k": 1}},
+        "cluster, x shared by lone blocks": {"config": {**CLUSTER, "cluster_m": 2, "split_k": 1}},
+        "cluster, eight parts": {"config": {**CLUSTER, "split_k": 8}},
+        "cluster, four pairs": {"config": {**CLUSTER, "tile_m": 192, "tile_n": 64, "cluster_m": 2, "split_k": 4}},
+        "cluster, three at once": {"config": {**CLUSTER, "tile_m": 64, "tile_n": 32, "resident": 3}},
+        "cluster, large": {"config": {**CLUSTER, "tile_m": 256, "tile_n": 64, "split_k": 4}},
+        "cluster, half": {"config": {**CLUSTER, "tile_n": 48}, "dtype": "float16", "out_dtype": "float16"},
+        "cluster, fp32 result": {"config": CLUSTER, "out_dtype": "float32"},
         "operators": {"config": OPERATORS},
         "operators, raster": {"config": {**OPERATORS, "swizzle": 4, "raster": "columns"}},
         "operators, swap": {"config": {**OPERATORS, "tile_m": 64, "tile_n": 64, "swap": True}},
@@ -160,7 +174,7 @@ def all_cases() -> dict[str, dict[str, Any]]:
     return cases
 
 
-@pytest.mark.parametrize("sizes", [(1, 512, 1024), (16, 1536, 2048), (200, 512, 1024)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 512, 1024), (16, 1536, 2048), (200, 512, 1024), (16, 520, 72)], ids=str)
 @pytest.mark.parametrize("name", all_cases())
 def test_results_are_right(name: str, sizes: tuple[int, int, int], cache: ObjectCache) -> None:
     case = dict(all_cases()[name])
@@ -200,7 +214,9 @@ def some_kernel(
     return kernel, *matrices(kernel_spec, 16, 4096, 4096)
 
 
-@pytest.mark.parametrize("config", [PINGPONG, {**SWAP, "split_k": 4}, OPERATORS], ids=["quack", "split_k", "operators"])
+@pytest.mark.parametrize(
+    "config", [PINGPONG, {**SWAP, "split_k": 4}, OPERATORS, CLUSTER], ids=["quack", "split_k", "operators", "cluster"]
+)
 def test_a_captured_graph_follows_its_inputs(config: dict[str, ConfigValue], cache: ObjectCache) -> None:
     kernel, a, b = some_kernel(cache, config)
     kernel(a, b)  # loads the code, which cannot happen during capture
@@ -213,7 +229,7 @@ def test_a_captured_graph_follows_its_inputs(config: dict[str, ConfigValue], cac
         assert error_of(y, a.double() @ b.double()) <= LIMITS["bfloat16"]
 
 
-@pytest.mark.parametrize("config", [PINGPONG, OPERATORS], ids=["quack", "operators"])
+@pytest.mark.parametrize("config", [PINGPONG, OPERATORS, CLUSTER], ids=["quack", "operators", "cluster"])
 def test_it_runs_on_the_current_stream_and_waits_for_nothing(config: dict[str, ConfigValue], cache: ObjectCache) -> None:
     kernel, a, b = some_kernel(cache, config)
     reference = kernel(a, b)
@@ -241,7 +257,9 @@ def test_one_object_serves_every_swizzle(cache: ObjectCache) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("config", [PINGPONG, {**SWAP, "split_k": 4}, OPERATORS], ids=["quack", "split_k", "operators"])
+@pytest.mark.parametrize(
+    "config", [PINGPONG, {**SWAP, "split_k": 4}, OPERATORS, CLUSTER], ids=["quack", "split_k", "operators", "cluster"]
+)
 def test_a_kernel_runs_where_its_operands_lie(config: dict[str, ConfigValue], cache: ObjectCache) -> None:
     kernel, a, b = some_kernel(cache, config)
     reference = kernel(a, b)

@@ -62,11 +62,25 @@ def test_features_of_cute_kernels_are_in_the_callers_rows_and_columns() -> None:
     assert of("stages") == (232448 - 16384) // ((128 + 64) * 128)
     kinds = [of("kind"), of("kind", pingpong=True, tile_m=64), of("kind", source="operators")]
     assert [KINDS[int(kind)] for kind in kinds] == ["cooperative", "pingpong", "operators"]
+    assert (of("streamed"), of("streamed", stream=True)) == (0.0, 1.0)
     # a tile by two warpgroups, or by one
     assert of("log_accumulators") == math.log2(128 * 64 / 256)
     assert of("log_accumulators", pingpong=True) == math.log2(128 * 64 / 128)
     plain = features(names(16, 4096, 4096), [{"template": "mm", "BLOCK_M": 64}])[0]
-    assert [plain[FEATURES.index(name)] for name in FEATURES[-5:]] == [0.0, 0.0, 0.0, 1.0, 0.0]
+    assert [plain[FEATURES.index(name)] for name in FEATURES[-6:]] == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+
+
+def test_features_of_our_own_cute_kernel() -> None:
+    def of(name: str, **changed: int | str | bool) -> float:
+        cluster = {"source": "cluster", "tile_m": 128, "tile_n": 16, "swap": True, "cluster_m": 2, "split_k": 2, "resident": 2}
+        return float(features(names(16, 4096, 4096), [{**cluster, **changed}])[0, FEATURES.index(name)])
+
+    assert KINDS[int(of("kind"))] == "cluster"
+    assert (of("log_block_m"), of("log_block_n"), of("swapped"), of("log_cluster_n")) == (4.0, 7.0, 1.0, 1.0)
+    assert of("log_accumulators") == math.log2(128 * 16 / 256)
+    assert of("stages") == (233472 // 2 - 1024 - 128 * 16 * 4) // ((128 + 16) * 128)
+    assert (of("log_resident"), of("log_resident", resident=1)) == (1.0, 0.0)
+    assert (of("resident_limit"), of("log_blocks")) == (0.0, math.log2(64))
 
 
 def test_every_cute_config_has_finite_features() -> None:
