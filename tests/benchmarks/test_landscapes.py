@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cute_kernels
 import gemm_kernels
+import import_cute
 import landscape_file
 import pytest
 import replay
@@ -176,6 +177,30 @@ def test_a_recording_of_cute_kernels_begins_with_one_config_of_each() -> None:
         assert count < len(found[name]), "swizzles share a kernel"
         assert len(set(each[:count])) == count
     assert keys["x2048"][:100] == keys["x8192"][:100], "in the same order everywhere"
+
+
+def test_a_race_of_another_day_is_put_on_the_scale_of_what_both_have() -> None:
+    def cluster(parts: int) -> dict[str, str | int]:
+        return {"source": "cluster", "tile_m": 64, "tile_n": 16, "split_k": parts}
+
+    quack = {"source": "quack", "tile_m": 64, "tile_n": 64}
+    rows = [
+        Row(backend="cutedsl", config=dict(quack), status="OK", us=20.0),
+        Row(backend="aten", config={"prepack": False}, status="OK", us=14.0),
+    ]
+    both = Landscape(name="x", header={}, problem={}, rows=rows)
+    race = [
+        {"config": {**quack, "stream": False}, "us": 10.0},
+        {"config": {**quack, "stream": True}, "us": 9.0, "careful_us": 9.5},
+        {"config": cluster(2), "us": 8.0},
+    ]
+    assert import_cute.imported(both, race) == 2
+    found = {(str(row.config["source"]), row.config.get("stream")): (row.us, row.careful_us) for row in both.of(["cutedsl"])}
+    assert found == {("quack", False): (20.0, None), ("quack", True): (18.0, 19.0), ("cluster", None): (16.0, None)}
+    assert both.header["cutedsl"]["imported"] == [{"rows": 2, "shared": 1, "scale": 2.0}]
+    assert import_cute.imported(both, race) == 0, "nothing twice"
+    assert import_cute.imported(both, [{"config": cluster(4), "us": 8.0}]) == 1
+    assert both.rows[-1].us == 8.0, "with nothing in common it stays as it was measured"
 
 
 def test_every_kind_of_kernel_is_known_to_a_model_that_was_trained_on_it() -> None:
