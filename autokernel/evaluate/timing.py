@@ -79,7 +79,8 @@ class Comparison(Record):
     """Contenders timed against each other in one process.
 
     `drift` is how far the baseline's running median wandered over its median; `conditions` are clocks, power, temperature
-    and load before and after, as far as this machine tells them.
+    and load before and after, as far as this machine tells them. `rounds_us` are everyone's times of the rounds that count,
+    for other pairs than those with the baseline.
     """
 
     baseline: str
@@ -90,11 +91,21 @@ class Comparison(Record):
     drift: float
     speedups: Mapping[str, Speedup] = field(default_factory=dict)
     conditions: Mapping[str, float] = field(default_factory=dict)
+    rounds_us: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def faster(self, one: str, other: str) -> Speedup:
+        """How many times as fast one contender is as another, by the same rounds.
+
+        Raises:
+            KeyError: one of them did not take part.
+        """
+        return paired_speedup(self.rounds_us[other], self.rounds_us[one], seed=0, num_discarded=self.num_discarded)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Comparison:
         """Inverse of `to_json`."""
         fields = dict(data)
+        fields["rounds_us"] = {name: tuple(values) for name, values in fields.get("rounds_us", {}).items()}
         fields["speedups"] = {name: Speedup.from_json(value) for name, value in fields.get("speedups", {}).items()}
         return cls(**fields)
 
@@ -370,6 +381,7 @@ def _judge(times: Mapping[str, Sequence[float]], baseline: str, seed: int, state
             if name != baseline
         },
         conditions=state,
+        rounds_us={name: tuple(values) for name, values in kept.items()},
     )
 
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from autokernel.backends.aten import is_stock as is_stock_config
 from autokernel.errors import JobLost, WorkerError
-from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
+from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates, Contender
 from autokernel.evaluate.roofline import Ceilings, roofline_us
+from autokernel.evaluate.timing import Comparison
 from autokernel.events import Confirmed, Profiled
 from autokernel.export.bundle import Entry
 from autokernel.export.freezing import needs_constant
@@ -22,6 +23,7 @@ from autokernel.stages.context import RunContext
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 900
+_LIBRARY = "aten"  # whose kernels no bundle has to bring along
 # How much slower than stock a finalist may have been as screened, where a GPU's matrix units are the limit. A screen is
 # over before the card reaches its power limit, which slows kernels down by how much energy they take: on an H200, products
 # within 1 % of each other at 1,980 MHz were 5 and 6 % apart in the seconds of a confirmation, at 1,500.
@@ -145,7 +147,7 @@ def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> lis
         return []
     baseline = next(c for c in confirmation.baselines if c.candidate == confirmation.baseline)
     passed = [c for c in confirmation.finalists if c.speedup is not None and c.speedup.low > 1 + min_gain]
-    best = min(passed, key=lambda c: c.measurement.median_us, default=None)
+    best = _simplest(passed, confirmation.comparison, min_gain)
     events = []
     for contender in confirmation.finalists:
         speedup = contender.speedup
@@ -170,7 +172,7 @@ def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> lis
             )
             reason = f"lower bound {speedup.low:.3f} is above {1 + min_gain:.3f}"
         elif contender in passed:
-            reason = "another finalist of this hotspot is faster"
+            reason = "another finalist of this hotspot is faster, or simpler and as fast"
         else:
             reason = f"lower bound {speedup.low:.3f} is not above {1 + min_gain:.3f}"
         events.append(
@@ -186,6 +188,20 @@ def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> lis
             )
         )
     return events
+
+
+def _simplest(passed: Sequence[Contender], comparison: Comparison | None, min_gain: float) -> Contender | None:
+    """The fastest by paired rounds; where it gains next to nothing over the library's own kernels, the best of those."""
+    best = max(passed, key=_ratio, default=None)
+    library = max((c for c in passed if c.candidate.backend == _LIBRARY), key=_ratio, default=None)
+    if best is None or library is None or best is library or comparison is None:
+        return best
+    gained = comparison.faster(best.candidate.id, library.candidate.id)
+    return best if gained.low > 1 + min_gain else library
+
+
+def _ratio(contender: Contender) -> float:
+    return contender.speedup.ratio if contender.speedup is not None else 0.0
 
 
 def _by_weight(winners: Sequence[Winner]) -> list[Winner]:

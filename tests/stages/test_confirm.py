@@ -12,6 +12,7 @@ import pytest
 from autokernel.errors import JobCrashed, JobLost
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates, Contender
 from autokernel.evaluate.roofline import Ceilings
+from autokernel.evaluate.timing import Comparison
 from autokernel.records import (
     Candidate,
     Check,
@@ -136,6 +137,37 @@ def test_a_winner_needs_the_lower_bound(intervals: list[tuple[float, float, floa
     assert [event.accepted for event in events] == accepted
     assert [event.winner is not None for event in events] == accepted
     assert all(event.reason for event in events)
+
+
+def raced(rounds: dict[str, list[float]]) -> Confirmation:
+    """Finalists by backend with their times of each round; the baseline takes 20 us."""
+    found = {backend: evaluation(MM, min(times), backend, k=i) for i, (backend, times) in enumerate(rounds.items())}
+    times = {found[backend].candidate.id: tuple(values) for backend, values in rounds.items()}
+    times[STOCK.candidate.id] = (20.0,) * len(next(iter(rounds.values())))
+    comparison = Comparison(
+        baseline=STOCK.candidate.id, medians_us={}, spreads_us={}, num_rounds=5, num_discarded=0, drift=0.0, rounds_us=times
+    )
+    speedups = {backend: comparison.faster(found[backend].candidate.id, STOCK.candidate.id) for backend in rounds}
+    finalists = tuple(
+        contender(found[backend], (speedup.ratio, speedup.low, speedup.high)) for backend, speedup in speedups.items()
+    )
+    baselines = (contender(STOCK, None),)
+    return Confirmation(problem=MM, baseline=STOCK.candidate, baselines=baselines, finalists=finalists, comparison=comparison)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "winner"),
+    [
+        ({"aten": [10.0, 10.1, 10.2], "triton": [9.98, 10.06, 10.17]}, "aten"),  # a third of a percent
+        ({"aten": [10.0, 10.1, 10.2], "triton": [9.6, 9.7, 9.8]}, "triton"),
+        ({"aten": [10.0, 10.1, 10.2], "triton": [9.6, 9.7, 10.3]}, "aten"),  # not in every round
+        ({"inductor": [10.0, 10.1, 10.2], "triton": [9.98, 10.06, 10.17]}, "triton"),  # both are kernels to bring along
+        ({"triton": [8.0, 10.1, 10.2], "inductor": [9.9, 9.9, 9.9]}, "inductor"),  # one lucky round is no median
+    ],
+)
+def test_a_kernel_to_bring_along_has_to_beat_the_librarys_own(rounds: dict[str, list[float]], winner: str) -> None:
+    accepted = [event for event in _judge(hotspot(MM), raced(rounds), 0.005) if event.accepted]
+    assert [event.candidate.backend for event in accepted] == [winner]
 
 
 def test_without_a_sound_baseline_nothing_is_claimed() -> None:
