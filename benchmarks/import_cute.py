@@ -19,7 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cute_kernels import BACKEND
 from landscape_file import FOLDER, Landscape, Row, load, save, slug
 
-_LATER = {"quack": {"stream": False}}  # source -> parameters that older rows lack, with what they were
+_LATER = {
+    "quack": {"stream": False},
+    "cluster": {"stream": True},
+}  # source -> parameters that older rows lack, with what they were
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +37,7 @@ def imported(landscape: Landscape, race: list[dict[str, Any]]) -> int:
         landscape: of the same GEMM.
         race: `config`, `us` and, of those that were measured with care, `careful_us`.
     """
+    race = [{**given, "config": completed(given["config"])} for given in race]
     own = [row for row in landscape.rows if row.backend == BACKEND]
     for row in own:
         row.config.update(completed(row.config))

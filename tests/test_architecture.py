@@ -71,6 +71,8 @@ HOMES = {
         "cutedsl.compiler",
         "cutedsl.epilogue_source",
         "cutedsl.operators",
+        "cutedsl.own",
+        "cutedsl.persistent_gemm",
         "cutedsl.quack",
     ),
     "quack": ("cutedsl.compiler", "cutedsl.epilogue_source", "cutedsl.quack"),

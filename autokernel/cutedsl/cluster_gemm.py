@@ -13,22 +13,19 @@ from __future__ import annotations
 from typing import Any
 
 import cutlass
-import torch
 from cutlass import cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
-from autokernel.cutedsl.config import ALIGNMENT_BYTES, CLUSTER_BLOCK_K, CLUSTER_ROWS, CuteConfig
-from autokernel.cutedsl.spec import EVICT_FIRST, EVICT_LAST, KernelSpec, Launch
+from autokernel.cutedsl.config import CLUSTER_BLOCK_K, CLUSTER_ROWS, CuteConfig
+from autokernel.cutedsl.spec import EVICT_FIRST, EVICT_LAST, EVICT_NORMAL
 
-_WARP = 32
-_WARPGROUP = 128
+WARP = 32
+WARPGROUP = 128
+BLOCK_K = CLUSTER_BLOCK_K  # 128 bytes of 16 bits: the widest swizzle
+ALIGN = 1024  # bytes, of the swizzle's pattern
 _ROWS = CLUSTER_ROWS
-_BLOCK_K = CLUSTER_BLOCK_K  # 128 bytes of 16 bits: the widest swizzle
-_ELEMENTS = 8  # of 16 bits, in what TMA reads at least
-_DTYPES = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16, torch.float32: cutlass.Float32}
-_ALIGN = 1024  # bytes, of the swizzle's pattern
 
 
 class ClusterGemm:
@@ -42,29 +39,24 @@ class ClusterGemm:
         self.tile_m, self.tile_n, self.cluster_m, self.split_k = config.tile_m, config.tile_n, config.cluster_m, config.split_k
         self.groups = config.tile_m // _ROWS
         self.consumers = 4 * self.groups  # warps
+        self.mine = self.consumers // config.split_k  # warps' rows that a block adds up
+        self.eights = config.tile_n // 8
         self.sums = config.tile_m * config.tile_n  # fp32, of all parts of what a block adds up
         self.stages = config.cluster_stages
+        self.stream = config.stream
 
     @cute.jit  # type: ignore[untyped-decorator]
     def __call__(self, w: cute.Tensor, x: cute.Tensor, out: cute.Tensor, stream: Any) -> None:
-        dtype = w.element_type
-        self.dtype = dtype
-        major = LayoutEnum.ROW_MAJOR.sm90_mma_major_mode()
-        mma = sm90.make_trivial_tiled_mma(
-            dtype, dtype, major, major, cutlass.Float32, (self.groups, 1, 1), tiler_mn=(_ROWS, self.tile_n)
-        )
-        atom = warpgroup.make_smem_layout_atom(sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, _BLOCK_K), dtype)
-        w_layout = cute.tile_to_shape(atom, (self.tile_m, _BLOCK_K, self.stages), order=(0, 1, 2))
-        x_layout = cute.tile_to_shape(atom, (self.tile_n, _BLOCK_K, self.stages), order=(0, 1, 2))
+        mma, w_layout, x_layout = self.shared_layouts(w.element_type, self.stages)
         read = cpasync.CopyBulkTensorTileG2SOp()
         shared = read if self.cluster_m == 1 else cpasync.CopyBulkTensorTileG2SMulticastOp()
         w_stage, x_stage = (cute.slice_(layout, (None, None, 0)) for layout in (w_layout, x_layout))
-        w_atom, w_tma = cpasync.make_tiled_tma_atom(read, w, w_stage, (self.tile_m, _BLOCK_K))
-        x_atom, x_tma = cpasync.make_tiled_tma_atom(shared, x, x_stage, (self.tile_n, _BLOCK_K), num_multicast=self.cluster_m)
+        w_atom, w_tma = cpasync.make_tiled_tma_atom(read, w, w_stage, (self.tile_m, BLOCK_K))
+        x_atom, x_tma = cpasync.make_tiled_tma_atom(shared, x, x_stage, (self.tile_n, BLOCK_K), num_multicast=self.cluster_m)
         tiles = cute.ceil_div(cute.ceil_div(out.shape[1], self.tile_m), self.cluster_m) * self.cluster_m
         self.kernel(w_atom, w_tma, x_atom, x_tma, out, mma, w_layout, x_layout).launch(
             grid=(tiles, cute.ceil_div(out.shape[0], self.tile_n), self.split_k),
-            block=((self.consumers + 1) * _WARP, 1, 1),
+            block=((self.consumers + 1) * WARP, 1, 1),
             cluster=(self.cluster_m, 1, self.split_k),
             min_blocks_per_mp=1,
             stream=stream,
@@ -96,10 +88,10 @@ class ClusterGemm:
         barriers = memory.allocate_array(cutlass.Int64, 2 * self.stages)
         arrived = memory.allocate_array(cutlass.Int64, 1)
         sums = memory.allocate_array(cutlass.Float32, self.sums, byte_alignment=128)
-        w_shared = memory.allocate_tensor(self.dtype, w_layout.outer, byte_alignment=_ALIGN, swizzle=w_layout.inner)
-        x_shared = memory.allocate_tensor(self.dtype, x_layout.outer, byte_alignment=_ALIGN, swizzle=x_layout.inner)
+        w_shared = memory.allocate_tensor(self.dtype, w_layout.outer, byte_alignment=ALIGN, swizzle=w_layout.inner)
+        x_shared = memory.allocate_tensor(self.dtype, x_layout.outer, byte_alignment=ALIGN, swizzle=x_layout.inner)
 
-        stage_bytes = (self.tile_m + self.tile_n) * _BLOCK_K * 2
+        stage_bytes = (self.tile_m + self.tile_n) * BLOCK_K * 2
         pipe = pipeline.PipelineTmaAsync.create(
             barrier_storage=barriers,
             num_stages=self.stages,
@@ -118,7 +110,7 @@ class ClusterGemm:
         if cutlass.const_expr(self.cluster_m > 1):
             cute.arch.cluster_wait()
 
-        k_tiles = cute.ceil_div(w_tma.shape[1], _BLOCK_K)
+        k_tiles = cute.ceil_div(w_tma.shape[1], BLOCK_K)
         per_part = cute.ceil_div(k_tiles, self.split_k)
         first = part * per_part
         count = cutlass.max(cutlass.min(k_tiles - first, per_part), 0)
@@ -132,16 +124,32 @@ class ClusterGemm:
             accumulated = self.multiply(pipe, mma, w_shared, x_shared, thread, count)
             if cutlass.const_expr(self.cluster_m == 1):
                 cute.arch.cluster_wait()
-            self.send(accumulated, sums, arrived, warp, thread % _WARP, part, beside)
+            self.send(accumulated, sums, arrived, warp, thread % WARP, part, beside)
             cute.arch.mbarrier_wait(arrived, 0)
-            self.add_up(sums, out, warp, thread % _WARP, tile, rows, part)
+            self.add_up(sums, out, warp, thread % WARP, tile, rows, part)
+
+    def shared_layouts(self, dtype: Any, x_blocks: int) -> tuple[Any, Any, Any]:
+        """How warpgroups multiply, and how w's stages and so many blocks of K of x lie in shared memory."""
+        self.dtype = dtype
+        major = LayoutEnum.ROW_MAJOR.sm90_mma_major_mode()
+        mma = sm90.make_trivial_tiled_mma(
+            dtype, dtype, major, major, cutlass.Float32, (self.groups, 1, 1), tiler_mn=(_ROWS, self.tile_n)
+        )
+        atom = warpgroup.make_smem_layout_atom(sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, BLOCK_K), dtype)
+        w_layout = cute.tile_to_shape(atom, (self.tile_m, BLOCK_K, self.stages), order=(0, 1, 2))
+        return mma, w_layout, cute.tile_to_shape(atom, (self.tile_n, BLOCK_K, x_blocks), order=(0, 1, 2))
+
+    def hints(self) -> tuple[Any, Any]:
+        """How long w and x are to stay in L2."""
+        once, again = (EVICT_FIRST, EVICT_LAST) if self.stream else (EVICT_NORMAL, EVICT_NORMAL)
+        return cutlass.Int64(once), cutlass.Int64(again)
 
     @cute.jit  # type: ignore[untyped-decorator]
     def read(self, pipe: Any, of_w: Any, of_x: Any, tiles: Any, beside: Any, first: Any, count: Any) -> None:
         """One warp: asks for all of the block's part of w and x, as fast as stages are free."""
         (w_atom, w_tma, w_shared), (x_atom, x_tma, x_shared), (tile, rows) = of_w, of_x, tiles
-        w_tiles = cute.local_tile(w_tma, (self.tile_m, _BLOCK_K), (tile, None))
-        x_tiles = cute.local_tile(x_tma, (self.tile_n, _BLOCK_K), (rows, None))
+        w_tiles = cute.local_tile(w_tma, (self.tile_m, BLOCK_K), (tile, None))
+        x_tiles = cute.local_tile(x_tma, (self.tile_n, BLOCK_K), (rows, None))
         w_to, w_from = cpasync.tma_partition(
             w_atom, 0, cute.make_layout(1), cute.group_modes(w_shared, 0, 2), cute.group_modes(w_tiles, 0, 2)
         )
@@ -153,7 +161,7 @@ class ClusterGemm:
             rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
             mask = cutlass.Int16(((1 << self.cluster_m) - 1) << (rank - beside))
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-        once, again = cutlass.Int64(EVICT_FIRST), cutlass.Int64(EVICT_LAST)
+        once, again = self.hints()
         for k in cutlass.range(count, unroll=1):
             pipe.producer_acquire(state)
             barrier = pipe.producer_get_barrier(state)
@@ -167,8 +175,8 @@ class ClusterGemm:
     @cute.jit  # type: ignore[untyped-decorator]
     def multiply(self, pipe: Any, mma: Any, w_shared: Any, x_shared: Any, thread: Any, count: Any) -> Any:
         """A warpgroup: its 64 rows of the tile, transposed, over the block's part of K."""
-        group = cute.arch.make_warp_uniform(thread // _WARPGROUP)
-        slices = mma.get_slice(cute.make_layout(self.groups, stride=_WARPGROUP)(group))
+        group = cute.arch.make_warp_uniform(thread // WARPGROUP)
+        slices = mma.get_slice(cute.make_layout(self.groups, stride=WARPGROUP)(group))
         w_parts = mma.make_fragment_A(slices.partition_A(w_shared))
         x_parts = mma.make_fragment_B(slices.partition_B(x_shared))
         accumulated = cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), cutlass.Float32)
@@ -196,20 +204,16 @@ class ClusterGemm:
     @cute.jit  # type: ignore[untyped-decorator]
     def send(self, accumulated: Any, sums: Any, arrived: Any, warp: Any, lane: Any, part: Any, beside: Any) -> None:
         """Each warp: its sums to the block that adds up its 16 rows. They lie there as [part, 16 rows, 8 columns, lane, 4]."""
-        mine = self.consumers // self.split_k  # warps' rows that a block adds up
-        to = (warp // mine) * self.cluster_m + beside
-        eights = self.tile_n // 8
-        for eight in cutlass.range_constexpr(eights):
-            place = (((part * mine + warp % mine) * eights + eight) * _WARP + lane) * 4
+        to = (warp // self.mine) * self.cluster_m + beside
+        for eight in cutlass.range_constexpr(self.eights):
+            place = (((part * self.mine + warp % self.mine) * self.eights + eight) * WARP + lane) * 4
             values = tuple(_bits(accumulated[4 * eight + i]) for i in range(4))
             cute.arch.store_async_dsmem((sums + place).align(16), values, arrived, to)
 
     @cute.jit  # type: ignore[untyped-decorator]
     def add_up(self, sums: Any, out: Any, warp: Any, lane: Any, tile: Any, rows: Any, part: Any) -> None:
         """All warps: the block's rows of w, 16 by 8 at a time; four results that lie side by side for each lane."""
-        mine = self.consumers // self.split_k
-        eights = self.tile_n // 8
-        units = mine * eights
+        units = self.mine * self.eights
         column, quarter = lane // 4, lane % 4
         # where `send` puts the first of the quarter's rows: rows are 4 lanes apart there, halves of 8 rows 2 values
         source = (4 * (4 * (quarter % 2)) + column // 2) * 4 + 2 * (quarter // 2) + column % 2
@@ -220,13 +224,13 @@ class ClusterGemm:
                 found = cute.make_rmem_tensor(4, cutlass.Float32)
                 found.fill(0.0)
                 for k in cutlass.range_constexpr(self.split_k):
-                    values = cute.make_tensor(sums + (k * units + unit) * (4 * _WARP), cute.make_layout(4 * _WARP))
+                    values = cute.make_tensor(sums + (k * units + unit) * (4 * WARP), cute.make_layout(4 * WARP))
                     for i in cutlass.range_constexpr(4):
                         found[i] = found[i] + values[source + 16 * i]
                 rounded = cute.make_rmem_tensor(4, out.element_type)
                 rounded.store(found.load().to(out.element_type))
-                row = rows * self.tile_n + (unit % eights) * 8 + column
-                first = tile * self.tile_m + (part * mine + unit // eights) * 16 + quarter * 4
+                row = rows * self.tile_n + (unit % self.eights) * 8 + column
+                first = tile * self.tile_m + (part * self.mine + unit // self.eights) * 16 + quarter * 4
                 if row < num_rows and first < num_columns:
                     target = cute.make_tensor((out.iterator + row * out.stride[0] + first).align(8), cute.make_layout(4))
                     cute.autovec_copy(rounded, target)
@@ -237,29 +241,3 @@ def _bits(value: Any) -> Any:
     from cutlass._mlir.dialects import llvm
 
     return cutlass.Int32(llvm.bitcast(cutlass.Int32.mlir_type, cutlass.Float32(value).ir_value()))
-
-
-def compile_spec(
-    spec: KernelSpec, matrices: tuple[torch.Tensor, torch.Tensor, torch.Tensor], function: str
-) -> tuple[Any, Launch]:
-    """The kernel on SM90.
-
-    Args:
-        spec: of two matrices of 16 bits, both contiguous along K, without an epilogue.
-        matrices: a, b and the result: only their dtypes count.
-        function: what the kernel is to be called.
-
-    Returns:
-        What has `export_to_c`, and how to call it.
-    """
-    m, n, k = cute.sym_int(), cute.sym_int(divisibility=_ELEMENTS), cute.sym_int(divisibility=_ELEMENTS)
-    a, b, out = (_DTYPES[matrix.dtype] for matrix in matrices)
-    arguments = (_symbolic(b, n, k), _symbolic(a, m, k), _symbolic(out, m, n), cute.runtime.make_fake_stream())
-    compiled = cute.compile(ClusterGemm(spec.cute), *arguments, options="--enable-tvm-ffi")
-    return compiled, Launch(function=function, arguments=("b^T", "a", "out", "stream"), transposed=True)
-
-
-def _symbolic(dtype: Any, rows: Any, columns: Any) -> Any:
-    """A matrix of any size, with 16-byte aligned rows."""
-    stride = (cute.sym_int64(divisibility=_ELEMENTS), 1)
-    return cute.runtime.make_fake_tensor(dtype, (rows, columns), stride=stride, assumed_align=ALIGNMENT_BYTES)

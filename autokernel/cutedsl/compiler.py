@@ -204,7 +204,7 @@ def _compiled(spec: KernelSpec) -> tuple[Any, Launch]:
     if spec.cute.source == OPERATORS:
         from autokernel.cutedsl.operators import compile_spec
     elif spec.cute.source == CLUSTER:
-        from autokernel.cutedsl.cluster_gemm import compile_spec
+        from autokernel.cutedsl.own import compile_spec
     else:
         from autokernel.cutedsl.quack import compile_spec
     try:

@@ -30,7 +30,7 @@ PINGPONG_TILES = (
 CLUSTER_ROWS = 64
 CLUSTER_TILES = tuple((m, n) for m in (64, 128, 192, 256) for n in (16, 32, 48, 64, 96, 128))
 CLUSTER_BLOCK_K = 64
-CLUSTER_BLOCKS = 8
+CLUSTER_BLOCKS, CLUSTER_KEPT = 8, 64
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of a multiprocessor of sm_90, and by CUDA for each block
 BARRIERS_BYTES = 1024
 OPERATORS_TILES = ((64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256))
@@ -57,8 +57,9 @@ class CuteConfig:
         fast_accum: sums of products in 8-bit floating point stay in the matrix units, which keep fewer bits of them than fp32
             has; else those of each block of K are added up in fp32, in as many registers again. quack.
         resident: blocks of a multiprocessor at once, among which it divides its shared memory. cluster.
-        stream: weights, which are read once, leave L2 first, and what all tiles read leaves it last. quack; cluster always
-            reads so.
+        stream: weights, which are read once, leave L2 first, and what all tiles read leaves it last. quack and cluster.
+        kept_k: blocks of K (64 elements) of x that a block keeps in shared memory while it computes one tile after another, all
+            that it needs: K is `64 * kept_k * split_k` then. 0: each tile has blocks of its own. cluster.
     """
 
     source: str
@@ -77,6 +78,7 @@ class CuteConfig:
     fast_accum: bool = False
     stream: bool = False
     resident: int = 1
+    kept_k: int = 0
 
     def problem(self) -> str | None:
         """The rule that the parameters break, None if a kernel has them."""
@@ -103,8 +105,8 @@ class CuteConfig:
         if self.split_k < 1 or self.swizzle not in (1, 2, 4, 8) or self.raster not in (ROWS, COLUMNS):
             given = f"split_k={self.split_k}, swizzle={self.swizzle}, raster={self.raster}"
             return f"split_k is 1 or more, swizzle 1, 2, 4 or 8, raster rows or columns, not {given}"
-        if self.resident != 1 and self.source != CLUSTER:
-            return f"{self.source} decides itself how many blocks a multiprocessor has: leave resident at 1"
+        if (self.resident != 1 or self.kept_k) and self.source != CLUSTER:
+            return f"{self.source} decides itself which blocks a multiprocessor has: leave resident at 1 and kept_k at 0"
         if self.split_k == 1 and not self.ordered:
             return "ordered says how parts of K are summed: leave it on with split_k=1"
         if self.separate and (self.split_k == 1 or not self.ordered or self.fuse):
@@ -115,15 +117,19 @@ class CuteConfig:
         """The rule of our own kernel that is broken."""
         if (self.tile_m, self.tile_n) not in CLUSTER_TILES:
             return f"cluster has tiles {_listed(CLUSTER_TILES)}, not {self.tile_m}x{self.tile_n}"
-        flags = self.pingpong or self.separate or self.fuse or self.fast_accum or self.stream or not self.ordered
+        flags = self.pingpong or self.separate or self.fuse or self.fast_accum or not self.ordered
         if not self.swap or flags or self.cluster_n != 1 or self.swizzle != DEFAULT_SWIZZLE or self.raster != ROWS:
-            return "cluster takes swap (always), cluster_m, split_k and resident: leave the other parameters off"
+            return (
+                "cluster takes swap (always), cluster_m, split_k, resident, stream and kept_k: leave the other parameters off"
+            )
         blocks, warps = self.cluster_m * self.split_k, self.tile_m // 16
         if self.split_k not in (1, 2, 4, 8) or blocks > CLUSTER_BLOCKS or warps % self.split_k:
             return (
                 f"a cluster has up to {CLUSTER_BLOCKS} blocks, and each adds up as many of a tile's 16 rows as the others: "
                 f"not split_k={self.split_k}, cluster_m={self.cluster_m} with tile_m={self.tile_m}"
             )
+        if self.kept_k and (self.cluster_m != 1 or self.resident != 1 or not 0 < self.kept_k <= CLUSTER_KEPT):
+            return f"a block that stays keeps 1 to {CLUSTER_KEPT} blocks of K, alone on its multiprocessor, without cluster_m"
         if self.resident < 1 or self.cluster_stages < 2:
             tile = f"{self.tile_m}x{self.tile_n}"
             return f"{tile} needs more shared memory than resident={self.resident} leaves: choose a smaller one of them"
@@ -131,10 +137,12 @@ class CuteConfig:
 
     @property
     def cluster_stages(self) -> int:
-        """Blocks of K of both matrices that our own kernel has room for, beside the sums that it receives."""
-        stage = (self.tile_m + self.tile_n) * CLUSTER_BLOCK_K * 2
-        room = SHARED_BYTES // self.resident - RESERVED_BYTES
-        return (room - BARRIERS_BYTES - 4 * self.tile_m * self.tile_n) // stage
+        """Blocks of K that our own kernel has room for, of both matrices, or of the weights where it keeps the other one."""
+        room = SHARED_BYTES // self.resident - RESERVED_BYTES - BARRIERS_BYTES
+        row, sums = CLUSTER_BLOCK_K * 2, 4 * self.tile_m * self.tile_n
+        if self.kept_k:  # sums come twice: of a tile, and of the one before
+            return (room - 2 * sums - self.kept_k * self.tile_n * row) // (self.tile_m * row)
+        return (room - sums) // ((self.tile_m + self.tile_n) * row)
 
     @property
     def deterministic(self) -> bool:

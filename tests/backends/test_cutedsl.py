@@ -276,7 +276,7 @@ def _kernels() -> list[dict[str, ConfigValue]]:
     tiles = {("operators", False): OPERATORS_TILES, ("quack", False): COOPERATIVE_TILES, ("quack", True): PINGPONG_TILES}
     tiles["cluster", False] = CLUSTER_TILES
     for (source, pingpong), known in tiles.items():
-        streams = flags if source == "quack" else (False,)
+        streams = (False,) if source == "operators" else flags
         residents = (1, 2, 3) if source == "cluster" else (1,)
         for (tile_m, tile_n), swap, cluster_m, cluster_n, split_k, ordered, separate, swizzle, raster, stream, resident in (
             itertools.product(
@@ -301,7 +301,7 @@ def _said(config: Mapping[str, ConfigValue], name: str) -> bool:
     said = {
         "pingpong": quack, "split_k": quack or cluster, "ordered": split, "separate": split and ordered,
         "raster": not quack and not cluster, "cluster_n": not cluster, "swizzle": not cluster,
-        "stream": quack, "resident": cluster,
+        "stream": quack or cluster, "resident": cluster,
     }  # fmt: skip
     return said.get(name, True)
 

@@ -196,7 +196,7 @@ def test_a_race_of_another_day_is_put_on_the_scale_of_what_both_have() -> None:
     ]
     assert import_cute.imported(both, race) == 2
     found = {(str(row.config["source"]), row.config.get("stream")): (row.us, row.careful_us) for row in both.of(["cutedsl"])}
-    assert found == {("quack", False): (20.0, None), ("quack", True): (18.0, 19.0), ("cluster", None): (16.0, None)}
+    assert found == {("quack", False): (20.0, None), ("quack", True): (18.0, 19.0), ("cluster", True): (16.0, None)}
     assert both.header["cutedsl"]["imported"] == [{"rows": 2, "shared": 1, "scale": 2.0}]
     assert import_cute.imported(both, race) == 0, "nothing twice"
     assert import_cute.imported(both, [{"config": cluster(4), "us": 8.0}]) == 1

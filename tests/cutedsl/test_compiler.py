@@ -52,6 +52,7 @@ SPECS = {
     "a few rows, swapped": spec({**COOPERATIVE, "tile_m": 64, "tile_n": 16, "swap": True, "split_k": 4}),
     "cache hints": spec({**PINGPONG, "stream": True}),
     "our own, x shared by pairs": spec(CLUSTER),
+    "our own, x kept": spec({**CLUSTER, "cluster_m": 1, "stream": True, "kept_k": 1}),
     "our own, fp16, lone blocks": spec({**CLUSTER, "cluster_m": 1, "split_k": 1}, dtype="float16", out_dtype="float32"),
     "batched, fused": spec(COOPERATIVE, batched=True, a_major="m", b_major="n", epilogue=("bias", "add")),
 }

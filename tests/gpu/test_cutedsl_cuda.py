@@ -40,7 +40,9 @@ pytestmark = [
 QUACK: dict[str, ConfigValue] = {"source": "quack", "tile_m": 128, "tile_n": 128, "cluster_n": 2}
 PINGPONG: dict[str, ConfigValue] = {**QUACK, "pingpong": True}
 SWAP: dict[str, ConfigValue] = {**QUACK, "swap": True}
-CLUSTER: dict[str, ConfigValue] = {"source": "cluster", "tile_m": 128, "tile_n": 16, "split_k": 2, "swap": True}
+CLUSTER: dict[str, ConfigValue] = {
+    "source": "cluster", "tile_m": 128, "tile_n": 16, "split_k": 2, "swap": True, "stream": True,
+}  # fmt: skip
 OPERATORS: dict[str, ConfigValue] = {"source": "operators", "tile_m": 128, "tile_n": 128, "cluster_m": 2}
 MAX_CALL_US = 15.0  # host time of one call in the eager regime
 
@@ -147,6 +149,7 @@ def all_cases() -> dict[str, dict[str, Any]]:
         "cluster, four pairs": {"config": {**CLUSTER, "tile_m": 192, "tile_n": 64, "cluster_m": 2, "split_k": 4}},
         "cluster, three at once": {"config": {**CLUSTER, "tile_m": 64, "tile_n": 32, "resident": 3}},
         "cluster, large": {"config": {**CLUSTER, "tile_m": 256, "tile_n": 64, "split_k": 4}},
+        "cluster, no hints": {"config": {**CLUSTER, "stream": False}},
         "cluster, half": {"config": {**CLUSTER, "tile_n": 48}, "dtype": "float16", "out_dtype": "float16"},
         "cluster, fp32 result": {"config": CLUSTER, "out_dtype": "float32"},
         "operators": {"config": OPERATORS},
@@ -191,6 +194,25 @@ def test_results_are_right(name: str, sizes: tuple[int, int, int], cache: Object
     assert error_of(total, expected(kernel_spec, a, b, given)) <= LIMITS[kernel_spec.out_dtype]
     if kernel_spec.cute.deterministic:
         assert all(torch.equal(kernel(a, b, given), y) for _ in range(4))
+
+
+@pytest.mark.parametrize("m", [1, 16, 40])
+@pytest.mark.parametrize(
+    "kept",
+    [{"kept_k": 32, "split_k": 1}, {"kept_k": 16}, {"kept_k": 8, "split_k": 4, "tile_m": 64}, {"kept_k": 16, "tile_n": 64}],
+    ids=str,
+)
+def test_blocks_that_keep_their_part_of_x_compute_every_tile(kept: dict[str, ConfigValue], m: int, cache: ObjectCache) -> None:
+    """With fewer tiles than clusters, about as many, and several for each."""
+    kernel_spec = spec({**CLUSTER, **kept})
+    kernel = load(str(cache.get_or_compile(kernel_spec)[1]))
+    for n in (64, 8192, 50_000):
+        a, b = matrices(kernel_spec, m, n, 2048)
+        y = kernel(a, b)
+        assert error_of(y, expected(kernel_spec, a, b, [])) <= LIMITS["bfloat16"]
+        assert all(torch.equal(kernel(a, b), y) for _ in range(4))
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)mismatch|shape"):
+        kernel(*matrices(kernel_spec, m, 64, 1024))  # parts of another K would not fit
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -1,0 +1,47 @@
+"""Our own CuTe DSL kernels for few rows, compiled for any sizes. Import it with `compiler.environment` set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass
+import torch
+from cutlass import cute
+
+from autokernel.cutedsl.cluster_gemm import BLOCK_K, ClusterGemm
+from autokernel.cutedsl.config import ALIGNMENT_BYTES
+from autokernel.cutedsl.persistent_gemm import PersistentGemm
+from autokernel.cutedsl.spec import KernelSpec, Launch
+
+_ELEMENTS = 8  # of 16 bits, in what TMA reads at least
+_DTYPES = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16, torch.float32: cutlass.Float32}
+
+
+def compile_spec(
+    spec: KernelSpec, matrices: tuple[torch.Tensor, torch.Tensor, torch.Tensor], function: str
+) -> tuple[Any, Launch]:
+    """The kernel on SM90.
+
+    Args:
+        spec: of two matrices of 16 bits, both contiguous along K, without an epilogue.
+        matrices: a, b and the result: only their dtypes count.
+        function: what the kernel is to be called.
+
+    Returns:
+        What has `export_to_c`, and how to call it.
+    """
+    config = spec.cute
+    m, n, k = cute.sym_int(), cute.sym_int(divisibility=_ELEMENTS), cute.sym_int(divisibility=_ELEMENTS)
+    if config.kept_k:
+        k = BLOCK_K * config.kept_k * config.split_k
+    gemm = PersistentGemm(config, spec.num_units) if config.kept_k else ClusterGemm(config)
+    a, b, out = (_DTYPES[matrix.dtype] for matrix in matrices)
+    arguments = (_symbolic(b, n, k), _symbolic(a, m, k), _symbolic(out, m, n), cute.runtime.make_fake_stream())
+    compiled = cute.compile(gemm, *arguments, options="--enable-tvm-ffi")
+    return compiled, Launch(function=function, arguments=("b^T", "a", "out", "stream"), transposed=True)
+
+
+def _symbolic(dtype: Any, rows: Any, columns: Any) -> Any:
+    """A matrix of any size, with 16-byte aligned rows."""
+    stride = (cute.sym_int64(divisibility=_ELEMENTS), 1)
+    return cute.runtime.make_fake_tensor(dtype, (rows, columns), stride=stride, assumed_align=ALIGNMENT_BYTES)
