@@ -1,0 +1,169 @@
+"""CuTe DSL kernels against each other and cuBLAS: of each kind the ones that the cost model ranks first, and what no space has.
+
+    python benchmarks/cute_race.py --out benchmarks/results [--gemms o qkv] [--rows 16 64 128] [--best 12] [--kept] [--dry]
+
+The GEMMs are those of Llama 3.1 8B. All cores compile first; then one process checks each kernel against fp32 and times it:
+cold L2 by rotation over copies, CUDA graphs of many calls, events. The best eight and cuBLAS are timed again, interleaved in
+random order. `--kept` adds kernels whose blocks keep their part of x (`kept_k`), `--dry` compiles and needs no GPU.
+`import_cute.py` puts what is written into the landscapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import random
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+
+import cute_kernels  # noqa: E402
+from gemm_kernels import Gemm  # noqa: E402
+from landscape_file import slug  # noqa: E402
+from replay import H200  # noqa: E402
+
+from autokernel.cutedsl.compiler import refusal  # noqa: E402
+from autokernel.errors import CompileError  # noqa: E402
+from autokernel.search.cost_model import features, kind_of, load_model  # noqa: E402
+from autokernel.search.space import names_for  # noqa: E402
+
+SIZES = {"o": (4096, 4096), "qkv": (6144, 4096), "gateup": (28672, 4096), "down": (4096, 14336), "lmhead": (128256, 4096)}
+_CAREFUL, _ROUNDS = 8, 15
+_PROTOCOL = (
+    "bf16, cold L2 by rotation over copies of inputs and outputs, CUDA graphs of many calls, events; us: median of 3 replays; "
+    f"careful_us: best {_CAREFUL} and cuBLAS, median of {_ROUNDS} replays each, interleaved in random order"
+)
+_BLOCK_K = 64
+
+Config = dict[str, Any]
+
+
+def gemm_of(name: str, m: int) -> Gemm:
+    """A GEMM under the name of its landscape."""
+    n, k = SIZES[name]
+    return Gemm(name=f"llama8b-{name}-m{m}", op="mm", m=m, n=n, k=k)
+
+
+def candidates(gemm: Gemm, best: int, kept: bool) -> list[Config]:
+    """The first `best` of the cost model of each kind of kernel, with hints and without, and all that keep x if `kept`."""
+    legal = cute_kernels.legal_configs(gemm)
+    model = load_model().cost[cute_kernels.BACKEND]
+    costs = model.predict(features(names_for(gemm.dims, H200), legal))
+    found: list[Config] = []
+    taken: dict[tuple[Any, ...], int] = {}
+    for i in sorted(range(len(legal)), key=lambda i: float(costs[i])):
+        kind = kind_of(legal[i]), legal[i].get("stream")
+        taken[kind] = taken.get(kind, 0) + 1
+        if taken[kind] <= best:
+            found.append(legal[i])
+    return [*found, *(keeping(gemm) if kept else ())]
+
+
+def keeping(gemm: Gemm) -> Iterator[Config]:
+    """Kernels whose blocks keep their part of x, where there is room for it."""
+    for tile_m in (64, 128):
+        for split_k in (1, 2, 4):
+            for stream in (False, True):
+                config = {
+                    "source": "cluster", "tile_m": tile_m, "tile_n": 16 * -(-gemm.m // 16), "swap": True, "split_k": split_k,
+                    "stream": stream, "kept_k": gemm.k // (_BLOCK_K * split_k),
+                }  # fmt: skip
+                if gemm.k % (_BLOCK_K * split_k) == 0 and refused(gemm, config) is None:
+                    yield config
+
+
+def refused(gemm: Gemm, config: Config) -> str | None:
+    """The rule that a config breaks, None if a kernel has it."""
+    try:
+        return refusal(cute_kernels.spec_of(gemm, config))
+    except ValueError as error:
+        return str(error)
+
+
+def compiled(gemms: Sequence[Gemm], configs: dict[str, list[Config]], workers: int) -> dict[str, list[Config]]:
+    """Those configs whose kernels compile, with all kernels in the package's cache."""
+    specs = {cute_kernels.kernel_key(g, c): cute_kernels.spec_of(g, c) for g in gemms for c in configs[g.name]}
+    failed: set[str] = set()
+    with cute_kernels.context_with_compilers() as context, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {key: pool.submit(cute_kernels.compile_kernel, spec) for key, spec in specs.items()}
+        for key, future in futures.items():
+            try:
+                future.result()
+            except CompileError as error:
+                failed.add(key)
+                print(f"{key}: {error}", flush=True)
+    return {g.name: [c for c in configs[g.name] if cute_kernels.kernel_key(g, c) not in failed] for g in gemms}
+
+
+def race(gemm: Gemm, configs: Sequence[Config], folder: Path, scratch: Any) -> dict[str, Any]:
+    """All kernels of one GEMM, once; the best of them and cuBLAS again."""
+    from gemm_device import Bench, WrongResultError
+
+    bench = Bench(gemm, folder, scratch)
+    launches = {"cublas": bench.stock_launch()}
+    us = {"cublas": bench.quick(launches["cublas"])}
+    for config in configs:
+        key = json.dumps(config)
+        try:
+            launches[key] = bench.cute_launch(config)
+            us[key] = bench.quick(launches[key])
+        except WrongResultError as error:
+            print(f"{gemm.name} {config}: {error}", flush=True)
+    racing = [*sorted((key for key in us if key != "cublas"), key=lambda key: us[key])[:_CAREFUL], "cublas"]
+    graphs = {key: bench.capture(launches[key], us[key]) for key in racing}
+    samples: dict[str, list[float]] = {key: [] for key in racing}
+    order = random.Random(gemm.name)
+    for _ in range(_ROUNDS):
+        order.shuffle(racing)
+        for key in racing:
+            samples[key].append(bench.replay(graphs[key]))
+    careful = {key: round(statistics.median(times), 4) for key, times in samples.items()}
+    rows = [
+        {"config": json.loads(key), "us": round(time, 4), **({"careful_us": careful[key]} if key in careful else {})}
+        for key, time in us.items()
+        if key != "cublas"
+    ]
+    best = min((key for key in careful if key != "cublas"), key=lambda key: careful[key])
+    print(f"{gemm.name}: {careful[best]:.2f} us, {careful['cublas'] / careful[best]:.3f} x cuBLAS, {best}", flush=True)
+    cublas = {"cublas_us": round(us["cublas"], 4), "cublas_careful_us": careful["cublas"]}
+    return {"name": gemm.name, "m": gemm.m, "n": gemm.n, "k": gemm.k, **cublas, "rows": rows}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gemms", nargs="+", choices=sorted(SIZES), default=list(SIZES))
+    parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 128])
+    parser.add_argument("--best", type=int, default=12, help="configs of each kind")
+    parser.add_argument("--kept", action="store_true")
+    parser.add_argument("--workers", type=int, default=15)
+    parser.add_argument("--dry", action="store_true")
+    options = parser.parse_args()
+    gemms = [gemm_of(name, m) for name in options.gemms for m in options.rows]
+    configs = compiled(gemms, {g.name: candidates(g, options.best, options.kept) for g in gemms}, options.workers)
+    print(", ".join(f"{name} {len(found)}" for name, found in configs.items()), flush=True)
+    if options.dry:
+        return
+    import gemm_device
+
+    scratch = gemm_device.open_device()
+    device = gemm_device.describe_device()
+    today = datetime.date.today().isoformat()
+    data = {"date": today, **device, "protocol": _PROTOCOL, "gemms": []}
+    path = options.out / f"cute-race-{slug(str(device['hardware']))}-{today}.json"
+    for gemm in gemms:
+        data["gemms"].append(race(gemm, configs[gemm.name], options.out, scratch))
+        path.write_text(json.dumps(data, separators=(",", ":")))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
