@@ -1,4 +1,4 @@
-"""CuTe DSL kernels for Hopper, compiled ahead of time: those of nvidia-cutlass-operators and of quack-kernels.
+"""CuTe DSL kernels for Hopper, compiled ahead of time: nvidia-cutlass-operators', quack-kernels', and our own.
 
 Config: the parameters that `cutedsl/config.py` explains; `merge` ("concat", or "none") where GEMMs share an input. Kernels are
 compiled here, into the machine's cache of objects, so that a compiler's failure is the build's; `export/cutedsl.py` then finds

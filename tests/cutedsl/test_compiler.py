@@ -1,4 +1,4 @@
-"""Kernels of both sources, compiled for a Hopper without one, down to the call that only a GPU could answer.
+"""Kernels of all sources, compiled for a Hopper without one, down to the call that only a GPU could answer.
 
 Kinds of kernels that test_objects.py compiles and launches are not compiled here once more.
 """
