@@ -121,7 +121,7 @@ def _reads(config: CuteConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        del GemmSm90.load_tma
+        GemmSm90.load_tma = read
 
 
 def _compiled_parts(spec: KernelSpec) -> Any:
