@@ -110,6 +110,10 @@ def test_rounds_where_the_baseline_was_disturbed_are_discarded() -> None:
     assert 2 <= result.num_discarded <= 20
     assert result.speedups["other"].num_discarded == result.num_discarded
     assert result.medians_us["base"] < 1300
+    kept = result.num_rounds - result.num_discarded
+    assert {name: len(times) for name, times in result.rounds_us.items()} == {"base": kept, "other": kept}
+    assert result.faster("other", "base").ratio == result.speedups["other"].ratio
+    assert result.faster("base", "other").ratio == pytest.approx(1 / result.speedups["other"].ratio, rel=0.05)
 
 
 def test_short_calls_are_repeated_and_times_stay_per_call() -> None:
