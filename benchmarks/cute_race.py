@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import random
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,30 +23,23 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
 import cute_kernels  # noqa: E402
-from gemm_kernels import Gemm  # noqa: E402
+from gemm_kernels import LLAMA, Gemm, llama_gemm  # noqa: E402
 from landscape_file import slug  # noqa: E402
 from replay import H200  # noqa: E402
 
 from autokernel.cutedsl.compiler import refusal  # noqa: E402
+from autokernel.cutedsl.config import CLUSTER_BLOCK_K  # noqa: E402
 from autokernel.errors import CompileError  # noqa: E402
 from autokernel.search.cost_model import features, kind_of, load_model  # noqa: E402
 from autokernel.search.space import names_for  # noqa: E402
 
-SIZES = {"o": (4096, 4096), "qkv": (6144, 4096), "gateup": (28672, 4096), "down": (4096, 14336), "lmhead": (128256, 4096)}
 _CAREFUL, _ROUNDS = 8, 15
 _PROTOCOL = (
     "bf16, cold L2 by rotation over copies of inputs and outputs, CUDA graphs of many calls, events; us: median of 3 replays; "
     f"careful_us: best {_CAREFUL} and cuBLAS, median of {_ROUNDS} replays each, interleaved in random order"
 )
-_BLOCK_K = 64
 
 Config = dict[str, Any]
-
-
-def gemm_of(name: str, m: int) -> Gemm:
-    """A GEMM under the name of its landscape."""
-    n, k = SIZES[name]
-    return Gemm(name=f"llama8b-{name}-m{m}", op="mm", m=m, n=n, k=k)
 
 
 def candidates(gemm: Gemm, best: int, kept: bool) -> list[Config]:
@@ -73,9 +64,9 @@ def keeping(gemm: Gemm) -> Iterator[Config]:
             for stream in (False, True):
                 config = {
                     "source": "cluster", "tile_m": tile_m, "tile_n": 16 * -(-gemm.m // 16), "swap": True, "split_k": split_k,
-                    "stream": stream, "kept_k": gemm.k // (_BLOCK_K * split_k),
+                    "stream": stream, "kept_k": gemm.k // (CLUSTER_BLOCK_K * split_k),
                 }  # fmt: skip
-                if gemm.k % (_BLOCK_K * split_k) == 0 and refused(gemm, config) is None:
+                if gemm.k % (CLUSTER_BLOCK_K * split_k) == 0 and refused(gemm, config) is None:
                     yield config
 
 
@@ -89,9 +80,10 @@ def refused(gemm: Gemm, config: Config) -> str | None:
 
 def compiled(gemms: Sequence[Gemm], configs: dict[str, list[Config]], workers: int) -> dict[str, list[Config]]:
     """Those configs whose kernels compile, with all kernels in the package's cache."""
-    specs = {cute_kernels.kernel_key(g, c): cute_kernels.spec_of(g, c) for g in gemms for c in configs[g.name]}
+    keyed = [(g.name, c, cute_kernels.kernel_key(g, c), cute_kernels.spec_of(g, c)) for g in gemms for c in configs[g.name]]
     failed: set[str] = set()
     with cute_kernels.context_with_compilers() as context, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        specs = {key: spec for _, _, key, spec in keyed}
         futures = {key: pool.submit(cute_kernels.compile_kernel, spec) for key, spec in specs.items()}
         for key, future in futures.items():
             try:
@@ -99,7 +91,7 @@ def compiled(gemms: Sequence[Gemm], configs: dict[str, list[Config]], workers: i
             except CompileError as error:
                 failed.add(key)
                 print(f"{key}: {error}", flush=True)
-    return {g.name: [c for c in configs[g.name] if cute_kernels.kernel_key(g, c) not in failed] for g in gemms}
+    return {g.name: [c for name, c, key, _ in keyed if name == g.name and key not in failed] for g in gemms}
 
 
 def race(gemm: Gemm, configs: Sequence[Config], folder: Path, scratch: Any) -> dict[str, Any]:
@@ -118,13 +110,7 @@ def race(gemm: Gemm, configs: Sequence[Config], folder: Path, scratch: Any) -> d
             print(f"{gemm.name} {config}: {error}", flush=True)
     racing = [*sorted((key for key in us if key != "cublas"), key=lambda key: us[key])[:_CAREFUL], "cublas"]
     graphs = {key: bench.capture(launches[key], us[key]) for key in racing}
-    samples: dict[str, list[float]] = {key: [] for key in racing}
-    order = random.Random(gemm.name)
-    for _ in range(_ROUNDS):
-        order.shuffle(racing)
-        for key in racing:
-            samples[key].append(bench.replay(graphs[key]))
-    careful = {key: round(statistics.median(times), 4) for key, times in samples.items()}
+    careful = {key: round(time, 4) for key, time in bench.interleaved(graphs, _ROUNDS).items()}
     rows = [
         {"config": json.loads(key), "us": round(time, 4), **({"careful_us": careful[key]} if key in careful else {})}
         for key, time in us.items()
@@ -140,14 +126,14 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--gemms", nargs="+", choices=sorted(SIZES), default=list(SIZES))
+    parser.add_argument("--gemms", nargs="+", choices=sorted(LLAMA), default=list(LLAMA))
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 128])
     parser.add_argument("--best", type=int, default=12, help="configs of each kind")
     parser.add_argument("--kept", action="store_true")
     parser.add_argument("--workers", type=int, default=15)
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
-    gemms = [gemm_of(name, m) for name in options.gemms for m in options.rows]
+    gemms = [llama_gemm(name, m) for name in options.gemms for m in options.rows]
     configs = compiled(gemms, {g.name: candidates(g, options.best, options.kept) for g in gemms}, options.workers)
     print(", ".join(f"{name} {len(found)}" for name, found in configs.items()), flush=True)
     if options.dry:

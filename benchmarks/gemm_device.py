@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import math
+import random
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -22,6 +24,7 @@ _QUICK_US = 2500.0  # of device time in one graph
 _HEAD_START_CYCLES = 120_000  # 60 us in which the CPU gets ahead of the device
 _READ_BYTES_PER_US, _FLOP_PER_US = 5.0e6, 1.05e9  # no H200 is faster: what claims to be is wrong
 
+Key = TypeVar("Key", bound=Hashable)
 Launch = Callable[[int], None]  # call number -> enqueues one call
 
 
@@ -205,6 +208,18 @@ class Bench:
         us = start.elapsed_time(end) * 1e3
         self.busy_us += us
         return us / timed.calls
+
+    def interleaved(self, graphs: Mapping[Key, Timed], rounds: int, until: float = math.inf) -> dict[Key, float]:
+        """Median microseconds of a call of each, replays taking turns in random order; none begins a round behind `until`."""
+        samples: dict[Key, list[float]] = {key: [] for key in graphs}
+        order, rng = list(graphs), random.Random(0)
+        for _ in range(rounds):
+            rng.shuffle(order)
+            for key in order:
+                samples[key].append(self.replay(graphs[key]))
+            if time.monotonic() > until:
+                break
+        return {key: statistics.median(found) for key, found in samples.items() if found}
 
     def unload(self) -> None:
         """Free the code of all kernels loaded so far; no graph may hold one. Triton itself keeps every module."""

@@ -141,6 +141,15 @@ class _Renderer:
         return f"\n{' ' * indent_width}".join(lines)
 
 
+LLAMA = {"qkv": (6144, 4096), "o": (4096, 4096), "gateup": (28672, 4096), "down": (4096, 14336), "lmhead": (128256, 4096)}
+
+
+def llama_gemm(name: str, m: int) -> Gemm:
+    """One of Llama 3.1 8B's, with weights that share an input side by side, under the name of its landscape."""
+    n, k = LLAMA[name]
+    return Gemm(name=f"llama8b-{name}-m{m}", op="mm", m=m, n=n, k=k)
+
+
 def _index(indices: tuple[str, ...], strides: tuple[int, ...]) -> str:
     return " + ".join(i if s == 1 else f"{s}*{i}" for i, s in zip(reversed(indices), reversed(strides), strict=True))
 

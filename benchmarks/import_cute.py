@@ -31,7 +31,7 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def imported(landscape: Landscape, race: list[dict[str, Any]]) -> int:
-    """Add a race's rows to a landscape; returns how many are new.
+    """Complete a landscape's own rows, and add a race's; returns how many are new.
 
     Args:
         landscape: of the same GEMM.
@@ -41,10 +41,10 @@ def imported(landscape: Landscape, race: list[dict[str, Any]]) -> int:
     own = [row for row in landscape.rows if row.backend == BACKEND]
     for row in own:
         row.config.update(completed(row.config))
-    known = {json.dumps(row.config, sort_keys=True): row.us for row in own}
-    both = [(known[key], given["us"]) for given in race if known.get(key := json.dumps(given["config"], sort_keys=True))]
+    known = {_key(row.config): row.us for row in own}
+    both = [(us, given["us"]) for given in race if (us := known.get(_key(given["config"])))]
     scale = statistics.median(there / here for there, here in both) if both else 1.0
-    new = [given for given in race if json.dumps(given["config"], sort_keys=True) not in known]
+    new = [given for given in race if _key(given["config"]) not in known]
     for given in new:
         careful = given.get("careful_us")
         landscape.rows.append(
@@ -62,20 +62,19 @@ def imported(landscape: Landscape, race: list[dict[str, Any]]) -> int:
     return len(new)
 
 
+def _key(config: dict[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
 def main() -> None:
     """Command line."""
     data = json.loads(Path(sys.argv[1]).read_text())
-    for gemm in data["gemms"]:
-        path = FOLDER / slug(data["hardware"]) / f"{gemm['name']}.json.gz"
-        landscape = load(path)
-        added = imported(landscape, gemm["rows"])
-        print(f"{save(landscape, FOLDER).name}: {added} of {len(gemm['rows'])} rows are new")
+    races = {gemm["name"]: gemm["rows"] for gemm in data["gemms"]}
     for path in sorted((FOLDER / slug(data["hardware"])).glob("*.json.gz")):
         landscape = load(path)
-        for row in landscape.rows:
-            if row.backend == BACKEND:
-                row.config.update(completed(row.config))
-        save(landscape, FOLDER)
+        race = races.get(landscape.name, [])
+        added = imported(landscape, race)
+        print(f"{save(landscape, FOLDER).name}: {added} of {len(race)} rows are new")
 
 
 if __name__ == "__main__":

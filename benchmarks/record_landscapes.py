@@ -24,7 +24,6 @@ import json
 import math
 import os
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -38,7 +37,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
 import cute_kernels  # noqa: E402
 from compile_farm import Farm, Task  # noqa: E402
-from gemm_kernels import MAX_SHARED, NUM_SMS, Gemm  # noqa: E402
+from gemm_kernels import MAX_SHARED, NUM_SMS, Gemm, llama_gemm  # noqa: E402
 from landscape_file import FOLDER, Landscape, Row, comparable, load, pack, save, slug, unpack  # noqa: E402
 
 _CAREFUL, _ROUNDS = 20, 15
@@ -78,9 +77,8 @@ GEMMS = (
 )
 
 # CuTe DSL kernels are for what is compute-bound, and worth a look for few rows
-_LLAMA = {"qkv": (6144, 4096), "o": (4096, 4096), "gateup": (28672, 4096), "down": (4096, 14336), "lmhead": (128256, 4096)}
 CUTE_GEMMS = tuple(
-    Gemm(name=f"llama8b-{name}-m{m}", op="mm", m=m, n=_LLAMA[name][0], k=_LLAMA[name][1])
+    llama_gemm(name, m)
     for m in (2048, 8192, 64, 128, 16)
     for name in ("o", "gateup", "down", "qkv", "lmhead")
     if name != "lmhead" or m < 2048
@@ -345,15 +343,7 @@ class Recorder:
                 graphs[i] = bench.capture(self._launch(row, _module_name(gemm, row.config), bench), row.us or 1.0)
             except Exception as error:  # noqa: BLE001 -- as above; the row keeps its quick time
                 print(f"careful: {row.config}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-        samples: dict[int, list[float]] = {i: [] for i in graphs}
-        order, rng = list(graphs), random.Random(0)
-        for _ in range(_ROUNDS):
-            rng.shuffle(order)
-            for i in order:
-                samples[i].append(bench.replay(graphs[i]))
-            if time.monotonic() > until:
-                break
-        times = {id(chosen[i]): statistics.median(found) for i, found in samples.items() if found}
+        times = {id(chosen[i]): us for i, us in bench.interleaved(graphs, _ROUNDS, until).items()}
         graphs.clear()
         bench.unload()
         return [replace(row, careful_us=times[id(row)]) if id(row) in times else row for row in rows]

@@ -43,37 +43,33 @@ class ClusterGemm:
         self.eights = config.tile_n // 8
         self.sums = config.tile_m * config.tile_n  # fp32, of all parts of what a block adds up
         self.stages = config.cluster_stages
+        self.x_blocks = self.stages  # blocks of K of x that there is room for
         self.stream = config.stream
 
     @cute.jit  # type: ignore[untyped-decorator]
     def __call__(self, w: cute.Tensor, x: cute.Tensor, out: cute.Tensor, stream: Any) -> None:
-        mma, w_layout, x_layout = self.shared_layouts(w.element_type, self.stages)
+        mma, w_layout, x_layout = self.shared_layouts(w.element_type)
         read = cpasync.CopyBulkTensorTileG2SOp()
         shared = read if self.cluster_m == 1 else cpasync.CopyBulkTensorTileG2SMulticastOp()
         w_stage, x_stage = (cute.slice_(layout, (None, None, 0)) for layout in (w_layout, x_layout))
         w_atom, w_tma = cpasync.make_tiled_tma_atom(read, w, w_stage, (self.tile_m, BLOCK_K))
         x_atom, x_tma = cpasync.make_tiled_tma_atom(shared, x, x_stage, (self.tile_n, BLOCK_K), num_multicast=self.cluster_m)
-        tiles = cute.ceil_div(cute.ceil_div(out.shape[1], self.tile_m), self.cluster_m) * self.cluster_m
-        self.kernel(w_atom, w_tma, x_atom, x_tma, out, mma, w_layout, x_layout).launch(
-            grid=(tiles, cute.ceil_div(out.shape[0], self.tile_n), self.split_k),
+        tiles = cute.ceil_div(out.shape[1], self.tile_m)
+        self.kernel((w_atom, w_tma), (x_atom, x_tma), out, mma, w_layout, x_layout).launch(
+            grid=(self.across(tiles), cute.ceil_div(out.shape[0], self.tile_n), self.split_k),
             block=((self.consumers + 1) * WARP, 1, 1),
             cluster=(self.cluster_m, 1, self.split_k),
             min_blocks_per_mp=1,
             stream=stream,
         )
 
+    def across(self, tiles: Any) -> Any:
+        """Blocks along w's rows: one for each tile, in whole clusters."""
+        return cute.ceil_div(tiles, self.cluster_m) * self.cluster_m
+
     @cute.kernel  # type: ignore[untyped-decorator]
-    def kernel(
-        self,
-        w_atom: cute.CopyAtom,
-        w_tma: cute.Tensor,
-        x_atom: cute.CopyAtom,
-        x_tma: cute.Tensor,
-        out: cute.Tensor,
-        mma: cute.TiledMma,
-        w_layout: cute.ComposedLayout,
-        x_layout: cute.ComposedLayout,
-    ) -> None:
+    def kernel(self, of_w: Any, of_x: Any, out: cute.Tensor, mma: cute.TiledMma, w_layout: Any, x_layout: Any) -> None:
+        """`of_w` and `of_x`: a TMA atom and its tensor."""
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         tile, rows, part = cute.arch.block_idx()
@@ -81,8 +77,8 @@ class ClusterGemm:
         beside = rank % self.cluster_m
 
         if warp == self.consumers:
-            cpasync.prefetch_descriptor(w_atom)
-            cpasync.prefetch_descriptor(x_atom)
+            cpasync.prefetch_descriptor(of_w[0])
+            cpasync.prefetch_descriptor(of_x[0])
 
         memory = cutlass.utils.SmemAllocator()
         barriers = memory.allocate_array(cutlass.Int64, 2 * self.stages)
@@ -91,16 +87,7 @@ class ClusterGemm:
         w_shared = memory.allocate_tensor(self.dtype, w_layout.outer, byte_alignment=ALIGN, swizzle=w_layout.inner)
         x_shared = memory.allocate_tensor(self.dtype, x_layout.outer, byte_alignment=ALIGN, swizzle=x_layout.inner)
 
-        stage_bytes = (self.tile_m + self.tile_n) * BLOCK_K * 2
-        pipe = pipeline.PipelineTmaAsync.create(
-            barrier_storage=barriers,
-            num_stages=self.stages,
-            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, self.cluster_m * self.consumers),
-            tx_count=stage_bytes,
-            cta_layout_vmnk=cute.make_layout((1, self.cluster_m, 1, self.split_k)),
-            defer_sync=True,
-        )
+        pipe = self.stage_pipe(barriers, self.tile_m + self.tile_n)
         if thread == 0:
             cute.arch.mbarrier_init(arrived, 1)
             cute.arch.mbarrier_arrive_and_expect_tx(arrived, 4 * self.sums)
@@ -110,14 +97,13 @@ class ClusterGemm:
         if cutlass.const_expr(self.cluster_m > 1):
             cute.arch.cluster_wait()
 
-        k_tiles = cute.ceil_div(w_tma.shape[1], BLOCK_K)
+        k_tiles = cute.ceil_div(of_w[1].shape[1], BLOCK_K)
         per_part = cute.ceil_div(k_tiles, self.split_k)
         first = part * per_part
         count = cutlass.max(cutlass.min(k_tiles - first, per_part), 0)
 
         if warp == self.consumers:
-            of_w, of_x = (w_atom, w_tma, w_shared), (x_atom, x_tma, x_shared)
-            self.read(pipe, of_w, of_x, (tile, rows), beside, first, count)
+            self.read(pipe, (*of_w, w_shared), (*of_x, x_shared), (tile, rows), beside, first, count)
             if cutlass.const_expr(self.cluster_m == 1):
                 cute.arch.cluster_wait()
         else:
@@ -128,8 +114,8 @@ class ClusterGemm:
             cute.arch.mbarrier_wait(arrived, 0)
             self.add_up(sums, out, warp, thread % WARP, tile, rows, part)
 
-    def shared_layouts(self, dtype: Any, x_blocks: int) -> tuple[Any, Any, Any]:
-        """How warpgroups multiply, and how w's stages and so many blocks of K of x lie in shared memory."""
+    def shared_layouts(self, dtype: Any) -> tuple[Any, Any, Any]:
+        """How warpgroups multiply, and how w's stages and x's blocks of K lie in shared memory."""
         self.dtype = dtype
         major = LayoutEnum.ROW_MAJOR.sm90_mma_major_mode()
         mma = sm90.make_trivial_tiled_mma(
@@ -137,7 +123,19 @@ class ClusterGemm:
         )
         atom = warpgroup.make_smem_layout_atom(sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, BLOCK_K), dtype)
         w_layout = cute.tile_to_shape(atom, (self.tile_m, BLOCK_K, self.stages), order=(0, 1, 2))
-        return mma, w_layout, cute.tile_to_shape(atom, (self.tile_n, BLOCK_K, x_blocks), order=(0, 1, 2))
+        return mma, w_layout, cute.tile_to_shape(atom, (self.tile_n, BLOCK_K, self.x_blocks), order=(0, 1, 2))
+
+    def stage_pipe(self, barriers: Any, rows: int) -> Any:
+        """Between the warp that reads and those that multiply; a stage is so many rows of a block of K."""
+        return pipeline.PipelineTmaAsync.create(
+            barrier_storage=barriers,
+            num_stages=self.stages,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, self.cluster_m * self.consumers),
+            tx_count=rows * BLOCK_K * 2,
+            cta_layout_vmnk=cute.make_layout((1, self.cluster_m, 1, self.split_k)),
+            defer_sync=True,
+        )
 
     def hints(self) -> tuple[Any, Any]:
         """How long w and x are to stay in L2."""
@@ -175,21 +173,39 @@ class ClusterGemm:
     @cute.jit  # type: ignore[untyped-decorator]
     def multiply(self, pipe: Any, mma: Any, w_shared: Any, x_shared: Any, thread: Any, count: Any) -> Any:
         """A warpgroup: its 64 rows of the tile, transposed, over the block's part of K."""
+        parts, accumulated, reads, releases = self.fragments(mma, w_shared, x_shared, thread)
+        accumulated.fill(0.0)
+        warpgroup.fence()
+        self.over_k(pipe, mma, parts, accumulated, reads, releases, None, count)
+        return accumulated
+
+    def fragments(self, mma: Any, w_shared: Any, x_shared: Any, thread: Any) -> tuple[Any, Any, Any, Any]:
+        """A warpgroup's views of w and x, its sums, and where it reads and lets go."""
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
         slices = mma.get_slice(cute.make_layout(self.groups, stride=WARPGROUP)(group))
         w_parts = mma.make_fragment_A(slices.partition_A(w_shared))
         x_parts = mma.make_fragment_B(slices.partition_B(x_shared))
         accumulated = cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), cutlass.Float32)
-        accumulated.fill(0.0)
         mma.set(warpgroup.Field.ACCUMULATE, True)
         reads = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         releases = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        warpgroup.fence()
+        return (w_parts, x_parts), accumulated, reads, releases
+
+    @cute.jit  # type: ignore[untyped-decorator]
+    def over_k(
+        self, pipe: Any, mma: Any, parts: Any, accumulated: Any, reads: Any, releases: Any, kept: Any, count: Any
+    ) -> tuple[Any, Any]:
+        """Adds so many blocks of K; x's lie in w's stages, or with barriers of their own where they are kept."""
+        (w_parts, x_parts), reads, releases = parts, reads.clone(), releases.clone()
         for k in cutlass.range(count, unroll=1):
             pipe.consumer_wait(reads)
+            x_block = reads.index
+            if cutlass.const_expr(kept is not None):
+                cute.arch.mbarrier_wait(kept + k, 0)
+                x_block = k
             for block in cutlass.range_constexpr(cute.size(w_parts, mode=[2])):
-                at = (None, None, block, reads.index)
-                cute.gemm(mma, accumulated, w_parts[at], x_parts[at], accumulated)
+                w_at, x_at = (None, None, block, reads.index), (None, None, block, x_block)
+                cute.gemm(mma, accumulated, w_parts[w_at], x_parts[x_at], accumulated)
             warpgroup.commit_group()
             reads.advance()
             if k > 0:
@@ -199,7 +215,8 @@ class ClusterGemm:
         warpgroup.wait_group(0)
         if count > 0:
             pipe.consumer_release(releases)
-        return accumulated
+            releases.advance()
+        return reads, releases
 
     @cute.jit  # type: ignore[untyped-decorator]
     def send(self, accumulated: Any, sums: Any, arrived: Any, warp: Any, lane: Any, part: Any, beside: Any) -> None:

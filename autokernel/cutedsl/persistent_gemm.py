@@ -12,7 +12,7 @@ from cutlass import cute, pipeline
 from cutlass._mlir.dialects.nvvm import MemScopeKind
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from autokernel.cutedsl.cluster_gemm import ALIGN, BLOCK_K, WARP, WARPGROUP, ClusterGemm
+from autokernel.cutedsl.cluster_gemm import ALIGN, BLOCK_K, WARP, ClusterGemm
 from autokernel.cutedsl.config import CuteConfig
 
 _WITHOUT = 3
@@ -27,46 +27,23 @@ class PersistentGemm(ClusterGemm):
 
     def __init__(self, config: CuteConfig, num_units: int) -> None:
         super().__init__(config)
-        self.kept_k = config.kept_k
+        self.x_blocks = self.kept_k = config.kept_k
         # clusters lie within groups of up to 18 multiprocessors, so that larger ones leave some of those without
         self.clusters = num_units // config.split_k - (_WITHOUT if config.split_k > 2 else 0)
 
-    @cute.jit  # type: ignore[untyped-decorator]
-    def __call__(self, w: cute.Tensor, x: cute.Tensor, out: cute.Tensor, stream: Any) -> None:
-        mma, w_layout, x_layout = self.shared_layouts(w.element_type, self.kept_k)
-        read = cpasync.CopyBulkTensorTileG2SOp()
-        w_stage, x_stage = (cute.slice_(layout, (None, None, 0)) for layout in (w_layout, x_layout))
-        w_atom, w_tma = cpasync.make_tiled_tma_atom(read, w, w_stage, (self.tile_m, BLOCK_K))
-        x_atom, x_tma = cpasync.make_tiled_tma_atom(read, x, x_stage, (self.tile_n, BLOCK_K))
-        clusters = cutlass.min(cute.ceil_div(out.shape[1], self.tile_m), self.clusters)
-        self.kernel(w_atom, w_tma, x_atom, x_tma, out, mma, w_layout, x_layout).launch(
-            grid=(clusters, cute.ceil_div(out.shape[0], self.tile_n), self.split_k),
-            block=((self.consumers + 1) * WARP, 1, 1),
-            cluster=(1, 1, self.split_k),
-            min_blocks_per_mp=1,
-            stream=stream,
-        )
+    def across(self, tiles: Any) -> Any:
+        return cutlass.min(tiles, self.clusters)
 
     @cute.kernel  # type: ignore[untyped-decorator]
-    def kernel(
-        self,
-        w_atom: cute.CopyAtom,
-        w_tma: cute.Tensor,
-        x_atom: cute.CopyAtom,
-        x_tma: cute.Tensor,
-        out: cute.Tensor,
-        mma: cute.TiledMma,
-        w_layout: cute.ComposedLayout,
-        x_layout: cute.ComposedLayout,
-    ) -> None:
+    def kernel(self, of_w: Any, of_x: Any, out: cute.Tensor, mma: cute.TiledMma, w_layout: Any, x_layout: Any) -> None:
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         start, rows, part = cute.arch.block_idx()
         step, _, _ = cute.arch.grid_dim()
 
         if warp == self.consumers:
-            cpasync.prefetch_descriptor(w_atom)
-            cpasync.prefetch_descriptor(x_atom)
+            cpasync.prefetch_descriptor(of_w[0])
+            cpasync.prefetch_descriptor(of_x[0])
 
         memory = cutlass.utils.SmemAllocator()
         barriers = memory.allocate_array(cutlass.Int64, 2 * self.stages)
@@ -77,15 +54,7 @@ class PersistentGemm(ClusterGemm):
         w_shared = memory.allocate_tensor(self.dtype, w_layout.outer, byte_alignment=ALIGN, swizzle=w_layout.inner)
         x_shared = memory.allocate_tensor(self.dtype, x_layout.outer, byte_alignment=ALIGN, swizzle=x_layout.inner)
 
-        pipe = pipeline.PipelineTmaAsync.create(
-            barrier_storage=barriers,
-            num_stages=self.stages,
-            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, self.consumers),
-            tx_count=self.tile_m * BLOCK_K * 2,
-            cta_layout_vmnk=cute.make_layout((1, 1, 1, self.split_k)),
-            defer_sync=True,
-        )
+        pipe = self.stage_pipe(barriers, self.tile_m)
         if thread == 0:
             for place in cutlass.range_constexpr(2):
                 cute.arch.mbarrier_init(arrived + place, 1)
@@ -100,7 +69,7 @@ class PersistentGemm(ClusterGemm):
 
         count = (cute.ceil_div(out.shape[1], self.tile_m) - start + step - 1) // step
         if warp == self.consumers:
-            self.read_all(pipe, (w_atom, w_tma, w_shared), (x_atom, x_tma, x_shared), kept, (start, step, count), rows, part)
+            self.read_all(pipe, (*of_w, w_shared), (*of_x, x_shared), kept, (start, step, count), rows, part)
             cute.arch.cluster_wait()
         else:
             cute.arch.cluster_wait()
@@ -143,32 +112,12 @@ class PersistentGemm(ClusterGemm):
     ) -> None:  # fmt: skip
         """Warpgroups: tile after tile; the sums of each are added up behind the next one's products."""
         (w_shared, x_shared), (sums, arrived, free), (start, step, count) = shared, places, turns
-        group, lane = cute.arch.make_warp_uniform(thread // WARPGROUP), thread % WARP
-        slices = mma.get_slice(cute.make_layout(self.groups, stride=WARPGROUP)(group))
-        w_parts = mma.make_fragment_A(slices.partition_A(w_shared))
-        x_parts = mma.make_fragment_B(slices.partition_B(x_shared))
-        accumulated = cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), cutlass.Float32)
-        mma.set(warpgroup.Field.ACCUMULATE, True)
-        reads = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        releases = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        lane = thread % WARP
+        parts, accumulated, reads, releases = self.fragments(mma, w_shared, x_shared, thread)
         for turn in cutlass.range(count, unroll=1):
             accumulated.fill(0.0)
             warpgroup.fence()
-            for k in cutlass.range(self.kept_k, unroll=1):
-                pipe.consumer_wait(reads)
-                cute.arch.mbarrier_wait(kept + k, 0)
-                for block in cutlass.range_constexpr(cute.size(w_parts, mode=[2])):
-                    w_at, x_at = (None, None, block, reads.index), (None, None, block, k)
-                    cute.gemm(mma, accumulated, w_parts[w_at], x_parts[x_at], accumulated)
-                warpgroup.commit_group()
-                reads.advance()
-                if k > 0:
-                    warpgroup.wait_group(1)
-                    pipe.consumer_release(releases)
-                    releases.advance()
-            warpgroup.wait_group(0)
-            pipe.consumer_release(releases)
-            releases.advance()
+            reads, releases = self.over_k(pipe, mma, parts, accumulated, reads, releases, kept, self.kept_k)
             place = turn % 2
             if turn > 1:
                 cute.arch.mbarrier_wait(free + place, (turn // 2 + 1) % 2)

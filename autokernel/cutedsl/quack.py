@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cutlass
@@ -82,30 +82,22 @@ def compile_spec(
     return plan.compiled_fn, _launch(spec, plan.gemm_cls.EpilogueArguments._fields, function, by_hand)
 
 
-@contextlib.contextmanager
-def _sums(*, fast: bool) -> Iterator[None]:
+def _sums(*, fast: bool) -> contextlib.AbstractContextManager[None]:
     """While a kernel is compiled: how it keeps sums of 8-bit products, which its class can be told and no frontend tells it."""
     if not fast:
-        yield
-        return
+        return contextlib.nullcontext()
     made = GemmSm90.__init__
 
     def made_fast(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **{**kwargs, "fp8_fast_accum": True})
 
-    GemmSm90.__init__ = made_fast
-    try:
-        yield
-    finally:
-        GemmSm90.__init__ = made
+    return _in_place_of("__init__", made_fast)
 
 
-@contextlib.contextmanager
-def _reads(config: CuteConfig) -> Iterator[None]:
+def _reads(config: CuteConfig) -> contextlib.AbstractContextManager[None]:
     """While a kernel is compiled: which of its operands leaves L2 first, of which its TMA reads say nothing otherwise."""
     if not config.stream:
-        yield
-        return
+        return contextlib.nullcontext()
     read = GemmSm90.load_tma
     weights = 0 if config.swap else 1
 
@@ -117,11 +109,18 @@ def _reads(config: CuteConfig) -> Iterator[None]:
         ]
         return read(self, pipeline, state, hinted, *args, **kwargs)
 
-    GemmSm90.load_tma = read_hinted
+    return _in_place_of("load_tma", read_hinted)
+
+
+@contextlib.contextmanager
+def _in_place_of(name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """quack's class of kernels with another method."""
+    before = getattr(GemmSm90, name)
+    setattr(GemmSm90, name, method)
     try:
         yield
     finally:
-        GemmSm90.load_tma = read
+        setattr(GemmSm90, name, before)
 
 
 def _compiled_parts(spec: KernelSpec) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from autokernel.cutedsl.config import RESERVED_BYTES, SHARED_BYTES, CuteConfig
 from autokernel.records import ConfigValue
 from autokernel.search.space import Config, Names
 
@@ -27,22 +28,13 @@ Floats = npt.NDArray[np.float64]
 MODEL_FILE = Path(__file__).with_name("cost_model.json.gz")
 # a template, a mode, or the kind of a CuTe DSL kernel; new ones are appended, for models know them by their place
 KINDS = (
-    "mm",
-    "mm_persistent_tma",
-    "bmm",
-    "decompose_k",
-    "rows",
-    "swap",
-    "vector",
-    "operators",
-    "cooperative",
-    "pingpong",
+    "mm", "mm_persistent_tma", "bmm", "decompose_k", "rows", "swap", "vector", "operators", "cooperative", "pingpong",
     "cluster",
-)
+)  # fmt: skip
 
 _FORMAT = 1
 _KIND_MISSING = -1.0
-_SMEM_PER_UNIT, _SMEM_PER_BLOCK, _SMEM_RESERVED = 233472, 232448, 1024  # bytes; sm_90
+_SMEM_PER_UNIT, _SMEM_PER_BLOCK, _SMEM_RESERVED = SHARED_BYTES, SHARED_BYTES - RESERVED_BYTES, RESERVED_BYTES
 _WARPS_PER_UNIT, _REGISTERS_PER_UNIT = 64, 65536
 _PERSISTENT = tuple(KINDS.index(kind) for kind in ("mm_persistent_tma", "operators", "cooperative", "pingpong"))
 _CUTE_DEPTH_BYTES, _CUTE_EPILOGUE_BYTES = 128, 16384  # of a tile along K; of shared memory that is kept for results
@@ -279,11 +271,11 @@ def _of_cute(config: Config, size: float) -> Config:
     kind = _cute_kind(config)
     stage = (tile_m + tile_n) * _CUTE_DEPTH_BYTES
     if kind == "cluster":
-        room, warps = _SMEM_PER_UNIT / float(config["resident"]) - _SMEM_RESERVED - 4 * tile_m * tile_n, tile_m / 16
+        stages, warps = float(CuteConfig.from_entry(config).cluster_stages), tile_m / 16
     else:
         # two warpgroups share a tile, unless each has its own, or it is small
         shared = kind != "pingpong" and tile_m > 64 and (kind == "cooperative" or tile_n > 128)
-        room, warps = _SMEM_PER_BLOCK - _CUTE_EPILOGUE_BYTES, 8 if shared else 4
+        stages, warps = (_SMEM_PER_BLOCK - _CUTE_EPILOGUE_BYTES) // stage, 8.0 if shared else 4.0
     rows, columns = ("n", "m") if config.get("swap") else ("m", "n")
     return {
         **{name: value for name, value in config.items() if name in ("swap", "split_k", "ordered", "fuse", "stream")},
@@ -293,7 +285,7 @@ def _of_cute(config: Config, size: float) -> Config:
         f"cluster_{rows}": config["cluster_m"],
         f"cluster_{columns}": config.get("cluster_n", 1),
         "BLOCK_K": _CUTE_DEPTH_BYTES / size,
-        "num_stages": max(2.0, room // stage),  # as many as there is room for
+        "num_stages": max(2.0, stages),  # as many as there is room for
         "num_warps": warps,
         "GROUP_M": config.get("swizzle", 1),
         "tma": True,

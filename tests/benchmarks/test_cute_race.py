@@ -7,6 +7,7 @@ import json
 import cute_kernels
 import cute_race
 import pytest
+from gemm_kernels import llama_gemm
 
 from autokernel.cutedsl.config import CuteConfig
 from autokernel.search.cost_model import kind_of
@@ -14,7 +15,7 @@ from autokernel.search.cost_model import kind_of
 
 @pytest.mark.parametrize(("name", "m"), [("o", 16), ("down", 64), ("lmhead", 128)])
 def test_each_kind_is_there_with_hints_and_without(name: str, m: int) -> None:
-    gemm = cute_race.gemm_of(name, m)
+    gemm = llama_gemm(name, m)
     found = cute_race.candidates(gemm, best=3, kept=False)
     legal = [json.dumps(config) for config in cute_kernels.legal_configs(gemm)]
     assert all(json.dumps(config) in legal for config in found)
@@ -28,10 +29,10 @@ def test_each_kind_is_there_with_hints_and_without(name: str, m: int) -> None:
 
 
 def test_kernels_that_keep_x_hold_all_of_it() -> None:
-    gemm = cute_race.gemm_of("gateup", 16)
+    gemm = llama_gemm("gateup", 16)
     added = [c for c in cute_race.candidates(gemm, best=1, kept=True) if c.get("kept_k")]
     assert {c["split_k"] for c in added} == {1, 2, 4}
     for config in added:
         assert config["kept_k"] * config["split_k"] * 64 == gemm.k
         assert CuteConfig.from_entry(config).cluster_stages >= 2
-    assert not [c for c in cute_race.keeping(cute_race.gemm_of("gateup", 128)) if c["split_k"] < 4], "there is no room"
+    assert not [c for c in cute_race.keeping(llama_gemm("gateup", 128)) if c["split_k"] < 4], "there is no room"
