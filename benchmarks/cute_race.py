@@ -43,14 +43,14 @@ Config = dict[str, Any]
 
 
 def candidates(gemm: Gemm, best: int, kept: bool) -> list[Config]:
-    """The first `best` of the cost model of each kind of kernel, with hints and without, and all that keep x if `kept`."""
+    """The first `best` of the cost model of each kind, with longer stages and without; all that keep x if `kept`."""
     legal = cute_kernels.legal_configs(gemm)
     model = load_model().cost[cute_kernels.BACKEND]
     costs = model.predict(features(names_for(gemm.dims, H200), legal))
     found: list[Config] = []
     taken: dict[tuple[Any, ...], int] = {}
     for i in sorted(range(len(legal)), key=lambda i: float(costs[i])):
-        kind = kind_of(legal[i]), legal[i].get("stream")
+        kind = kind_of(legal[i]), bool(legal[i].get("tile_k"))
         taken[kind] = taken.get(kind, 0) + 1
         if taken[kind] <= best:
             found.append(legal[i])

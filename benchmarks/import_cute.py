@@ -1,6 +1,6 @@
 """Puts a race of CuTe DSL kernels among themselves into the landscapes of the same GEMMs, as rows of the backend `cutedsl`.
 
-    python benchmarks/import_cute.py benchmarks/results/cute-streams-nvidia-h200-2026-11-23.json
+    python benchmarks/import_cute.py benchmarks/results/cute-tile-k-nvidia-h200-2026-11-23.json
 
 The race was run on another day than the landscapes were recorded. Kernels that both have say how the two days compare, and
 put the new rows on the landscape's scale. Rows that a landscape has already stay as they are.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cute_kernels import BACKEND
 from landscape_file import FOLDER, Landscape, Row, load, save, slug
 
-_LATER = {
-    "quack": {"stream": False},
-    "cluster": {"stream": True},
-}  # source -> parameters that older rows lack, with what they were
 
+def completed(config: dict[str, Any]) -> dict[str, Any] | None:
+    """A row's config as the spaces have it now; None if its reads had L2 hints.
 
-def completed(config: dict[str, Any]) -> dict[str, Any]:
-    """A row's config with the parameters that its source has got since."""
-    return {**_LATER.get(config["source"], {}), **config}
+    Those were timed while weights took turns with few copies: what the hints left in L2 was found there by later calls.
+    """
+    if config["source"] == "operators":
+        return dict(config)
+    if config.get("stream", config["source"] == "cluster" and "tile_k" not in config):
+        return None
+    return {"tile_k": 0, **{name: value for name, value in config.items() if name != "stream"}}
 
 
 def imported(landscape: Landscape, race: list[dict[str, Any]]) -> int:
-    """Complete a landscape's own rows, and add a race's; returns how many are new.
+    """Complete a landscape's own rows, drop those with hints, and add a race's; returns how many are new.
 
     Args:
         landscape: of the same GEMM.
         race: `config`, `us` and, of those that were measured with care, `careful_us`.
     """
-    race = [{**given, "config": completed(given["config"])} for given in race]
+    race = [{**given, "config": config} for given in race if (config := completed(given["config"])) is not None]
+    cute = {id(row): completed(row.config) for row in landscape.rows if row.backend == BACKEND}
+    landscape.rows = [
+        row if row.backend != BACKEND else replace(row, config=config)
+        for row in landscape.rows
+        if (config := cute.get(id(row), row.config)) is not None
+    ]
     own = [row for row in landscape.rows if row.backend == BACKEND]
-    for row in own:
-        row.config.update(completed(row.config))
     known = {_key(row.config): row.us for row in own}
     both = [(us, given["us"]) for given in race if (us := known.get(_key(given["config"])))]
     scale = statistics.median(there / here for there, here in both) if both else 1.0

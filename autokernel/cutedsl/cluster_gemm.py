@@ -42,6 +42,7 @@ class ClusterGemm:
         self.mine = self.consumers // config.split_k  # warps' rows that a block adds up
         self.eights = config.tile_n // 8
         self.sums = config.tile_m * config.tile_n  # fp32, of all parts of what a block adds up
+        self.block_k = config.tile_k or BLOCK_K  # of a stage, in swizzled blocks side by side
         self.stages = config.cluster_stages
         self.x_blocks = self.stages  # blocks of K of x that there is room for
         self.stream = config.stream
@@ -52,8 +53,9 @@ class ClusterGemm:
         read = cpasync.CopyBulkTensorTileG2SOp()
         shared = read if self.cluster_m == 1 else cpasync.CopyBulkTensorTileG2SMulticastOp()
         w_stage, x_stage = (cute.slice_(layout, (None, None, 0)) for layout in (w_layout, x_layout))
-        w_atom, w_tma = cpasync.make_tiled_tma_atom(read, w, w_stage, (self.tile_m, BLOCK_K))
-        x_atom, x_tma = cpasync.make_tiled_tma_atom(shared, x, x_stage, (self.tile_n, BLOCK_K), num_multicast=self.cluster_m)
+        w_atom, w_tma = cpasync.make_tiled_tma_atom(read, w, w_stage, (self.tile_m, self.block_k))
+        x_tile = (self.tile_n, self.block_k)
+        x_atom, x_tma = cpasync.make_tiled_tma_atom(shared, x, x_stage, x_tile, num_multicast=self.cluster_m)
         tiles = cute.ceil_div(out.shape[1], self.tile_m)
         self.kernel((w_atom, w_tma), (x_atom, x_tma), out, mma, w_layout, x_layout).launch(
             grid=(self.across(tiles), cute.ceil_div(out.shape[0], self.tile_n), self.split_k),
@@ -97,7 +99,7 @@ class ClusterGemm:
         if cutlass.const_expr(self.cluster_m > 1):
             cute.arch.cluster_wait()
 
-        k_tiles = cute.ceil_div(of_w[1].shape[1], BLOCK_K)
+        k_tiles = cute.ceil_div(of_w[1].shape[1], self.block_k)
         per_part = cute.ceil_div(k_tiles, self.split_k)
         first = part * per_part
         count = cutlass.max(cutlass.min(k_tiles - first, per_part), 0)
@@ -122,8 +124,8 @@ class ClusterGemm:
             dtype, dtype, major, major, cutlass.Float32, (self.groups, 1, 1), tiler_mn=(_ROWS, self.tile_n)
         )
         atom = warpgroup.make_smem_layout_atom(sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, BLOCK_K), dtype)
-        w_layout = cute.tile_to_shape(atom, (self.tile_m, BLOCK_K, self.stages), order=(0, 1, 2))
-        return mma, w_layout, cute.tile_to_shape(atom, (self.tile_n, BLOCK_K, self.x_blocks), order=(0, 1, 2))
+        w_layout = cute.tile_to_shape(atom, (self.tile_m, self.block_k, self.stages), order=(0, 1, 2))
+        return mma, w_layout, cute.tile_to_shape(atom, (self.tile_n, self.block_k, self.x_blocks), order=(0, 1, 2))
 
     def stage_pipe(self, barriers: Any, rows: int) -> Any:
         """Between the warp that reads and those that multiply; a stage is so many rows of a block of K."""
@@ -132,7 +134,7 @@ class ClusterGemm:
             num_stages=self.stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, self.cluster_m * self.consumers),
-            tx_count=rows * BLOCK_K * 2,
+            tx_count=rows * self.block_k * 2,
             cta_layout_vmnk=cute.make_layout((1, self.cluster_m, 1, self.split_k)),
             defer_sync=True,
         )
@@ -146,8 +148,8 @@ class ClusterGemm:
     def read(self, pipe: Any, of_w: Any, of_x: Any, tiles: Any, beside: Any, first: Any, count: Any) -> None:
         """One warp: asks for all of the block's part of w and x, as fast as stages are free."""
         (w_atom, w_tma, w_shared), (x_atom, x_tma, x_shared), (tile, rows) = of_w, of_x, tiles
-        w_tiles = cute.local_tile(w_tma, (self.tile_m, BLOCK_K), (tile, None))
-        x_tiles = cute.local_tile(x_tma, (self.tile_n, BLOCK_K), (rows, None))
+        w_tiles = cute.local_tile(w_tma, (self.tile_m, self.block_k), (tile, None))
+        x_tiles = cute.local_tile(x_tma, (self.tile_n, self.block_k), (rows, None))
         w_to, w_from = cpasync.tma_partition(
             w_atom, 0, cute.make_layout(1), cute.group_modes(w_shared, 0, 2), cute.group_modes(w_tiles, 0, 2)
         )

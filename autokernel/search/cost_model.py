@@ -269,7 +269,8 @@ def _of_cute(config: Config, size: float) -> Config:
     """A CuTe DSL kernel's config in Triton's terms: rows and columns are the caller's."""
     tile_m, tile_n = float(config["tile_m"]), float(config["tile_n"])
     kind = _cute_kind(config)
-    stage = (tile_m + tile_n) * _CUTE_DEPTH_BYTES
+    depth = max(float(config.get("tile_k", 0)) * size, _CUTE_DEPTH_BYTES)  # bytes
+    stage = (tile_m + tile_n) * depth
     if kind == "cluster":
         stages, warps = float(CuteConfig.from_entry(config).cluster_stages), tile_m / 16
     else:
@@ -284,7 +285,7 @@ def _of_cute(config: Config, size: float) -> Config:
         f"BLOCK_{columns.upper()}": tile_n,
         f"cluster_{rows}": config["cluster_m"],
         f"cluster_{columns}": config.get("cluster_n", 1),
-        "BLOCK_K": _CUTE_DEPTH_BYTES / size,
+        "BLOCK_K": depth / size,
         "num_stages": max(2.0, stages),  # as many as there is room for
         "num_warps": warps,
         "GROUP_M": config.get("swizzle", 1),

@@ -221,7 +221,7 @@ def test_a_norm_is_one_kernel_with_sums_of_squares(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("m", "n"), [(1, 4096), (64, 4096), (600, 640), (2048, 4096), (8192, 8192)])
 def test_the_space_of_norms_is_that_of_products_without_parts(m: int, n: int) -> None:
     """As the two files are apart, they are held together here."""
-    parts = {"source": "quack", "split_k": 1, "stream": False}
+    parts = {"source": "quack", "split_k": 1, "tile_k": 0}
     plain = [c for c in space("mm", m, n, num_epilogue=0).enumerate() if {**c, **parts} == c]
     norms = list(space("linear_rms_norm", m, n).enumerate())
     assert [{name: c[name] for name in norms[0]} for c in plain] == norms
@@ -246,9 +246,9 @@ def test_every_config_of_the_space_is_one_that_a_source_has(op: str, m: int, n: 
     assert 20 <= len(configs) <= 2500
     few_rows = op in ("mm", "merged_mm") and 2 <= m <= 64
     assert {config["source"] for config in configs} == {*SOURCES} - (set() if few_rows else {"cluster"})
-    hinted = op != "bmm" and 2 <= m <= 128 and n * K * 2 <= 2**27
-    said = {config["stream"] for config in configs if "stream" in config}
-    assert said == ({False, True} if hinted else set() if op == "bmm" else {False})
+    longer = op != "bmm" and 2 <= m <= 64
+    said = {config["tile_k"] for config in configs if "tile_k" in config}
+    assert said == ({0, 128, 256} if longer else set() if op == "bmm" else {0})
     for config in configs:
         CuteConfig.from_entry(config)
     default = bound.default()
@@ -276,18 +276,18 @@ def _kernels() -> list[dict[str, ConfigValue]]:
     tiles = {("operators", False): OPERATORS_TILES, ("quack", False): COOPERATIVE_TILES, ("quack", True): PINGPONG_TILES}
     tiles["cluster", False] = CLUSTER_TILES
     for (source, pingpong), known in tiles.items():
-        streams = (False,) if source == "operators" else flags
+        depths = (0,) if source == "operators" else (0, 128, 256)
         residents = (1, 2, 3) if source == "cluster" else (1,)
-        for (tile_m, tile_n), swap, cluster_m, cluster_n, split_k, ordered, separate, swizzle, raster, stream, resident in (
+        for (tile_m, tile_n), swap, cluster_m, cluster_n, split_k, ordered, separate, swizzle, raster, tile_k, resident in (
             itertools.product(
                 known, flags, (1, 2), (1, 2), (1, 2, 3, 4, 6, 8, 12, 16), flags, flags, (1, 2, 4, 8), ("rows", "columns"),
-                streams, residents,
+                depths, residents,
             )
         ):  # fmt: skip
             config: dict[str, ConfigValue] = {
                 "source": source, "tile_m": tile_m, "tile_n": tile_n, "pingpong": pingpong, "swap": swap,
                 "cluster_m": cluster_m, "cluster_n": cluster_n, "split_k": split_k, "ordered": ordered,
-                "separate": separate, "swizzle": swizzle, "raster": raster, "stream": stream, "resident": resident,
+                "separate": separate, "swizzle": swizzle, "raster": raster, "tile_k": tile_k, "resident": resident,
             }  # fmt: skip
             if CuteConfig(**config).problem() is None:  # type: ignore[arg-type]
                 found.append(config)
@@ -301,7 +301,7 @@ def _said(config: Mapping[str, ConfigValue], name: str) -> bool:
     said = {
         "pingpong": quack, "split_k": quack or cluster, "ordered": split, "separate": split and ordered,
         "raster": not quack and not cluster, "cluster_n": not cluster, "swizzle": not cluster,
-        "stream": quack or cluster, "resident": cluster,
+        "tile_k": quack or cluster, "resident": cluster,
     }  # fmt: skip
     return said.get(name, True)
 

@@ -180,26 +180,28 @@ def test_a_recording_of_cute_kernels_begins_with_one_config_of_each() -> None:
 
 
 def test_a_race_of_another_day_is_put_on_the_scale_of_what_both_have() -> None:
-    def cluster(parts: int) -> dict[str, str | int]:
-        return {"source": "cluster", "tile_m": 64, "tile_n": 16, "split_k": parts}
+    def cluster(parts: int, **more: int) -> dict[str, str | int]:
+        return {"source": "cluster", "tile_m": 64, "tile_n": 16, "split_k": parts, **more}
 
     quack = {"source": "quack", "tile_m": 64, "tile_n": 64}
-    rows = [
-        Row(backend="cutedsl", config=dict(quack), status="OK", us=20.0),
-        Row(backend="aten", config={"prepack": False}, status="OK", us=14.0),
-    ]
+    configs = [dict(quack), {**quack, "stream": True}, cluster(1)]  # the last two read with hints
+    rows = [Row(backend="cutedsl", config=config, status="OK", us=20.0) for config in configs]
+    rows.append(Row(backend="aten", config={"prepack": False}, status="OK", us=14.0))
     both = Landscape(name="x", header={}, problem={}, rows=rows)
     race = [
         {"config": {**quack, "stream": False}, "us": 10.0},
-        {"config": {**quack, "stream": True}, "us": 9.0, "careful_us": 9.5},
-        {"config": cluster(2), "us": 8.0},
+        {"config": {**quack, "stream": False, "tile_k": 128}, "us": 9.0, "careful_us": 9.5},
+        {"config": {**quack, "stream": True, "tile_k": 128}, "us": 8.5},
+        {"config": cluster(2, stream=0), "us": 8.0},
     ]
     assert import_cute.imported(both, race) == 2
-    found = {(str(row.config["source"]), row.config.get("stream")): (row.us, row.careful_us) for row in both.of(["cutedsl"])}
-    assert found == {("quack", False): (20.0, None), ("quack", True): (18.0, 19.0), ("cluster", True): (16.0, None)}
+    found = {(str(row.config["source"]), row.config.get("tile_k")): (row.us, row.careful_us) for row in both.of(["cutedsl"])}
+    assert found == {("quack", 0): (20.0, None), ("quack", 128): (18.0, 19.0), ("cluster", 0): (16.0, None)}
+    assert not [row for row in both.rows if "stream" in row.config], "what was timed with hints is gone"
+    assert len(both.of(["aten"])) == 1
     assert both.header["cutedsl"]["imported"] == [{"rows": 2, "shared": 1, "scale": 2.0}]
     assert import_cute.imported(both, race) == 0, "nothing twice"
-    assert import_cute.imported(both, [{"config": cluster(4), "us": 8.0}]) == 1
+    assert import_cute.imported(both, [{"config": cluster(4, stream=0), "us": 8.0}]) == 1
     assert both.rows[-1].us == 8.0, "with nothing in common it stays as it was measured"
 
 

@@ -22,6 +22,9 @@ PLAIN: dict[str, ConfigValue] = {"source": "cluster", "tile_m": 128, "tile_n": 1
         ({"kept_k": 32, "resident": 2}, "alone on its multiprocessor"),
         ({"kept_k": 32, "cluster_m": 2}, "without cluster_m"),
         ({"kept_k": 64, "tile_n": 64, "tile_m": 64}, "more shared memory"),
+        ({"kept_k": 32, "tile_k": 128}, "and tile_k"),
+        ({"tile_k": 96}, "tile_k is one of 0, 64, 128, 256, 512, not 96"),
+        ({"tile_k": 512, "tile_m": 256}, "more shared memory"),
         ({"cluster_n": 2}, "leave the other parameters off"),
         ({"split_k": 3}, "not split_k=3"),
         ({"split_k": 8, "cluster_m": 2}, "up to 8 blocks"),
@@ -47,6 +50,8 @@ def test_other_sources_decide_themselves_how_many_blocks_are_resident() -> None:
 def test_stages_fill_what_the_sums_leave() -> None:
     alone = CuteConfig.from_entry(PLAIN)
     assert alone.cluster_stages == (228 * 1024 - 2048 - 128 * 16 * 4) // (144 * 128)
+    longer = CuteConfig.from_entry({**PLAIN, "tile_k": 256})
+    assert longer.cluster_stages == (228 * 1024 - 2048 - 128 * 16 * 4) // (144 * 512)
     kept = CuteConfig.from_entry({**PLAIN, "kept_k": 32})
     assert kept.cluster_stages == (228 * 1024 - 2048 - 2 * 128 * 16 * 4 - 32 * 16 * 128) // (128 * 128)
     assert CuteConfig.from_entry({**PLAIN, "resident": 2}).cluster_stages == (114 * 1024 - 2048 - 128 * 16 * 4) // (144 * 128)

@@ -63,6 +63,7 @@ def test_features_of_cute_kernels_are_in_the_callers_rows_and_columns() -> None:
     kinds = [of("kind"), of("kind", pingpong=True, tile_m=64), of("kind", source="operators")]
     assert [KINDS[int(kind)] for kind in kinds] == ["cooperative", "pingpong", "operators"]
     assert (of("streamed"), of("streamed", stream=True)) == (0.0, 1.0)
+    assert (of("log_block_k"), of("log_block_k", tile_k=128)) == (6.0, 7.0)
     # a tile by two warpgroups, or by one
     assert of("log_accumulators") == math.log2(128 * 64 / 256)
     assert of("log_accumulators", pingpong=True) == math.log2(128 * 64 / 128)
@@ -81,6 +82,8 @@ def test_features_of_our_own_cute_kernel() -> None:
     assert of("stages") == (233472 // 2 - 1024 - 128 * 16 * 4) // ((128 + 16) * 128)
     assert (of("log_resident"), of("log_resident", resident=1)) == (1.0, 0.0)
     assert (of("resident_limit"), of("log_blocks")) == (0.0, math.log2(64))
+    assert (of("log_block_k"), of("log_block_k", tile_k=256, resident=1)) == (6.0, 8.0)
+    assert of("stages", tile_k=256, resident=1) == (233472 - 2048 - 128 * 16 * 4) // ((128 + 16) * 512)
 
 
 def test_every_cute_config_has_finite_features() -> None:
