@@ -1,10 +1,10 @@
-"""CuTe DSL kernels against each other and cuBLAS: of each kind the ones that the cost model ranks first, and what no space has.
+"""CuTe DSL kernels against each other and cuBLAS: of each kind the ones that the cost model ranks first.
 
-    python benchmarks/cute_race.py --out benchmarks/results [--gemms o qkv] [--rows 16 64 128] [--best 12] [--kept] [--dry]
+    python benchmarks/cute_race.py --out benchmarks/results [--gemms o qkv] [--rows 16 64 128] [--best 12] [--dry]
 
 The GEMMs are those of Llama 3.1 8B. All cores compile first; then one process checks each kernel against fp32 and times it:
 cold L2 by rotation over copies, CUDA graphs of many calls, events. The best eight and cuBLAS are timed again, interleaved in
-random order. `--kept` adds kernels whose blocks keep their part of x (`kept_k`), `--dry` compiles and needs no GPU.
+random order. `--dry` compiles and needs no GPU.
 `import_cute.py` puts what is written into the landscapes.
 """
 
@@ -14,7 +14,7 @@ import argparse
 import datetime
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from gemm_kernels import LLAMA, Gemm, llama_gemm  # noqa: E402
 from landscape_file import slug  # noqa: E402
 from replay import H200  # noqa: E402
 
-from autokernel.cutedsl.compiler import refusal  # noqa: E402
-from autokernel.cutedsl.config import CLUSTER_BLOCK_K  # noqa: E402
 from autokernel.errors import CompileError  # noqa: E402
 from autokernel.search.cost_model import features, kind_of, load_model  # noqa: E402
 from autokernel.search.space import names_for  # noqa: E402
@@ -42,8 +40,8 @@ _PROTOCOL = (
 Config = dict[str, Any]
 
 
-def candidates(gemm: Gemm, best: int, kept: bool) -> list[Config]:
-    """The first `best` of the cost model of each kind, with longer stages and without; all that keep x if `kept`."""
+def candidates(gemm: Gemm, best: int) -> list[Config]:
+    """The first `best` of the cost model of each kind, with longer stages and without."""
     legal = cute_kernels.legal_configs(gemm)
     model = load_model().cost[cute_kernels.BACKEND]
     costs = model.predict(features(names_for(gemm.dims, H200), legal))
@@ -54,28 +52,7 @@ def candidates(gemm: Gemm, best: int, kept: bool) -> list[Config]:
         taken[kind] = taken.get(kind, 0) + 1
         if taken[kind] <= best:
             found.append(legal[i])
-    return [*found, *(keeping(gemm) if kept else ())]
-
-
-def keeping(gemm: Gemm) -> Iterator[Config]:
-    """Kernels whose blocks keep their part of x, where there is room for it."""
-    for tile_m in (64, 128):
-        for split_k in (1, 2, 4):
-            for stream in (False, True):
-                config = {
-                    "source": "cluster", "tile_m": tile_m, "tile_n": 16 * -(-gemm.m // 16), "swap": True, "split_k": split_k,
-                    "stream": stream, "kept_k": gemm.k // (CLUSTER_BLOCK_K * split_k),
-                }  # fmt: skip
-                if gemm.k % (CLUSTER_BLOCK_K * split_k) == 0 and refused(gemm, config) is None:
-                    yield config
-
-
-def refused(gemm: Gemm, config: Config) -> str | None:
-    """The rule that a config breaks, None if a kernel has it."""
-    try:
-        return refusal(cute_kernels.spec_of(gemm, config))
-    except ValueError as error:
-        return str(error)
+    return found
 
 
 def compiled(gemms: Sequence[Gemm], configs: dict[str, list[Config]], workers: int) -> dict[str, list[Config]]:
@@ -129,12 +106,11 @@ def main() -> None:
     parser.add_argument("--gemms", nargs="+", choices=sorted(LLAMA), default=list(LLAMA))
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 128])
     parser.add_argument("--best", type=int, default=12, help="configs of each kind")
-    parser.add_argument("--kept", action="store_true")
     parser.add_argument("--workers", type=int, default=15)
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
     gemms = [llama_gemm(name, m) for name in options.gemms for m in options.rows]
-    configs = compiled(gemms, {g.name: candidates(g, options.best, options.kept) for g in gemms}, options.workers)
+    configs = compiled(gemms, {g.name: candidates(g, options.best) for g in gemms}, options.workers)
     print(", ".join(f"{name} {len(found)}" for name, found in configs.items()), flush=True)
     if options.dry:
         return

@@ -72,7 +72,6 @@ HOMES = {
         "cutedsl.epilogue_source",
         "cutedsl.operators",
         "cutedsl.own",
-        "cutedsl.persistent_gemm",
         "cutedsl.quack",
     ),
     "quack": ("cutedsl.compiler", "cutedsl.epilogue_source", "cutedsl.quack"),

@@ -44,7 +44,6 @@ class ClusterGemm:
         self.sums = config.tile_m * config.tile_n  # fp32, of all parts of what a block adds up
         self.block_k = config.tile_k or BLOCK_K  # of a stage, in swizzled blocks side by side
         self.stages = config.cluster_stages
-        self.x_blocks = self.stages  # blocks of K of x that there is room for
         self.stream = config.stream
 
     @cute.jit  # type: ignore[untyped-decorator]
@@ -125,7 +124,7 @@ class ClusterGemm:
         )
         atom = warpgroup.make_smem_layout_atom(sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, BLOCK_K), dtype)
         w_layout = cute.tile_to_shape(atom, (self.tile_m, self.block_k, self.stages), order=(0, 1, 2))
-        return mma, w_layout, cute.tile_to_shape(atom, (self.tile_n, self.block_k, self.x_blocks), order=(0, 1, 2))
+        return mma, w_layout, cute.tile_to_shape(atom, (self.tile_n, self.block_k, self.stages), order=(0, 1, 2))
 
     def stage_pipe(self, barriers: Any, rows: int) -> Any:
         """Between the warp that reads and those that multiply; a stage is so many rows of a block of K."""
@@ -175,14 +174,6 @@ class ClusterGemm:
     @cute.jit  # type: ignore[untyped-decorator]
     def multiply(self, pipe: Any, mma: Any, w_shared: Any, x_shared: Any, thread: Any, count: Any) -> Any:
         """A warpgroup: its 64 rows of the tile, transposed, over the block's part of K."""
-        parts, accumulated, reads, releases = self.fragments(mma, w_shared, x_shared, thread)
-        accumulated.fill(0.0)
-        warpgroup.fence()
-        self.over_k(pipe, mma, parts, accumulated, reads, releases, None, count)
-        return accumulated
-
-    def fragments(self, mma: Any, w_shared: Any, x_shared: Any, thread: Any) -> tuple[Any, Any, Any, Any]:
-        """A warpgroup's views of w and x, its sums, and where it reads and lets go."""
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
         slices = mma.get_slice(cute.make_layout(self.groups, stride=WARPGROUP)(group))
         w_parts = mma.make_fragment_A(slices.partition_A(w_shared))
@@ -191,23 +182,13 @@ class ClusterGemm:
         mma.set(warpgroup.Field.ACCUMULATE, True)
         reads = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         releases = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        return (w_parts, x_parts), accumulated, reads, releases
-
-    @cute.jit  # type: ignore[untyped-decorator]
-    def over_k(
-        self, pipe: Any, mma: Any, parts: Any, accumulated: Any, reads: Any, releases: Any, kept: Any, count: Any
-    ) -> tuple[Any, Any]:
-        """Adds so many blocks of K; x's lie in w's stages, or with barriers of their own where they are kept."""
-        (w_parts, x_parts), reads, releases = parts, reads.clone(), releases.clone()
+        accumulated.fill(0.0)
+        warpgroup.fence()
         for k in cutlass.range(count, unroll=1):
             pipe.consumer_wait(reads)
-            x_block = reads.index
-            if cutlass.const_expr(kept is not None):
-                cute.arch.mbarrier_wait(kept + k, 0)
-                x_block = k
             for block in cutlass.range_constexpr(cute.size(w_parts, mode=[2])):
-                w_at, x_at = (None, None, block, reads.index), (None, None, block, x_block)
-                cute.gemm(mma, accumulated, w_parts[w_at], x_parts[x_at], accumulated)
+                at = (None, None, block, reads.index)
+                cute.gemm(mma, accumulated, w_parts[at], x_parts[at], accumulated)
             warpgroup.commit_group()
             reads.advance()
             if k > 0:
@@ -217,8 +198,7 @@ class ClusterGemm:
         warpgroup.wait_group(0)
         if count > 0:
             pipe.consumer_release(releases)
-            releases.advance()
-        return reads, releases
+        return accumulated
 
     @cute.jit  # type: ignore[untyped-decorator]
     def send(self, accumulated: Any, sums: Any, arrived: Any, warp: Any, lane: Any, part: Any, beside: Any) -> None:

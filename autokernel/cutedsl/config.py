@@ -30,7 +30,7 @@ PINGPONG_TILES = (
 CLUSTER_ROWS = 64
 CLUSTER_TILES = tuple((m, n) for m in (64, 128, 192, 256) for n in (16, 32, 48, 64, 96, 128))
 CLUSTER_BLOCK_K = 64
-CLUSTER_BLOCKS, CLUSTER_KEPT = 8, 64
+CLUSTER_BLOCKS = 8
 TILES_K = (0, 64, 128, 256, 512)
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of a multiprocessor of sm_90, and by CUDA for each block
 BARRIERS_BYTES = 1024
@@ -59,8 +59,6 @@ class CuteConfig:
             has; else those of each block of K are added up in fp32, in as many registers again. quack.
         resident: blocks of a multiprocessor at once, among which it divides its shared memory. cluster.
         stream: weights, which are read once, leave L2 first, and what all tiles read leaves it last. quack and cluster.
-        kept_k: blocks of K (64 elements) of x that a block keeps in shared memory while it computes one tile after another, all
-            that it needs: K is `64 * kept_k * split_k` then. 0: each tile has blocks of its own. cluster.
         tile_k: elements of K in a stage: more are longer stretches of each row that are asked for at once. 0: 128 bytes of
             them. quack and cluster.
     """
@@ -81,7 +79,6 @@ class CuteConfig:
     fast_accum: bool = False
     stream: bool = False
     resident: int = 1
-    kept_k: int = 0
     tile_k: int = 0
 
     def problem(self) -> str | None:
@@ -112,8 +109,8 @@ class CuteConfig:
         if self.split_k < 1 or self.swizzle not in (1, 2, 4, 8) or self.raster not in (ROWS, COLUMNS):
             given = f"split_k={self.split_k}, swizzle={self.swizzle}, raster={self.raster}"
             return f"split_k is 1 or more, swizzle 1, 2, 4 or 8, raster rows or columns, not {given}"
-        if (self.resident != 1 or self.kept_k) and self.source != CLUSTER:
-            return f"{self.source} decides itself which blocks a multiprocessor has: leave resident at 1 and kept_k at 0"
+        if self.resident != 1 and self.source != CLUSTER:
+            return f"{self.source} decides itself how many blocks a multiprocessor has: leave resident at 1"
         if self.tile_k not in TILES_K:
             return f"tile_k is one of {', '.join(map(str, TILES_K))}, not {self.tile_k}"
         if self.split_k == 1 and not self.ordered:
@@ -129,8 +126,7 @@ class CuteConfig:
         flags = self.pingpong or self.separate or self.fuse or self.fast_accum or not self.ordered
         if not self.swap or flags or self.cluster_n != 1 or self.swizzle != DEFAULT_SWIZZLE or self.raster != ROWS:
             return (
-                "cluster takes swap (always), cluster_m, split_k, resident, stream, kept_k and tile_k: "
-                "leave the other parameters off"
+                "cluster takes swap (always), cluster_m, split_k, resident, stream and tile_k: leave the other parameters off"
             )
         blocks, warps = self.cluster_m * self.split_k, self.tile_m // 16
         if self.split_k not in (1, 2, 4, 8) or blocks > CLUSTER_BLOCKS or warps % self.split_k:
@@ -138,9 +134,6 @@ class CuteConfig:
                 f"a cluster has up to {CLUSTER_BLOCKS} blocks, and each adds up as many of a tile's 16 rows as the others: "
                 f"not split_k={self.split_k}, cluster_m={self.cluster_m} with tile_m={self.tile_m}"
             )
-        if self.kept_k and (self.cluster_m != 1 or self.resident != 1 or not 0 < self.kept_k <= CLUSTER_KEPT or self.tile_k):
-            alone = "alone on its multiprocessor, without cluster_m and tile_k"
-            return f"a block that stays keeps 1 to {CLUSTER_KEPT} blocks of K, {alone}"
         if self.resident < 1 or self.cluster_stages < 2:
             tile = f"{self.tile_m}x{self.tile_n}"
             return f"{tile} needs more shared memory than resident={self.resident} leaves: choose a smaller one of them"
@@ -148,11 +141,9 @@ class CuteConfig:
 
     @property
     def cluster_stages(self) -> int:
-        """Blocks of K that our own kernel has room for, of both matrices, or of the weights where it keeps the other one."""
+        """Blocks of K, of both matrices, that our own kernel has room for."""
         room = SHARED_BYTES // self.resident - RESERVED_BYTES - BARRIERS_BYTES
         row, sums = 2 * (self.tile_k or CLUSTER_BLOCK_K), 4 * self.tile_m * self.tile_n
-        if self.kept_k:  # sums come twice: of a tile, and of the one before
-            return (room - 2 * sums - self.kept_k * self.tile_n * row) // (self.tile_m * row)
         return (room - sums) // ((self.tile_m + self.tile_n) * row)
 
     @property

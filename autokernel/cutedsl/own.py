@@ -8,9 +8,8 @@ import cutlass
 import torch
 from cutlass import cute
 
-from autokernel.cutedsl.cluster_gemm import BLOCK_K, ClusterGemm
+from autokernel.cutedsl.cluster_gemm import ClusterGemm
 from autokernel.cutedsl.config import ALIGNMENT_BYTES
-from autokernel.cutedsl.persistent_gemm import PersistentGemm
 from autokernel.cutedsl.spec import KernelSpec, Launch
 
 _ELEMENTS = 8  # of 16 bits, in what TMA reads at least
@@ -30,14 +29,10 @@ def compile_spec(
     Returns:
         What has `export_to_c`, and how to call it.
     """
-    config = spec.cute
     m, n, k = cute.sym_int(), cute.sym_int(divisibility=_ELEMENTS), cute.sym_int(divisibility=_ELEMENTS)
-    if config.kept_k:
-        k = BLOCK_K * config.kept_k * config.split_k
-    gemm = PersistentGemm(config, spec.num_units) if config.kept_k else ClusterGemm(config)
     a, b, out = (_DTYPES[matrix.dtype] for matrix in matrices)
     arguments = (_symbolic(b, n, k), _symbolic(a, m, k), _symbolic(out, m, n), cute.runtime.make_fake_stream())
-    compiled = cute.compile(gemm, *arguments, options="--enable-tvm-ffi")
+    compiled = cute.compile(ClusterGemm(spec.cute), *arguments, options="--enable-tvm-ffi")
     return compiled, Launch(function=function, arguments=("b^T", "a", "out", "stream"), transposed=True)
 
 

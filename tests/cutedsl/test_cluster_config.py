@@ -18,11 +18,6 @@ PLAIN: dict[str, ConfigValue] = {"source": "cluster", "tile_m": 128, "tile_n": 1
         ({"tile_m": 96}, "has tiles 64x16"),
         ({"swap": False}, "takes swap"),
         ({"pingpong": True}, "leave the other parameters off"),
-        ({"kept_k": 65}, "keeps 1 to 64 blocks of K"),
-        ({"kept_k": 32, "resident": 2}, "alone on its multiprocessor"),
-        ({"kept_k": 32, "cluster_m": 2}, "without cluster_m"),
-        ({"kept_k": 64, "tile_n": 64, "tile_m": 64}, "more shared memory"),
-        ({"kept_k": 32, "tile_k": 128}, "and tile_k"),
         ({"tile_k": 96}, "tile_k is one of 0, 64, 128, 256, 512, not 96"),
         ({"tile_k": 512, "tile_m": 256}, "more shared memory"),
         ({"cluster_n": 2}, "leave the other parameters off"),
@@ -43,8 +38,6 @@ def test_a_config_that_no_kernel_has_is_refused_by_its_rule(changed: dict[str, C
 def test_other_sources_decide_themselves_how_many_blocks_are_resident() -> None:
     with pytest.raises(ValueError, match="leave resident at 1"):
         CuteConfig.from_entry({"source": "quack", "tile_m": 64, "tile_n": 64, "resident": 2})
-    with pytest.raises(ValueError, match="kept_k at 0"):
-        CuteConfig.from_entry({"source": "quack", "tile_m": 64, "tile_n": 64, "kept_k": 8})
 
 
 def test_stages_fill_what_the_sums_leave() -> None:
@@ -52,8 +45,6 @@ def test_stages_fill_what_the_sums_leave() -> None:
     assert alone.cluster_stages == (228 * 1024 - 2048 - 128 * 16 * 4) // (144 * 128)
     longer = CuteConfig.from_entry({**PLAIN, "tile_k": 256})
     assert longer.cluster_stages == (228 * 1024 - 2048 - 128 * 16 * 4) // (144 * 512)
-    kept = CuteConfig.from_entry({**PLAIN, "kept_k": 32})
-    assert kept.cluster_stages == (228 * 1024 - 2048 - 2 * 128 * 16 * 4 - 32 * 16 * 128) // (128 * 128)
     assert CuteConfig.from_entry({**PLAIN, "resident": 2}).cluster_stages == (114 * 1024 - 2048 - 128 * 16 * 4) // (144 * 128)
 
 

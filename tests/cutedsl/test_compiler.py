@@ -54,7 +54,6 @@ SPECS = {
     "longer stages": spec({**COOPERATIVE, "tile_m": 64, "tile_n": 16, "swap": True, "tile_k": 256}),
     "our own, x shared by pairs": spec(CLUSTER),
     "our own, longer stages": spec({**CLUSTER, "tile_k": 128}),
-    "our own, x kept": spec({**CLUSTER, "cluster_m": 1, "stream": True, "kept_k": 1}),
     "our own, fp16, lone blocks": spec({**CLUSTER, "cluster_m": 1, "split_k": 1}, dtype="float16", out_dtype="float32"),
     "batched, fused": spec(COOPERATIVE, batched=True, a_major="m", b_major="n", epilogue=("bias", "add")),
 }

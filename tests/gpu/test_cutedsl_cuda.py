@@ -200,25 +200,6 @@ def test_results_are_right(name: str, sizes: tuple[int, int, int], cache: Object
         assert all(torch.equal(kernel(a, b, given), y) for _ in range(4))
 
 
-@pytest.mark.parametrize("m", [1, 16, 40])
-@pytest.mark.parametrize(
-    "kept",
-    [{"kept_k": 32, "split_k": 1}, {"kept_k": 16}, {"kept_k": 8, "split_k": 4, "tile_m": 64}, {"kept_k": 16, "tile_n": 64}],
-    ids=str,
-)
-def test_blocks_that_keep_their_part_of_x_compute_every_tile(kept: dict[str, ConfigValue], m: int, cache: ObjectCache) -> None:
-    """With fewer tiles than clusters, about as many, and several for each."""
-    kernel_spec = spec({**CLUSTER, **kept})
-    kernel = load(str(cache.get_or_compile(kernel_spec)[1]))
-    for n in (64, 8192, 50_000):
-        a, b = matrices(kernel_spec, m, n, 2048)
-        y = kernel(a, b)
-        assert error_of(y, expected(kernel_spec, a, b, [])) <= LIMITS["bfloat16"]
-        assert all(torch.equal(kernel(a, b), y) for _ in range(4))
-    with pytest.raises((ValueError, RuntimeError), match=r"(?i)mismatch|shape"):
-        kernel(*matrices(kernel_spec, m, 64, 1024))  # parts of another K would not fit
-
-
 @pytest.mark.parametrize("fast", [False, True])
 def test_fp8_agrees_with_torchs_own_product(fast: bool, cache: ObjectCache) -> None:
     m, n, k = 128, 1024, 2048
