@@ -41,13 +41,14 @@ def imported(landscape: Landscape, race: list[dict[str, Any]]) -> int:
         race: `config`, `us` and, of those that were measured with care, `careful_us`.
     """
     race = [{**given, "config": config} for given in race if (config := completed(given["config"])) is not None]
-    cute = {id(row): completed(row.config) for row in landscape.rows if row.backend == BACKEND}
-    landscape.rows = [
-        row if row.backend != BACKEND else replace(row, config=config)
-        for row in landscape.rows
-        if (config := cute.get(id(row), row.config)) is not None
-    ]
-    own = [row for row in landscape.rows if row.backend == BACKEND]
+    rows = []
+    for row in landscape.rows:
+        if row.backend != BACKEND:
+            rows.append(row)
+        elif (config := completed(row.config)) is not None:
+            rows.append(replace(row, config=config))
+    landscape.rows = rows
+    own = [row for row in rows if row.backend == BACKEND]
     known = {_key(row.config): row.us for row in own}
     both = [(us, given["us"]) for given in race if (us := known.get(_key(given["config"])))]
     scale = statistics.median(there / here for there, here in both) if both else 1.0

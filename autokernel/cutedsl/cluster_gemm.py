@@ -55,18 +55,14 @@ class ClusterGemm:
         w_atom, w_tma = cpasync.make_tiled_tma_atom(read, w, w_stage, (self.tile_m, self.block_k))
         x_tile = (self.tile_n, self.block_k)
         x_atom, x_tma = cpasync.make_tiled_tma_atom(shared, x, x_stage, x_tile, num_multicast=self.cluster_m)
-        tiles = cute.ceil_div(out.shape[1], self.tile_m)
+        tiles = cute.ceil_div(cute.ceil_div(out.shape[1], self.tile_m), self.cluster_m) * self.cluster_m
         self.kernel((w_atom, w_tma), (x_atom, x_tma), out, mma, w_layout, x_layout).launch(
-            grid=(self.across(tiles), cute.ceil_div(out.shape[0], self.tile_n), self.split_k),
+            grid=(tiles, cute.ceil_div(out.shape[0], self.tile_n), self.split_k),
             block=((self.consumers + 1) * WARP, 1, 1),
             cluster=(self.cluster_m, 1, self.split_k),
             min_blocks_per_mp=1,
             stream=stream,
         )
-
-    def across(self, tiles: Any) -> Any:
-        """Blocks along w's rows: one for each tile, in whole clusters."""
-        return cute.ceil_div(tiles, self.cluster_m) * self.cluster_m
 
     @cute.kernel  # type: ignore[untyped-decorator]
     def kernel(self, of_w: Any, of_x: Any, out: cute.Tensor, mma: cute.TiledMma, w_layout: Any, x_layout: Any) -> None:
@@ -88,7 +84,7 @@ class ClusterGemm:
         w_shared = memory.allocate_tensor(self.dtype, w_layout.outer, byte_alignment=ALIGN, swizzle=w_layout.inner)
         x_shared = memory.allocate_tensor(self.dtype, x_layout.outer, byte_alignment=ALIGN, swizzle=x_layout.inner)
 
-        pipe = self.stage_pipe(barriers, self.tile_m + self.tile_n)
+        pipe = self.stage_pipe(barriers)
         if thread == 0:
             cute.arch.mbarrier_init(arrived, 1)
             cute.arch.mbarrier_arrive_and_expect_tx(arrived, 4 * self.sums)
@@ -126,14 +122,14 @@ class ClusterGemm:
         w_layout = cute.tile_to_shape(atom, (self.tile_m, self.block_k, self.stages), order=(0, 1, 2))
         return mma, w_layout, cute.tile_to_shape(atom, (self.tile_n, self.block_k, self.stages), order=(0, 1, 2))
 
-    def stage_pipe(self, barriers: Any, rows: int) -> Any:
-        """Between the warp that reads and those that multiply; a stage is so many rows of a block of K."""
+    def stage_pipe(self, barriers: Any) -> Any:
+        """Between the warp that reads and those that multiply."""
         return pipeline.PipelineTmaAsync.create(
             barrier_storage=barriers,
             num_stages=self.stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, self.cluster_m * self.consumers),
-            tx_count=rows * self.block_k * 2,
+            tx_count=(self.tile_m + self.tile_n) * self.block_k * 2,
             cta_layout_vmnk=cute.make_layout((1, self.cluster_m, 1, self.split_k)),
             defer_sync=True,
         )
