@@ -3,7 +3,7 @@
     config.py    the parameters, and which of them go together
     spec.py      what decides the machine code of one kernel, and the record that travels with its shared object
     operators.py, quack.py   two sources: nvidia-cutlass-operators and quack-kernels (the only imports of either)
-    own.py       the third, for few rows: cluster_gemm.py (clusters share a tile's K)
+    own.py       the third, for few rows: cluster_gemm.py (clusters share a tile's K), stationary_gemm.py (x in registers)
     compiler.py  one kernel, in this process, to a shared object
     preload.py   both sources imported in half the time, for processes that only compile
     cache.py     shared objects on disk, under their specs' keys
@@ -11,6 +11,5 @@
     objects.py   loading: all that production needs, and the only import of tvm_ffi
     op.py        torch.ops.autokernel.cute_gemm
 
-Kernels are compiled for any size: dtypes, majors, config and epilogue decide a shared object, rows and columns do not. Where
-blocks keep their part of x, K does.
+Kernels are compiled for any size: dtypes, majors, config and epilogue decide a shared object, rows and columns do not.
 """

@@ -76,9 +76,10 @@ class Threads:
 class Job:
     scenario: str
     problems: list[BaseException] = field(default_factory=list)
+    meet: Callable[[], object] = lambda: time.sleep(0.02)
 
     def __call__(self) -> str:
-        time.sleep(0.02)
+        self.meet()
         if self.problems:
             raise self.problems.pop()
         return self.scenario.upper()
@@ -202,8 +203,8 @@ def test_of_a_model_that_tells_nothing_jobs_take_what_profiling_did() -> None:
 
 
 def test_on_a_cpu_all_are_handed_over() -> None:
-    pool = Threads()
-    run_on_model(context_of(pool, "cpu"), "s", [(name, name, Job(name)) for name in SIZES], 10)
+    pool, all_of_them = Threads(), threading.Barrier(len(SIZES), timeout=30)
+    run_on_model(context_of(pool, "cpu"), "s", [(name, name, Job(name, meet=all_of_them.wait)) for name in SIZES], 10)
     assert max(map(len, pool.together)) == len(SIZES)
 
 
