@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 import autokernel
 from autokernel.config import LoadedExperiment, load_experiment
 from autokernel.environment import current_environment, physical_cores
-from autokernel.errors import AutokernelError, ConfigError
+from autokernel.errors import AutokernelError, ConfigError, WorkloadError
 from autokernel.events import ModelValidated, Recorder, RunFinished, RunStarted
 from autokernel.export.bundle import Bundle
 from autokernel.fingerprint import checkpoint_bytes, experiment_digest
@@ -59,10 +60,14 @@ def run(
         ConfigError: the experiment cannot be run as it stands.
         AutokernelError: the run failed; what was finished is in its journal.
     """
-    from autokernel.stages.search import check_ops
+    from autokernel.stages.search import check_ops, left_out_backends
 
+    if until not in STAGES:
+        raise ConfigError(f"until is one of {', '.join(STAGES)}, not {until!r}")
     loaded = experiment if isinstance(experiment, LoadedExperiment) else load_experiment(experiment, overrides)
     check_ops(loaded)
+    for sentence in left_out_backends(loaded, resolve_device(loaded)):
+        log.warning("%s", sentence)
     with open_run(loaded, Path(runs_folder), fresh=fresh, recorders=recorders) as context:
         return _run_stages(context, until)
 
@@ -201,9 +206,12 @@ def open_run(
         mirror.patience_s = _PATIENCE_WHEN_INTERRUPTED_S
         _end(all_recorders, "interrupted", "interrupted; the same command resumes it", started)
         raise
-    except AutokernelError as error:
-        _end(all_recorders, "failed", str(error), started)
-        raise
+    except Exception as error:  # whatever it is, the journal says that the run is over
+        named = _with_file(error, loaded)
+        _end(all_recorders, "failed", _sentence(named), started)
+        if named is error:
+            raise
+        raise named from error
     finally:
         close_all(all_recorders)
 
@@ -216,6 +224,18 @@ def _end(recorders: Sequence[Recorder], outcome: str, message: str, started: flo
             recorder.record(event)
         except AutokernelError as error:
             log.warning("%s", error)
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, AutokernelError) else f"unexpected {type(error).__name__}: {error}"
+
+
+def _with_file(error: Exception, loaded: LoadedExperiment) -> Exception:
+    """An error that begins with a key of the experiment, as jobs raise it, with the file in front."""
+    key = re.split(r"[.:]", str(error), maxsplit=1)[0]
+    if isinstance(error, (ConfigError, WorkloadError)) and key in type(loaded.experiment).model_fields:
+        return type(error)(f"{loaded.path}: {error}")
+    return error
 
 
 def _git_commit(loaded: LoadedExperiment) -> str:

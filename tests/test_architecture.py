@@ -100,10 +100,13 @@ HOMES = {
     ),
 }
 
-# Where whatever is raised has to become a value: candidates' code, and the outermost boundary of a process.
+# Where whatever is raised has to become a value: candidates' code, functions that an experiment names, and the outermost
+# boundary of a process or a run.
 CATCH_ALL = {
     "evaluate.candidate",
     "evaluate.confirm",
+    "profiling.functions",
+    "pipeline",
     "workers.child",
     "workers.pool",
     "workers.worker",

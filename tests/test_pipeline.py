@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from autokernel.config import load_experiment
-from autokernel.errors import ConfigError
+from autokernel.errors import ConfigError, WorkloadError
 from autokernel.events import Confirmed, Evaluated, Event, Exported, Proved, RunFinished, StageFinished
 from autokernel.export.bundle import read_bundle
 from autokernel.ops import OPS
 from autokernel.pipeline import STAGES, RunOutcome, resolve_device, run
 from autokernel.records import Status
+from autokernel.stages.search import left_out_backends
 from autokernel.tracking.journal import new_run_id, read_journal
 
 pytestmark = [pytest.mark.clock, pytest.mark.timeout(1200)]
@@ -163,6 +164,53 @@ def test_a_gpu_that_is_not_there_is_wrong_input() -> None:
     loaded = load_experiment(EXPERIMENT, ("device=cuda",))
     with pytest.raises(ConfigError, match=r"device: cuda, but torch .* sees no GPU here; install"):
         resolve_device(loaded)
+
+
+def test_a_stage_that_does_not_exist_is_wrong_input(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"until is one of profile, search, .*, not 'confrim'"):
+        run(EXPERIMENT, until="confrim", runs_folder=tmp_path)
+
+
+def test_backends_that_cannot_be_used_are_said() -> None:
+    some = load_experiment(EXPERIMENT, ("backends=[aten,triton]", "device=auto"))
+    (sentence,) = left_out_backends(some, "cpu")
+    assert "gated.yaml: backends: triton is left out: the Triton kernels are for NVIDIA GPUs: tune with" in sentence
+    elsewhere = load_experiment(EXPERIMENT, ("backends=[aten,triton]", "device=auto", "cluster.address=ray://far:10001"))
+    assert left_out_backends(elsewhere, "cpu") == [], "other machines have it, or not"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "message"),
+    [
+        ("return Net(WDTH)", WorkloadError, r"^.*x.yaml: model.factory: broken.py:make failed at .*broken.py:2: NameError"),
+        ("return 1", WorkloadError, r"^.*x.yaml: model.factory: broken.py:make must return a torch.nn.Module"),
+    ],
+)
+def test_a_run_that_the_users_code_ends_is_over(tmp_path: Path, code: str, kind: type[Exception], message: str) -> None:
+    path = tmp_path / "x.yaml"
+    (tmp_path / "gated.py").write_text(EXPERIMENT.with_suffix(".py").read_text())
+    path.write_text(EXPERIMENT.read_text().replace("gated.py:make_model", "broken.py:make"))
+    (tmp_path / "broken.py").write_text(f"def make():\n    {code}\n")
+    with pytest.raises(kind, match=message):
+        run(path, runs_folder=tmp_path / "runs")
+    (folder,) = (tmp_path / "runs" / "gated").iterdir()
+    last = read_journal(folder)[-1]
+    assert isinstance(last, RunFinished)
+    assert last.outcome == "failed"
+    assert "x.yaml: model.factory" in last.message
+
+
+def test_a_run_that_ends_unexpectedly_says_so_in_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(context: object) -> None:
+        raise ZeroDivisionError("nobody thought of that")
+
+    monkeypatch.setattr("autokernel.stages.profile.profile", fail)
+    with pytest.raises(ZeroDivisionError):
+        run(EXPERIMENT, runs_folder=tmp_path)
+    (folder,) = (tmp_path / "gated").iterdir()
+    last = read_journal(folder)[-1]
+    assert isinstance(last, RunFinished)
+    assert (last.outcome, last.message) == ("failed", "unexpected ZeroDivisionError: nobody thought of that")
 
 
 def test_run_ids_sort_by_time_and_differ() -> None:

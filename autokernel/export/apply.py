@@ -13,7 +13,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch._inductor.compile_fx import compile_fx
@@ -56,6 +56,9 @@ class BundleBackend:
 
     def __init__(self, bundle: Bundle, on_mismatch: OnMismatch = "stock", where: Path | str | None = None) -> None:
         """`where` the bundle lies is asked for its compiled kernels; without it they come from this machine's cache."""
+        if on_mismatch not in get_args(OnMismatch):
+            known = ", ".join(map(repr, get_args(OnMismatch)))
+            raise BundleError(f"on_mismatch is one of {known}, not {on_mismatch!r}")
         here = current_environment(bundle.environment.device) if _device_there(bundle.environment.device) else None
         why_not = f"there is no {bundle.environment.device} device" if here is None else mismatch(bundle.environment, here)
         if why_not and on_mismatch == "error":
@@ -99,8 +102,7 @@ class BundleBackend:
             return _inductor(gm, inputs, inductor_options(plan, chosen, frozen=False), chosen)
 
         if torch.is_grad_enabled():
-            for entry in plan.bundle.entries:
-                plan.skip(entry, "gradients are enabled; compile and call under torch.inference_mode() or torch.no_grad()")
+            plan.skip_all("gradients are enabled; compile and call under torch.inference_mode() or torch.no_grad()")
             return compile_stock()
         frozen = weights_to_freeze(products, inputs, plan, everything=chosen.get("freezing") == "all")
         positions = frozen.positions

@@ -17,6 +17,8 @@ from autokernel.records import Problem, TensorSpec
 
 log = logging.getLogger(__name__)
 
+_KEY_IN_LOG = 120  # characters
+
 
 def mismatch(made: Environment, here: Environment) -> str | None:
     """One clause that says why entries made there do not hold here, None if they do.
@@ -102,8 +104,7 @@ class Plan:
                 self._regions_of_any_layout.setdefault(_sizes_key(entry.problem), entry)
         self.usage: dict[str, Usage] = {entry.key: Usage() for entry in bundle.entries}
         if why_not:
-            for entry in bundle.entries:
-                self.skip(entry, why_not)
+            self.skip_all(why_not)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
         """Itself: configurations are copied with the passes that carry the plan, but its counters are one set."""
@@ -167,12 +168,23 @@ class Plan:
 
     def skip(self, entry: Entry, reason: str) -> None:
         """Stock code serves this entry's problem here; said once per entry and reason."""
+        if self._noted(entry, reason):
+            log.warning("autokernel: stock code instead of the tuned entry for %s: %s", _in_short(entry.key), reason)
+
+    def skip_all(self, reason: str) -> None:
+        """Stock code serves all of the bundle's problems here; said once per reason."""
+        if sum(self._noted(entry, reason) for entry in self.bundle.entries) > 0:
+            name, count = self.bundle.name, len(self.bundle.entries)
+            log.warning("autokernel: stock code instead of bundle %s (entries: %d): %s", name, count, reason)
+
+    def _noted(self, entry: Entry, reason: str) -> bool:
+        """Whether this reason is new for this entry."""
         with self._lock:
             reasons = self.usage[entry.key].reasons
             if reason in reasons:
-                return
+                return False
             reasons.append(reason)
-        log.warning("autokernel: stock code instead of the tuned entry for %s: %s", entry.key, reason)
+        return True
 
     def report(self) -> dict[str, Usage]:
         """Usage by problem key."""
@@ -180,3 +192,8 @@ class Plan:
 
 
 __all__ = ["Gemm", "Plan", "Usage", "gemm_of", "minor", "mismatch"]
+
+
+def _in_short(key: str) -> str:
+    """A problem's key for a log: that of a generated kernel is its whole program."""
+    return key if len(key) <= _KEY_IN_LOG else f"{key[:_KEY_IN_LOG]}..."

@@ -12,7 +12,7 @@ from torch import nn
 
 from autokernel.config import CallScenario, LoadedExperiment, TensorInput
 from autokernel.errors import WorkloadError
-from autokernel.profiling.functions import load_function
+from autokernel.profiling.functions import call_function, load_function
 from autokernel.profiling.inputs import check_names, draw, filled, layout_of
 from autokernel.profiling.precision import is_quantized
 from autokernel.profiling.sources import first_line, kind_of, no_room
@@ -102,10 +102,11 @@ def _from_function(
 ) -> Callable[[int], Inputs]:
     if loaded is None:
         raise WorkloadError(f"scenario {name}: the inputs' function {reference} needs the experiment it belongs to")
-    function = load_function(loaded, reference, f"scenarios.{name}.inputs")
+    key = f"scenarios.{name}.inputs"
+    function = load_function(loaded, reference, key)
 
     def make_inputs(seed: int) -> Inputs:
-        inputs = function(batch=scenario.batch, seed=seed, device=device, dtype=dtype)
+        inputs = call_function(function, reference, key, batch=scenario.batch, seed=seed, device=device, dtype=dtype)
         if not isinstance(inputs, tuple) or not all(isinstance(x, torch.Tensor) for x in inputs):
             raise WorkloadError(f"scenario {name}: {reference} must return a tuple of tensors, not {kind_of(inputs)}")
         return inputs

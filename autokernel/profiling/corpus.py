@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
 from autokernel.errors import ConfigError
-from autokernel.profiling.functions import load_function
+from autokernel.profiling.functions import call_function, load_function
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def read_text(loaded: LoadedExperiment) -> bytes:
     if section is None or section.data is None:
         raise ConfigError(f"{loaded.path}: {_KEY} is not given; name a text file, a folder of them, or file.py:function")
     if ":" in section.data:
-        text = load_function(loaded, section.data, _KEY)()
+        text = call_function(load_function(loaded, section.data, _KEY), section.data, _KEY)
         if not isinstance(text, bytes):
             raise ConfigError(f"{_KEY}: {section.data} returned {type(text).__name__}; it must return bytes")
     else:

@@ -6,12 +6,13 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from autokernel.config import LoadedExperiment
-from autokernel.errors import ConfigError
+from autokernel.errors import AutokernelError, ConfigError, WorkloadError
 
 
 def load_function(loaded: LoadedExperiment, reference: str, key: str) -> Callable[..., Any]:
@@ -37,11 +38,44 @@ def load_function(loaded: LoadedExperiment, reference: str, key: str) -> Callabl
     return function  # type: ignore[no-any-return]
 
 
+def call_function(function: Callable[..., Any], reference: str, key: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of the experiment's own.
+
+    Args:
+        function: what `load_function` found.
+        reference: its name in the experiment, for messages.
+        key: the key of the experiment that holds it, likewise.
+        args: positional arguments.
+        kwargs: named arguments.
+
+    Raises:
+        WorkloadError: it raised something; the message says where. Errors of ours, and of a device without room, go through.
+    """
+    try:
+        return function(*args, **kwargs)
+    except AutokernelError:
+        raise
+    except Exception as error:  # somebody else's code: whatever it raises is a sentence with a place
+        if type(error).__name__ == "OutOfMemoryError":  # torch's: other jobs may end and make room
+            raise
+        raise WorkloadError(f"{key}: {reference} failed{_place(error)}") from error
+
+
+def _place(error: BaseException) -> str:
+    """Where something was raised, by the last line that is not of an installed package, and what it says."""
+    said = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(": ")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    return f" at {own[-1].filename}:{own[-1].lineno}: {said}" if own else f": {said}"
+
+
 def _import_module(target: str, reference: str, key: str) -> ModuleType:
     try:
         return importlib.import_module(target)
     except ImportError as error:
         raise ConfigError(f"{key}: {reference}: {error}; install the package, or name a file as file.py:function") from None
+    except Exception as error:  # as in `call_function`
+        raise ConfigError(f"{key}: {target} cannot be imported{_place(error)}") from error
 
 
 def _import_file(loaded: LoadedExperiment, target: str, key: str) -> ModuleType:
@@ -60,4 +94,7 @@ def _import_file(loaded: LoadedExperiment, target: str, key: str) -> ModuleType:
     except (ImportError, SyntaxError) as error:
         del sys.modules[name]
         raise ConfigError(f"{key}: {path} cannot be imported: {error}") from None
+    except Exception as error:  # as in `call_function`
+        del sys.modules[name]
+        raise ConfigError(f"{key}: {path} cannot be imported{_place(error)}") from error
     return module

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from autokernel.config import EvalSection, LoadedExperiment, PrefillScenario
 from autokernel.errors import ConfigError, WorkloadError
 from autokernel.profiling.corpus import load_corpus
-from autokernel.profiling.functions import load_function
+from autokernel.profiling.functions import call_function, load_function
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,9 @@ def load_metric(loaded: LoadedExperiment, model: nn.Module, device: str) -> Metr
             arguments.setdefault("device", device)
         return Metric(
             name=section.metric,
-            samples=lambda forward: _list(function(forward, **arguments), section.metric),
+            samples=lambda forward: _list(
+                call_function(function, section.metric, "validation.eval.metric", forward, **arguments), section.metric
+            ),
             higher_is_better=section.higher_is_better,
             limit=section.limit,
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
 from autokernel.errors import ConfigError, JobLost, WorkloadError
-from autokernel.profiling.functions import load_function
+from autokernel.profiling.functions import call_function, load_function
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ def from_factory(loaded: LoadedExperiment, factory: str, arguments: dict[str, An
 
     function = load_function(loaded, factory, "model.factory")
     check_arguments(function, factory, arguments)
-    model = function(**arguments)
+    model = call_function(function, factory, "model.factory", **arguments)
     if not isinstance(model, nn.Module):
         raise WorkloadError(f"model.factory: {factory} must return a torch.nn.Module, not {kind_of(model)}")
     return model

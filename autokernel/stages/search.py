@@ -225,6 +225,23 @@ def check_ops(loaded: LoadedExperiment) -> None:
             raise ConfigError(f"{loaded.path}: search.without: {name!r} is no op; there are {', '.join(known)}")
 
 
+def left_out_backends(loaded: LoadedExperiment, device: str) -> list[str]:
+    """What there is to say of backends that the experiment names and this machine cannot use.
+
+    Args:
+        loaded: the experiment.
+        device: "cpu" or "cuda".
+
+    Returns:
+        A sentence for each; none where the work is done on other machines.
+    """
+    if loaded.experiment.cluster.address not in ("local", "inline"):
+        return []
+    named = [backend for backend in all_backends() if backend.name in loaded.experiment.backends]
+    reasons = {backend.name: backend.unavailable(device) for backend in named}
+    return [f"{loaded.path}: backends: {name} is left out: {reason}" for name, reason in reasons.items() if reason]
+
+
 def worth_searching(profiled: Profiled, settings: SearchSection) -> list[Hotspot]:
     """Hotspots with enough to gain, one for each GEMM, those with most to gain first.
 

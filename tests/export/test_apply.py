@@ -195,7 +195,7 @@ def test_gradients_are_never_frozen_away(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_another_machine_gets_stock_code_and_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    bundle = bundle_of(entry(GATE, "aten", prepack=True))
+    bundle = bundle_of(entry(GATE, "aten", prepack=True), entry(DOWN, "aten", prepack=True))
     foreign = replace(bundle, environment=replace(bundle.environment, device_name="Another CPU"))
     model, x = Gated(), torch.randn(M, K)
     with caplog.at_level(logging.WARNING):
@@ -205,6 +205,8 @@ def test_another_machine_gets_stock_code_and_one_line(caplog: pytest.LogCaptureF
     assert next(iter(backend.usage().values())).hits == 0
     with pytest.raises(BundleError, match="tune again on this machine"):
         autokernel.backend(foreign, on_mismatch="error")
+    with pytest.raises(BundleError, match=r"on_mismatch is one of 'stock', 'apply', 'error', not 'raise'"):
+        autokernel.backend(foreign, on_mismatch="raise")  # type: ignore[arg-type]
     applied = autokernel.backend(foreign, on_mismatch="apply")
     torch.compiler.reset()
     torch.compile(model, backend=applied)(x)

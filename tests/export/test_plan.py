@@ -79,14 +79,35 @@ def test_parts_of_a_merged_problem_keep_their_biases() -> None:
     assert [gemm_of(part) for part in parts] == [Gemm("float32", 1, 8, (n,), 64, True) for n in (32, 16)]
 
 
-def test_what_does_not_apply_is_said_once_per_entry(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_entry_that_does_not_apply_is_said_once_per_reason(caplog: pytest.LogCaptureFixture) -> None:
     entry = Entry(problem=mm(8, 32, 64), backend="aten", config={"prepack": True})
     with caplog.at_level(logging.WARNING):
-        plan = plan_of(entry, why_not="it was tuned with threads 4, this is 2")
-        plan.skip(entry, "it was tuned with threads 4, this is 2")
+        plan = plan_of(entry)
+        for reason in ("laid out in another way", "laid out in another way", "no room"):
+            plan.skip(entry, reason)
+    assert [entry.key in record.message for record in caplog.records] == [True, True]
+    assert plan.usage[entry.key].reasons == ["laid out in another way", "no room"]
+
+
+def test_a_key_of_a_whole_program_is_cut_short_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    problem = replace(mm(8, 32, 64), constants=tuple(range(100)))
+    entry = Entry(problem=problem, backend="aten", config={})
+    with caplog.at_level(logging.WARNING):
+        plan_of(entry).skip(entry, "no room")
+    assert len(entry.key) > 250
+    assert len(caplog.records[0].message) < 220
+    assert caplog.records[0].message.endswith("...: no room")
+
+
+def test_a_bundle_that_does_not_apply_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    entries = [Entry(problem=mm(8, n, 64), backend="aten", config={"prepack": True}) for n in (32, 48)]
+    with caplog.at_level(logging.WARNING):
+        plan = plan_of(*entries, why_not="it was tuned with threads 4, this is 2")
+        plan.skip_all("it was tuned with threads 4, this is 2")
     assert len(caplog.records) == 1
-    assert entry.key in caplog.text
+    assert f"bundle {plan.bundle.name} (entries: 2)" in caplog.text
     assert "threads 4" in caplog.text
+    assert all(usage.reasons == ["it was tuned with threads 4, this is 2"] for usage in plan.usage.values())
     assert not plan.active
     assert plan.find(Gemm("float32", 1, 8, (32,), 64, False)) is None
 

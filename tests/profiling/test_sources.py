@@ -33,6 +33,12 @@ class Net(torch.nn.Module):
 
 def function():
     return Net()
+
+def broken():
+    return Net(WDTH)
+
+def made_of_a_broken_part():
+    return torch.nn.Linear("4", 2)
 """
 
 
@@ -142,3 +148,32 @@ def test_a_package_that_lacks_what_it_needs_says_so(write: Any, tmp_path: Path) 
     folder.write_text("def __getattr__(name):\n    raise RuntimeError('needs frobnicate')\n")
     with pytest.raises(ConfigError, match=r"model.class_path: parts.py:Net: needs frobnicate; install what it needs"):
         load_model(write({"class_path": "parts.py:Net"}), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("parts.py:broken", r"model.factory: parts.py:broken failed at .*parts.py:18: NameError: name 'WDTH' is not defined"),
+        (
+            "parts.py:made_of_a_broken_part",
+            r"model.factory: parts.py:made_of_a_broken_part failed at .*parts.py:21: TypeError: ",
+        ),
+    ],
+)
+def test_a_factory_that_fails_says_where(write: Any, factory: str, message: str) -> None:
+    with pytest.raises(WorkloadError, match=message):
+        load_model(write({"factory": factory}), "cpu")
+
+
+def test_a_file_that_fails_when_it_is_imported_says_where(write: Any, tmp_path: Path) -> None:
+    loaded = write({"factory": "wrong.py:function"})
+    (tmp_path / "wrong.py").write_text("import math\n\nWIDTH = math.sqrt(-1)\n")
+    for _ in range(2):  # nothing of it is left
+        with pytest.raises(ConfigError, match=r"wrong.py cannot be imported at .*wrong.py:3: ValueError: "):
+            load_model(loaded, "cpu")
+
+
+def test_a_device_without_room_is_no_fault_of_the_factory(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "large.py").write_text("import torch\n\ndef make():\n    raise torch.OutOfMemoryError('no room')\n")
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        load_model(write({"factory": "large.py:make"}), "cpu")

@@ -1,0 +1,84 @@
+"""A bundle looked at from outside: what it says of this machine, and of another one's."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autokernel.config import LoadedExperiment, load_experiment
+from autokernel.environment import current_environment, physical_cores
+from autokernel.export.bundle import Bundle, Entry, write_bundle
+from autokernel.export.verify import verify
+from autokernel.records import Problem, Speedup, TensorSpec
+
+EXPERIMENT = Path(__file__).parent.parent / "data" / "gated.yaml"
+
+
+class NoPool:
+    """Fails whoever asks it for work."""
+
+    def submit(self, job: Any, timeout_s: float) -> Future[Any]:
+        raise AssertionError(f"nothing is to be measured: {job}")
+
+
+@pytest.fixture
+def loaded() -> LoadedExperiment:
+    return load_experiment(EXPERIMENT)
+
+
+def bundle_for(loaded: LoadedExperiment) -> Bundle:
+    """The down projection of four rows, with its weight packed."""
+    x = TensorSpec.contiguous((4, 1024), "bfloat16")
+    w = TensorSpec(shape=(1024, 256), dtype="bfloat16", stride=(1, 1024))
+    problem = Problem(op="mm", inputs=(x, w), device="cpu", constants=(1,))
+    entry = Entry(
+        problem=problem, backend="aten", config={"prepack": True}, scenario="four",
+        speedup=Speedup(ratio=1.2, low=1.1, high=1.3, num_rounds=21),
+    )  # fmt: skip
+    environment = current_environment("cpu", loaded.experiment.threads or physical_cores())
+    return Bundle(name="gated", created="", version="", environment=environment, entries=(entry,))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [({"device": "cuda"}, "no cuda device"), ({"device_name": "Another CPU"}, "Another CPU")],
+    ids=["no such device", "another machine"],
+)
+def test_a_bundle_of_another_machine_is_not_measured(
+    loaded: LoadedExperiment, tmp_path: Path, changed: dict[str, Any], reason: str
+) -> None:
+    here = bundle_for(loaded)
+    write_bundle(replace(here, environment=replace(here.environment, **changed)), tmp_path / "bundle")
+    report = verify(tmp_path / "bundle", loaded, pool=NoPool())  # type: ignore[arg-type]
+    assert reason in str(report.environment_reason)
+    assert (report.passed, report.scenarios) == (False, ())
+    (check,) = report.entries
+    assert (check.hits, check.holds, check.promised) == (0, False, 1.2)
+    assert reason in check.message
+
+
+@pytest.mark.clock
+@pytest.mark.timeout(600)
+def test_a_bundle_of_this_machine_is_measured_entry_by_entry(loaded: LoadedExperiment, tmp_path: Path) -> None:
+    here = bundle_for(loaded)
+    unknown = replace(here.entries[0], problem=replace(here.entries[0].problem, inputs=_wider(here.entries[0].problem)))
+    write_bundle(replace(here, entries=(here.entries[0], unknown)), tmp_path / "bundle")
+    report = verify(tmp_path / "bundle", loaded, rounds=5)
+    known, other = report.entries
+    assert report.environment_reason is None
+    assert [result.scenario for result in report.scenarios] == ["one", "four"]
+    assert known.hits == 2, "two layers at four rows"
+    assert known.speedup is not None
+    assert known.holds == (known.speedup.low > 1)
+    assert (other.hits, other.holds, other.message) == (0, False, other.message)
+    assert other.reason == "no such GEMM in the compiled model"
+    assert not report.passed
+
+
+def _wider(problem: Problem) -> tuple[TensorSpec, ...]:
+    x, w = problem.inputs
+    return x, replace(w, shape=(1024, 512))
