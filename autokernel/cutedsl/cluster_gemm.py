@@ -19,7 +19,6 @@ from cutlass.utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
 from autokernel.cutedsl.config import CLUSTER_BLOCK_K, CLUSTER_ROWS, CuteConfig
-from autokernel.cutedsl.spec import EVICT_FIRST, EVICT_LAST, EVICT_NORMAL
 
 WARP = 32
 WARPGROUP = 128
@@ -44,7 +43,6 @@ class ClusterGemm:
         self.sums = config.tile_m * config.tile_n  # fp32, of all parts of what a block adds up
         self.block_k = config.tile_k or BLOCK_K  # of a stage, in swizzled blocks side by side
         self.stages = config.cluster_stages
-        self.stream = config.stream
 
     @cute.jit  # type: ignore[untyped-decorator]
     def __call__(self, w: cute.Tensor, x: cute.Tensor, out: cute.Tensor, stream: Any) -> None:
@@ -134,11 +132,6 @@ class ClusterGemm:
             defer_sync=True,
         )
 
-    def hints(self) -> tuple[Any, Any]:
-        """How long w and x are to stay in L2."""
-        once, again = (EVICT_FIRST, EVICT_LAST) if self.stream else (EVICT_NORMAL, EVICT_NORMAL)
-        return cutlass.Int64(once), cutlass.Int64(again)
-
     @cute.jit  # type: ignore[untyped-decorator]
     def read(self, pipe: Any, of_w: Any, of_x: Any, tiles: Any, beside: Any, first: Any, count: Any) -> None:
         """One warp: asks for all of the block's part of w and x, as fast as stages are free."""
@@ -156,13 +149,11 @@ class ClusterGemm:
             rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
             mask = cutlass.Int16(((1 << self.cluster_m) - 1) << (rank - beside))
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-        once, again = self.hints()
         for k in cutlass.range(count, unroll=1):
             pipe.producer_acquire(state)
             barrier = pipe.producer_get_barrier(state)
-            cute.copy(w_atom, w_from[(None, first + k)], w_to[(None, state.index)], tma_bar_ptr=barrier, cache_policy=once)
-            x_stage = x_to[(None, state.index)]
-            cute.copy(x_atom, x_from[(None, first + k)], x_stage, tma_bar_ptr=barrier, mcast_mask=mask, cache_policy=again)
+            cute.copy(w_atom, w_from[(None, first + k)], w_to[(None, state.index)], tma_bar_ptr=barrier)
+            cute.copy(x_atom, x_from[(None, first + k)], x_to[(None, state.index)], tma_bar_ptr=barrier, mcast_mask=mask)
             state.advance()
         if cutlass.const_expr(self.cluster_m > 1):
             pipe.producer_tail(state)  # no block ends before its neighbours have let go of its barriers

@@ -66,7 +66,6 @@ class CuteConfig:
         fast_accum: sums of products in 8-bit floating point stay in the matrix units, which keep fewer bits of them than fp32
             has; else those of each block of K are added up in fp32, in as many registers again. quack.
         resident: blocks of a multiprocessor at once, among which it divides its shared memory. cluster.
-        stream: weights, which are read once, leave L2 first, and what all tiles read leaves it last. quack and cluster.
         tile_k: elements of K in a stage: more are longer stretches of each row that are asked for at once. 0: 128 bytes of
             them. quack and cluster. Or those of x that a block keeps in registers at a time. stationary.
     """
@@ -85,7 +84,6 @@ class CuteConfig:
     raster: str = ROWS
     fuse: bool = False
     fast_accum: bool = False
-    stream: bool = False
     resident: int = 1
     tile_k: int = 0
 
@@ -95,11 +93,8 @@ class CuteConfig:
         if self.source == OPERATORS:
             if tile not in OPERATORS_TILES:
                 return f"operators has tiles {_listed(OPERATORS_TILES)}, not {tile[0]}x{tile[1]}"
-            if self.pingpong or self.split_k != 1 or self.fuse or self.fast_accum or self.stream or self.tile_k:
-                return (
-                    "operators has neither pingpong nor split_k nor fuse nor fast_accum nor stream nor tile_k on SM90: "
-                    "leave them off"
-                )
+            if self.pingpong or self.split_k != 1 or self.fuse or self.fast_accum or self.tile_k:
+                return "operators has neither pingpong nor split_k nor fuse nor fast_accum nor tile_k on SM90: leave them off"
         elif self.source == QUACK:
             tiles = PINGPONG_TILES if self.pingpong else COOPERATIVE_TILES
             if tile not in tiles:
@@ -134,9 +129,7 @@ class CuteConfig:
             return f"cluster has tiles {_listed(CLUSTER_TILES)}, not {self.tile_m}x{self.tile_n}"
         flags = self.pingpong or self.separate or self.fuse or self.fast_accum or not self.ordered
         if not self.swap or flags or self.cluster_n != 1 or self.swizzle != DEFAULT_SWIZZLE or self.raster != ROWS:
-            return (
-                "cluster takes swap (always), cluster_m, split_k, resident, stream and tile_k: leave the other parameters off"
-            )
+            return "cluster takes swap (always), cluster_m, split_k, resident and tile_k: leave the other parameters off"
         blocks, warps = self.cluster_m * self.split_k, self.tile_m // 16
         if self.split_k not in (1, 2, 4, 8) or blocks > CLUSTER_BLOCKS or warps % self.split_k:
             return (
@@ -159,7 +152,7 @@ class CuteConfig:
         if self.tile_m * self.tile_k > STATIONARY_REGISTERS:
             sizes = f"tile_m={self.tile_m} and tile_k={self.tile_k}"
             return f"{sizes} need more registers than a warp has: choose a smaller one of them"
-        flags = self.pingpong or self.separate or self.fuse or self.fast_accum or self.stream or not self.ordered
+        flags = self.pingpong or self.separate or self.fuse or self.fast_accum or not self.ordered
         others = (self.cluster_m, self.cluster_n, self.split_k, self.resident) != (1, 1, 1, 1)
         if not self.swap or flags or others or self.swizzle != DEFAULT_SWIZZLE or self.raster != ROWS:
             return "stationary takes swap (always), tile_m and tile_k: leave the other parameters off"
@@ -207,6 +200,8 @@ class CuteConfig:
             ValueError: a parameter is missing, not one of ours, or breaks a rule.
         """
         given = {name: value for name, value in config.items() if name not in _OF_ENTRIES}
+        if given.pop(_HINTS, False):
+            raise ValueError(f"kernels that tell L2 what to keep ({_HINTS}) gained nothing in models and are gone: tune again")
         names = {field.name for field in fields(cls)}
         unknown, missing = sorted(set(given) - names), sorted({"source", "tile_m", "tile_n"} - set(given))
         if unknown or missing:
@@ -224,7 +219,8 @@ class CuteConfig:
         return made
 
 
-_FLAGS = ("pingpong", "swap", "ordered", "separate", "fuse", "fast_accum", "stream")
+_FLAGS = ("pingpong", "swap", "ordered", "separate", "fuse", "fast_accum")
+_HINTS = "stream"  # in entries of earlier versions: false says nothing
 _OF_ENTRIES = ("merge",)  # what a config says beside the kernel's parameters
 
 

@@ -6,12 +6,10 @@ quack compiles through its epilogue frontend for any sizes; what it would pass a
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import cutlass
 import torch
 from quack.cute_dsl_utils import get_max_active_clusters, torch2cute_dtype_map
 from quack.gemm import GemmDefaultSm90, _compile_gemm
@@ -20,13 +18,10 @@ from quack.gemm_runtime.host import _compile_gemm_epi
 from quack.gemm_sm90 import GemmSm90
 from quack.rounding import RoundingMode
 
-from autokernel.cutedsl.config import CuteConfig
 from autokernel.cutedsl.epilogue_source import GATED_RESULT, epilogue_of
 from autokernel.cutedsl.spec import (
     AT_A_CALL,
     BIAS,
-    EVICT_FIRST,
-    EVICT_LAST,
     MATRICES,
     SCALE_A,
     SQUARES,
@@ -53,15 +48,13 @@ def compile_spec(
     for remembered in (_compile_gemm, _compile_gemm_epi):  # under keys that know nothing of what it is told below
         remembered.cache_clear()
     if config.separate:
-        with _reads(config):
-            compiled = _compiled_parts(spec)
-        return compiled, _launch(spec, GemmDefaultSm90.EpilogueArguments._fields, function, config.swap)
+        return _compiled_parts(spec), _launch(spec, GemmDefaultSm90.EpilogueArguments._fields, function, config.swap)
     a, b, out = matrices
     # quack swaps when it traces, so that nothing is transposed at a call; with parts of K or sums it does not: there we do
     by_hand = config.swap and (config.split_k > 1 or spec.squares)
     if by_hand:
         a, b, out = b.mT, a.mT, out.mT
-    with _sums(fast=config.fast_accum), _reads(config):
+    with _sums(fast=config.fast_accum):
         plan = epilogue_of(spec, swapped=by_hand).gemm(
             a,
             b,
@@ -83,45 +76,20 @@ def compile_spec(
     return plan.compiled_fn, _launch(spec, plan.gemm_cls.EpilogueArguments._fields, function, by_hand)
 
 
-def _sums(*, fast: bool) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def _sums(*, fast: bool) -> Iterator[None]:
     """While a kernel is compiled: how it keeps sums of 8-bit products, which its class can be told and no frontend tells it."""
-    if not fast:
-        return contextlib.nullcontext()
     made = GemmSm90.__init__
 
     def made_fast(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **{**kwargs, "fp8_fast_accum": True})
 
-    return _in_place_of("__init__", made_fast)
-
-
-def _reads(config: CuteConfig) -> contextlib.AbstractContextManager[None]:
-    """While a kernel is compiled: which of its operands leaves L2 first, of which its TMA reads say nothing otherwise."""
-    if not config.stream:
-        return contextlib.nullcontext()
-    read = GemmSm90.load_tma
-    weights = 0 if config.swap else 1
-
-    def read_hinted(self: Any, pipeline: Any, state: Any, copies: Any, *args: Any, **kwargs: Any) -> Any:
-        hints = [EVICT_FIRST if i == weights else EVICT_LAST for i in range(len(copies))]
-        hinted = [
-            None if copy is None else functools.partial(copy, cache_policy=cutlass.Int64(hint))
-            for copy, hint in zip(copies, hints, strict=True)
-        ]
-        return read(self, pipeline, state, hinted, *args, **kwargs)
-
-    return _in_place_of("load_tma", read_hinted)
-
-
-@contextlib.contextmanager
-def _in_place_of(name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """quack's class of kernels with another method."""
-    before = getattr(GemmSm90, name)
-    setattr(GemmSm90, name, method)
+    if fast:
+        GemmSm90.__init__ = made_fast
     try:
         yield
     finally:
-        setattr(GemmSm90, name, before)
+        GemmSm90.__init__ = made
 
 
 def _compiled_parts(spec: KernelSpec) -> Any:

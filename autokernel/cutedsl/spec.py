@@ -9,15 +9,13 @@ from autokernel.cutedsl.config import AT_CALLS, CuteConfig
 from autokernel.ops.epilogue import GATED_EPILOGUES
 from autokernel.records import ConfigValue, Record, canonical_json, digest_of
 
-REVISION = 3  # of our own part in a shared object: raised, every one is compiled again
+REVISION = 4  # of our own part in a shared object: raised, every one is compiled again
 BIAS = "bias"  # a vector of N elements, added to each row
 SCALE_A, SCALE_B = "scale_a", "scale_b"  # fp32 vectors of M and of N elements, by which rows and columns are multiplied
 TENSOR_SCALE_A, TENSOR_SCALE_B = "tensor_scale_a", "tensor_scale_b"  # fp32 tensors of one element, [1]
 MATRICES = ("add", "mul")  # names of `ops.epilogue` with an operand like the result
 SQUARES = "squares"  # the last step: sums of squares of each row, one for each tile of columns, as a second result
 TRANSPOSED = "^T"  # behind a tensor's name in a `Launch`
-# PTX's cache policies of TMA reads (CUTLASS' `TMA::CacheHintSm90`): what leaves L2 before, and after, all else in it
-EVICT_FIRST, EVICT_LAST, EVICT_NORMAL = 0x12F0000000000000, 0x14F0000000000000, 0x1000000000000000
 AT_A_CALL = "swizzle"  # in a `Launch`: a number that the caller chooses
 
 

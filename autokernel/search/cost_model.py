@@ -49,7 +49,7 @@ FEATURES = (
     "smem_share", "log_accumulators", "log_bytes_in_flight", "log_bytes_in_flight_all", "log_stage_bytes",
     "log_steps", "stages_over_steps", "fill_m", "fill_n", "fill_k",
     "log_tile_intensity", "log_traffic", "log_group_rows", "wgmma", "log_rows_per_warp", "log_split_traffic",
-    "log_cluster_m", "log_cluster_n", "swapped", "ordered", "fused", "streamed",
+    "log_cluster_m", "log_cluster_n", "swapped", "ordered", "fused",
 )  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def features(names: Names, configs: Sequence[Config]) -> Floats:
         ((np.where(swapped, block_n, block_m) >= 64) & (warps % 4 == 0)).astype(np.float64), np.log2(block_m / warps),
         np.log2(1 + np.where((split > 1) | (waves > 0), split * 8 * m * n * batch / least, 0.0)),
         *(np.log2(_column(configs, name, 1.0)) for name in ("cluster_m", "cluster_n")),
-        swapped, *(_column(configs, name, missing) for name, missing in (("ordered", 1.0), ("fuse", 0.0), ("stream", 0.0))),
+        swapped, *(_column(configs, name, missing) for name, missing in (("ordered", 1.0), ("fuse", 0.0))),
     ]  # fmt: skip
     return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
 
@@ -279,7 +279,7 @@ def _of_cute(config: Config, size: float) -> Config:
         stages, warps = (_SMEM_PER_BLOCK - _CUTE_EPILOGUE_BYTES) // stage, 8.0 if shared else 4.0
     rows, columns = ("n", "m") if config.get("swap") else ("m", "n")
     return {
-        **{name: value for name, value in config.items() if name in ("swap", "split_k", "ordered", "fuse", "stream")},
+        **{name: value for name, value in config.items() if name in ("swap", "split_k", "ordered", "fuse")},
         "template": kind,
         f"BLOCK_{rows.upper()}": tile_m,
         f"BLOCK_{columns.upper()}": tile_n,

@@ -40,6 +40,12 @@ def test_other_sources_decide_themselves_how_many_blocks_are_resident() -> None:
         CuteConfig.from_entry({"source": "quack", "tile_m": 64, "tile_n": 64, "resident": 2})
 
 
+def test_entries_of_earlier_versions_load_without_cache_hints_only() -> None:
+    assert CuteConfig.from_entry({**PLAIN, "stream": False}) == CuteConfig.from_entry(PLAIN)
+    with pytest.raises(ValueError, match="gained nothing in models and are gone: tune again"):
+        CuteConfig.from_entry({**PLAIN, "stream": True})
+
+
 def test_stages_fill_what_the_sums_leave() -> None:
     alone = CuteConfig.from_entry(PLAIN)
     assert alone.cluster_stages == (228 * 1024 - 2048 - 128 * 16 * 4) // (144 * 128)

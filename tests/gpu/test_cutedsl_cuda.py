@@ -40,9 +40,7 @@ pytestmark = [
 QUACK: dict[str, ConfigValue] = {"source": "quack", "tile_m": 128, "tile_n": 128, "cluster_n": 2}
 PINGPONG: dict[str, ConfigValue] = {**QUACK, "pingpong": True}
 SWAP: dict[str, ConfigValue] = {**QUACK, "swap": True}
-CLUSTER: dict[str, ConfigValue] = {
-    "source": "cluster", "tile_m": 128, "tile_n": 16, "split_k": 2, "swap": True, "stream": True,
-}  # fmt: skip
+CLUSTER: dict[str, ConfigValue] = {"source": "cluster", "tile_m": 128, "tile_n": 16, "split_k": 2, "swap": True}
 STATIONARY: dict[str, ConfigValue] = {"source": "stationary", "tile_m": 16, "tile_n": 16, "tile_k": 2048, "swap": True}
 OPERATORS: dict[str, ConfigValue] = {"source": "operators", "tile_m": 128, "tile_n": 128, "cluster_m": 2}
 MAX_CALL_US = 15.0  # host time of one call in the eager regime
@@ -139,9 +137,6 @@ def all_cases() -> dict[str, dict[str, Any]]:
         "both": {"config": SWAP, "a_major": "m", "b_major": "n"},
         "batched": {"config": QUACK, "batched": True},
         "batched, swap": {"config": SWAP, "batched": True},
-        "stream": {"config": {**PINGPONG, "stream": True}},
-        "stream, swap": {"config": {**SWAP, "tile_m": 64, "tile_n": 64, "stream": True}},
-        "stream, parts": {"config": {**QUACK, "split_k": 4, "separate": True, "stream": True}, "out_dtype": "float32"},
         "longer stages": {"config": {**QUACK, "tile_m": 64, "tile_n": 64, "tile_k": 128}},
         "longer stages, swap": {"config": {**SWAP, "tile_m": 64, "tile_n": 16, "tile_k": 256}},
         "cluster, longer stages": {"config": {**CLUSTER, "tile_k": 256}},
@@ -154,7 +149,6 @@ def all_cases() -> dict[str, dict[str, Any]]:
         "cluster, four pairs": {"config": {**CLUSTER, "tile_m": 192, "tile_n": 64, "cluster_m": 2, "split_k": 4}},
         "cluster, three at once": {"config": {**CLUSTER, "tile_m": 64, "tile_n": 32, "resident": 3}},
         "cluster, large": {"config": {**CLUSTER, "tile_m": 256, "tile_n": 64, "split_k": 4}},
-        "cluster, no hints": {"config": {**CLUSTER, "stream": False}},
         "cluster, half": {"config": {**CLUSTER, "tile_n": 48}, "dtype": "float16", "out_dtype": "float16"},
         "cluster, fp32 result": {"config": CLUSTER, "out_dtype": "float32"},
         "stationary": {"config": STATIONARY},

@@ -62,7 +62,6 @@ def test_features_of_cute_kernels_are_in_the_callers_rows_and_columns() -> None:
     assert of("stages") == (232448 - 16384) // ((128 + 64) * 128)
     kinds = [of("kind"), of("kind", pingpong=True, tile_m=64), of("kind", source="operators")]
     assert [KINDS[int(kind)] for kind in kinds] == ["cooperative", "pingpong", "operators"]
-    assert (of("streamed"), of("streamed", stream=True)) == (0.0, 1.0)
     assert (of("log_block_k"), of("log_block_k", tile_k=128)) == (6.0, 7.0)
     # a tile by two warpgroups, or by one
     assert of("log_accumulators") == math.log2(128 * 64 / 256)
