@@ -96,7 +96,8 @@ def aoti_options(plan: Plan) -> dict[str, Any]:
     constant = any(needs_constant(entry) for entry in plan.bundle.entries)
     on_cpu = environment.device == "cpu"
     chosen = plan.bundle.graph_options  # which graph this is, and so whether a scenario's own fit, is not known here
-    options = inductor_options(plan, chosen, frozen=on_cpu and (constant or chosen.get("freezing") == "all"))
+    folded = constant or chosen.get("freezing") == "all"
+    options = inductor_options(plan, chosen, frozen=on_cpu and folded, merges=not on_cpu or folded)
     if constant and not on_cpu:
         options["aot_inductor.use_runtime_constant_folding"] = True
     options["aot_inductor.metadata"] = {

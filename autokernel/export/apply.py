@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -67,10 +68,13 @@ class BundleBackend:
             log.warning("autokernel: bundle %s is applied although %s", bundle.name, why_not)
             why_not = None
         # from an archive they are unpacked, for as long as the plan lives
-        unpacked = tempfile.TemporaryDirectory(prefix="autokernel-objects-") if bundle.objects and where else None
+        needed = bundle.objects and where and why_not is None
+        unpacked = tempfile.TemporaryDirectory(prefix="autokernel-objects-") if needed else None
         files = read_objects(where, bundle, Path(unpacked.name)) if unpacked and where else {}
         self.plan = Plan(bundle, why_not, files, unpacked)
         self.graphs: list[tuple[str, ...]] = []  # the products of each graph that was compiled
+        self._lenient = on_mismatch == "apply"
+        self._frozen: weakref.WeakSet[FrozenGraph] = weakref.WeakSet()
 
     @property
     def bundle(self) -> Bundle:
@@ -80,11 +84,32 @@ class BundleBackend:
         """Per problem key: how many sites were built from the entry so far, and why others were not."""
         return self.plan.report()
 
-    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    def refresh(self) -> None:
+        """Pack the weights anew at the next call of each compiled graph.
+
+        Weights that were exchanged, or changed in place, are seen without it. It is for what nobody can see: writing through
+        `.data`, as in `weight.data += delta`, which is how adapters are often merged.
+        """
+        for graph in list(self._frozen):
+            graph.forget()
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
+        if given:
+            named = " and ".join(f"{name}={value!r}" for name, value in given.items())
+            raise BundleError(
+                f"torch.compile(backend=autokernel.backend(...)) takes no {named}: graph options belong in the bundle, "
+                "and CUDA graphs are captured by hand"
+            )
         products = graph_products(gm, inputs)
         names = names_of(products)
         self.graphs.append(names)
+        if self.plan.active and (reason := self._unfit(inputs)) is not None:
+            self.plan.skip_all(reason)
+            return _inductor(gm, inputs, {}, {})
         if not self.plan.active:
+            return _inductor(gm, inputs, {}, {})
+        if torch.is_grad_enabled():
+            self.plan.skip_all("gradients are enabled; compile and call under torch.inference_mode() or torch.no_grad()")
             return _inductor(gm, inputs, {}, {})
         chosen = self.plan.bundle.options_of(names)
         with built_ahead() if self.plan.bundle.environment.device == "cpu" else contextlib.nullcontext():
@@ -98,25 +123,42 @@ class BundleBackend:
         plan = self.plan
         install()
 
-        def compile_stock() -> Callable[..., Any]:
-            return _inductor(gm, inputs, inductor_options(plan, chosen, frozen=False), chosen)
+        def compile_stock(args: Sequence[Any]) -> Callable[..., Any]:
+            return _inductor(gm, args, inductor_options(plan, chosen, frozen=False), chosen)
 
-        if torch.is_grad_enabled():
-            plan.skip_all("gradients are enabled; compile and call under torch.inference_mode() or torch.no_grad()")
-            return compile_stock()
         frozen = weights_to_freeze(products, inputs, plan, everything=chosen.get("freezing") == "all")
         positions = frozen.positions
         if not positions:
-            return compile_stock()
+            return compile_stock(inputs)
 
-        def compile_frozen(weights: Sequence[Any]) -> Callable[..., Any]:
+        # given what a call has: nothing of the first one is kept
+        def compile_frozen(args: Sequence[Any]) -> Callable[..., Any]:
             for entry, num_bytes in frozen.copied:
                 plan.copied(entry, num_bytes)
-            module = freeze_inputs(gm, weights, positions)
-            rest = [value for i, value in enumerate(inputs) if i not in set(positions)]
+            module = freeze_inputs(gm, args, positions)
+            rest = [value for i, value in enumerate(args) if i not in set(positions)]
             return _inductor(module, rest, inductor_options(plan, chosen, frozen=True), chosen)
 
-        return FrozenGraph(compile_frozen, compile_stock, positions, len(inputs), inputs)
+        graph = FrozenGraph(compile_frozen, compile_stock, positions, len(inputs), inputs)
+        self._frozen.add(graph)
+        return graph
+
+    def _unfit(self, inputs: Sequence[Any]) -> str | None:
+        """Why nothing of the bundle is for a graph of these inputs, as things are when it is compiled."""
+        made = self.bundle.environment
+        devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
+        kinds = sorted({device.type for device in devices})
+        if kinds and made.device not in kinds:
+            return f"it was tuned for {made.device}, and this graph is on {' and '.join(kinds)}"
+        if self._lenient:
+            return None
+        if made.device == "cpu" and (threads := torch.get_num_threads()) != made.num_units:
+            return f"it was tuned with threads {made.num_units}, this is {threads}"
+        if made.device == "cuda" and torch.cuda.is_available():
+            names = {torch.cuda.get_device_name(device) for device in devices if device.type == "cuda"}
+            if others := sorted(names - {made.device_name}):
+                return f"it was tuned on {made.device_name}, and this graph is on {' and '.join(others)}"
+        return None
 
 
 def _inductor(
@@ -131,18 +173,27 @@ def _device_there(device: str) -> bool:
     return device == "cpu" or (device == "cuda" and torch.cuda.is_available())
 
 
-def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: bool) -> dict[str, Any]:
+def inductor_options(
+    plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: bool, merges: bool | None = None
+) -> dict[str, Any]:
     """Inductor's configuration for a compilation with this plan and these graph options.
+
+    Args:
+        plan: the entries.
+        chosen: the graph options.
+        frozen: whether weights are constants, and folded.
+        merges: whether weights may be put side by side; default: where they are folded. Else each call would do it again.
 
     The lookup table carries the plan's digest: its contents are part of the cache key of compiled graphs in every
     version of torch, which our hooks are not.
     """
     options: dict[str, Any] = {
-        "joint_custom_post_pass": MergePass(plan),
         "post_grad_custom_pre_pass": SitePass(plan),
         "lookup_table.table": {"autokernel": [{"digest": plan.digest}]},
     }
     on_cpu = plan.bundle.environment.device == "cpu"
+    if frozen if merges is None else merges:
+        options["joint_custom_post_pass"] = MergePass(plan, min_rows=2 if not on_cpu and chosen.get(OPTION) == ALL else 1)
     if on_cpu:
         options["max_autotune_gemm"] = True  # offers templates; the pins leave one choice, so nothing is timed
         options["max_autotune_gemm_backends"] = "ATEN,CPP"
@@ -157,10 +208,7 @@ def inductor_options(plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: b
         if OPTION in chosen:
             # else Inductor would time a second block size of such a reduction in every new process
             options["dynamic_scale_rblock"] = False
-            first = chosen[OPTION] == ALL
-            passes.insert(0 if first else len(passes), OneRowPass(plan, chosen[OPTION]))
-            if first:
-                options["joint_custom_post_pass"] = MergePass(plan, min_rows=2)
+            passes.insert(0 if chosen[OPTION] == ALL else len(passes), OneRowPass(plan, chosen[OPTION]))
         options["post_grad_custom_post_pass"] = PassChain(plan, passes)
     if any(has_template(entry) for entry in plan.bundle.entries):
         # what runs in front of a product was part of no measurement, and inside a template it runs once per column of tiles

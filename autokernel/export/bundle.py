@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from autokernel.environment import Environment
 from autokernel.errors import BundleError
 from autokernel.records import ConfigValue, Problem, Record, Speedup, digest_of
 
+_FILE_STEM = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FORMAT = "autokernel-bundle"
 FORMAT_VERSION = 3
 DOCUMENT = "bundle.json"
@@ -219,6 +221,9 @@ def read_bundle(path: Path | str, *, check: bool = True) -> Bundle:
         bundle = Bundle.from_json(data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{document}: damaged: {error}") from None
+    for info in bundle.objects:
+        if _FILE_STEM.fullmatch(info.key) is None:  # files are named by it
+            raise BundleError(f"{document}: damaged: a compiled kernel's key is letters and digits, not {info.key!r}")
     if check:
         bundle.check_digest(str(document))
     return bundle
@@ -241,9 +246,11 @@ def read_objects(path: Path | str, bundle: Bundle, folder: Path) -> dict[str, Pa
         return {info.key: where / info.file_name for info in bundle.objects}
     try:
         with zipfile.ZipFile(path) as packed:
+            there = set(packed.namelist())
             for info in bundle.objects:
                 for name in (info.file_name, f"{info.key}.json"):
-                    (folder / name).write_bytes(packed.read(f"{OBJECTS}/{name}"))
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+                    if f"{OBJECTS}/{name}" in there:  # whoever loads it says what is missing
+                        (folder / name).write_bytes(packed.read(f"{OBJECTS}/{name}"))
+    except (OSError, zipfile.BadZipFile) as error:
         raise BundleError(f"{path}: its compiled kernels cannot be unpacked into {folder}: {error}") from None
     return {info.key: folder / info.file_name for info in bundle.objects}

@@ -3,7 +3,8 @@
 Inductor packs a weight, and folds weights that lie side by side into one, only if they are constants of the graph. Its own
 switch must be thrown before Dynamo traces, freezes everything, and never looks at the weights again. Here the weights that
 entries need become constants of the graph that Dynamo hands to the backend, and each call checks that they are still the
-same, unchanged tensors. Nothing of it depends on the device.
+same, unchanged tensors. What is written behind a tensor's back (`weight.data += delta`) cannot be seen: `BundleBackend.refresh`
+is for that. Nothing of it depends on the device.
 
 The constants are copies: the model's own weights stay alive beside them, and each compiled graph (each shape) has copies of
 its own. `Usage.constant_bytes` says how much that is.
@@ -15,6 +16,7 @@ import logging
 import math
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,7 @@ from autokernel.export.plan import Plan
 log = logging.getLogger(__name__)
 
 MAX_REFREEZES = 8
+MAX_SETS = 128  # layers of a model that share one graph, each with its own weights
 
 
 def needs_constant(entry: Entry) -> bool:
@@ -184,7 +187,8 @@ def freeze_inputs(gm: torch.fx.GraphModule, inputs: Sequence[Any], frozen: Seque
             if position in frozen:
                 name = f"_autokernel_frozen_{position}"
                 weight = inputs[position]
-                root[name] = torch.nn.Parameter(weight.detach(), requires_grad=False) if weight.requires_grad else weight
+                # not the weight itself: it may go, and this with it
+                root[name] = torch.nn.Parameter(weight.detach(), requires_grad=False)
                 mapping[node] = graph.get_attr(name)
                 mapping[node].meta = {"example_value": node.meta.get("example_value")}
             else:
@@ -212,39 +216,56 @@ def version_of(tensor: torch.Tensor) -> int:
 
 
 class _Variant:
-    """One compilation, and the weights it holds. `matches` runs at every call of the model: some 60 ns a weight."""
+    """One compilation, and the weights whose constants it holds. It keeps none of them alive: with the first one that goes,
+    the compiled code goes, too. `matches` runs at every call of the model: some 0.15 us a weight."""
 
-    __slots__ = ("_counted", "_pick", "_versions", "_weights", "compiled")
+    __slots__ = ("_addresses", "_compiled", "_counted", "_ids", "_pick", "_references", "_versions")
 
     def __init__(self, compiled: Callable[..., Any], inputs: Sequence[Any], frozen: tuple[int, ...]) -> None:
-        self.compiled = compiled
+        compiled_code = [compiled]
+        self._compiled = compiled_code
         self._pick = _getter(frozen)
-        self._weights = self._pick(inputs)
-        self._counted = [weight for weight in self._weights if version_of(weight) >= 0]
-        self._versions = [weight._version for weight in self._counted]
+        weights = self._pick(inputs)
+        self._ids = [*map(id, weights)]
+        self._references = [weakref.ref(weight, lambda _: compiled_code.clear()) for weight in weights]
+        self._counted = _getter(tuple(i for i, weight in enumerate(weights) if version_of(weight) >= 0))
+        self._versions = [weight._version for weight in self._counted(weights)]
+        self._addresses = [weight.data_ptr() for weight in weights]
+
+    @property
+    def compiled(self) -> Callable[..., Any]:
+        """The code, for as long as all weights are there."""
+        return self._compiled[0]
 
     def matches(self, args: Sequence[Any]) -> bool:
-        """Whether these are the same tensors, with nothing written into them since."""
-        return all(map(operator.is_, self._pick(args), self._weights)) and not self.stale()
+        """Whether these are the same tensors, with nothing written into them since that can be seen."""
+        weights = self._pick(args)
+        return [*map(id, weights)] == self._ids and bool(self._compiled) and self._unchanged(weights)
 
     def stale(self) -> bool:
-        """Whether a weight it holds was changed in place: versions only grow, so it never matches again."""
-        return [weight._version for weight in self._counted] != self._versions
+        """Whether a weight is gone or was changed: versions only grow, so it never matches again."""
+        weights = [reference() for reference in self._references]
+        return not self._compiled or any(weight is None for weight in weights) or not self._unchanged(weights)
+
+    def _unchanged(self, weights: Sequence[Any]) -> bool:
+        return [weight._version for weight in self._counted(weights)] == self._versions and [
+            weight.data_ptr() for weight in weights
+        ] == self._addresses
 
 
 class FrozenGraph:
     """A compiled graph that holds its weights as constants, and looks at each call whether they still are.
 
     One graph may serve several modules (layers that share code, a weight that was replaced): every set of weights gets a
-    compilation of its own, up to `MAX_REFREEZES`; beyond that, the graph is compiled once more without constants. A CUDA
-    graph that was captured around a call replays that call's constants, and nothing here runs: capture again after weights
-    were changed.
+    compilation of its own, up to `MAX_SETS` that are alive, and up to `MAX_REFREEZES` in place of others that changed or are
+    gone; beyond that, the graph is compiled once more without constants. A CUDA graph that was captured around a call replays
+    that call's constants, and nothing here runs: capture again after weights were changed.
     """
 
     def __init__(
         self,
         compile_frozen: Callable[[Sequence[Any]], Callable[..., Any]],
-        compile_stock: Callable[[], Callable[..., Any]],
+        compile_stock: Callable[[Sequence[Any]], Callable[..., Any]],
         frozen: Sequence[int],
         num_inputs: int,
         inputs: Sequence[Any],
@@ -255,16 +276,19 @@ class FrozenGraph:
         self._kept = _getter(tuple(i for i in range(num_inputs) if i not in set(frozen)))
         self._lock = threading.RLock()
         self._variants: tuple[_Variant, ...] = ()
-        self._num_compiled = 0
+        self._num_changes = 0
         self._stock: Callable[..., Any] | None = None
         self._add(inputs)
 
     def _add(self, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = self._compile_frozen(inputs)
-        self._num_compiled += 1
-        fresh = tuple(variant for variant in self._variants if not variant.stale())
-        self._variants = (*fresh, _Variant(compiled, inputs, self._frozen))
+        self._variants = (*self._variants, _Variant(compiled, inputs, self._frozen))
         return compiled
+
+    def forget(self) -> None:
+        """Whatever the weights are at the next call, they are packed again."""
+        with self._lock:
+            self._variants = ()
 
     def __call__(self, *args: Any) -> Any:
         for variant in self._variants:
@@ -277,20 +301,31 @@ class FrozenGraph:
             return self._stock(*args)
         with self._lock:  # two threads with the same new weights compile them once
             known = next((variant.compiled for variant in self._variants if variant.matches(args)), None)
-            if known is None and self._stock is None and self._num_compiled <= MAX_REFREEZES:
-                log.info("autokernel: new or changed weights: packing them again")
-                known = self._add(args)
             if known is None and self._stock is None:
-                log.warning(
-                    "autokernel: the weights of one compiled graph changed or were exchanged %d times; "
-                    "from now on it runs without packed weights",
-                    MAX_REFREEZES,
-                )
-                self._stock = self._compile_stock()
+                known = self._add(args) if self._may_freeze() else None
+            if known is None and self._stock is None:
+                self._stock = self._compile_stock(args)
         return known(*self._kept(args)) if known is not None else self._stock(*args)  # type: ignore[misc]
+
+    def _may_freeze(self) -> bool:
+        """Let go of what never matches again, and say whether there is to be another compilation."""
+        fresh = tuple(variant for variant in self._variants if not variant.stale())
+        changed = len(fresh) < len(self._variants)
+        self._variants = fresh
+        if (self._num_changes < MAX_REFREEZES) if changed else (len(fresh) < MAX_SETS):
+            self._num_changes += changed
+            log.info("autokernel: new or changed weights: packing them again")
+            return True
+        why = (
+            f"the weights of one compiled graph changed or were exchanged {MAX_REFREEZES} times"
+            if changed
+            else f"one compiled graph serves more than {MAX_SETS} sets of weights"
+        )
+        log.warning("autokernel: %s; from now on it runs without packed weights", why)
+        return False
 
 
 def _getter(positions: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    if len(positions) > 1:
+    if len(positions) > 1:  # faster by far
         return operator.itemgetter(*positions)
     return lambda args: tuple(args[i] for i in positions)

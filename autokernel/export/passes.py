@@ -61,7 +61,7 @@ def _gemms_by_input(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.
         if node.op != "call_function" or node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
             continue
         *bias, x, w = node.args
-        if _static_2d(x) and _static_2d(w) and _is_weight(w) and all(_is_bias(b) for b in bias):
+        if _static_2d(x) and _static_2d(w) and _is_weight(w) and all(_is_bias(b, node) for b in bias):
             groups.setdefault(_canonical(x), []).append(node)
     return groups
 
@@ -70,8 +70,10 @@ def _has_bias(node: torch.fx.Node) -> bool:
     return node.target is aten.addmm.default
 
 
-def _is_bias(node: Any) -> bool:
-    return isinstance(node, torch.fx.Node) and node.op in ("placeholder", "get_attr") and node.meta["val"].dim() == 1
+def _is_bias(node: Any, product: torch.fx.Node) -> bool:
+    """Whether a bias of a product can lie beside others: a constant with an element for each column."""
+    constant = isinstance(node, torch.fx.Node) and node.op in ("placeholder", "get_attr")
+    return constant and tuple(node.meta["val"].shape) == tuple(product.meta["val"].shape[-1:])
 
 
 def _canonical(x: torch.fx.Node) -> torch.fx.Node:

@@ -78,10 +78,14 @@ class SubstitutionPass(CustomGraphPass):
         return Site(node, entry, config, gemm, num_units_of(x.device) if config.waves else 1)
 
     def _substitute(self, graph: torch.fx.Graph, sites: Sequence[Site]) -> None:
-        """Replace the nodes; their kernels share one buffer of counters, as long as the longest need of any."""
-        length = max(site.config.num_counters(site.gemm.m, site.gemm.ns[0]) for site in sites)
-        counters = [_counters(graph, length, sites[0].node.meta["val"].device)] if length else []
+        """Replace the nodes; the kernels of a device share one buffer of counters, as long as the longest need of any."""
+        lengths: dict[torch.device, int] = {}
         for site in sites:
+            needed = site.config.num_counters(site.gemm.m, site.gemm.ns[0])
+            lengths[site.device] = max(needed, lengths.get(site.device, 0))
+        buffers = {device: _counters(graph, length, device) for device, length in lengths.items() if length}
+        for site in sites:
+            counters = [buffers[site.device]] if site.device in buffers else []
             lower = functools.partial(lower_skinny_mm, site.config, site.num_units)
             with graph.inserting_before(site.node):
                 node = graph.call_function(functools.wraps(lower_skinny_mm)(lower), (*site.node.args, *counters))
@@ -100,6 +104,11 @@ class Site:
     config: SkinnyConfig
     gemm: Gemm
     num_units: int
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.node.meta["val"].device
+        return device
 
 
 def is_substituted(entry: Entry) -> bool:

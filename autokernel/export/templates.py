@@ -89,6 +89,9 @@ def gemm_of_node(node: torch.fx.Node) -> Gemm | None:
     *added, left, right = values
     if not all(isinstance(size, int) for value in values for size in (*value.shape, *value.stride())):
         return None
+    n = right.shape[-1]
+    if left.dim() == 2 and any(tuple(value.shape) not in ((n,), (left.shape[0], n)) for value in added):
+        return None  # a number, a row or a column for all: kernels read a bias of N elements, or a whole matrix
     # as `gemm_of` has it: a full matrix that is added may as well come behind the product
     bias = node.target is aten.baddbmm.default or any(value.dim() == 1 for value in added)
     batch = left.shape[0] if left.dim() == 3 else 1

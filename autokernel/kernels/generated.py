@@ -6,8 +6,12 @@ problem wherever it is needed, and nothing of it is part of a bundle.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.util
+import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +26,8 @@ from autokernel.kernels.parameters import power_of_two
 from autokernel.ops.generated import Generated
 from autokernel.ops.program import REDUCTIONS, Program, program_of, results_of
 from autokernel.records import ConfigValue, Problem, TensorSpec
+
+log = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = "AUTOKERNEL_CACHE_DIR"
 MAX_ELEMENTS = 2**31 - 1  # offsets are 32-bit
@@ -96,12 +102,11 @@ def load_kernel(name: str, source: str) -> Any:
     module_name = f"autokernel_{name}"
     module = sys.modules.get(module_name)
     if module is None:
-        path = _folder() / f"{name}.py"
-        if not path.exists() or path.read_text(encoding="utf-8") != source:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-                file.write(source)
-            os.replace(file.name, path)  # whoever reads it meanwhile sees a whole file
+        try:
+            path = _written(_folder(), name, source)
+        except OSError as error:  # a container's home may be read-only: no reason for a model not to run
+            path = _written(_spare_folder(), name, source)
+            log.info("autokernel: kernels are written to %s: %s (set %s)", path.parent, error, FOLDER_VARIABLE)
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None
         assert spec.loader is not None
@@ -109,6 +114,24 @@ def load_kernel(name: str, source: str) -> Any:
         spec.loader.exec_module(module)
         sys.modules[module_name] = module
     return getattr(module, name)
+
+
+def _written(folder: Path, name: str, source: str) -> Path:
+    path = folder / f"{name}.py"
+    if not path.exists() or path.read_text(encoding="utf-8") != source:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            file.write(source)
+        os.replace(file.name, path)  # whoever reads it meanwhile sees a whole file
+    return path
+
+
+@functools.cache
+def _spare_folder() -> Path:
+    """One of this process, gone with it."""
+    folder = tempfile.mkdtemp(prefix="autokernel-generated-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _folder() -> Path:

@@ -224,7 +224,7 @@ def _render(node: Node, expressions: Mapping[Node, str]) -> str | None:
     if any(source not in expressions for source in node.all_input_nodes):
         return None
     name = op_name(node)
-    if is_reshape(node) or name == "prims.convert_element_type":
+    if is_reshape(node) or (name == "prims.convert_element_type" and _keeps(node, next(iter(expressions)))):
         return expressions[node.all_input_nodes[0]]
     if name not in _POINTWISE:
         return None
@@ -233,6 +233,14 @@ def _render(node: Node, expressions: Mapping[Node, str]) -> str | None:
     arguments = [expressions[a] if isinstance(a, torch.fx.Node) else spell_number(a) for a in node.args]
     arguments += [f"{key}={value}" for key, value in node.kwargs.items() if value != "none"]
     return spell_call(name.removeprefix("aten."), *arguments)
+
+
+def _keeps(conversion: Node, value: Node) -> bool:
+    """Whether a conversion loses nothing that the value's own dtype has: others (to 8 bits, to integers) are meant."""
+    import torch
+
+    to, own = conversion.meta["val"].dtype, value.meta["val"].dtype
+    return to == own or (own in (torch.bfloat16, torch.float16, torch.float32) and to in (torch.float32, torch.float64))
 
 
 def spell_number(value: object) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from gated_layers import BATCHES, BOTH, BOTH_BIASED, DOWN, GATE, HIDDEN, Gated, 
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import run_and_get_code
 
 import autokernel
 from autokernel.errors import BundleError
@@ -192,6 +196,84 @@ def test_gradients_are_never_frozen_away(caplog: pytest.LogCaptureFixture) -> No
     assert model.gate.weight.grad is not None
     assert next(iter(backend.usage().values())).hits == 0
     assert "gradients are enabled" in caplog.text
+
+
+def test_with_gradients_the_code_is_stock() -> None:
+    """Weights that nobody folds would be put side by side in every call."""
+    model, x = Gated(), torch.randn(M, K)
+    compiled, backend = compiled_with(model, bundle_of(entry(BOTH, "aten", prepack=True, merge="concat")))
+    with torch.enable_grad():
+        _, codes = run_and_get_code(compiled, x)
+    assert codes
+    assert not re.search(rf"\b{2 * HIDDEN}\b", "".join(codes)), "no matrix has both layers' columns"
+    (usage,) = backend.usage().values()
+    assert (usage.hits, len(usage.reasons)) == (0, 1)
+
+
+def test_weights_that_are_no_parameters_are_not_put_side_by_side() -> None:
+    class Buffers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("gate", "up"):
+                self.register_buffer(name, torch.randn(HIDDEN, K))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.gate) * nn.functional.linear(x, self.up)  # type: ignore[arg-type]
+
+    model, x = Buffers(), torch.randn(M, K)
+    compiled, backend = compiled_with(model, bundle_of(entry(BOTH, "aten", prepack=True, merge="concat")))
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)  # type: ignore[operator]
+    (usage,) = backend.usage().values()
+    assert usage.hits == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [({"device": "cuda"}, "it was tuned for cuda, and this graph is on cpu"), ({"num_units": 77}, "threads 77, this is")],
+    ids=["device", "threads"],
+)
+def test_what_a_graph_is_compiled_for_counts_and_not_what_was_there_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, changed: dict[str, Any], reason: str
+) -> None:
+    """One machine has both devices, and threads may change between two compilations."""
+    bundle = bundle_of(entry(GATE, "aten", prepack=True))
+    monkeypatch.setattr("autokernel.export.apply.mismatch", lambda made, here: None)
+    monkeypatch.setattr("autokernel.export.apply._device_there", lambda device: True)
+    monkeypatch.setattr("autokernel.export.apply.current_environment", lambda device: bundle.environment)
+    model, x = Gated(), torch.randn(M, K)
+    with caplog.at_level(logging.WARNING):
+        compiled, backend = compiled_with(model, replace(bundle, environment=replace(bundle.environment, **changed)))
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)  # type: ignore[operator]
+    assert reason in caplog.text
+    assert next(iter(backend.usage().values())).hits == 0
+
+
+def test_what_torch_compile_is_told_besides_is_not_swallowed() -> None:
+    backend = autokernel.backend(bundle_of(entry(GATE, "aten", prepack=True)))
+    with pytest.raises(Exception, match=r"takes no mode='reduce-overhead': graph options belong in the bundle"):
+        torch.compile(Gated(), backend=backend, mode="reduce-overhead")(torch.randn(M, K))
+
+
+def test_a_model_that_goes_leaves_nothing_behind() -> None:
+    backend = autokernel.backend(bundle_of(entry(GATE, "aten", prepack=True)))
+    model, x = Gated(), torch.randn(M, K)
+    compiled = torch.compile(model, backend=backend)
+    compiled(x)
+    assert next(iter(backend.usage().values())).hits == 2
+    kept = [weakref.ref(tensor) for tensor in (model.gate.weight, model.down.weight, x)]
+    del model, compiled, x
+    torch.compiler.reset()
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None, None]
+
+
+def test_weights_that_were_written_to_behind_their_back_are_packed_again_when_told() -> None:
+    model, x = Gated(), torch.randn(M, K)
+    compiled, backend = compiled_with(model, bundle_of(entry(GATE, "aten", prepack=True)))
+    compiled(x)  # type: ignore[operator]
+    model.gate.weight.data += 1
+    backend.refresh()
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)  # type: ignore[operator]
 
 
 def test_another_machine_gets_stock_code_and_one_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,8 +6,10 @@ What is in an object, and that it can be called as its record says, is for tests
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,22 @@ def test_a_product_with_another_epilogue_keeps_it_behind_a_plain_kernel(tmp_path
     assert any(name in targets(module) for name in ("aten.tanh.default", "aten.silu.default", "autokernel.cute_gemm.fused"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float16], ids=str)
+def test_rounding_that_the_model_wants_is_no_part_of_an_epilogue(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Fake quantization: to few bits and back."""
+    convert = torch.ops.prims.convert_element_type.default
+    relu = Problem(op="mm", inputs=(spec(M, K), WEIGHT), device="cuda", constants=(1,), epilogue=("relu",))
+    for through, fused in ((dtype, False), (torch.float32, True)):
+        plan = with_objects(tmp_path, entry(relu, FUSED))
+        module = traced(
+            partial(lambda to, x, w: torch.relu(convert(convert(x @ w.t(), to), torch.bfloat16)), through), (M, K), (N, K)
+        )
+        CutePass(plan)(module.graph)
+        (call,) = calls(module)
+        assert epilogue_of(plan, call) == (("relu",) if fused else ())
+        assert ("aten.relu.default" in targets(module)) is not fused
+
+
 def test_a_bias_goes_into_the_kernel_or_behind_it(tmp_path: Path) -> None:
     def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.relu(torch.addmm(b, x, w.t()))
@@ -181,7 +199,7 @@ def gate_and_up(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tens
 def test_gate_and_up_become_one_kernel_with_half_the_columns(tmp_path: Path) -> None:
     plan = with_objects(tmp_path, entry(GATE_UP, {**FUSED, "merge": "concat"}))
     assert sorted(info.spec.epilogue for info in plan.bundle.objects) == [(), ("gated_silu",)]
-    options = inductor_options(plan, {}, frozen=False)
+    options = inductor_options(plan, {}, frozen=False, merges=True)
     code = generated_code(gate_and_up, [spec(M, K), spec(N, K), spec(N, K)], options)
     assert code.count("torch.ops.autokernel.cute_gemm.default(") == 1
     assert file_of(plan, ("gated_silu",)) in code
@@ -212,7 +230,7 @@ def test_a_product_takes_the_result_of_one_that_was_replaced_before_it(tmp_path:
 
 def test_gate_and_up_that_are_used_otherwise_get_the_plain_kernel(tmp_path: Path) -> None:
     plan = with_objects(tmp_path, entry(GATE_UP, {**FUSED, "merge": "concat"}))
-    options = inductor_options(plan, {}, frozen=False)
+    options = inductor_options(plan, {}, frozen=False, merges=True)
     code = generated_code(lambda x, w, v: torch.tanh(x @ w.t()) * (x @ v.t()), [spec(M, K), spec(N, K), spec(N, K)], options)
     assert code.count("torch.ops.autokernel.cute_gemm.default(") == 1
     assert file_of(plan, ()) in code
@@ -423,6 +441,36 @@ def test_a_bundle_carries_its_objects_in_folder_and_archive(tmp_path: Path) -> N
     assert BundleBackend(bundle, "apply", archive).plan.files.keys() == plan.files.keys()
     write_bundle(plan.bundle.__class__(name="b", created="", version="", environment=H200), folder)
     assert not list((folder / "objects").iterdir())
+
+
+def test_files_are_unpacked_where_they_belong_and_only_if_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = with_objects(tmp_path / "cache", entry(SILU_ADD, FUSED), entry(ADDMM, QUACK))
+    _, archive = write_bundle(plan.bundle, tmp_path / "bundle", plan.files)
+    bundle = read_bundle(archive)
+    monkeypatch.setattr("autokernel.export.apply.read_objects", lambda *_: pytest.fail("nothing of it applies here"))
+    assert BundleBackend(bundle, "stock", archive).plan.files == {}
+    first, *rest = bundle.objects
+    evil = replace(bundle, objects=(replace(first, key="../evil"), *rest)).sealed()
+    (tmp_path / "evil.json").write_text(json.dumps(evil.to_json()))
+    with pytest.raises(BundleError, match=r"a compiled kernel's key is letters and digits, not '../evil'"):
+        read_bundle(tmp_path / "evil.json")
+
+
+def test_an_archive_that_lacks_a_kernel_has_the_others(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path / "cache", entry(SILU_ADD, FUSED), entry(ADDMM, QUACK))
+    _, archive = write_bundle(plan.bundle, tmp_path / "bundle", plan.files)
+    gone = plan.bundle.objects[0].file_name
+    with zipfile.ZipFile(archive) as packed, zipfile.ZipFile(tmp_path / "less.zip", "w") as less:
+        for name in packed.namelist():
+            if not name.endswith(gone):
+                less.writestr(name, packed.read(name))
+    (tmp_path / "unpacked").mkdir()
+    files = read_objects(tmp_path / "less.zip", read_bundle(tmp_path / "less.zip"), tmp_path / "unpacked")
+    assert {path.name: path.exists() for path in files.values()} == {
+        info.file_name: info.file_name != gone for info in plan.bundle.objects
+    }
 
 
 def test_a_kernel_that_is_not_the_recorded_one_is_not_exported(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def as_cudnn(graph: Graph, q: Any, k: Any, v: Any, mask: Any, *rest: Any, scale:
 def kernels_with(step: Step, ops: tuple[str, ...], options: dict[str, ConfigValue] | None = None) -> list[str]:
     """The kernels that are launched, in order, with entries for what these ops find."""
     plan = plan_with(Entry(problem=step.problems[op], backend="triton", config=CONFIGS[op]) for op in ops)
-    code = code_of(step.module, step.inputs, {**PLAIN, **inductor_options(plan, options or {}, frozen=False)})
+    code = code_of(step.module, step.inputs, {**PLAIN, **inductor_options(plan, options or {}, frozen=False, merges=True)})
     assert [(usage.hits, usage.reasons) for usage in plan.usage.values()] == [(LAYERS, [])] * len(ops)
     names = re.findall(r"^ +(\w+)\.run\(|(extern_kernels\.\w+)\(", code[code.index("def call(") :], re.MULTILINE)
     return [ours or other for ours, other in names]

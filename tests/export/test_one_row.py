@@ -169,7 +169,7 @@ needs_codegen = pytest.mark.skipif(minor(torch.__version__) != "2.13", reason="t
 def kernels(plan: Plan, value: str) -> tuple[str, list[str]]:
     """What Inductor writes for the MLP, and the kernels in it."""
     pytest.importorskip("triton", reason="Inductor's kernels for GPUs are Triton's")
-    code = generated_code(gated_mlp, MLP, inductor_options(plan, {"one_row": value}, frozen=False))
+    code = generated_code(gated_mlp, MLP, inductor_options(plan, {"one_row": value}, frozen=False, merges=True))
     return code, re.findall(r"^def triton_.*?^''', device_str", code, re.MULTILINE | re.DOTALL)
 
 

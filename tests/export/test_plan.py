@@ -90,8 +90,7 @@ def test_an_entry_that_does_not_apply_is_said_once_per_reason(caplog: pytest.Log
 
 
 def test_a_key_of_a_whole_program_is_cut_short_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    problem = replace(mm(8, 32, 64), constants=tuple(range(100)))
-    entry = Entry(problem=problem, backend="aten", config={})
+    entry = Entry(problem=merged(8, 64, *[32] * 30), backend="aten", config={})
     with caplog.at_level(logging.WARNING):
         plan_of(entry).skip(entry, "no room")
     assert len(entry.key) > 250

@@ -109,6 +109,29 @@ def test_the_reason_for_stock_code_is_heard(config: dict[str, ConfigValue], func
     assert hits(plan) == [0]
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, N), (M, 1)], ids=str)
+def test_what_is_added_must_be_a_bias_or_a_whole_matrix(shape: tuple[int, ...]) -> None:
+    """Inductor makes an addmm of `x @ w + c` for a c of one element, too: a kernel would read N of it."""
+    plan = plan_of(ADDMM, MM, config=SPLIT)
+    with FakeTensorMode():
+        sizes = ((M, K), (N, K), shape)
+        tensors = [torch.empty(size, dtype=torch.bfloat16, device="cuda") for size in sizes]
+        module = make_fx(lambda x, w, c: torch.addmm(c, x, w.t()))(*tensors)
+    SubstitutionPass(plan)(module.graph)
+    assert "lower_skinny_mm" not in targets(module.graph)
+    assert hits(plan) == [0, 0]
+
+
+def test_each_device_has_counters_of_its_own() -> None:
+    plan = plan_of(MM, config=SPLIT)
+    with FakeTensorMode():
+        tensors = [torch.empty(s, dtype=torch.bfloat16, device=f"cuda:{i}") for i in range(2) for s in ((M, K), (N, K))]
+        module = make_fx(lambda x, w, y, v: (x @ w.t(), y @ v.t()))(*tensors)
+    SubstitutionPass(plan)(module.graph)
+    given = [node.args[-1].meta["val"].device.index for node in module.graph.nodes if "skinny" in str(node.name)]
+    assert given == [0, 1]
+
+
 def test_a_range_of_rows_serves_what_lies_in_it() -> None:
     plan = plan_of(MM, config={**SPLIT, "m_min": 9, "m_max": 16})
     gemm = Gemm("bfloat16", 1, 9, (N,), K, False)

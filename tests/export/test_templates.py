@@ -83,7 +83,7 @@ def generate(
     counters.clear()
     entry = Entry(problem=problem, backend="inductor", config=config)
     plan = plan_with((entry,))
-    code = generated_code(function, specs, inductor_options(plan, {}, frozen=False))
+    code = generated_code(function, specs, inductor_options(plan, {}, frozen=False, merges=True))
     assert counters["inductor"]["select_algorithm_autotune"] == 0
     return code, plan.usage[entry.key]
 

@@ -205,6 +205,14 @@ def test_the_same_problem_and_config_are_the_same_file(tmp_path: Path) -> None:
     assert "def generated_" in path.read_text(encoding="utf-8")
 
 
+def test_a_folder_that_cannot_be_written_is_no_reason_not_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AUTOKERNEL_CACHE_DIR", str(tmp_path / "file"))
+    problem = norm(5)
+    kernel = plan_of(problem, {**default(problem), "block_m": 2}).launches[0].kernel
+    assert "def generated_" in Path(kernel.fn.__code__.co_filename).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
