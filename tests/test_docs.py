@@ -200,6 +200,20 @@ def test_links_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
 
 
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_headings() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/LOG.md", *DOCS.glob("*.md")):
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]*)\)", page.read_text(encoding="utf-8")):
+            linked = page.parent / target if target else page
+            assert anchor in anchors(linked), f"{page.name} links to {target}#{anchor}, which is no heading"
+
+
 def test_named_keys_of_experiments_exist() -> None:
     """`validation.min_gain` and the like, wherever the pages mention one."""
     sections = set(Experiment.model_fields)
