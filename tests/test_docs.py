@@ -193,6 +193,16 @@ def test_production_examples_run(number: int, tmp_path: Path, monkeypatch: pytes
     assert torch._dynamo.utils.counters["inductor"]["mkldnn_linear_weight_pack_matcher_count"] > packed
 
 
+def test_the_readme_s_model_of_one_s_own(tmp_path: Path) -> None:
+    (tmp_path / "mlp.py").write_text(blocks("../README.md", "python")[0], encoding="utf-8")
+    (experiment,) = blocks("../README.md", "yaml")
+    (tmp_path / "mlp.yaml").write_text(experiment, encoding="utf-8")
+    loaded = load_experiment(tmp_path / "mlp.yaml", ("device=cpu",))
+    model, scenario = load_model(loaded, "cpu"), loaded.experiment.scenarios["one"]
+    program = build_scenario(model, scenario, "one", 0, "cpu", "bfloat16", loaded=loaded)
+    assert program.module(*program.inputs).shape == (1, 256)
+
+
 def test_links_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
