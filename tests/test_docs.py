@@ -24,7 +24,8 @@ from autokernel.ops import Op, Site
 from autokernel.profiling.metric import load_metric
 from autokernel.profiling.workload import build_scenario, load_model
 from autokernel.records import Candidate, Problem, Status, TensorSpec
-from autokernel.search.space import DeviceFacts, names_for
+from autokernel.search.expressions import FUNCTIONS
+from autokernel.search.space import DEVICE_NAMES, DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +131,12 @@ def test_the_search_space_is_legal(extension: dict[str, ModuleType], tmp_path: P
     names = names_for(extension["cumsum"].Cumsum().dims(cumsum_problem()), facts)
     assert spaces["chunked"].default(names) == {"chunk": 16}
     assert spaces["chunked"].count(names, 100) == 7
+
+
+def test_all_that_expressions_may_use_is_listed() -> None:
+    section = (DOCS / "extending.md").read_text(encoding="utf-8").split("## A search space")[1].split("## A backend")[0]
+    for name in (*FUNCTIONS, *DEVICE_NAMES):
+        assert f"`{name}`" in section, f"docs/extending.md does not list {name}"
 
 
 def test_the_experiment_and_its_metric_run(tmp_path: Path) -> None:
