@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from experiment_keys import with_keys
+from typer.main import get_command
 
 import autokernel
 from autokernel import backends, ops
 from autokernel.backends import aten
+from autokernel.cli import app
 from autokernel.config import Experiment, load_experiment
 from autokernel.environment import current_environment
 from autokernel.export.bundle import Bundle, Entry, read_bundle, write_bundle
@@ -30,6 +33,7 @@ from autokernel.search.space_file import load_space
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+REFERENCE = (DOCS / "reference.md").read_text(encoding="utf-8")
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NAMED = re.compile(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -247,6 +251,41 @@ def test_named_keys_of_experiments_exist() -> None:
                 model = next(
                     (a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None
                 )
+
+
+def test_the_reference_has_the_keys_of_today() -> None:
+    assert with_keys(REFERENCE) == REFERENCE, "run `python tests/experiment_keys.py`"
+
+
+def test_the_reference_has_every_command_and_option() -> None:
+    def walk(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+        yield path, command
+        for name, below in getattr(command, "commands", {}).items():
+            yield from walk(below, f"{path} {name}")
+
+    for path, command in walk(get_command(app), "autokernel"):
+        assert f"`{path}" in REFERENCE, f"docs/reference.md lacks {path}"
+        for option in (name for parameter in command.params for name in parameter.opts if name.startswith("--")):
+            assert f"`{option}" in REFERENCE, f"docs/reference.md lacks {option} of {path}"
+
+
+def test_the_reference_has_every_variable_that_is_read() -> None:
+    read = re.compile(r"environ(?:\.\w+)?[(\[]\s*\"(\w+)\"|\"(\w+)\" not in os\.environ|FOLDER_VARIABLE = \"(\w+)\"")
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "autokernel").rglob("*.py")]
+    names = {name for source in sources for found in read.findall(source) for name in found if name}
+    assert {"AUTOKERNEL_CACHE_DIR", "COLUMNS", "CUDA_VISIBLE_DEVICES"} <= names
+    assert sorted(name for name in names if f"`{name}`" not in REFERENCE) == []
+
+
+def test_the_reference_names_every_op() -> None:
+    assert [op.name for op in ops.OPS if f"`{op.name}`" not in REFERENCE] == []
+
+
+def test_the_reference_s_experiment_on_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").symlink_to(ROOT / "experiments" / "models" / "tiny_llama")
+    (tmp_path / "text.txt").write_text("some text")
+    (tmp_path / "my_model.yaml").write_text(blocks("reference.md", "yaml")[-1], encoding="utf-8")
+    assert load_experiment(tmp_path / "my_model.yaml", ("device=cpu",)).experiment.model.by_auto_class
 
 
 def test_the_readme_shows_the_public_api() -> None:
