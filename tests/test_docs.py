@@ -288,6 +288,28 @@ def test_the_reference_s_experiment_on_a_checkpoint(tmp_path: Path) -> None:
     assert load_experiment(tmp_path / "my_model.yaml", ("device=cpu",)).experiment.model.by_auto_class
 
 
+def test_the_reference_s_way_to_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint").symlink_to(ROOT / "experiments" / "models" / "tiny_llama")
+    x, weight = TensorSpec.contiguous((1, 384), "bfloat16"), TensorSpec(shape=(384, 384), dtype="bfloat16", stride=(1, 384))
+    entry = Entry(
+        problem=Problem(op="mm", inputs=(x, weight), device="cpu", constants=(1,)), backend="aten", config={"prepack": True}
+    )
+    environment = current_environment("cpu", threads=2)
+    bundle = Bundle(name="t", created="", version="", environment=environment, entries=(entry,))
+    write_bundle(bundle, tmp_path / "path" / "to" / "bundle")
+    monkeypatch.chdir(tmp_path)
+    threads, scope = torch.get_num_threads(), {"print": lambda *_: None}
+    (code,) = blocks("reference.md", "python")
+    try:
+        torch.compiler.reset()
+        exec(code, scope)
+    finally:
+        torch.set_num_threads(threads)
+        torch.compiler.reset()
+    (usage,) = scope["backend"].usage().values()  # type: ignore[attr-defined]
+    assert usage.hits == 12  # four products in each of three layers: q, k, v and o
+
+
 def test_the_readme_shows_the_public_api() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "autokernel.backend(" in text
