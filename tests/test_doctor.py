@@ -187,11 +187,11 @@ def test_gpus_that_torch_sees_and_does_not_see(monkeypatch: pytest.MonkeyPatch) 
         ({"nvml": "No module named 'pynvml'"}, "NVML", "advice", "no clocks, power", "pip install 'nvidia-ml-py>="),
         ({"cublas": "CUBLAS_STATUS_ALLOC_FAILED"}, "cuBLAS", "missing", "a product fails", "nvidia-smi"),
         (
-            {"cutedsl": "quack-kernels is not installed: pip install 'autokernel[cutedsl]'"},
+            {"cutedsl": "quack-kernels is not installed: pip install 'quack-kernels>=0.6.5,<0.6.6'"},
             "CuTe DSL",
             "advice",
             "no backend cutedsl: quack-kernels is not installed",
-            "pip install 'autokernel[cutedsl]'",
+            "pip install 'quack-kernels>=0.6.5,<0.6.6'",
         ),
         ({"gpus": [{"arch": "sm_80"}]}, "CuTe DSL", "advice", "for sm_90, not for sm_80", "leave cutedsl out of `backends`"),
         ({"gpus": [{"free_gb": 20.0}]}, "GPU 0", "advice", "20.0 GiB free", "CUDA_VISIBLE_DEVICES"),

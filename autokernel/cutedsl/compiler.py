@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 _DSL, _OPERATORS, _QUACK, _FFI = "nvidia-cutlass-dsl", "nvidia-cutlass-operators", "quack-kernels", "apache-tvm-ffi"
 _PACKAGES = (_DSL, _OPERATORS, _QUACK, _FFI)
-_CURE = "pip install 'autokernel[cutedsl]'"
 _FUNCTION = "cute_gemm"
 _SHIM = "launch_errors.c"
 _RUNTIME = "libcuda_dialect_runtime_static.a"
@@ -51,20 +50,27 @@ def unavailable() -> str | None:
     if installed_version("nvidia-cutlass") is not None:
         return (
             "the old package nvidia-cutlass is installed, which has a module `cutlass` of its own: "
-            f"pip uninstall nvidia-cutlass, then {_CURE} --force-reinstall"
+            f"pip uninstall nvidia-cutlass, then {_cure()} --force-reinstall"
         )
     ranges = declared_ranges()
     for name in _PACKAGES:
         version = installed_version(name)
         if version is None:
-            return f"{name} is not installed: {_CURE}"
+            return f"{name} is not installed: {_cure()}"
         if (wrong := out_of_range(version, ranges.get(name, ""))) is not None:
-            return f"{name} {version} is {wrong} (tested: {ranges[name]}): {_CURE}"
+            return f"{name} {version} is {wrong} (tested: {ranges[name]}): {_cure()}"
     if _static_runtime() is None:
         return f"{_DSL} has no {_RUNTIME} for CUDA {cuda_major()}: pip install 'nvidia-cutlass-dsl[cu{cuda_major()}]'"
     if _linker() is None:
         return "there is no C compiler to link kernels with: apt-get install gcc, or set CC"
     return None
+
+
+def _cure() -> str:
+    """What installs all packages in the versions that were tested: the extra `cutedsl`, spelled out."""
+    ranges = declared_ranges()
+    extras = {_DSL: f"[cu{cuda_major()}]"}
+    return "pip install " + " ".join(f"'{name}{extras.get(name, '')}{ranges.get(name, '')}'" for name in _PACKAGES)
 
 
 def versions() -> dict[str, str]:
@@ -292,7 +298,7 @@ def link(compiled: Any, function: str, folder: Path) -> bytes:
     if needless:
         raise CompileError(
             f"a compiled kernel may need only the CUDA runtime, tvm_ffi and libc, this one needs {', '.join(needless)}: "
-            f"{_RUNTIME} of {_DSL} {installed_version(_DSL)} has changed; {_CURE}"
+            f"{_RUNTIME} of {_DSL} {installed_version(_DSL)} has changed; {_cure()}"
         )
     return result.read_bytes()
 
