@@ -5,17 +5,16 @@ Relative paths in an experiment are relative to the folder of its file.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from autokernel.config_messages import ADDRESS_PATTERN, NAME_PATTERN, Mistake, from_overrides, mistakes, suggestion
 from autokernel.errors import ConfigError
 from autokernel.model_config import (
-    TENSOR,
     CallScenario,
     DecodeScenario,
     ModelSection,
@@ -27,6 +26,9 @@ from autokernel.model_config import (
 
 _STORAGE = ("sqlite", "postgresql", "mysql")
 _TRACKING = (*_STORAGE, "mssql", "http", "https")
+
+BackendName = Literal["aten", "inductor", "triton", "cutedsl"]
+BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 
 class SearchSection(Section):
@@ -141,7 +143,7 @@ class ClusterSection(Section):
 
     address: str = Field(
         "local",
-        pattern=r"^(local|auto|inline|(ray://)?[^/\s]+:\d+)$",
+        pattern=ADDRESS_PATTERN,
         description="`local`, `auto`, `HOST:PORT`, or `ray://HOST:PORT`; `inline` uses no Ray at all",
     )
     gpus_per_worker: float = Field(1, gt=0, description="GPU runs only")
@@ -154,12 +156,12 @@ class ClusterSection(Section):
 class Experiment(Section):
     """One experiment: a model, its scenarios, what may be tried, and what has to be proved."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$", description="names the run's folder and the MLflow experiment")
+    name: str = Field(pattern=NAME_PATTERN, description="names the run's folder and the MLflow experiment")
     model: ModelSection
     scenarios: dict[str, Scenario] = Field(min_length=1, description="name -> what the model does; each is timed end to end")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt | None = Field(None, description="CPU threads of the model; default: physical cores")
-    backends: tuple[Literal["aten", "inductor", "triton", "cutedsl"], ...] = ("aten", "inductor")
+    backends: tuple[BackendName, ...] = ("aten", "inductor")
     search: SearchSection = SearchSection()
     profile: ProfileSection = ProfileSection()
     plan: PlanSection = PlanSection()
@@ -172,24 +174,27 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Experiment:
         if "aten" not in self.backends:
-            raise ValueError("backends must include aten: the stock kernels are always in the candidate set")
+            raise ValueError("backends: must include aten: the stock kernels are always in the candidate set")
         if self.device == "cpu":
             gpu_only = sorted({"triton", "cutedsl"} & set(self.backends))
             if gpu_only:
-                raise ValueError(f"backends {gpu_only} need a GPU, but device is cpu: remove them or set `device: cuda`")
+                raise ValueError(f"backends: {gpu_only} need a GPU, but device is cpu: remove them or set `device: cuda`")
         metric = self.validation.eval.metric if self.validation.eval is not None else ""
         if not self.model.by_auto_class and metric in ("bits_per_byte", "perplexity"):
-            raise ValueError(f"metric {metric} is for language models; a model of your own class needs `module:function`")
-        unknown = sorted(set(self.graph.scenarios) - set(self.scenarios))
-        if unknown:
-            raise ValueError(f"graph.scenarios names {unknown}, but there are {sorted(self.scenarios)}")
+            raise ValueError(
+                f"validation.eval.metric: {metric} is for language models; a model of your own class needs `module:function`"
+            )
+        for name in self.graph.scenarios:
+            if name not in self.scenarios:
+                known = ", ".join(self.scenarios)
+                raise ValueError(f"graph.scenarios: {name!r} is none of {known}{suggestion(name, self.scenarios)}")
         for name, url, schemes in (("storage", self.storage, _STORAGE), ("tracking", self.tracking, _TRACKING)):
-            if url is not None and url.partition("://")[0].partition("+")[0] not in schemes:
-                raise ValueError(
-                    f"{name} is a URL that begins with one of {', '.join(f'{s}://' for s in schemes)}, not {url.partition('://')[0]!r}"
-                )
+            scheme = url.partition("://")[0] if url is not None else ""
+            if url is not None and scheme.partition("+")[0] not in schemes:
+                known = ", ".join(f"{s}://" for s in schemes)
+                raise ValueError(f"{name}: is a URL that begins with one of {known}, not {scheme!r}")
         if self.storage is not None and self.storage == self.tracking:
-            raise ValueError("storage and tracking must be different databases: Optuna and MLflow clash in one")
+            raise ValueError("tracking: must be another database than that of `storage`: Optuna and MLflow clash in one")
         return self
 
 
@@ -199,10 +204,15 @@ class LoadedExperiment(Section):
     experiment: Experiment
     path: Path
     text: str = Field(description="the file as read, for the record")
+    overrides: tuple[str, ...] = Field((), description="`a.b=value`, as given on top of the file")
 
     def resolve(self, path: Path | str) -> Path:
         """A path of the experiment as an absolute path."""
         return (self.path.parent / Path(path).expanduser()).resolve()
+
+    def wrong(self, key: str, text: str) -> ConfigError:
+        """What to raise for a key that says what cannot be: names the file, the key and the `--set` that it is from."""
+        return ConfigError(f"{self.path}: {key}: {text}{from_overrides(key, self.overrides)}")
 
 
 def load_experiment(path: Path | str, overrides: tuple[str, ...] = ()) -> LoadedExperiment:
@@ -220,16 +230,38 @@ def load_experiment(path: Path | str, overrides: tuple[str, ...] = ()) -> Loaded
         raise ConfigError(f"{path}: no such file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
+    experiment = parse_experiment(text, path, overrides)
+    loaded = LoadedExperiment(experiment=experiment, path=path, text=text, overrides=overrides)
+    _check_files(loaded)
+    return loaded
+
+
+def parse_experiment(text: str, path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
+    """The experiment that a file's text and the overrides make, without a look at the files that it names.
+
+    Raises:
+        ConfigError: as `load_experiment`.
+    """
     data = parse_yaml_mapping(text, path)
     for override in overrides:
         _override(data, override)
     try:
-        experiment = Experiment.model_validate(data)
+        return Experiment.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(explain(error, path, Experiment)) from None
-    loaded = LoadedExperiment(experiment=experiment, path=path, text=text)
-    _check_files(loaded)
-    return loaded
+        found = mistakes(error, Experiment, data)
+    in_file: list[Mistake] = []
+    if overrides:  # are they to blame, or is the file wrong by itself?
+        alone = parse_yaml_mapping(text, path)
+        try:
+            Experiment.model_validate(alone)
+        except ValidationError as error:
+            in_file = mistakes(error, Experiment, alone)
+    lines = [f"{path}: {m}{'' if m in in_file else _blamed(m, overrides)}" for m in found]
+    raise ConfigError("\n".join(lines))
+
+
+def _blamed(mistake: Mistake, overrides: tuple[str, ...]) -> str:
+    return from_overrides(mistake.key, overrides) or from_overrides("", overrides)
 
 
 def parse_yaml_mapping(text: str, path: Path) -> dict[str, Any]:
@@ -286,54 +318,6 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: the value is not valid YAML") from None
 
 
-def explain(error: ValidationError, path: Path, model: type[BaseModel]) -> str:
-    """A pydantic error as lines of `file: key.path: what is wrong (value); cure`."""
-    lines = []
-    for item in error.errors(include_url=False):
-        tagged = item["loc"][:1] == ("scenarios",) and len(item["loc"]) > 2  # scenarios, name, kind, key
-        location = [str(part) for i, part in enumerate(item["loc"]) if not (tagged and i == 2)]
-        location = [part for part in location if not part.startswith("<")]
-        key = ".".join(location) or "(top level)"
-        if item["type"] == "extra_forbidden":
-            known = sorted(_fields_at(model, item["loc"][:-1]))
-            near = difflib.get_close_matches(location[-1], known, n=1)
-            cure = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
-            lines.append(f"{path}: {key}: unknown key; {cure}")
-            continue
-        message = item["msg"].removeprefix("Value error, ")
-        value = "" if item["type"] in ("missing", "value_error") else f" (got {_short(item['input'])})"
-        lines.append(f"{path}: {key}: {message}{value}")
-    return "\n".join(lines)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
-    """Names of the fields of the section at this place of the schema."""
-    kinds: dict[str, type[BaseModel]] = {
-        "prefill": PrefillScenario,
-        "decode": DecodeScenario,
-        "call": CallScenario,
-        TENSOR: TensorInput,
-    }
-    current: type[BaseModel] = model
-    for part in location:
-        if str(part) in kinds:
-            current = kinds[str(part)]
-            continue
-        info = current.model_fields.get(str(part))
-        if info is None:
-            continue
-        for option in (info.annotation, *getattr(info.annotation, "__args__", ())):
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                current = option
-                break
-    return set(current.model_fields)
-
-
 def _check_files(loaded: LoadedExperiment) -> None:
     """Everything the experiment names on disk must be there before anything is started."""
     experiment = loaded.experiment
@@ -356,27 +340,26 @@ def _check_files(loaded: LoadedExperiment) -> None:
         elif data is not None:
             wanted.append(("validation.eval.data", loaded.resolve(data), "a text file or a folder of them"))
         elif metric in ("bits_per_byte", "perplexity"):
-            raise ConfigError(f"{loaded.path}: validation.eval.data: metric {metric} needs text to be measured on")
+            raise loaded.wrong("validation.eval.data", f"metric {metric} needs text to be measured on")
         if metric not in ("bits_per_byte", "perplexity") and ":" not in metric:
-            raise ConfigError(
-                f"{loaded.path}: validation.eval.metric: {metric!r} is neither bits_per_byte, perplexity nor module:function"
-            )
+            raise loaded.wrong("validation.eval.metric", f"{metric!r} is neither bits_per_byte, perplexity nor module:function")
     for key, reference in functions:
         if reference is None:
             continue
         target, colon, function = reference.rpartition(":")
         if not colon or not function.isidentifier() or not target:
-            raise ConfigError(f"{loaded.path}: {key}: {reference!r} must look like package.module:function or file.py:function")
+            raise loaded.wrong(key, f"{reference!r} must look like package.module:function or file.py:function")
         if target.endswith(".py"):
             wanted.append((key, loaded.resolve(target), "a Python file"))
     for key, place, what in wanted:
         if not place.exists():
-            raise ConfigError(f"{loaded.path}: {key}: {place} does not exist; it should be {what}")
+            raise loaded.wrong(key, f"{place} does not exist; it should be {what}")
     if model.checkpoint is not None and not (loaded.resolve(model.checkpoint) / "config.json").is_file():
-        raise ConfigError(f"{loaded.path}: model.checkpoint: {loaded.resolve(model.checkpoint)} holds no config.json")
+        raise loaded.wrong("model.checkpoint", f"{loaded.resolve(model.checkpoint)} holds no config.json")
 
 
 __all__ = [
+    "BACKENDS",
     "CallScenario",
     "ClusterSection",
     "DecodeScenario",
@@ -391,7 +374,7 @@ __all__ = [
     "StockMode",
     "TensorInput",
     "ValidationSection",
-    "explain",
     "load_experiment",
+    "parse_experiment",
     "parse_yaml_mapping",
 ]

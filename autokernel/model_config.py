@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
 
-# Kinds of inputs: pydantic puts them into the path of an error, where `config.explain` takes them out again.
+# Kinds of inputs: pydantic puts them into the path of an error, where `config_messages` takes them out again.
 TENSOR, LIST, VALUE, DECLARED, FUNCTION = "<tensor>", "<list>", "<value>", "<declared>", "<function>"
 
 

@@ -23,6 +23,7 @@ PACKAGE = ROOT / "autokernel"
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("records",), ("errors",)),
     (("environment",), ("requirements",), ("torch_facts",), ("model_config",)),
+    (("config_messages",),),
     (("events",), ("config",)),
     (("fingerprint",),),
     (("ops",),),
@@ -60,7 +61,7 @@ HOMES = {
     "nvMatmulHeuristics": ("search.nvmatmul_library",),
     "typer": ("cli", "display.session"),
     "rich": ("cli", "display"),
-    "pydantic": ("config", "model_config", "search.space_file"),
+    "pydantic": ("config", "config_messages", "model_config", "search.space_file"),
     "transformers": ("profiling",),
     "matplotlib": ("tracking.plots",),
     "jinja2": ("tracking.report",),

@@ -133,7 +133,8 @@ def test_the_version() -> None:
 def test_a_wrong_experiment_exits_with_2_and_one_message(experiment: Path, runs: Path, command: str) -> None:
     done = call(command, experiment, "--set", "search.trails=5", "--runs", runs)
     assert done.exit_code == 2
-    assert done.stderr == f"{experiment}: search.trails: unknown key; did you mean `trials`?\n"
+    said = "search.trails: unknown key; did you mean `trials`? (from --set search.trails=5)"
+    assert done.stderr == f"{experiment}: {said}\n"
     assert done.stdout == ""
     assert not runs.exists()
 
@@ -486,7 +487,7 @@ def test_a_wrong_experiment_answers_as_json_where_that_is_asked_for(experiment: 
     assert done.exit_code == 2
     answer = json.loads(done.stdout)
     assert answer["outcome"] == "failed"
-    assert answer["message"].endswith("unknown key; did you mean `trials`?")
+    assert answer["message"].endswith("unknown key; did you mean `trials`? (from --set search.trails=5)")
 
 
 def test_ui_of_a_server_prints_its_address(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

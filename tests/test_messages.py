@@ -52,7 +52,7 @@ def lab(tmp_path: Path) -> Lab:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"graph": {"scenarios": ["q"]}}, r"graph.scenarios names \['q'\], but there are \['p'\]"),
+        ({"graph": {"scenarios": ["q"]}}, r"x.yaml: graph.scenarios: 'q' is none of p$"),
         (
             {"model": {"factory": "parts.py:score", "config_overrides": {"a": 1}}},
             "`config_overrides` belong to `checkpoint` and `config`; a factory takes `arguments`",

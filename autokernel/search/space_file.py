@@ -25,7 +25,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from autokernel.config import explain, parse_yaml_mapping
+from autokernel.config import parse_yaml_mapping
+from autokernel.config_messages import mistakes
 from autokernel.errors import ConfigError
 from autokernel.records import ConfigValue
 from autokernel.search.expressions import Expression, parse_expression
@@ -97,10 +98,11 @@ def load_space(op: str, folder: Path | None = None) -> dict[str, Space]:
         raise ConfigError(f"{path}: no search space for op {op}; the folder has spaces for: {known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
+    data = parse_yaml_mapping(text, path)
     try:
-        file = SpaceFile.model_validate(parse_yaml_mapping(text, path))
+        file = SpaceFile.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(explain(error, path, SpaceFile)) from None
+        raise ConfigError("\n".join(f"{path}: {mistake}" for mistake in mistakes(error, SpaceFile, data))) from None
     if file.op != op:
         raise ConfigError(f"{path}: op: is {file.op!r}, but the file is named for {op!r}; make them equal")
     reserved = sorted(set(file.names) & DEVICE_NAMES)
