@@ -9,6 +9,7 @@ from autokernel.config import CallScenario, LoadedExperiment
 from autokernel.records import digest_of
 
 _HASHED_BYTES = 64 << 20  # larger files are known by size and time
+_SPACES = "search.spaces"
 
 
 def experiment_digest(loaded: LoadedExperiment) -> str:
@@ -16,24 +17,38 @@ def experiment_digest(loaded: LoadedExperiment) -> str:
 
     What has its default counts as not said: a run can be resumed by a version whose experiments may say more.
     """
-    experiment = loaded.experiment
-    named: list[Path] = []
-    if experiment.model.checkpoint is not None:
-        named.append(loaded.resolve(experiment.model.checkpoint))
-    if isinstance(experiment.model.config, Path):
-        named.append(loaded.resolve(experiment.model.config))
-    if experiment.search.spaces is not None:
-        named.append(loaded.resolve(experiment.search.spaces))
-    references = [experiment.model.factory, experiment.model.class_path]
-    references += [s.inputs_function for s in experiment.scenarios.values() if isinstance(s, CallScenario)]
-    if experiment.validation.eval is not None:
-        references += [experiment.validation.eval.metric, experiment.validation.eval.data]
-    for reference in references:
+    prints = {str(path): _fingerprint(path, spaces=key == _SPACES) for key, path in _named_files(loaded)}
+    return digest_of([loaded.experiment.model_dump(mode="json", exclude_defaults=True), prints])
+
+
+def file_digests(loaded: LoadedExperiment) -> dict[str, str]:
+    """By key of the experiment, a digest of the file or folder that it names: tells which of them have changed."""
+    return {key: digest_of([str(path), _fingerprint(path, spaces=key == _SPACES)]) for key, path in _named_files(loaded)}
+
+
+def _named_files(loaded: LoadedExperiment) -> list[tuple[str, Path]]:
+    """Keys of the experiment that name a file or a folder, with what they name."""
+    model, evaluated = loaded.experiment.model, loaded.experiment.validation.eval
+    named: list[tuple[str, Path]] = []
+    if model.checkpoint is not None:
+        named.append(("model.checkpoint", loaded.resolve(model.checkpoint)))
+    if isinstance(model.config, Path):
+        named.append(("model.config", loaded.resolve(model.config)))
+    if loaded.experiment.search.spaces is not None:
+        named.append((_SPACES, loaded.resolve(loaded.experiment.search.spaces)))
+    references = [("model.factory", model.factory), ("model.class_path", model.class_path)]
+    references += [
+        (f"scenarios.{name}.inputs", scenario.inputs_function)
+        for name, scenario in loaded.experiment.scenarios.items()
+        if isinstance(scenario, CallScenario)
+    ]
+    if evaluated is not None:
+        references += [("validation.eval.metric", evaluated.metric), ("validation.eval.data", evaluated.data)]
+    for key, reference in references:
         target = (reference or "").rpartition(":")[0] or (reference or "")
         if target and loaded.resolve(target).exists():
-            named.append(loaded.resolve(target))
-    prints = {str(path): _fingerprint(path) for path in named}
-    return digest_of([experiment.model_dump(mode="json", exclude_defaults=True), prints])
+            named.append((key, loaded.resolve(target)))
+    return named
 
 
 def checkpoint_bytes(loaded: LoadedExperiment) -> int:
@@ -44,8 +59,11 @@ def checkpoint_bytes(loaded: LoadedExperiment) -> int:
     return sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
 
 
-def _fingerprint(path: Path) -> list[str]:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+def _fingerprint(path: Path, *, spaces: bool) -> list[str]:
+    """Of a file, or of all files of a folder; of a folder of search spaces only those, wherever it lies."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in (path.glob("*.yaml") if spaces else path.rglob("*")) if p.is_file())
     prints = []
     for file in files:
         if "__pycache__" in file.parts:

@@ -27,6 +27,7 @@ from autokernel.ops import Op, Site
 from autokernel.profiling.metric import load_metric
 from autokernel.profiling.workload import build_scenario, load_model
 from autokernel.records import Candidate, Problem, Status, TensorSpec
+from autokernel.search import space_file
 from autokernel.search.expressions import FUNCTIONS
 from autokernel.search.space import DEVICE_NAMES, DeviceFacts, names_for
 from autokernel.search.space_file import load_space
@@ -74,6 +75,7 @@ def _extended(extension: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ops, "OPS", (*ops.OPS, extension["cumsum"].Cumsum()))
     monkeypatch.setattr(aten, "GEMM_OPS", (*aten.GEMM_OPS, "cumsum"))
     monkeypatch.setattr(backends, "all_backends", lambda: everything)
+    monkeypatch.setattr(space_file, "BACKENDS", tuple(backend.name for backend in everything))
     yield
     torch.compiler.reset()
 
@@ -128,6 +130,7 @@ def test_the_backend_evaluates_and_beside_it_stock_code() -> None:
     assert scope["EvaluateCandidate"](candidate=refused, max_copies=4)().status is Status.INVALID  # type: ignore[operator]
 
 
+@pytest.mark.usefixtures("_extended")
 def test_the_search_space_is_legal(extension: dict[str, ModuleType], tmp_path: Path) -> None:
     (tmp_path / "cumsum.yaml").write_text(named_blocks("extending.md")["search_spaces/cumsum.yaml"])
     spaces = load_space("cumsum", tmp_path)

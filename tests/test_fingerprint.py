@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autokernel.config import Experiment, load_experiment
-from autokernel.fingerprint import checkpoint_bytes, experiment_digest
+from autokernel.fingerprint import checkpoint_bytes, experiment_digest, file_digests
 
 DATA = Path(__file__).parent / "data"
 
@@ -61,6 +61,33 @@ def test_a_folder_that_is_named_counts_with_its_files(experiment: Path) -> None:
     space = experiment.parent / "spaces" / "mm.yaml"
     space.write_text(space.read_text() + "\n# touched\n")
     assert experiment_digest(load_experiment(experiment, overrides)) != before
+
+
+def test_of_a_folder_of_spaces_only_the_spaces_count(experiment: Path) -> None:
+    """`search.spaces=/tmp` must not read all that lies there."""
+    overrides = ("search.spaces=spaces",)
+    before = experiment_digest(load_experiment(experiment, overrides))
+    (experiment.parent / "spaces" / "deep").mkdir()
+    for name in ("notes.txt", "deep/mm.yaml"):
+        (experiment.parent / "spaces" / name).write_text("op: mm")
+    assert experiment_digest(load_experiment(experiment, overrides)) == before
+    shutil.copy(experiment.parent / "spaces" / "mm.yaml", experiment.parent / "spaces" / "bmm.yaml")
+    assert experiment_digest(load_experiment(experiment, overrides)) != before
+
+
+def test_which_file_changed_is_told_by_its_key(experiment: Path) -> None:
+    overrides = ("search.spaces=spaces",)
+    before = file_digests(load_experiment(experiment, overrides))
+    named = {"search.spaces", "model.factory", "scenarios.one.inputs", "scenarios.four.inputs", "validation.eval.metric"}
+    assert set(before) == named
+    space = experiment.parent / "spaces" / "mm.yaml"
+    space.write_text(space.read_text() + "\n# touched\n")
+    after = file_digests(load_experiment(experiment, overrides))
+    assert {key for key in before if before[key] != after[key]} == {"search.spaces"}
+    code = experiment.with_name("gated.py")
+    code.write_text(code.read_text() + "\n# touched\n")
+    last = file_digests(load_experiment(experiment, overrides))
+    assert {key for key in after if after[key] != last[key]} == named - {"search.spaces"}
 
 
 def test_a_checkpoint_is_as_large_as_its_weights(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def test_a_package_without_its_spaces(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(space_file, "__file__", str(tmp_path / "autokernel" / "search" / "space_file.py"))
     with pytest.raises(
-        ConfigError, match=r"no search_spaces folder: reinstall autokernel, or name a folder in `search.spaces`"
+        ConfigError,
+        match=r"no search_spaces folder: install it from its checkout again .*, or name a folder in `search.spaces`",
     ):
         space_file.default_spaces_folder()
 

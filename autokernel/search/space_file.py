@@ -25,12 +25,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from autokernel.config import parse_yaml_mapping
-from autokernel.config_messages import mistakes
+from autokernel.config import BACKENDS, parse_yaml_mapping
+from autokernel.config_messages import mistakes, suggestion
 from autokernel.errors import ConfigError
 from autokernel.records import ConfigValue
 from autokernel.search.expressions import Expression, parse_expression
 from autokernel.search.space import DEVICE_NAMES, Names, Parameter, Section, Space
+
+COPY = "copy the package's search_spaces/ and change the copy"  # the cure for what a folder of one's own lacks
 
 _MAX_CHOICES = 1024
 
@@ -75,7 +77,8 @@ def default_spaces_folder() -> Path:
         if folder.is_dir():
             return folder
     raise ConfigError(
-        f"{package}: the package has no search_spaces folder: reinstall autokernel, or name a folder in `search.spaces`"
+        f"{package}: the package has no search_spaces folder: install it from its checkout again (pip install -c "
+        "constraints.txt -e .), or name a folder in `search.spaces`"
     )
 
 
@@ -95,7 +98,7 @@ def load_space(op: str, folder: Path | None = None) -> dict[str, Space]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
-        raise ConfigError(f"{path}: no search space for op {op}; the folder has spaces for: {known}") from None
+        raise ConfigError(f"{path}: no search space for op {op}; the folder has spaces for: {known}; {COPY}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     data = parse_yaml_mapping(text, path)
@@ -105,6 +108,9 @@ def load_space(op: str, folder: Path | None = None) -> dict[str, Space]:
         raise ConfigError("\n".join(f"{path}: {mistake}" for mistake in mistakes(error, SpaceFile, data))) from None
     if file.op != op:
         raise ConfigError(f"{path}: op: is {file.op!r}, but the file is named for {op!r}; make them equal")
+    for name in file.backends:
+        if name not in BACKENDS:  # its space would be read by nobody
+            raise ConfigError(f"{path}: backends.{name}: is none of {', '.join(BACKENDS)}{suggestion(name, BACKENDS, '`')}")
     reserved = sorted(set(file.names) & DEVICE_NAMES)
     if reserved:
         raise ConfigError(f"{path}: names: {', '.join(reserved)} belong to the device and are always known; remove them")
@@ -210,11 +216,12 @@ class _SectionReader:
         if not isinstance(log2, bool) or isinstance(step, bool) or not isinstance(step, int) or step < 1:
             raise ConfigError(f"{where}: log2 must be true or false and step a whole number above 0, not {log2!r} and {step!r}")
         low, high = (self._expression(bound, f"{where}.range[{i}]") for i, bound in enumerate(bounds))
+        least = 1 if log2 else 0  # sizes and counts: how far two values are apart is told by their logarithms
 
         def values(names: Names) -> tuple[ConfigValue, ...]:
             first, last = low.evaluate(names), high.evaluate(names)
-            if first > last or (log2 and first < 1):
-                rule = "low must not exceed high" + (" and log2 needs low above 0" if log2 else "")
+            if first > last or first < least:
+                rule = f"low must be at least {least}{' with log2' if log2 else ''} and not exceed high"
                 raise ConfigError(f"{where}.range: [{first}, {last}]: {rule}; bound it with min() or max()")
             if log2:
                 exponents = range(math.ceil(math.log2(first)), math.floor(math.log2(last)) + 1)
@@ -222,9 +229,12 @@ class _SectionReader:
             else:
                 found = tuple(range(math.ceil(first), math.floor(last) + 1, step)[: _MAX_CHOICES + 1])
             if not 0 < len(found) <= _MAX_CHOICES:
-                raise ConfigError(f"{where}.range: [{first}, {last}] has {len(found) or 'no'} values; 1 to {_MAX_CHOICES} work")
+                many = f"more than {_MAX_CHOICES} values; give a larger step, or log2: true" if found else "no values"
+                raise ConfigError(f"{where}.range: [{first}, {last}] has {many}")
             return found
 
+        if not low.names | high.names:
+            values({})  # what is wrong for every problem is told when the file is read
         return values
 
 

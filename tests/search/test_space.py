@@ -160,6 +160,28 @@ def test_violations_say_what_is_wrong(tmp_path: Path) -> None:
         ("range: [1, 16]", "range: [1]", "choices.tile.range: must be"),
         ("log2: true", "log: true", "choices.tile.log: unknown key; known keys: log2, range, step"),
         ("log2: true", "step: 0", "choices.tile: log2 must be"),
+        (
+            "range: [1, 16]",
+            "range: [0, 16]",
+            r"tile.range: \[0, 16\]: low must be at least 1 with log2 and not exceed high; bound",
+        ),
+        (
+            "range: [1, 16], log2: true",
+            "range: [-4, 2]",
+            r"tile.range: \[-4, 2\]: low must be at least 0 and not exceed high; ",
+        ),
+        ("range: [1, 16]", "range: [16, 1]", r"choices.tile.range: \[16, 1\]: low must be at least 1"),
+        (
+            "range: [1, 16], log2: true",
+            "range: [1, 5000]",
+            r"choices.tile.range: \[1, 5000\] has more than 1024 values; give a larger step",
+        ),
+        (
+            "  inductor:",
+            "  inducter:",
+            "backends.inducter: is none of aten, inductor, triton, cutedsl; did you mean `inductor`?",
+        ),
+        ("  inductor:", "  mine:", "toy.yaml: backends.mine: is none of aten, inductor, triton, cutedsl$"),
         ("divisors: threads", "divisors: thread", "choices.tm.divisors: .*did you mean `threads`"),
         ("tm: 0, tn: 0, deep", "tm: 0, deep", "default: lacks tn"),
         ("template: plain, tm", "template: none, tm", "default.template: 'none' is not among"),
@@ -177,7 +199,7 @@ def test_mistakes_name_file_key_and_cure(tmp_path: Path, old: str, new: str, mes
     assert str(tmp_path / "toy.yaml") in str(caught.value)
 
 
-@pytest.mark.parametrize("bounds", ["[k, m]", "[0, m]", "[1, k ** 6]"])
+@pytest.mark.parametrize("bounds", ["[k, m]", "[0, m]", "[m - 9, m]", "[1, k ** 6]"])
 def test_ranges_that_have_no_values_for_a_problem(tmp_path: Path, bounds: str) -> None:
     log2 = "log2: false" if "**" in bounds else "log2: true"
     space = toy(tmp_path, TEXT.replace("range: [1, 16], log2: true", f"range: {bounds}, {log2}"))
@@ -194,7 +216,8 @@ def test_names_that_an_op_does_not_give(tmp_path: Path) -> None:
 
 def test_missing_space_lists_what_there_is(tmp_path: Path) -> None:
     toy(tmp_path)
-    with pytest.raises(ConfigError, match="no search space for op conv; the folder has spaces for: toy"):
+    cure = "copy the package's search_spaces/ and change the copy"
+    with pytest.raises(ConfigError, match=f"no search space for op conv; the folder has spaces for: toy; {cure}"):
         load_space("conv", tmp_path)
     (tmp_path / "bad.yaml").write_text("op: [")
     with pytest.raises(ConfigError, match=r"bad.yaml:\d+:\d+: not valid YAML"):
