@@ -7,6 +7,13 @@ import re
 import tomllib
 from pathlib import Path
 
+# Modules whose distribution has another name, or comes with an extra: module -> distribution, extra.
+_EXTRAS = {
+    "chronos": ("chronos-forecasting", "models"),
+    "diffusers": ("diffusers", "models"),
+    "psycopg2": ("psycopg2-binary", "postgresql"),
+}
+
 
 def installed_version(name: str) -> str | None:
     """Version of a distribution, None if it is not installed."""
@@ -14,6 +21,17 @@ def installed_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def install_extra(extra: str) -> str:
+    """The command that installs an extra. Not by autokernel's name: on PyPI that is another project's."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"
+
+
+def cure_of(error: ImportError) -> str:
+    """What to install for a module that is missing, as `; chronos-forecasting has it: ...`; empty where nobody can tell."""
+    distribution, extra = _EXTRAS.get((error.name or "").partition(".")[0], ("", ""))
+    return f"; {distribution} has it: {install_extra(extra)} in autokernel's checkout" if distribution else ""
 
 
 def declared_ranges() -> dict[str, str]:

@@ -229,7 +229,9 @@ def test_storage_without_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(op="mm", inputs=(spec, spec), device="cpu")
     device = DeviceFacts(device="cpu", threads=1, isa="AVX512", num_units=1)
     names = names_for({"m": 64, "n": 64, "k": 64, "dtype_bytes": 4, "has_constant_weight": 0, "num_epilogue": 0}, device)
-    with pytest.raises(StorageError, match=r"storage postgresql\+psycopg2://.*; pip install 'autokernel\[postgresql\]'"):
+    with pytest.raises(
+        StorageError, match=r"storage postgresql\+psycopg2://.*; pip install -c constraints.txt -e '.\[postgresql\]'"
+    ):
         Tuner(problem=problem, spaces=load_space("mm"), names=names, storage="postgresql+psycopg2://localhost/x")
 
 

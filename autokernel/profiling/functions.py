@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -12,7 +13,10 @@ from types import ModuleType
 from typing import Any
 
 from autokernel.config import LoadedExperiment
-from autokernel.errors import AutokernelError, ConfigError, WorkloadError
+from autokernel.errors import AutokernelError, WorkloadError
+from autokernel.requirements import cure_of
+
+_MAX_NAMES = 12  # of a module that are listed
 
 
 def load_function(loaded: LoadedExperiment, reference: str, key: str) -> Callable[..., Any]:
@@ -27,15 +31,25 @@ def load_function(loaded: LoadedExperiment, reference: str, key: str) -> Callabl
         ConfigError: the module cannot be imported, or has no such function.
     """
     target, _, name = reference.rpartition(":")
-    module = _import_file(loaded, target, key) if target.endswith(".py") else _import_module(target, reference, key)
+    module = _import_file(loaded, target, key) if target.endswith(".py") else _import_module(loaded, target, reference, key)
     try:
         function = getattr(module, name, None)
     except (ImportError, RuntimeError) as error:  # of a package that imports its parts when they are asked for
-        raise ConfigError(f"{key}: {reference}: {error}; install what it needs") from None
+        cure = cure_of(error) if isinstance(error, ImportError) else ""
+        raise loaded.wrong(key, f"{reference}: {error}{cure or '; install what it needs'}") from None
     if not callable(function):
-        names = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
-        raise ConfigError(f"{key}: {target} has no function or class {name!r}; it has {', '.join(names) or 'none'}")
+        raise loaded.wrong(key, f"{target} has no function or class {name!r}; {_instead(name, module)}")
     return function  # type: ignore[no-any-return]
+
+
+def _instead(name: str, module: ModuleType) -> str:
+    """What else a module has: what is spelled alike, or the first names of all."""
+    near = difflib.get_close_matches(name, [n for n in dir(module) if not n.startswith("_")])
+    if near:
+        return f"did you mean {', '.join(near[:-1])}{' or ' if near[1:] else ''}{near[-1]}?"
+    names = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"it has {', '.join(names[:_MAX_NAMES]) or 'none'}{more}"
 
 
 def call_function(function: Callable[..., Any], reference: str, key: str, *args: Any, **kwargs: Any) -> Any:
@@ -69,13 +83,14 @@ def _place(error: BaseException) -> str:
     return f" at {own[-1].filename}:{own[-1].lineno}: {said}" if own else f": {said}"
 
 
-def _import_module(target: str, reference: str, key: str) -> ModuleType:
+def _import_module(loaded: LoadedExperiment, target: str, reference: str, key: str) -> ModuleType:
     try:
         return importlib.import_module(target)
     except ImportError as error:
-        raise ConfigError(f"{key}: {reference}: {error}; install the package, or name a file as file.py:function") from None
+        cure = cure_of(error) or "; install the package, or name a file as file.py:function"
+        raise loaded.wrong(key, f"{reference}: {error}{cure}") from None
     except Exception as error:  # as in `call_function`
-        raise ConfigError(f"{key}: {target} cannot be imported{_place(error)}") from error
+        raise loaded.wrong(key, f"{target} cannot be imported{_place(error)}") from error
 
 
 def _import_file(loaded: LoadedExperiment, target: str, key: str) -> ModuleType:
@@ -85,7 +100,7 @@ def _import_file(loaded: LoadedExperiment, target: str, key: str) -> ModuleType:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise ConfigError(f"{key}: {path} does not exist or is no Python file")
+        raise loaded.wrong(key, f"{path} does not exist or is no Python file")
     module = importlib.util.module_from_spec(spec)
     # dataclasses, pickle and torch.compile look a module up by its name
     sys.modules[name] = module
@@ -93,8 +108,9 @@ def _import_file(loaded: LoadedExperiment, target: str, key: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
         del sys.modules[name]
-        raise ConfigError(f"{key}: {path} cannot be imported: {error}") from None
+        cure = cure_of(error) if isinstance(error, ImportError) else ""
+        raise loaded.wrong(key, f"{path} cannot be imported: {error}{cure}") from None
     except Exception as error:  # as in `call_function`
         del sys.modules[name]
-        raise ConfigError(f"{key}: {path} cannot be imported{_place(error)}") from error
+        raise loaded.wrong(key, f"{path} cannot be imported{_place(error)}") from error
     return module

@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autokernel.errors import ConfigError, StorageError
 from autokernel.records import Candidate, Problem, Status, digest_of
+from autokernel.requirements import install_extra
 from autokernel.search.cost_model import CostModel, is_predicted, load_model
 from autokernel.search.ledger import Kind, Outcome
 from autokernel.search.model_study import ModelStudy
@@ -324,7 +325,7 @@ class _StorageMirror:
         try:
             return action()
         except ImportError as error:
-            cure = "pip install 'autokernel[postgresql]'" if self._url.startswith("postgres") else "install its driver"
+            cure = install_extra("postgresql") if self._url.startswith("postgres") else "install its driver"
             raise StorageError(f"storage {self._url}: {error}; {cure}") from None
         except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError, OSError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from autokernel import requirements
 from autokernel.config import LoadedExperiment, load_experiment
 from autokernel.errors import ConfigError, WorkloadError
 from autokernel.profiling.workload import load_model
@@ -117,7 +120,13 @@ def test_a_class_of_diffusers_from_a_config_and_from_a_folder(write: Any, tmp_pa
     ("section", "message"),
     [
         ({"class_path": "no_such_package:Net"}, r"model.class_path: no_such_package:Net: .*install the package"),
-        ({"class_path": "parts.py:Nett"}, r"model.class_path: parts.py has no function or class 'Nett'; it has Net, function"),
+        ({"class_path": "parts.py:Nett"}, r"model.class_path: parts.py has no function or class 'Nett'; did you mean Net\?$"),
+        (
+            {"class_path": "parts.py:Wholly"},
+            r"x.yaml: model.class_path: parts.py has no function or class 'Wholly'; it has Net, func",
+        ),
+        ({"class_path": "torch.nn:Linearr"}, r"torch.nn has no function or class 'Linearr'; did you mean Linear, .* or \w+\?$"),
+        ({"class_path": "torch.nn:Qqqqqq"}, r"torch.nn has no function or class 'Qqqqqq'; it has (\w+, ){11}\w+ and \d+ more$"),
         ({"class_path": "parts.py:function"}, r"parts.py:function is no class of a torch.nn.Module; .*under `factory`"),
         ({"class_path": "parts.py:Net", "arguments": {"depth": 2}}, r"model.arguments: parts.py:Net does not take \['depth'\]"),
         (
@@ -141,6 +150,25 @@ def test_a_class_that_cannot_be_built_says_why(write: Any, tmp_path: Path, secti
     (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises((ConfigError, WorkloadError), match=message):
         load_model(write(section), "cpu")
+
+
+@pytest.mark.parametrize("reference", ["chronos:Chronos2Pipeline", "chronos.chronos2:Chronos2Model", "needs.py:Net"])
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "chronos", None)
+    (tmp_path / "needs.py").write_text("import chronos\n")
+    cure = "chronos-forecasting has it: pip install -c constraints.txt -e '.[models]' in autokernel's checkout"
+    with pytest.raises(ConfigError) as caught:
+        load_model(write({"class_path": reference}), "cpu")
+    assert str(caught.value).startswith(f"{tmp_path / 'x.yaml'}: model.class_path: ")
+    assert str(caught.value).endswith(f"; {cure}")
+
+
+def test_extras_that_messages_name_are_those_of_the_project() -> None:
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for distribution, extra in requirements._EXTRAS.values():
+        assert any(requirement.startswith(distribution) for requirement in extras[extra]), distribution
 
 
 def test_a_package_that_lacks_what_it_needs_says_so(write: Any, tmp_path: Path) -> None:
