@@ -191,6 +191,7 @@ def replaying(until: str | None = None, error: BaseException | None = None) -> C
     def run(loaded: Any, *, runs_folder: Path, recorders: Sequence[Recorder], until: str = "", **_: Any) -> RunOutcome:
         folder = Path(runs_folder).resolve() / synthetic.NAME / synthetic.RUN_ID
         journal = Journal(folder)
+        (folder / "bundle").mkdir()
         events = synthetic.whole_run(folder)
         if error is not None or until == "search":
             events = [synthetic.start(), *synthetic.profile_events(), *synthetic.search_events()]

@@ -179,7 +179,7 @@ def test_the_result_says_everything_on_unbroken_lines(won: RunSummary, width: in
         r"^bits_per_byte +2.1412 +2.1415 +\+0.014% +\+0.040% +0.200% +256 +within its limit *$",
         r"^11 candidates in 1:42; failed: 1 INVALID, 1 WRONG, 1 CRASHED.$",
         r"^Faster than the best stock mode: prefill 1.26x. \(3:42\)$",
-        r"^bundle +/somewhere/runs/invented/20990101-000000-abcd/bundle \(1 entry\) *$",
+        r"^bundle +/somewhere/runs/invented/20990101-000000-abcd/bundle \(1 entry\) \(not here\) *$",
         r"^fresh process +1 of 1 entries hit, 0 kernels benchmarked",
         r"^MLflow +autokernel ui --runs 'my runs' *$",
     ):
@@ -205,6 +205,20 @@ def test_the_report_is_named_when_it_is_there(tmp_path: Path, won: RunSummary) -
     assert "report.html" not in text_of(result_view(won, tmp_path, Path("runs")), 200)
     (tmp_path / "report.html").write_text("")
     assert str(tmp_path / "report.html") in text_of(result_view(won, tmp_path, Path("runs")), 200)
+
+
+def test_the_bundle_is_where_the_run_was_moved_to(tmp_path: Path, won: RunSummary) -> None:
+    moved, gone = tmp_path / "moved", str(FOLDER / "bundle")
+    text = text_of(result_view(won, moved, Path("runs")), 200)
+    assert re.search(rf"^bundle +{gone} \(1 entry\) \(not here\) *$", text, re.MULTILINE)
+    assert "torch.compile" not in text, "nobody can use it from there"
+    assert result_json(won, moved)["bundle"] == gone
+    (moved / "bundle").mkdir(parents=True)
+    text = text_of(result_view(won, moved, Path("runs")), 200)
+    assert re.search(rf"^bundle +{moved}/bundle \(1 entry\) *$", text, re.MULTILINE)
+    assert f'torch.compile(model, backend=autokernel.backend("{moved}/bundle"))' in text
+    assert gone not in text
+    assert result_json(won, moved)["bundle"] == str(moved / "bundle")
 
 
 def test_wide_characters_keep_columns_straight() -> None:

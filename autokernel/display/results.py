@@ -13,6 +13,7 @@ from autokernel.errors import StorageError
 from autokernel.events import Evaluated
 from autokernel.records import Candidate, Speedup
 from autokernel.tracking.backends import backend_summaries
+from autokernel.tracking.journal import bundle_folder
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us
 from autokernel.tracking.titles import config_title, problem_title
 
@@ -141,7 +142,7 @@ def result_json(summary: RunSummary, folder: Path) -> dict[str, Any]:
         "run_id": summary.started.run_id,
         "experiment": summary.started.name,
         "folder": str(folder),
-        "bundle": exported.folder if exported is not None else None,
+        "bundle": str(bundle_folder(folder, exported)) if exported is not None else None,
         "seconds": finished.seconds if finished is not None else None,
         "environment": summary.started.environment.to_json(),
         "stages_done": list(summary.stage_seconds),

@@ -17,6 +17,7 @@ from autokernel.display.words import duration, failures, microseconds, percent, 
 from autokernel.events import ModelValidated, ScenarioResult
 from autokernel.records import Hotspot
 from autokernel.tracking.backends import backend_summaries
+from autokernel.tracking.journal import bundle_folder
 from autokernel.tracking.summary import ProblemSummary, RunSummary
 from autokernel.tracking.titles import config_title, problem_title, with_titles
 
@@ -338,10 +339,13 @@ def places(summary: RunSummary, folder: Path, runs_folder: Path) -> RenderableTy
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     if summary.exported is not None:
+        bundle = bundle_folder(folder, summary.exported)
         num = summary.exported.num_entries
         kind = "changes nothing" if summary.exported.stock else f"{num} {'entry' if num == 1 else 'entries'}"
-        grid.add_row("bundle", f"{summary.exported.folder} ({kind})")
-        grid.add_row("use it", f'torch.compile(model, backend=autokernel.backend("{summary.exported.folder}"))')
+        here = bundle.is_dir()
+        grid.add_row("bundle", f"{bundle} ({kind})" + ("" if here else " (not here)"))
+        if here:
+            grid.add_row("use it", f'torch.compile(model, backend=autokernel.backend("{bundle}"))')
     proved = summary.proved
     if proved is not None:
         hits = f"{proved.num_hits} of {proved.num_entries} entries hit, {proved.num_benchmarks} kernels benchmarked"

@@ -272,6 +272,12 @@ def run_folder(runs_folder: Path | str, name: str, run_id: str) -> Path:
     return Path(runs_folder) / name / run_id
 
 
+def bundle_folder(folder: Path, exported: Exported) -> Path:
+    """The bundle of a run: in the run's folder, wherever that was moved to, else where it was written."""
+    here = folder / "bundle"
+    return here if here.is_dir() else folder / exported.folder  # the latter as it is if absolute
+
+
 def find_runs(runs_folder: Path | str, name: str | None = None) -> list[Path]:
     """Folders of the runs that have a journal, newest first; `name` keeps one experiment's."""
     pattern = f"{name or '*'}/*/{JOURNAL_NAME}"

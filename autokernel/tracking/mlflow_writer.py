@@ -15,7 +15,7 @@ from autokernel.errors import StorageError
 from autokernel.events import Confirmed, Evaluated, Event, Profiled, RunStarted, StageFinished
 from autokernel.records import Problem, Status
 from autokernel.tracking import mlflow_layout as layout
-from autokernel.tracking.journal import JOURNAL_NAME, Entry, find_runs, is_being_written, read_entries
+from autokernel.tracking.journal import JOURNAL_NAME, Entry, bundle_folder, find_runs, is_being_written, read_entries
 from autokernel.tracking.mlflow_env import (
     default_artifact_folder,
     default_tracking_uri,
@@ -242,7 +242,7 @@ class MlflowWriter:
         if journal.is_file():
             self._client.log_artifact(self._campaign, str(journal))
         if run.exported is not None:
-            bundle = self._folder / run.exported.folder  # stays as it is if absolute
+            bundle = bundle_folder(self._folder, run.exported)
             if bundle.is_dir():
                 self._client.log_artifacts(self._campaign, str(bundle), "bundle")
             else:

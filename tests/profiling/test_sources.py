@@ -123,7 +123,7 @@ def test_a_class_of_diffusers_from_a_config_and_from_a_folder(write: Any, tmp_pa
         ({"class_path": "parts.py:Nett"}, r"model.class_path: parts.py has no function or class 'Nett'; did you mean Net\?$"),
         (
             {"class_path": "parts.py:Wholly"},
-            r"x.yaml: model.class_path: parts.py has no function or class 'Wholly'; it has Net, func",
+            r"x.yaml: model.class_path: parts.py has no function or class 'Wholly'; it has Net, broken, function",
         ),
         ({"class_path": "torch.nn:Linearr"}, r"torch.nn has no function or class 'Linearr'; did you mean Linear, .* or \w+\?$"),
         ({"class_path": "torch.nn:Qqqqqq"}, r"torch.nn has no function or class 'Qqqqqq'; it has (\w+, ){11}\w+ and \d+ more$"),

@@ -9,13 +9,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from autokernel.errors import StorageError
-from autokernel.events import Event, StageProgress
-from autokernel.tracking.journal import Journal, find_runs, is_being_written, new_run_id, read_entries, read_journal, run_folder
+from autokernel.events import Event, Exported, StageProgress
+from autokernel.tracking.journal import (
+    Journal,
+    bundle_folder,
+    find_runs,
+    is_being_written,
+    new_run_id,
+    read_entries,
+    read_journal,
+    run_folder,
+)
 
 pytestmark = pytest.mark.clock
 
@@ -255,3 +265,11 @@ def test_lines_are_plain_json(tmp_path: Path, synthetic_events: list[Event]) -> 
     first = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])
     assert first["type"] == "RunStarted"
     assert list(first)[:2] == ["time", "type"]
+
+
+def test_the_bundle_of_a_run_that_was_moved(tmp_path: Path) -> None:
+    there = Exported(folder="/elsewhere/run/bundle", archive="", digest="", num_entries=1, stock=False)
+    assert bundle_folder(tmp_path, there) == Path("/elsewhere/run/bundle")
+    assert bundle_folder(tmp_path, replace(there, folder="bundle")) == tmp_path / "bundle"
+    (tmp_path / "bundle").mkdir()
+    assert bundle_folder(tmp_path, there) == tmp_path / "bundle"
