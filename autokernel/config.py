@@ -12,7 +12,15 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from autokernel.config_messages import ADDRESS_PATTERN, NAME_PATTERN, Mistake, from_overrides, mistakes, suggestion
+from autokernel.config_messages import (
+    ADDRESS_PATTERN,
+    NAME_PATTERN,
+    Mistake,
+    from_overrides,
+    mistakes,
+    suggestion,
+    without_passwords,
+)
 from autokernel.errors import ConfigError
 from autokernel.model_config import (
     CallScenario,
@@ -204,7 +212,7 @@ class LoadedExperiment(Section):
     experiment: Experiment
     path: Path
     text: str = Field(description="the file as read, for the record")
-    overrides: tuple[str, ...] = Field((), description="`a.b=value`, as given on top of the file")
+    overrides: tuple[str, ...] = Field((), description="`a.b=value`, as given on top of the file, for messages and the record")
 
     def resolve(self, path: Path | str) -> Path:
         """A path of the experiment as an absolute path."""
@@ -231,7 +239,8 @@ def load_experiment(path: Path | str, overrides: tuple[str, ...] = ()) -> Loaded
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     experiment = parse_experiment(text, path, overrides)
-    loaded = LoadedExperiment(experiment=experiment, path=path, text=text, overrides=overrides)
+    said = tuple(map(without_passwords, overrides))
+    loaded = LoadedExperiment(experiment=experiment, path=path, text=text, overrides=said)
     _check_files(loaded)
     return loaded
 

@@ -72,8 +72,13 @@ def suggestion(word: object, known: Iterable[str], quote: str = "") -> str:
 
 def from_overrides(key: str, overrides: Sequence[str]) -> str:
     """` (from --set search.trials=5)`: the overrides of a key, of a part of it, or of what it is a part of; may be empty."""
-    said = [override for override in overrides if _overlap(override.partition("=")[0], key)]
-    return f" (from {', '.join(f'--set {override}' for override in said)})" if said else ""
+    said = [f"--set {without_passwords(o)}" for o in overrides if _overlap(o.partition("=")[0], key)]
+    return f" (from {', '.join(said)})" if said else ""
+
+
+def without_passwords(text: str) -> str:
+    """A text with those of URLs hidden."""
+    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -183,7 +188,7 @@ def _discriminator(item: ErrorDetails) -> str:
 
 
 def _short(value: Any) -> str:
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    text = str(value).lower() if isinstance(value, bool) else without_passwords(repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -26,6 +26,8 @@ class RunStarted(Record):
     version: str  # autokernel's
     git_commit: str = ""
     resumed: bool = False
+    overrides: tuple[str, ...] = ()  # `a.b=value` on top of the YAML, without passwords
+    files: Mapping[str, str] | None = None  # `fingerprint.file_digests`: which file changed; None: not recorded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

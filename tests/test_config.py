@@ -383,6 +383,15 @@ def test_overrides_are_blamed_for_their_own_mistakes_alone(write: Any) -> None:
     assert several.endswith("in the candidate set (from --set backends=[inductor])")
 
 
+def test_passwords_are_not_told(write: Any) -> None:
+    path = write(GOOD)
+    for override in ("storage=redis://me:secret@host/db", "storage=[postgresql://me:secret@host/db]"):
+        message = message_of(path, override)
+        assert "secret" not in message
+        assert "me:***@host/db" in message
+    assert load_experiment(path, ("storage=postgresql://me:secret@h/db",)).overrides == ("storage=postgresql://me:***@h/db",)
+
+
 def test_what_was_set_is_known_of_a_loaded_experiment(write: Any) -> None:
     path = write(GOOD)
     loaded = load_experiment(path, ("search.trials=7",))

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from autokernel.errors import StorageError
+from autokernel.config import LoadedExperiment, parse_experiment
+from autokernel.config_messages import without_passwords
+from autokernel.errors import ConfigError, StorageError
 from autokernel.events import (
     Ablated,
     Confirmed,
@@ -28,10 +30,13 @@ from autokernel.events import (
     StageFinished,
     StageStarted,
 )
+from autokernel.fingerprint import experiment_digest, file_digests
 from autokernel.records import Evaluation, Status
-from autokernel.tracking.journal import Entry, find_runs, read_entries
+from autokernel.tracking.journal import Entry, find_runs, is_being_written, read_entries
 
 logger = logging.getLogger(__name__)
+_MAX_DIFFERENCES = 4  # that are told
+_MAX_SHOWN = 40  # characters of a value
 T = TypeVar("T")
 
 
@@ -196,3 +201,79 @@ def find_resumable(runs_folder: Path | str, name: str, experiment_digest: str) -
         if state.experiment_digest == experiment_digest:
             return None if state.complete else (folder, state)
     return None
+
+
+def why_a_new_run(runs_folder: Path | str, loaded: LoadedExperiment) -> str | None:
+    """Why the newest run of this name is not gone on with although it is unfinished: the experiment was changed since.
+
+    To be asked where `find_resumable` found nothing. None if there is nothing to tell: that run came to its end, has nothing
+    that could be missed, goes on at this moment, or is of this very experiment.
+    """
+    digest = experiment_digest(loaded)
+    for folder in find_runs(runs_folder, loaded.experiment.name):
+        try:
+            state = RunState.from_entries(read_entries(folder))
+        except StorageError:
+            continue  # `find_resumable` has warned of it
+        begun = state.stages_done or state.num_trials
+        if state.complete or not begun or state.experiment_digest == digest or is_being_written(folder):
+            return None
+        found = experiment_differences(state.started, loaded)
+        more = f", and {len(found) - _MAX_DIFFERENCES} more" if len(found) > _MAX_DIFFERENCES else ""
+        told = f" ({', '.join(found[:_MAX_DIFFERENCES])}{more})" if found else ""
+        used = (
+            "are seeds (history)" if "history" in loaded.experiment.search.seeds else "are not used: search.seeds lacks history"
+        )
+        return (
+            f"the unfinished run {state.run_id} ({state.num_trials} trials) is of another version of this experiment{told}: "
+            f"a new run starts; its results {used}"
+        )
+    return None
+
+
+def experiment_differences(started: RunStarted, loaded: LoadedExperiment) -> list[str]:
+    """What an experiment says otherwise than a run's: `search.seconds 75 → 200`, `the file of model.factory`."""
+    try:
+        before = parse_experiment(started.experiment, loaded.path, started.overrides)
+    except ConfigError:
+        return ["it says what this version does not read"]
+    settings, now = (experiment.model_dump(mode="json") for experiment in (before, loaded.experiment))
+    found = dict(_changes(settings, now, ""))
+    if started.files is not None:
+        files = file_digests(loaded)
+        for key in dict.fromkeys([*started.files, *files]):
+            if started.files.get(key) != files.get(key):
+                found.setdefault(key, f"the contents of {key}")
+    elif not found:
+        return ["what --set said, or the contents of a file"]
+    return list(found.values())
+
+
+def _changes(before: Any, after: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(key, what was there and what is) for every value that is not the same."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in dict.fromkeys([*before, *after]):
+            yield from _changes(before.get(name), after.get(name), f"{key}.{name}" if key else str(name))
+    elif _comparable(before) != _comparable(after):
+        yield key, f"{key} {_shown(before)} → {_shown(after)}"
+
+
+def _comparable(value: Any) -> Any:
+    return without_passwords(value) if isinstance(value, str) else value  # as it is recorded
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case list():
+            text = f"[{', '.join(map(_shown, value))}]"
+        case dict():
+            text = "{...}"
+        case None:
+            text = "none"
+        case bool():
+            text = str(value).lower()
+        case float():
+            text = f"{value:g}"
+        case _:
+            text = without_passwords(str(value))
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."

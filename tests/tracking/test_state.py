@@ -6,11 +6,23 @@ from pathlib import Path
 
 import pytest
 
+from autokernel.config import LoadedExperiment, load_experiment
 from autokernel.errors import StorageError
 from autokernel.events import Evaluated, Event, GraphTrial, RunFinished, RunStarted, StageFinished, StageStarted
+from autokernel.fingerprint import experiment_digest, file_digests
 from autokernel.records import Speedup, Status
 from autokernel.tracking.journal import Entry, Journal, read_journal, run_folder
-from autokernel.tracking.state import RunState, find_resumable
+from autokernel.tracking.state import RunState, experiment_differences, find_resumable, why_a_new_run
+
+EXPERIMENT = """\
+name: changed
+model: {factory: "model.py:make", dtype: float32}
+scenarios:
+  one: {kind: call, inputs: "model.py:inputs"}
+search: {trials: 50, seconds: 75}
+storage: postgresql://me:secret@host/db
+"""
+ID = "20261121-014900-3f2a"
 
 
 def _write(folder: Path, events: list[Event]) -> None:
@@ -117,3 +129,104 @@ def test_a_resumed_runs_state_knows_its_times(tmp_path: Path, synthetic_events: 
     found = find_resumable(tmp_path, "synthetic-llama", "d1gest")
     assert found is not None
     assert found[1].stage_seconds.keys() == {"profile", "search"}
+
+
+# --- an experiment that was changed
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    (tmp_path / "model.py").write_text("")
+    path = tmp_path / "experiment.yaml"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+def _begun(events: list[Event], loaded: LoadedExperiment) -> list[Event]:
+    """The events of a run of this very experiment."""
+    start = events[0]
+    assert isinstance(start, RunStarted)
+    named = dataclasses.replace(
+        start,
+        name="changed",
+        experiment=loaded.text,
+        experiment_digest=experiment_digest(loaded),
+        overrides=loaded.overrides,
+        files=file_digests(loaded),
+    )
+    return [named, *events[1:]]
+
+
+def test_a_new_run_is_explained_by_what_was_changed(tmp_path: Path, experiment: Path, synthetic_events: list[Event]) -> None:
+    runs, same = tmp_path / "runs", load_experiment(experiment)
+    changed = load_experiment(experiment, ("search.seconds=200",))
+    assert why_a_new_run(runs, changed) is None, "there is no run yet"
+    journal = Journal(run_folder(runs, "changed", ID))
+    for event in _begun(synthetic_events, same)[:30]:
+        journal.record(event)
+    assert why_a_new_run(runs, changed) is None, "it goes on at this moment"
+    journal.close()
+    assert why_a_new_run(runs, same) is None, "it is gone on with"
+    assert (
+        why_a_new_run(runs, changed)
+        == f"the unfinished run {ID} (24 trials) is of another version of this experiment (search.seconds 75 → 200): "
+        "a new run starts; its results are seeds (history)"
+    )
+    changed = load_experiment(experiment, ("search.seconds=200", "search.seeds=[stock]"))
+    said = why_a_new_run(runs, changed)
+    assert said is not None
+    assert "(search.seconds 75 → 200, search.seeds [stock, history, nvmatmul] → [stock])" in said
+    assert said.endswith("a new run starts; its results are not used: search.seeds lacks history")
+    many = tuple(f"search.{key}=3" for key in ("trials", "workers", "min_trials", "hotspots", "seed", "max_copies"))
+    said = why_a_new_run(runs, load_experiment(experiment, many))
+    assert said is not None
+    assert "search.hotspots 16 → 3, and 2 more): a new run starts" in said
+
+
+def test_runs_that_nobody_misses_need_no_explanation(tmp_path: Path, experiment: Path, synthetic_events: list[Event]) -> None:
+    runs, same = tmp_path / "runs", load_experiment(experiment)
+    changed = load_experiment(experiment, ("search.seconds=200",))
+    events = _begun(synthetic_events, same)
+    folder = run_folder(runs, "changed", ID)
+    _write(folder, events[:2])
+    assert why_a_new_run(runs, changed) is None, "it had done nothing"
+    _write(folder, events[2:30])
+    assert why_a_new_run(runs, changed) is not None
+    damaged = run_folder(runs, "changed", "20261123-000000-dead")
+    damaged.mkdir()
+    (damaged / "journal.jsonl").write_text("damaged\n")
+    assert why_a_new_run(runs, changed) is not None, "damaged ones are passed over"
+    _write(run_folder(runs, "changed", "20261122-000000-beef"), events)
+    assert why_a_new_run(runs, changed) is None, "a newer one came to its end"
+
+
+def test_what_an_experiment_says_otherwise(experiment: Path, synthetic_events: list[Event]) -> None:
+    same = load_experiment(experiment)
+    started = _begun(synthetic_events, same)[0]
+    assert isinstance(started, RunStarted)
+    assert experiment_differences(started, same) == []
+    overrides = (
+        "storage=postgresql://me:other@host/more",
+        "threads=2",
+        "graph.enabled=false",
+        "scenarios.two={kind: call, inputs: model.py:f}",
+    )
+    changed = load_experiment(experiment, overrides)
+    assert experiment_differences(started, changed) == [
+        "scenarios.two none → {...}",
+        "threads none → 2",
+        "graph.enabled true → false",
+        "storage postgresql://me:***@host/db → postgresql://me:***@host/more",
+        "the contents of scenarios.two.inputs",
+    ]
+    of_changed = _begun(synthetic_events, changed)[0]
+    assert isinstance(of_changed, RunStarted)
+    assert of_changed.overrides[0] == "storage=postgresql://me:***@host/more", "no journal has its password"
+    assert experiment_differences(of_changed, changed) == []
+    (experiment.parent / "model.py").write_text("# other code\n")
+    assert experiment_differences(started, same) == ["the contents of model.factory", "the contents of scenarios.one.inputs"]
+    older = dataclasses.replace(started, files=None)
+    assert experiment_differences(older, same) == ["what --set said, or the contents of a file"]
+    assert experiment_differences(older, load_experiment(experiment, ("threads=2",))) == ["threads none → 2"]
+    strange = dataclasses.replace(started, experiment="name: changed\nno_more: 1\n")
+    assert experiment_differences(strange, same) == ["it says what this version does not read"]
