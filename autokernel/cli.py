@@ -376,11 +376,11 @@ def _dry_run(request: _Request) -> None:
 
         loaded = load_experiment(request.experiment, request.overrides)
         plan = plan_json(loaded, request.runs, fresh=request.fresh)
-        if request.as_json:
-            _print_json(plan)
-        else:
-            _print(plan_table(plan))
-            _print("Dry run: the experiment is in order; nothing was started.")
+        _print_json(plan) if request.as_json else _print(plan_table(plan))
+        if plan["problems"]:
+            raise ConfigError("\n".join(plan["problems"]))
+        if not request.as_json:
+            _print(f"Dry run: the experiment is in order; nothing was started.\nUnchecked: {plan['unchecked']}.")
 
 
 def _console(stream: Any) -> Console:

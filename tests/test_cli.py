@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +104,13 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
 
 def test_nothing_heavy_is_imported_to_look_at_things(experiment: Path, runs: Path) -> None:
     synthetic.write_run(runs)
-    for words in (("run", experiment, "--dry-run", "--runs", runs), ("show", "--runs", runs), ("schema",)):
+    for words in (("show", "--runs", runs), ("schema",)):
         done = process(*words, code=IMPORTED)
         assert done.returncode == 0, done.stderr
         assert "IMPORTED []" in done.stderr, words
+    done = process("run", experiment, "--dry-run", "--runs", runs, code=IMPORTED)
+    assert done.returncode == 0, done.stderr
+    assert "IMPORTED ['torch', 'numpy']" in done.stderr, "which devices there are only torch can tell"
 
 
 def test_the_schema_accepts_what_the_program_accepts() -> None:
@@ -154,7 +159,54 @@ def test_a_dry_run_says_what_would_be_done(experiment: Path, runs: Path) -> None
     for said in ("invented", "model.py:make(), float32", "call, batch 4", "cpu, 1 CPU threads", "aten, inductor", "7 trials",
                  "child processes, no Ray", str(runs / "invented"), "a new run", "nothing was started"):  # fmt: skip
         assert said in done.stdout
+    assert "\nUnchecked: the model, its inputs and the metric's functions were not loaded.\n" in done.stdout
     assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--set", "search.without=[atention]"), "search.without: 'atention' is no op; there are merged_mm, mm, "),
+        (("--set", "search.spaces=spaces"), "spaces has no mm.yaml, which nearly every model needs; it has broken.yaml: copy "),
+        (("--set", "search.spaces=broken"), "broken/mm.yaml:1:6: not valid YAML: "),
+        (("--set", "search.spaces=model.py"), "model.py is no folder; copy the package's search_spaces/ and change the copy"),
+        (("--set", "device=cuda"), "sees no GPU here; install a CUDA build of torch, set `device: cpu`, or name a cluster"),
+        (
+            ("--runs", "/proc/runs"),
+            "/proc/runs: No such file or directory; make it writable (chmod u+w /proc), or name another",
+        ),
+    ],
+)
+def test_a_dry_run_of_what_cannot_run_says_why(
+    experiment: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, words: Sequence[str], said: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for path in ("spaces/broken.yaml", "broken/mm.yaml"):
+        (experiment.parent / path).parent.mkdir()
+        (experiment.parent / path).write_text("op: [")
+    done = call("run", experiment, "--runs", runs, "--dry-run", *words)
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "in order" not in done.stdout
+    assert "call, batch 4" in done.stdout, "the plan is shown all the same"
+    done = call("run", experiment, "--runs", runs, "--dry-run", "--json", *words)
+    assert done.exit_code == 2
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert said in problem
+
+
+def test_a_dry_run_says_what_is_left_out(experiment: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    shutil.copytree(Path(__file__).parent / "data" / "spaces", experiment.parent / "spaces")
+    words = ("--set", "backends=[aten,triton]", "--set", "device=auto", "--set", "search.spaces=spaces")
+    done = call("run", experiment, "--runs", runs, "--dry-run", *words)
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.stdout.split())
+    assert "device cpu, 1 CPU threads" in text
+    assert "backends: triton is left out: the Triton kernels are for NVIDIA GPUs" in text
+    assert "/spaces none for bmm, baddbmm, " in text
+    assert "a hotspot of one of these ends the run" in text
 
 
 def test_a_dry_run_of_a_model_of_a_class(runs: Path) -> None:
@@ -168,11 +220,12 @@ def test_a_dry_run_of_a_model_of_a_class(runs: Path) -> None:
 
 def test_a_dry_run_names_the_run_it_would_resume(experiment: Path, runs: Path) -> None:
     from autokernel.config import load_experiment
+    from autokernel.environment import current_environment
     from autokernel.fingerprint import experiment_digest
 
     digest = experiment_digest(load_experiment(experiment))
-    started = synthetic.start().to_json() | {"experiment_digest": digest}
-    events = [type(synthetic.start()).from_json(started), *synthetic.profile_events(), *synthetic.TRIALS]
+    start = replace(synthetic.start(experiment=EXPERIMENT), experiment_digest=digest, environment=current_environment("cpu", 1))
+    events = [start, *synthetic.profile_events(), *synthetic.TRIALS]
     folder = synthetic.write_run(runs, events)
     plan = json.loads(call("run", experiment, "--runs", runs, "--dry-run", "--json").stdout)
     assert plan["resumes"] == {"folder": str(folder), "stages_done": ["profile"], "num_trials": 11}
@@ -180,6 +233,16 @@ def test_a_dry_run_names_the_run_it_would_resume(experiment: Path, runs: Path) -
     assert json.loads(call("run", experiment, "--runs", runs, "--dry-run", "--json", "--fresh").stdout)["resumes"] is None
     changed = call("run", experiment, "--runs", runs, "--dry-run", "--json", "--set", "search.trials=5")
     assert json.loads(changed.stdout)["resumes"] is None, "another experiment resumes nothing"
+    why = "is of another version of this experiment (search.trials 4 → 5): a new run starts; its results are seeds (history)"
+    assert json.loads(changed.stdout)["why_new"] == f"the unfinished run {synthetic.RUN_ID} (11 trials) {why}"
+    shown = call("run", experiment, "--runs", runs, "--dry-run", "--set", "search.trials=5").stdout
+    assert f"starts a new run the unfinished run {synthetic.RUN_ID} (11 trials) {why}" in " ".join(shown.split())
+    shutil.rmtree(folder)
+    synthetic.write_run(runs, [replace(start, environment=synthetic.ENVIRONMENT), *events[1:]])
+    elsewhere = json.loads(call("run", experiment, "--runs", runs, "--dry-run", "--json").stdout)
+    assert elsewhere["resumes"] is None, "what was measured elsewhere is not gone on with here"
+    assert elsewhere["why_new"].startswith(f"the unfinished run {synthetic.RUN_ID} is left alone: here is ")
+    assert "not Invented CPU 9000" in elsewhere["why_new"]
 
 
 # --- running: the pipeline is replaced by one that replays invented events

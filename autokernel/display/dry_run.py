@@ -1,8 +1,7 @@
-"""What a run would do, without doing it: needs neither torch nor any engine."""
+"""What a run would do, and whether it can, without doing it: needs torch, to see the device, but no engine."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,25 @@ from rich.text import Text
 
 from autokernel.config import CallScenario, DecodeScenario, LoadedExperiment, PrefillScenario
 from autokernel.display.words import duration
-from autokernel.environment import physical_cores
+from autokernel.doctor import OK, check_folder
+from autokernel.environment import current_environment, physical_cores
+from autokernel.errors import ConfigError
 from autokernel.fingerprint import experiment_digest
+from autokernel.stages.checks import HERE, check_experiment, left_out_backends, ops_without_space
 from autokernel.tracking.mlflow_env import default_tracking_uri, redacted
-from autokernel.tracking.state import find_resumable
+from autokernel.tracking.state import RunState, find_resumable, why_a_new_run
 
-_NVIDIA = Path("/proc/driver/nvidia/version")
+UNCHECKED = "the model, its inputs and the metric's functions were not loaded"
 
 
 def plan_json(loaded: LoadedExperiment, runs_folder: Path, *, fresh: bool) -> dict[str, Any]:
     """The plan of a run for scripts; `plan_table` shows the same."""
     experiment = loaded.experiment
-    found = None
-    if not fresh:
-        found = find_resumable(runs_folder, experiment.name, experiment_digest(loaded))
+    device, problems = _checked(loaded)
+    storage = check_folder(runs_folder)
+    if storage.state != OK:
+        problems.append(f"{storage.value}; {storage.fix}")
+    found, why_new = (None, None) if fresh else _resumable(loaded, runs_folder, device)
     resumes = None
     if found is not None:
         folder, state = found
@@ -39,9 +43,12 @@ def plan_json(loaded: LoadedExperiment, runs_folder: Path, *, fresh: bool) -> di
         "file": str(loaded.path),
         "model": _model(loaded),
         "scenarios": {name: _scenario(s) for name, s in experiment.scenarios.items()},
-        "device": _device(experiment.device),
+        "device": device or experiment.device,
         "threads": experiment.threads or physical_cores(),
         "backends": list(experiment.backends),
+        "left_out": left_out_backends(loaded, device) if device else [],
+        "spaces": str(loaded.resolve(search.spaces)) if search.spaces is not None else None,
+        "ops_without_space": ops_without_space(loaded),
         "trials": search.trials,
         "seconds": search.seconds,
         "workers": search.workers,
@@ -55,9 +62,33 @@ def plan_json(loaded: LoadedExperiment, runs_folder: Path, *, fresh: bool) -> di
         "runs_folder": str(runs_folder.resolve() / experiment.name),
         "storage": redacted(experiment.storage) if experiment.storage else "SQLite in the run's folder",
         "tracking": redacted(experiment.tracking or default_tracking_uri(runs_folder)),
-        "writable": _writable(runs_folder),
+        "writable": storage.state == OK,
         "resumes": resumes,
+        "why_new": why_new,
+        "problems": problems,
+        "unchecked": UNCHECKED,
     }
+
+
+def _checked(loaded: LoadedExperiment) -> tuple[str, list[str]]:
+    """(device, what keeps the run from starting); the device is empty where something does."""
+    try:
+        return check_experiment(loaded), []
+    except ConfigError as error:
+        return "", [str(error)]
+
+
+def _resumable(loaded: LoadedExperiment, runs_folder: Path, device: str) -> tuple[tuple[Path, RunState] | None, str | None]:
+    """(the run that would be gone on with, why the newest unfinished one would not)."""
+    experiment = loaded.experiment
+    found = find_resumable(runs_folder, experiment.name, experiment_digest(loaded))
+    if found is None:
+        return None, why_a_new_run(runs_folder, loaded)
+    if device and (device == "cpu" or experiment.cluster.address in HERE):  # only then there is one to compare with
+        here = current_environment(device, experiment.threads or physical_cores())
+        if changed := here.differences(found[1].started.environment):
+            return None, f"the unfinished run {found[0].name} is left alone: here is {'; '.join(changed)}"
+    return found, None
 
 
 def plan_table(plan: dict[str, Any]) -> Table:
@@ -70,7 +101,13 @@ def plan_table(plan: dict[str, Any]) -> Table:
     for i, (name, what) in enumerate(plan["scenarios"].items()):
         grid.add_row("" if i else "scenarios", Text(f"{name}: {what}"))
     grid.add_row("device", f"{plan['device']}, {plan['threads']} CPU threads")
-    grid.add_row("backends", ", ".join(plan["backends"]))
+    grid.add_row("backends", Text("\n".join([", ".join(plan["backends"]), *plan["left_out"]])))
+    if plan["spaces"] is not None:
+        lacks = ", ".join(plan["ops_without_space"])
+        grid.add_row(
+            "search spaces",
+            Text(plan["spaces"] + (f"\nnone for {lacks}: a hotspot of one of these ends the run" if lacks else "")),
+        )
     budget = f"{plan['trials']} trials or {duration(plan['seconds'])}, at most {plan['hotspots']} hotspots"
     grid.add_row("search", f"{budget}; {plan['sampler']}, seeds {', '.join(plan['seeds']) or 'none'}")
     grid.add_row("graph options", f"{plan['graph_trials']} sets" if plan["graph_trials"] else "off")
@@ -83,7 +120,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
     grid.add_row("MLflow", Text(plan["tracking"]))
     resumes = plan["resumes"]
     if resumes is None:
-        grid.add_row("starts", "a new run")
+        grid.add_row("starts", Text("\n".join(filter(None, ["a new run", plan["why_new"]]))))
     else:
         done = ", ".join(resumes["stages_done"]) or "none"
         said = f"{resumes['folder']}\n{resumes['num_trials']} trials done; stages done: {done}; --fresh starts anew"
@@ -118,18 +155,3 @@ def _scenario(scenario: PrefillScenario | DecodeScenario | CallScenario) -> str:
         case CallScenario():
             inputs = f"from {scenario.inputs}" if isinstance(scenario.inputs, str) else ", ".join(scenario.inputs)
             return f"call, batch {scenario.batch}, inputs {inputs}"
-
-
-def _device(wanted: str) -> str:
-    """What "auto" will most likely be; torch itself is asked only when the run starts."""
-    if wanted != "auto":
-        return wanted
-    return "auto: cuda if this torch has CUDA, else cpu" if _NVIDIA.exists() else "cpu"
-
-
-def _writable(folder: Path) -> bool:
-    """Whether the folder, or what it would be made in, can be written."""
-    place = folder.resolve()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
