@@ -201,7 +201,7 @@ def test_mistakes_name_file_key_and_cure(tmp_path: Path, old: str, new: str, mes
 
 @pytest.mark.parametrize("bounds", ["[k, m]", "[0, m]", "[m - 9, m]", "[1, k ** 6]"])
 def test_ranges_that_have_no_values_for_a_problem(tmp_path: Path, bounds: str) -> None:
-    log2 = "log2: false" if "**" in bounds else "log2: true"
+    log2 = "log2: false" if "**" in bounds or "-" in bounds else "log2: true"
     space = toy(tmp_path, TEXT.replace("range: [1, 16], log2: true", f"range: {bounds}, {log2}"))
     with pytest.raises(ConfigError, match=r"choices.tile.range"):
         space.count(names_for(dims(m=8, k=64), CPU))
