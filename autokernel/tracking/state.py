@@ -221,13 +221,12 @@ def why_a_new_run(runs_folder: Path | str, loaded: LoadedExperiment) -> str | No
         found = experiment_differences(state.started, loaded)
         more = f", and {len(found) - _MAX_DIFFERENCES} more" if len(found) > _MAX_DIFFERENCES else ""
         told = f" ({', '.join(found[:_MAX_DIFFERENCES])}{more})" if found else ""
-        used = (
-            "are seeds (history)" if "history" in loaded.experiment.search.seeds else "are not used: search.seeds lacks history"
-        )
-        return (
-            f"the unfinished run {state.run_id} ({state.num_trials} trials) is of another version of this experiment{told}: "
-            f"a new run starts; its results {used}"
-        )
+        start = f"the unfinished run {state.run_id} ({state.num_trials} trials) is of another version of this experiment{told}"
+        if not state.num_trials:
+            return f"{start}: a new run starts"
+        seeds = "history" in loaded.experiment.search.seeds
+        used = "are seeds (history)" if seeds else "are not used: search.seeds lacks history"
+        return f"{start}: a new run starts; its results {used}"
     return None
 
 

@@ -190,7 +190,11 @@ def test_runs_that_nobody_misses_need_no_explanation(tmp_path: Path, experiment:
     folder = run_folder(runs, "changed", ID)
     _write(folder, events[:2])
     assert why_a_new_run(runs, changed) is None, "it had done nothing"
-    _write(folder, events[2:30])
+    _write(folder, events[2:5])
+    said = why_a_new_run(runs, changed)
+    changes = "is of another version of this experiment (search.seconds 75 → 200)"
+    assert said == f"the unfinished run {ID} (0 trials) {changes}: a new run starts"
+    _write(folder, events[5:30])
     assert why_a_new_run(runs, changed) is not None
     damaged = run_folder(runs, "changed", "20261123-000000-dead")
     damaged.mkdir()
