@@ -16,9 +16,10 @@ from autokernel.environment import current_environment, physical_cores
 from autokernel.errors import AutokernelError, ConfigError, WorkloadError
 from autokernel.events import ModelValidated, Recorder, RunFinished, RunStarted
 from autokernel.export.bundle import Bundle
-from autokernel.fingerprint import checkpoint_bytes, experiment_digest
+from autokernel.fingerprint import checkpoint_bytes, experiment_digest, file_digests
+from autokernel.stages.checks import check_experiment, left_out_backends, resolve_device
 from autokernel.stages.context import RunContext, close_all
-from autokernel.tracking.state import RunState, find_resumable
+from autokernel.tracking.state import RunState, find_resumable, why_a_new_run
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +61,10 @@ def run(
         ConfigError: the experiment cannot be run as it stands.
         AutokernelError: the run failed; what was finished is in its journal.
     """
-    from autokernel.stages.search import check_ops, left_out_backends
-
     if until not in STAGES:
         raise ConfigError(f"until is one of {', '.join(STAGES)}, not {until!r}")
     loaded = experiment if isinstance(experiment, LoadedExperiment) else load_experiment(experiment, overrides)
-    check_ops(loaded)
-    for sentence in left_out_backends(loaded, resolve_device(loaded)):
+    for sentence in left_out_backends(loaded, check_experiment(loaded)):
         log.warning("%s", sentence)
     with open_run(loaded, Path(runs_folder), fresh=fresh, recorders=recorders) as context:
         return _run_stages(context, until)
@@ -148,12 +146,9 @@ def open_run(
     device = resolve_device(loaded)
     threads = experiment.threads or physical_cores()
     digest = experiment_digest(loaded)
-    found = None if fresh else find_resumable(runs_folder, experiment.name, digest)
-    state: RunState | None = None
-    if found is not None:
-        folder, state = found
-    else:
-        folder = run_folder(runs_folder, experiment.name, new_run_id())
+    state: RunState | None
+    found = None if fresh else _unfinished(loaded, runs_folder, digest)
+    folder, state = found or (run_folder(runs_folder, experiment.name, new_run_id()), None)
     folder = folder.resolve()
     environment = current_environment(device, threads)
     if state is not None and (changed := environment.differences(state.started.environment)):
@@ -174,6 +169,8 @@ def open_run(
         version=autokernel.__version__,
         git_commit=_git_commit(loaded),
         resumed=state is not None,
+        overrides=loaded.overrides,
+        files=file_digests(loaded),
     )
     try:
         for record in emit:
@@ -216,6 +213,14 @@ def open_run(
         close_all(all_recorders)
 
 
+def _unfinished(loaded: LoadedExperiment, runs_folder: Path, digest: str) -> tuple[Path, RunState] | None:
+    """The run to go on with; says so where the newest unfinished one is of another version of the experiment."""
+    found = find_resumable(runs_folder, loaded.experiment.name, digest)
+    if found is None and (why := why_a_new_run(runs_folder, loaded)):
+        log.warning("%s", why)
+    return found
+
+
 def _end(recorders: Sequence[Recorder], outcome: str, message: str, started: float) -> None:
     """The last line of a run that did not end well; a journal that cannot take it must not hide the reason."""
     event = RunFinished(outcome=outcome, message=message, seconds=round(time.monotonic() - started, 1))
@@ -242,22 +247,3 @@ def _git_commit(loaded: LoadedExperiment) -> str:
     from autokernel.stages.production import git_commit
 
     return git_commit(loaded.path.parent)
-
-
-def resolve_device(loaded: LoadedExperiment) -> str:
-    """The experiment's device; "auto" is a GPU if there is one.
-
-    Raises:
-        ConfigError: it asks for a GPU and torch sees none.
-    """
-    import torch
-
-    wanted = loaded.experiment.device
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available() and loaded.experiment.cluster.address in ("local", "inline"):
-        raise ConfigError(
-            f"{loaded.path}: device: cuda, but torch {torch.__version__} sees no GPU here; "
-            "install a CUDA build of torch, set `device: cpu`, or name a cluster in `cluster.address`"
-        )
-    return wanted

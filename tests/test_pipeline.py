@@ -15,7 +15,7 @@ from autokernel.export.bundle import read_bundle
 from autokernel.ops import OPS
 from autokernel.pipeline import STAGES, RunOutcome, resolve_device, run
 from autokernel.records import Status
-from autokernel.stages.search import left_out_backends
+from autokernel.stages.checks import left_out_backends
 from autokernel.tracking.journal import new_run_id, read_journal
 
 pytestmark = [pytest.mark.clock, pytest.mark.timeout(1200)]

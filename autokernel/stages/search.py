@@ -9,13 +9,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from autokernel.backends import all_backends
-from autokernel.config import LoadedExperiment, SearchSection
-from autokernel.errors import ConfigError, WorkerError
+from autokernel.config import SearchSection
+from autokernel.errors import WorkerError
 from autokernel.evaluate.candidate import EvaluateCandidate, evaluation_of_failure
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.events import Evaluated, Profiled, SearchPlanned
 from autokernel.export.matching import gemm_of
-from autokernel.ops import OPS, get_op
+from autokernel.ops import get_op
 from autokernel.records import Evaluation, Hotspot, Status, digest_of
 from autokernel.search.budget import Scheduler, allocate, merge
 from autokernel.search.seeds import SeedContext, seeds_from
@@ -215,31 +215,6 @@ def spaces_for(context: RunContext, hotspot: Hotspot, spaces: Mapping[str, Space
 def study_name(run_id: str, key: str) -> str:
     """What Optuna calls a problem's study: databases hold 512 characters, and a generated fusion's key is its whole program."""
     return f"{run_id} {key}" if len(key) <= _MAX_KEY else f"{run_id} {key[:_MAX_KEY]} {digest_of(key)}"
-
-
-def check_ops(loaded: LoadedExperiment) -> None:
-    """Raises ConfigError if the experiment names an op that does not exist."""
-    known = [op.name for op in OPS]
-    for name in loaded.experiment.search.without:
-        if name not in known:
-            raise ConfigError(f"{loaded.path}: search.without: {name!r} is no op; there are {', '.join(known)}")
-
-
-def left_out_backends(loaded: LoadedExperiment, device: str) -> list[str]:
-    """What there is to say of backends that the experiment names and this machine cannot use.
-
-    Args:
-        loaded: the experiment.
-        device: "cpu" or "cuda".
-
-    Returns:
-        A sentence for each; none where the work is done on other machines.
-    """
-    if loaded.experiment.cluster.address not in ("local", "inline"):
-        return []
-    named = [backend for backend in all_backends() if backend.name in loaded.experiment.backends]
-    reasons = {backend.name: backend.unavailable(device) for backend in named}
-    return [f"{loaded.path}: backends: {name} is left out: {reason}" for name, reason in reasons.items() if reason]
 
 
 def worth_searching(profiled: Profiled, settings: SearchSection) -> list[Hotspot]:

@@ -181,10 +181,10 @@ def test_a_package_that_lacks_what_it_needs_says_so(write: Any, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("parts.py:broken", r"model.factory: parts.py:broken failed at .*parts.py:18: NameError: name 'WDTH' is not defined"),
+        ("parts.py:broken", r"model.factory: parts.py:broken failed at .*parts.py:19: NameError: name 'WDTH' is not defined"),
         (
             "parts.py:made_of_a_broken_part",
-            r"model.factory: parts.py:made_of_a_broken_part failed at .*parts.py:21: TypeError: ",
+            r"model.factory: parts.py:made_of_a_broken_part failed at .*parts.py:22: TypeError: ",
         ),
     ],
 )
@@ -194,8 +194,8 @@ def test_a_factory_that_fails_says_where(write: Any, factory: str, message: str)
 
 
 def test_a_file_that_fails_when_it_is_imported_says_where(write: Any, tmp_path: Path) -> None:
-    loaded = write({"factory": "wrong.py:function"})
     (tmp_path / "wrong.py").write_text("import math\n\nWIDTH = math.sqrt(-1)\n")
+    loaded = write({"factory": "wrong.py:function"})
     for _ in range(2):  # nothing of it is left
         with pytest.raises(ConfigError, match=r"wrong.py cannot be imported at .*wrong.py:3: ValueError: "):
             load_model(loaded, "cpu")
