@@ -55,7 +55,7 @@ class SearchSection(Section):
     without: tuple[str, ...] = Field((), description="ops to leave alone, by name: `[generated]` searches no generated fusions")
     hotspots: PositiveInt = Field(16, description="how many of the ranked hotspots to search at most")
     min_weight: float = Field(0.01, ge=0, lt=1, description="leave hotspots below this share of the whole run alone")
-    seed: int = 0
+    seed: int = Field(0, description="of samplers, and of the inputs that candidates are checked on")
     max_copies: int = Field(
         8, ge=1, le=64, description="sets of weights and inputs a candidate is timed on in turn; more keep caches colder"
     )
@@ -66,7 +66,7 @@ class SearchSection(Section):
 class GraphSection(Section):
     """Search over Inductor's graph-level options, judged end to end."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="try sets of Inductor's own options on top of the entries")
     trials: PositiveInt = Field(8, description="option sets tried end to end, stock included")
     seconds: PositiveFloat = Field(600, description="wall time per scenario; sets that it does not suffice for are not tried")
     scenarios: tuple[str, ...] = Field((), description="scenarios that the sets are tried on; default: all")
@@ -90,7 +90,9 @@ class ProfileSection(Section):
 class PlanSection(Section):
     """Which fusions go together, where several would take the same part of a graph; judged end to end."""
 
-    enabled: bool = True
+    enabled: bool = Field(
+        True, description="time sets of fusions that exclude each other in the model; else the single savings decide"
+    )
     trials: PositiveInt = Field(4, description="plans per scenario that are timed in the model")
     layers: PositiveInt | None = Field(
         None,
@@ -119,9 +121,9 @@ class ValidationSection(Section):
     eval: EvalSection | None = None
     deterministic: bool = Field(False, description="refuse candidates whose output differs between two runs")
     min_gain: float = Field(0.02, ge=0, lt=1, description="lower bound of a winner's speed-up must exceed 1 + min_gain")
-    confirm_rounds: PositiveInt = Field(41, description="paired rounds per confirmation")
+    confirm_rounds: int = Field(41, ge=6, description="paired rounds per confirmation; fewer than 6 have no 95 % interval")
     confirm_top: PositiveInt = Field(2, description="candidates per hotspot that are confirmed against the baselines")
-    end_to_end_rounds: PositiveInt = Field(41, description="paired rounds per scenario and mode")
+    end_to_end_rounds: int = Field(41, ge=6, description="paired rounds per scenario and mode")
     max_copied_gb: PositiveFloat = Field(
         32,
         description="weights that entries may copy in all scenarios together (packed, or side by side for merged GEMMs); what "
@@ -155,7 +157,7 @@ class ClusterSection(Section):
         description="`local`, `auto`, `HOST:PORT`, or `ray://HOST:PORT`; `inline` uses no Ray at all",
     )
     gpus_per_worker: float = Field(1, gt=0, description="GPU runs only")
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs that Ray reserves for each worker")
     model_memory: float = Field(
         0.8, gt=0, le=1, description="part of a GPU's memory that jobs on the whole model may fill together; fewer run at once"
     )
@@ -167,9 +169,11 @@ class Experiment(Section):
     name: str = Field(pattern=NAME_PATTERN, description="names the run's folder and the MLflow experiment")
     model: ModelSection
     scenarios: dict[str, Scenario] = Field(min_length=1, description="name -> what the model does; each is timed end to end")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
     threads: PositiveInt | None = Field(None, description="CPU threads of the model; default: physical cores")
-    backends: tuple[BackendName, ...] = ("aten", "inductor")
+    backends: tuple[BackendName, ...] = Field(
+        ("aten", "inductor"), description="whose kernels are searched; aten is always there"
+    )
     search: SearchSection = SearchSection()
     profile: ProfileSection = ProfileSection()
     plan: PlanSection = PlanSection()

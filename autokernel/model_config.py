@@ -138,8 +138,8 @@ class TensorInput(Section):
     dtype: Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "bool"] | None = Field(
         None, description="default: the model's, and int64 for integers"
     )
-    mean: float = 0.0
-    std: float = Field(1.0, ge=0)
+    mean: float = Field(0.0, description="of normal")
+    std: float = Field(1.0, ge=0, description="of normal")
     low: float = Field(0.0, description="least value; where arange begins")
     high: float = Field(1.0, description="upper end of uniform and integers, itself never drawn")
     step: float = Field(1.0, description="of arange")
@@ -202,7 +202,7 @@ class PrefillScenario(Section):
     """A language model reads a whole prompt."""
 
     kind: Literal["prefill"]
-    batch: PositiveInt = 1
+    batch: PositiveInt = Field(1, description="samples, or sequences, in one call")
     length: PositiveInt = Field(description="tokens per sequence")
     logits: Literal["all", "last"] = Field(
         "all", description="of which positions logits are computed; serving needs the last one of each sequence only"
@@ -216,7 +216,7 @@ class DecodeScenario(Section):
     """A language model produces one token per sequence, with a static KV cache."""
 
     kind: Literal["decode"]
-    batch: PositiveInt = 1
+    batch: PositiveInt = Field(1, description="samples, or sequences, in one call")
     context: PositiveInt = Field(description="tokens already in the cache; the cache has room for a few more")
     sample: Literal["none", "argmax", "top_k"] = Field(
         "none",
@@ -251,7 +251,7 @@ class CallScenario(Section):
         description="what the model returns that counts: paths of attributes, keys and indices, e.g. `logits` or `sample.0`; "
         "default: all of it, a tensor or a tuple of them",
     )
-    batch: PositiveInt = 1
+    batch: PositiveInt = Field(1, description="samples, or sequences, in one call")
 
     @property
     def inputs_function(self) -> str | None:
