@@ -200,6 +200,11 @@ class ModelValidated(Record):
     scenarios: tuple[ScenarioResult, ...]
     dropped: Mapping[str, str] = field(default_factory=dict)  # problem key -> why
 
+    @property
+    def passed(self) -> bool:
+        """All gates: what does not pass them all is exported only if it changes nothing."""
+        return self.verdict.passed and all(e.passed for e in self.evals) and all(s.passed for s in self.scenarios)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported(Record):

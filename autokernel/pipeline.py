@@ -103,7 +103,7 @@ def _run_stages(context: RunContext, until: str) -> RunOutcome:
     if until == "validate":
         return _stopped(context, until)
     bundle = make_bundle(context, bundle.entries, bundle.graph_options, bundle.scenario_options, validated)
-    export_bundle(context, bundle)
+    export_bundle(context, bundle, validated)
     proved = prove(context, bundle, validated) if until != "export" else None
     if proved is not None and not proved.passed:
         raise AutokernelError(f"the exported bundle did not hold in a fresh process: {proved.message}")

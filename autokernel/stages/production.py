@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import autokernel
-from autokernel.errors import WorkerError
+from autokernel.errors import AutokernelError, WorkerError
 from autokernel.events import Exported, ModelValidated, Proved
 from autokernel.export.bundle import Bundle, Entry, ScenarioOptions, write_bundle
 from autokernel.export.prove import BUNDLE, DEFAULT, Proof, Prove, together
@@ -49,10 +49,18 @@ def make_bundle(
     )
 
 
-def export_bundle(context: RunContext, bundle: Bundle) -> Exported:
-    """Write the folder and the archive into the run's folder, compiled kernels included."""
+def export_bundle(context: RunContext, bundle: Bundle, validated: ModelValidated) -> Exported:
+    """Write the folder and the archive into the run's folder, compiled kernels included.
+
+    Raises:
+        AutokernelError: the bundle changes something, and the whole model did not pass with it.
+    """
     from autokernel.export.cutedsl import with_objects
 
+    if not (bundle.stock or validated.passed):
+        failed = [c.name for c in validated.verdict.failures] + [e.metric for e in validated.evals if not e.passed]
+        failed += [f"the time of {s.scenario}" for s in validated.scenarios if not s.passed]
+        raise AutokernelError(f"a bundle that failed validation is not exported: {', '.join(failed) or 'nothing was checked'}")
     with context.stage("export"):
         bundle, files = with_objects(bundle)
         folder, archive = write_bundle(bundle, context.folder / "bundle", files)

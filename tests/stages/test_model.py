@@ -239,6 +239,46 @@ def test_entries_that_nothing_is_built_from_are_dropped() -> None:
     assert "nothing in the compiled model is built from it" in validated.dropped[ENTRIES[1].key]
 
 
+def test_what_fails_once_slower_entries_are_gone_is_dropped_too() -> None:
+    """ENTRIES[0] is harmless only beside those of the other scenario, which make it slower."""
+    fours = keys(ENTRIES[5:])
+
+    def harmful(bundle: Bundle) -> str:
+        return "max error" if ENTRIES[0] in bundle.entries and not fours & keys(bundle.entries) else ""
+
+    answers = Answers(harmful, slower=lambda b, s: s == "four" and bool(fours & keys(b.entries)))
+    validated, bundle = run(answers, bundle_of(*ENTRIES))
+    assert validated.verdict.passed
+    assert bundle.entries == ENTRIES[1:5]
+    assert set(validated.dropped) == {ENTRIES[0].key, *fours}
+    assert "max error is 3, limit 2" in validated.dropped[ENTRIES[0].key]
+    assert answers.checked[-1].entries == bundle.entries
+    assert answers.timed == ["one", "four", "four", "one", "four"], "what is left was timed as it is"
+
+
+def test_what_was_left_after_a_failed_check_may_be_slower_again() -> None:
+    fours = keys(ENTRIES[5:])
+
+    def slower(bundle: Bundle, scenario: str) -> bool:
+        left = keys(bundle.entries)
+        return bool(left & fours) if scenario == "four" else bool(left) and ENTRIES[0].key not in left
+
+    harmful = lambda b: "metric" if ENTRIES[0] in b.entries and not fours & keys(b.entries) else ""  # noqa: E731
+    validated, bundle = run(Answers(harmful, slower), bundle_of(*ENTRIES))
+    assert bundle.stock
+    assert set(validated.dropped) == keys(ENTRIES)
+    assert all(result.passed for result in validated.scenarios)
+
+
+def test_where_checks_of_one_bundle_differ_stock_is_left() -> None:
+    answers = Answers(lambda b: "norm" if b.entries == ENTRIES and len(answers.checked) != 3 else "")
+    validated, bundle = run(answers, bundle_of(*ENTRIES))
+    assert [len(one.entries) for one in answers.checked] == [7, 3, 7, 7, 0], "all of it passes the second time alone"
+    assert bundle.stock
+    assert validated.verdict.passed
+    assert all("norm is 3" in why for why in validated.dropped.values())
+
+
 def test_what_was_timed_before_a_kill_is_not_timed_again() -> None:
     listener = Listener()
     first, _ = run(Answers(), bundle_of(*ENTRIES), listener=listener)
