@@ -193,12 +193,16 @@ class EvalResult(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelValidated(Record):
-    """The whole model with the bundle: equivalence, metric, times; `dropped` are entries the gates removed."""
+    """The whole model with the bundle: equivalence, metric, times; `dropped` are entries the gates removed.
+
+    A resumed run does not validate again what has the same `applied_digest`, without what was dropped.
+    """
 
     verdict: Verdict
     evals: tuple[EvalResult, ...]
     scenarios: tuple[ScenarioResult, ...]
     dropped: Mapping[str, str] = field(default_factory=dict)  # problem key -> why
+    applied_digest: str = ""  # of what the bundle changes; empty in journals of versions that did not say
 
     @property
     def passed(self) -> bool:

@@ -80,6 +80,8 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
         hotspots.setdefault(hotspot.problem.key, hotspot)
     earlier = context.state.confirmed if context.state is not None else {}
     winners = [event.winner for event in earlier.values() if event.winner is not None]
+    if context.state is not None and "confirm" in context.state.stages_done:
+        return _by_weight(winners)  # what was lost stays so: later stages have judged what there was
     decided = {event.problem_key for event in earlier.values()}
     jobs: list[tuple[Hotspot, ConfirmCandidates]] = []
     ceilings = Ceilings.from_json(profiled.ceilings)
@@ -101,8 +103,6 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
                 max_copies=context.experiment.search.max_copies,
             )
             jobs.append((hotspots[key], job))
-    if not jobs and "confirm" in (context.state.stages_done if context.state is not None else ()):
-        return _by_weight(winners)
     with context.stage("confirm", total=len(jobs)):
         for hotspot, confirmation in _confirmations(context, jobs):
             for event in _judge(hotspot, confirmation, settings.min_gain):

@@ -82,16 +82,24 @@ class CheckScenario(ModelJob):
 
 def validate(context: RunContext, bundle: Bundle, dropped: Mapping[str, str]) -> tuple[ModelValidated, Bundle]:
     """The verdict on the whole model, and the bundle that passes it: possibly smaller, at worst stock."""
-    if context.state is not None and "validate" in context.state.stages_done and context.state.validated is not None:
-        validated = context.state.validated
-        return validated, without(bundle, validated.dropped)
+    known = context.state.validated if context.state is not None and "validate" in context.state.stages_done else None
+    if known is not None:
+        left = without(bundle, known.dropped)
+        if left.applied_digest == known.applied_digest:
+            return known, left
     gone = dict(dropped)
     with context.stage("validate", total=len(context.experiment.scenarios) + 1):
         if context.experiment.validation.ablation:
             bundle = without_useless(context, bundle, gone)
         bundle, quality, timed = _until_all_hold(context, bundle, gone)
         scenarios = tuple(result_with(bundle, timing) for timing in timed)
-        validated = ModelValidated(verdict=quality.verdict, evals=quality.evals, scenarios=scenarios, dropped=gone)
+        validated = ModelValidated(
+            verdict=quality.verdict,
+            evals=quality.evals,
+            scenarios=scenarios,
+            dropped=gone,
+            applied_digest=bundle.applied_digest,
+        )
         context.emit(validated)
     return validated, bundle
 

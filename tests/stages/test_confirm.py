@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pretended_run import ENVIRONMENT, context_of
 
 from autokernel.errors import JobCrashed, JobLost
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates, Contender
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.evaluate.timing import Comparison
+from autokernel.events import Event, Profiled, RunStarted, StageFinished
 from autokernel.records import (
     Candidate,
     Check,
@@ -31,14 +33,17 @@ from autokernel.stages.confirm import (
     _confirmations,
     _judge,
     compatible,
+    confirm,
     copied_bytes,
     entry_of,
     finalists_of,
     fitting,
     slack_of,
 )
+from autokernel.tracking.state import RunState
 
 X = TensorSpec.contiguous((1, 64), "float32")
+CEILINGS = Ceilings(device="cpu", read_gb_per_s=10.0, tflops={"float32": 0.1}).to_json()
 PASSED = Verdict(checks=(Check(name="all", value=0, limit=1, passed=True),))
 
 
@@ -260,6 +265,38 @@ class Full:
     def renew(self) -> None:
         assert all(not job.alone for job in self.asked)
         self.renewed += 1
+
+
+def resumed(*events: Event) -> RunState:
+    """What an earlier process left in its journal."""
+    return RunState.from_events(
+        [
+            RunStarted(run_id="r", name="t", experiment="", experiment_digest="", environment=ENVIRONMENT, seed=0, version=""),
+            *events,
+        ]
+    )
+
+
+def profiled(*problems: Problem) -> Profiled:
+    hotspots = tuple(hotspot(problem) for problem in problems)
+    return Profiled(hotspots=hotspots, scenario_us={"s": 100.0}, read_gb_per_s=GB_PER_S, peak_tflops={}, ceilings=CEILINGS)
+
+
+def test_what_was_not_confirmed_stays_so_once_the_stage_is_done() -> None:
+    """Graph options and the verdict on the whole model are without it: what comes later was seen by none of them."""
+    others = [evaluation(MERGED, 10, prepack=False, merge="none"), evaluation(MERGED, 8, merge="concat")]
+    found = {MM.key: [STOCK, evaluation(MM, 8, "inductor")], MERGED.key: others}
+    pool, later = Full(), Full()
+    (event,) = _judge(hotspot(MM), raced({"inductor": [10.0, 10.1, 10.2]}), 0.005)
+    assert event.winner is not None
+    for context, events in (
+        (context_of(pool, "cpu"), [event]),
+        (context_of(later, "cpu"), [event, StageFinished(stage="confirm", seconds=1)]),
+    ):
+        context.state = resumed(*events)
+        assert confirm(context, profiled(MM, MERGED), found) == [event.winner]
+    assert [(job.problem, job.alone) for job in pool.asked] == [(MERGED, False), (MERGED, True)]
+    assert later.asked == []
 
 
 def test_what_had_no_room_is_confirmed_alone_behind_the_others(caplog: pytest.LogCaptureFixture) -> None:

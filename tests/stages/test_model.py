@@ -40,6 +40,9 @@ def entry(m: int, n: int, scenario: str = "one") -> Entry:
     return Entry(problem=problem, backend="aten", config={"prepack": True}, scenario=scenario)
 
 
+STARTED = RunStarted(
+    run_id="r", name="t", experiment="", experiment_digest="d", environment=ENVIRONMENT, seed=0, version="", git_commit=""
+)
 ENTRIES = tuple(entry(1, n) for n in (16, 32, 48, 64, 80)) + tuple(entry(4, n, "four") for n in (16, 32))
 
 
@@ -285,10 +288,7 @@ def test_what_was_timed_before_a_kill_is_not_timed_again() -> None:
     timed = [event for event in listener.events if isinstance(event, ScenarioTimed)]
     timed.sort(key=lambda event: event.scenario != "one")  # they come in any order
     assert [event.scenario for event in timed] == ["one", "four"]
-    started = RunStarted(
-        run_id="r", name="t", experiment="", experiment_digest="d", environment=ENVIRONMENT, seed=0, version="", git_commit=""
-    )
-    killed = RunState.from_events([started, *(event_from_json(event_to_json(event)) for event in timed[:1])])
+    killed = RunState.from_events([STARTED, *(event_from_json(event_to_json(event)) for event in timed[:1])])
     answers = Answers()
     again, _ = run(answers, bundle_of(*ENTRIES), state=killed)
     assert answers.timed == ["four"]
@@ -296,6 +296,32 @@ def test_what_was_timed_before_a_kill_is_not_timed_again() -> None:
     others = Answers()
     run(others, bundle_of(*ENTRIES[1:]), state=killed)
     assert others.timed == ["one", "four"], "times with another bundle say nothing about this one"
+
+
+def test_a_verdict_counts_on_resume_for_the_very_bundle_that_was_judged() -> None:
+    listener = Listener()
+    first, left = run(Answers(having(ENTRIES[2])), bundle_of(*ENTRIES, freezing="all"), listener=listener)
+    told = [event_to_json(event) for event in listener.events if not isinstance(event, ScenarioTimed)]
+    done = RunState.from_events([STARTED, *map(event_from_json, told)])
+    answers = Answers(lambda b: "norm" if ENTRIES[0] in b.entries else "")
+    assert run(answers, bundle_of(*ENTRIES, freezing="all"), state=done) == (first, left)
+    assert answers.checked == [], "nothing changed since"
+    more, other = (*ENTRIES, entry(1, 96)), Listener()
+    validated, bundle = run(answers, bundle_of(*more, freezing="all"), state=done, listener=other)
+    assert keys(bundle.entries) == keys(more) - {ENTRIES[0].key}, "the model never saw the one that came later"
+    again = RunState.from_events([STARTED, *map(event_from_json, [*told, *map(event_to_json, other.events)])])
+    assert run(Answers(lambda b: "crash"), bundle_of(*more, freezing="all"), state=again) == (validated, bundle)
+
+
+def test_a_verdict_of_an_earlier_version_says_nothing_of_which_bundle_it_is() -> None:
+    listener = Listener()
+    run(Answers(), bundle_of(*ENTRIES), listener=listener)
+    told = [event_to_json(event) for event in listener.events if not isinstance(event, ScenarioTimed)]
+    for event in told:
+        event.pop("applied_digest", None)
+    answers = Answers()
+    run(answers, bundle_of(*ENTRIES), state=RunState.from_events([STARTED, *map(event_from_json, told)]))
+    assert len(answers.checked) == 1
 
 
 def test_the_stage_is_announced_and_ended() -> None:
