@@ -71,6 +71,8 @@ def compile_errors() -> tuple[type[BaseException], ...]:
 def failure_of(error: BaseException) -> str:
     """One line that says what kept a contender from running."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith("backend=") and lines[0].endswith("raised:"):  # Dynamo's, what happened follows
+        lines = lines[1:]
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import CallScenario, LoadedExperiment
@@ -65,7 +67,11 @@ def compare_metric(
 
 
 def check_model(loaded: LoadedExperiment, bundle: Bundle, device: str, seed: int) -> tuple[Verdict, tuple[EvalResult, ...]]:
-    """A bundle against the stock model: every scenario of the experiment, then its metric."""
+    """A bundle against the stock model: every scenario of the experiment, then its metric.
+
+    Raises:
+        WorkerError: the model does not compile or run with the bundle.
+    """
     import torch
 
     from autokernel.profiling.workload import load_model
@@ -89,13 +95,10 @@ def check_scenario(loaded: LoadedExperiment, bundle: Bundle, name: str, turns: J
         WorkerError: the model does not compile or run with the bundle.
     """
     model, program = load_scenario(loaded, name, turns, seed)
-    try:
-        with turns.building():
-            prepared = prepare(Contender(name=BUNDLE, bundle=bundle), program, turns)
-    except compile_errors() as error:
-        raise WorkerError(f"scenario {name} does not run with the bundle: {failure_of(error)}") from None
+    with _blamed_on_bundle(f"scenario {name}"), turns.building():
+        prepared = prepare(Contender(name=BUNDLE, bundle=bundle), program, turns)
     with turns.alone():
-        return check_program(loaded, name, program, model, prepared.forward, seed)
+        return check_program(loaded, name, program, model, _blaming(f"scenario {name}", prepared.forward), seed)
 
 
 def check_program(
@@ -161,11 +164,12 @@ def _trio(
     scenario = loaded.experiment.scenarios[name]
     # One program each: a KV cache is state.
     tuned, stock, raised = (build_program(loaded, m, name, device, seed) for m in (model, model, reference))
-    prepared = prepare(Contender(name=BUNDLE, bundle=bundle), tuned)
+    with _blamed_on_bundle(f"scenario {name}"):
+        prepared = prepare(Contender(name=BUNDLE, bundle=bundle), tuned)
     is_language = not isinstance(scenario, CallScenario)
     return Trio(
         name=name,
-        contender=_resetting(tuned, prepared.forward),
+        contender=_resetting(tuned, _blaming(f"scenario {name}", prepared.forward)),
         stock=_resetting(stock, stock.scores or stock.module),
         reference=_resetting(raised, raised.scores or raised.module),
         draws=_draws(tuned, is_language, seed),
@@ -174,6 +178,25 @@ def _trio(
         raised=higher,
         max_abs_error=loaded.experiment.validation.max_abs_error,
     )
+
+
+@contextlib.contextmanager
+def _blamed_on_bundle(what: str) -> Iterator[None]:
+    """What a compiler or its code raises, of any class, as the error that says: this bundle does not work in this model."""
+    try:
+        yield
+    except compile_errors() as error:
+        raise WorkerError(f"{what} does not run with the bundle: {failure_of(error)}") from None
+
+
+def _blaming(what: str, forward: Run) -> Run:
+    """The same function; graphs are compiled when they are first called for, too."""
+
+    def run(*inputs: Any, **named: Any) -> Any:
+        with _blamed_on_bundle(what):
+            return forward(*inputs, **named)
+
+    return run
 
 
 def _resetting(program: ScenarioProgram, forward: Run) -> Run:
@@ -189,6 +212,7 @@ def check_metric(loaded: LoadedExperiment, bundle: Bundle, turns: JobTurns, seed
 
     Raises:
         ConfigError: the experiment has none.
+        WorkerError: the model does not compile or run with the bundle.
     """
     from autokernel.profiling.workload import import_model, load_model
 
@@ -207,7 +231,7 @@ def _eval(loaded: LoadedExperiment, bundle: Bundle, model: torch.nn.Module, devi
     metric = load_metric(loaded, model, device)
     module = Prefill(model).eval() if metric.batch else model
     compiled = torch.compile(own_code(module), backend=BundleBackend(bundle), dynamic=False)
-    return compare_metric(metric, module, compiled, seed=seed)
+    return compare_metric(metric, module, _blaming("the metric", compiled), seed=seed)
 
 
 def _worsening(metric: Metric, stock: list[float], other: list[float], seed: int) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from autokernel.stages.whole_model import run_on_model
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 1800
+_RUNS = "runs"  # name of the check that a model which crashes has failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,8 @@ class Quality(Record):
 
     @property
     def why_not(self) -> str:
-        reasons = [f"{c.name} is {c.value:.4g}, limit {c.limit:.4g}" for c in self.verdict.failures]
+        failures = self.verdict.failures
+        reasons = [c.note if c.name == _RUNS else f"{c.name} is {c.value:.4g}, limit {c.limit:.4g}" for c in failures]
         reasons += [f"{e.metric} is worse by {e.worse_by_high:.4g}, limit {e.limit:.4g}" for e in self.evals if not e.passed]
         return "; ".join(reasons)
 
@@ -115,10 +117,7 @@ def _until_all_hold(context: RunContext, bundle: Bundle, gone: dict[str, str]) -
         if not changed or bundle.stock:
             return bundle, quality, timed
         checks = [timing.check for timing in timed if timing.check is not None]
-        if len(checks) == len(timed):
-            quality = _quality(context, checks, _metric_on_gpu(context, bundle))
-        else:
-            quality = check(context, bundle)
+        quality = _with_metric(context, bundle, checks) if len(checks) == len(timed) else check(context, bundle)
         if quality.passed:  # what is exported is what was judged
             return bundle, quality, timed
 
@@ -135,11 +134,7 @@ def _examine(context: RunContext, bundle: Bundle) -> tuple[Quality, list[Scenari
     if any(timing.check is None for timing in timings):  # it did not compile somewhere
         return check(context, bundle), []
     checks = [timing.check for timing in timings if timing.check is not None]
-    return _quality(context, checks, _metric_on_gpu(context, bundle)), timings
-
-
-def _quality(context: RunContext, checks: Sequence[ScenarioCheck], evals: tuple[EvalResult, ...]) -> Quality:
-    return Quality(verdict=verdict_of(checks, context.experiment.validation.min_top1_agreement), evals=evals)
+    return _with_metric(context, bundle, checks), timings
 
 
 def _check_jobs(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -> list[ScenarioCheck | EvalResult]:
@@ -161,10 +156,15 @@ def _check_jobs(context: RunContext, bundle: Bundle, scenarios: Sequence[str]) -
     return run_on_model(context, "validate", jobs, _TIMEOUT_S, bundle=bundle)
 
 
-def _metric_on_gpu(context: RunContext, bundle: Bundle) -> tuple[EvalResult, ...]:
-    if context.experiment.validation.eval is None:
-        return ()
-    return tuple(result for result in _check_jobs(context, bundle, [""]) if isinstance(result, EvalResult))
+def _with_metric(context: RunContext, bundle: Bundle, checks: Sequence[ScenarioCheck]) -> Quality:
+    """On a GPU: what checks of all scenarios say together, and the metric, which is a job of its own."""
+    evals: tuple[EvalResult, ...] = ()
+    if context.experiment.validation.eval is not None:
+        try:
+            evals = tuple(result for result in _check_jobs(context, bundle, [""]) if isinstance(result, EvalResult))
+        except WorkerError as error:
+            return _crashed(bundle, error)
+    return Quality(verdict=verdict_of(checks, context.experiment.validation.min_top1_agreement), evals=evals)
 
 
 def check(context: RunContext, bundle: Bundle) -> Quality:
@@ -172,10 +172,9 @@ def check(context: RunContext, bundle: Bundle) -> Quality:
     if context.device == "cuda":
         try:
             found = _check_jobs(context, bundle, tuple(context.experiment.scenarios))
-            checks = [result for result in found if isinstance(result, ScenarioCheck)]
-            return _quality(context, checks, _metric_on_gpu(context, bundle))
         except WorkerError as error:
             return _crashed(bundle, error)
+        return _with_metric(context, bundle, [result for result in found if isinstance(result, ScenarioCheck)])
     job = CheckModel(
         loaded=context.loaded, bundle=bundle, device=context.device, threads=context.threads, seed=context.seed + 3
     )
@@ -188,7 +187,7 @@ def check(context: RunContext, bundle: Bundle) -> Quality:
 def _crashed(bundle: Bundle, error: WorkerError) -> Quality:
     if bundle.stock:
         raise error
-    failed = Check(name="runs", value=1, limit=0, passed=False, note=str(error))
+    failed = Check(name=_RUNS, value=1, limit=0, passed=False, note=str(error))
     return Quality(verdict=Verdict(checks=(failed,)))
 
 

@@ -13,7 +13,12 @@ import torch
 from torch import nn
 
 from autokernel.config import LoadedExperiment, PrefillScenario, load_experiment
-from autokernel.evaluate.quality import Trio, check_model, compare_metric, compare_outputs
+from autokernel.environment import current_environment
+from autokernel.errors import WorkerError, WorkloadError
+from autokernel.evaluate.quality import Trio, check_metric, check_model, compare_metric, compare_outputs
+from autokernel.evaluate.whole_model import JobTurns
+from autokernel.export.apply import BundleBackend
+from autokernel.export.bundle import Bundle
 from autokernel.profiling.language import Prefill
 from autokernel.profiling.metric import Metric
 from autokernel.profiling.workload import build_scenario, load_model
@@ -232,18 +237,80 @@ def test_higher_may_be_better_and_losses_may_be_logarithms() -> None:
     assert not compare_metric(higher, lambda: "stock", lambda: "lost").passed
 
 
+GATED = Path(__file__).parents[1] / "data" / "gated.yaml"
+
+
+def bundle(**options: bool) -> Bundle:
+    environment = current_environment("cpu", torch.get_num_threads())
+    return Bundle(name="x", created="", version="", environment=environment, entries=(), graph_options=options)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """broken(when, num): inputs of so many rows do not compile with a bundle, or do not run."""
+
+    def compiled(when: str, rows: int) -> Callable[..., Any]:
+        def fail(*_: Any) -> Any:
+            raise AssertionError("expected size 8==8, stride 1==8 at dim=0")
+
+        def backend(self: BundleBackend, gm: Any, inputs: Any, **_: Any) -> Any:
+            if not any(isinstance(x, torch.Tensor) and x.shape[:-1] == (rows,) for x in inputs):
+                return gm.forward
+            return fail() if when == "compile" else fail
+
+        return backend
+
+    return lambda when, rows: monkeypatch.setattr(BundleBackend, "__call__", compiled(when, rows))
+
+
+@pytest.mark.parametrize("when", ["compile", "run"])
+def test_what_does_not_run_with_the_bundle_is_the_bundles_fault(broken: Callable[[str, int], None], when: str) -> None:
+    """Of whatever class: the stage that asked takes a WorkerError for a failed check, anything else ends the run."""
+    torch.compiler.reset()
+    loaded = load_experiment(GATED)
+    broken(when, 1)
+    with pytest.raises(WorkerError, match=r"^scenario one does not run with the bundle: .*expected size 8==8, stride 1==8"):
+        check_model(loaded, bundle(), "cpu", 0)
+    assert check_metric(loaded, bundle(), JobTurns("cpu"), 0).passed, "which has four rows"
+    torch.compiler.reset()
+    broken(when, 4)
+    for check in (lambda: check_metric(loaded, bundle(), JobTurns("cpu"), 0), lambda: _eval_alone(loaded)):
+        with pytest.raises(WorkerError, match=r"^the metric does not run with the bundle: .*expected size 8==8"):
+            check()
+
+
+def _eval_alone(loaded: LoadedExperiment) -> object:
+    """The whole job on a CPU, of a scenario that runs."""
+    scenarios = {"one": loaded.experiment.scenarios["one"]}
+    one = loaded.model_copy(update={"experiment": loaded.experiment.model_copy(update={"scenarios": scenarios})})
+    return check_model(one, bundle(), "cpu", 0)
+
+
+def test_options_that_this_torch_has_not_are_the_bundles_fault() -> None:
+    loaded = load_experiment(GATED)
+    with pytest.raises(WorkerError, match=r"^scenario one does not run with the bundle: NotImplementedError: torch .* no_such"):
+        check_model(loaded, bundle(no_such_option=True), "cpu", 0)
+    with torch.no_grad(), pytest.raises(WorkerError, match=r"^the metric does not run with the bundle: "):
+        check_metric(loaded, bundle(no_such_option=True), JobTurns("cpu"), 0)
+
+
+def test_a_metric_that_fails_with_stock_code_is_its_own_fault(tmp_path: Path) -> None:
+    (tmp_path / "gated.py").write_text(
+        GATED.with_suffix(".py").read_text() + "\n\ndef fails(forward):\n    return forward(1)\n"
+    )
+    (tmp_path / "x.yaml").write_text(GATED.read_text().replace("gated.py:mean_square", "gated.py:fails"))
+    with pytest.raises(WorkloadError, match=r"gated.py:fails failed at "):
+        check_metric(load_experiment(tmp_path / "x.yaml"), bundle(), JobTurns("cpu"), 0)
+
+
 @pytest.mark.slow
 def test_a_bundle_that_changes_nothing_passes(tmp_path: Path) -> None:
-    from autokernel.environment import current_environment
-    from autokernel.export.bundle import Bundle
-
     overrides = ("scenarios.prefill.length=64", "scenarios.decode-b1.context=16", "validation.eval.length=64",
                  "validation.eval.max_bytes=8192")  # fmt: skip
     loaded = load_experiment(QUICKSTART, overrides)
     scenarios = {name: loaded.experiment.scenarios[name] for name in ("prefill", "decode-b1")}
     loaded = loaded.model_copy(update={"experiment": loaded.experiment.model_copy(update={"scenarios": scenarios})})
-    bundle = Bundle(name="x", created="", version="", environment=current_environment("cpu"), entries=())
-    verdict, (result,) = check_model(loaded, bundle, "cpu", seed=0)
+    verdict, (result,) = check_model(loaded, bundle(), "cpu", seed=0)
     assert verdict.passed, verdict.failures
     assert {check.name.split(":")[0] for check in verdict.checks} == {"prefill", "decode-b1", "top-1 disagreement"}
     assert result.num_samples == 128

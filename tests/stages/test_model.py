@@ -14,7 +14,9 @@ from autokernel.config import load_experiment
 from autokernel.environment import Environment
 from autokernel.errors import JobCrashed, WorkerError
 from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, ScenarioTiming, TimeScenario
+from autokernel.evaluate.outputs import ScenarioCheck
 from autokernel.events import (
+    EvalResult,
     ModelValidated,
     ModeTiming,
     RunStarted,
@@ -24,9 +26,10 @@ from autokernel.events import (
     event_to_json,
 )
 from autokernel.export.bundle import Bundle, Entry, ScenarioOptions
+from autokernel.profiling.footprint import Footprint
 from autokernel.records import Check, Problem, Speedup, TensorSpec, Verdict
 from autokernel.stages.context import RunContext
-from autokernel.stages.model import CheckModel, Quality, validate
+from autokernel.stages.model import CheckModel, CheckScenario, Quality, validate
 from autokernel.tracking.state import RunState
 from autokernel.workers.pool import InlinePool
 
@@ -50,6 +53,9 @@ def bundle_of(*entries: Entry, **options: str) -> Bundle:
     return Bundle(name="t", created="", version="", environment=ENVIRONMENT, entries=entries, graph_options=options)
 
 
+FINE = ScenarioCheck(checks=(Check(name="fine", value=1, limit=2, passed=True),))
+
+
 class Answers:
     """A pool that answers jobs by rule: which entries break the model, and which scenarios a bundle slows down."""
 
@@ -70,10 +76,22 @@ class Answers:
     def submit(self, job: Any, timeout_s: float) -> Any:
         return self._inline.submit(lambda: self.answer(job), timeout_s)
 
+    def renew(self) -> None:
+        """There is nothing to end."""
+
     def close(self) -> None:
         self._inline.close()
 
-    def answer(self, job: Any) -> Quality | ScenarioTiming:
+    def answer(self, job: Any) -> Quality | ScenarioTiming | ScenarioCheck | EvalResult:
+        if isinstance(job, CheckScenario) and job.scenario:
+            return FINE
+        if isinstance(job, CheckScenario):
+            self.checked.append(job.bundle)
+            if self.harmful(job.bundle):
+                raise JobCrashed("the process was killed by SIGSEGV")
+            return EvalResult(
+                metric="m", stock=1, bundle=1, worse_by=0, worse_by_high=0, limit=1, passed=True, num_samples=9
+            )  # fmt: skip
         if isinstance(job, CheckModel):
             self.checked.append(job.bundle)
             why = self.harmful(job.bundle)
@@ -93,6 +111,7 @@ class Answers:
             speedups={BUNDLE: Speedup(ratio=ratio, low=ratio - 0.01, high=ratio + 0.01, num_rounds=11)},
             hits={BUNDLE: hits},
             products=("x",),
+            check=FINE if job.check else None,
         )
 
 
@@ -102,17 +121,19 @@ def run(
     dropped: Mapping[str, str] | None = None,
     listener: Listener | None = None,
     state: RunState | None = None,
+    device: str = "cpu",
 ) -> tuple[ModelValidated, Bundle]:
     context = RunContext(
         loaded=load_experiment(EXPERIMENT),
         folder=Path("unused"),
         run_id="r",
-        device="cpu",
+        device=device,
         threads=2,
         environment=ENVIRONMENT,
         pool=cast(Any, answers),
         recorders=[listener or Listener()],
         state=state,
+        footprints={None: Footprint(scenarios={"one": 1, "four": 1}, device=100), 4: Footprint(scenarios={}, device=100)},
     )
     return validate(context, bundle, dropped or {})
 
@@ -169,6 +190,21 @@ def test_a_crash_of_the_model_is_a_failed_check() -> None:
 def test_a_stock_model_that_crashes_is_the_run_s_failure() -> None:
     with pytest.raises(WorkerError):
         run(Answers(lambda b: "crash"), bundle_of())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["all of it", "what is left"])
+def test_a_metric_that_crashes_on_a_gpu_is_a_failed_check(first: bool) -> None:
+    """Of the bundle as it came, or of what is left once a scenario was slower."""
+    fours = keys(ENTRIES[5:])
+    answers = Answers(
+        lambda b: "crash" if ENTRIES[3] in b.entries and (first or not fours & keys(b.entries)) else "",
+        slower=lambda b, s: not first and s == "four" and bool(fours & keys(b.entries)),
+    )
+    validated, bundle = run(answers, bundle_of(*ENTRIES), device="cuda")
+    assert keys(bundle.entries) == keys(ENTRIES) - {ENTRIES[3].key} - (set() if first else fours)
+    assert "killed by SIGSEGV" in validated.dropped[ENTRIES[3].key]
+    assert validated.verdict.passed
+    assert answers.checked[-1].entries == bundle.entries
 
 
 def test_a_slower_scenario_loses_its_own_entries() -> None:
