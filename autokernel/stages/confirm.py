@@ -105,7 +105,8 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
             jobs.append((hotspots[key], job))
     with context.stage("confirm", total=len(jobs)):
         for hotspot, confirmation in _confirmations(context, jobs):
-            for event in _judge(hotspot, confirmation, settings.min_gain):
+            # the winner first: whoever resumes takes a problem for decided by any line of it, and the next one may be lost
+            for event in sorted(_judge(hotspot, confirmation, settings.min_gain), key=lambda event: not event.accepted):
                 context.emit(event)
                 if event.winner is not None:
                     winners.append(event.winner)

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from pretended_run import ENVIRONMENT, context_of
+from pretended_run import ENVIRONMENT, Listener, context_of
 
-from autokernel.errors import JobCrashed, JobLost
+from autokernel.errors import JobCrashed, JobLost, StorageError
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates, Contender
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.evaluate.timing import Comparison
-from autokernel.events import Event, Profiled, RunStarted, StageFinished
+from autokernel.events import Confirmed, Event, Profiled, RunStarted, StageFinished
 from autokernel.records import (
     Candidate,
     Check,
@@ -297,6 +297,38 @@ def test_what_was_not_confirmed_stays_so_once_the_stage_is_done() -> None:
         assert confirm(context, profiled(MM, MERGED), found) == [event.winner]
     assert [(job.problem, job.alone) for job in pool.asked] == [(MERGED, False), (MERGED, True)]
     assert later.asked == []
+
+
+@dataclass
+class Answering:
+    """A pool that confirms at once what it is told to."""
+
+    confirmation: Confirmation
+
+    def submit(self, job: ConfirmCandidates, timeout_s: float) -> Future[Confirmation]:
+        future: Future[Confirmation] = Future()
+        future.set_result(self.confirmation)
+        return future
+
+
+class Filling(Listener):
+    """A disk with room for one line of a problem."""
+
+    def record(self, event: Event) -> None:
+        if isinstance(event, Confirmed) and self.events and isinstance(self.events[-1], Confirmed):
+            raise StorageError("no space left")
+        super().record(event)
+
+
+def test_a_winner_is_kept_where_the_next_line_is_lost() -> None:
+    """One line decides a problem: on a resume it is not confirmed again."""
+    times = {"inductor": [10.0, 10.1, 10.2], "triton": [9.0, 9.1, 9.2]}
+    journal, found = Filling(), {MM.key: [STOCK, *(evaluation(MM, 9, b, k=i) for i, b in enumerate(times))]}
+    with pytest.raises(StorageError):
+        confirm(context_of(Answering(raced(times)), "cpu", journal), profiled(MM), found)
+    again = context_of(Full(), "cpu")
+    again.state = resumed(*(event for event in journal.events if isinstance(event, Confirmed)))
+    assert [won.evaluation.candidate.backend for won in confirm(again, profiled(MM), found)] == ["triton"]
 
 
 def test_what_had_no_room_is_confirmed_alone_behind_the_others(caplog: pytest.LogCaptureFixture) -> None:
