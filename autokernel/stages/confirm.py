@@ -45,11 +45,12 @@ def finalists_of(
 ) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
     """(finalists, baselines) of one problem: the fastest by their screening, and every stock choice that works.
 
-    Of two candidates within one spread of each other the one with the shorter config comes first.
+    The library's best is always among the finalists: the others have to beat it, too. Of two candidates that are equally fast
+    the one with the shorter config comes first.
 
     Args:
         evaluations: of the problem.
-        top: finalists at most.
+        top: finalists at most, besides the library's best.
         slack: how much slower than the best stock choice one may be, as a fraction.
     """
     good = [e for e in evaluations if e.status is Status.OK and e.measurement is not None]
@@ -61,7 +62,8 @@ def finalists_of(
         return (), baselines
     limit = stock[0].measurement.median_us * (1 + slack)
     rest = [e for e in good if e.candidate not in baselines and e.measurement and e.measurement.median_us < limit]
-    return tuple(e.candidate for e in rest[:top]), baselines
+    library = [e for e in rest if e.candidate.backend == _LIBRARY][:1]
+    return tuple(dict.fromkeys(e.candidate for e in (*rest[:top], *library))), baselines
 
 
 def slack_of(problem: Problem, ceilings: Ceilings) -> float:
@@ -148,7 +150,7 @@ def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> lis
         return []
     baseline = next(c for c in confirmation.baselines if c.candidate == confirmation.baseline)
     passed = [c for c in confirmation.finalists if c.speedup is not None and c.speedup.low > 1 + min_gain]
-    best = _simplest(passed, confirmation.comparison, min_gain)
+    best = _simplest(passed, confirmation.finalists, confirmation.comparison, min_gain)
     events = []
     for contender in confirmation.finalists:
         speedup = contender.speedup
@@ -191,14 +193,21 @@ def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> lis
     return events
 
 
-def _simplest(passed: Sequence[Contender], comparison: Comparison | None, min_gain: float) -> Contender | None:
-    """The fastest by paired rounds; where it gains next to nothing over the library's own kernels, the best of those."""
+def _simplest(
+    passed: Sequence[Contender], finalists: Sequence[Contender], comparison: Comparison | None, min_gain: float
+) -> Contender | None:
+    """The fastest by paired rounds; where it gains next to nothing over the library's own kernels, the best of those.
+
+    None where that one gains next to nothing over stock: then stock is as good as either.
+    """
     best = max(passed, key=_ratio, default=None)
-    library = max((c for c in passed if c.candidate.backend == _LIBRARY), key=_ratio, default=None)
+    library = max((c for c in finalists if c.candidate.backend == _LIBRARY), key=_ratio, default=None)
     if best is None or library is None or best is library or comparison is None:
         return best
     gained = comparison.faster(best.candidate.id, library.candidate.id)
-    return best if gained.low > 1 + min_gain else library
+    if gained.low > 1 + min_gain:
+        return best
+    return library if library in passed else None
 
 
 def _ratio(contender: Contender) -> float:

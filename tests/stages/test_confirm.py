@@ -92,6 +92,18 @@ def test_the_fastest_are_finalists_and_only_what_works() -> None:
     assert finalists_of([fast], top=2) == ((), ()), "without a stock time nothing can be claimed"
 
 
+def test_the_librarys_best_is_a_finalist_however_many_kernels_are_faster() -> None:
+    stock = evaluation(MERGED, 12, prepack=False, merge="none")
+    fast = [evaluation(MERGED, us, "triton", merge="fused", k=us) for us in (10.00, 10.01)]
+    library = [evaluation(MERGED, us, prepack=p, merge="concat") for us, p in ((10.03, False), (10.02, True))]
+    finalists, baselines = finalists_of([stock, *fast, *library], top=2)
+    assert finalists == (*(e.candidate for e in fast), library[1].candidate)
+    assert baselines == (stock.candidate,)
+    assert finalists_of([stock, *fast, *library], top=4)[0] == (*finalists, library[0].candidate)
+    slow = evaluation(MERGED, 12.1, prepack=True, merge="concat")
+    assert finalists_of([stock, *fast, slow], top=2)[0] == finalists[:2], "it is no better than stock"
+
+
 def product(m: int, device: str, n: int = 4096, k: int = 4096) -> Problem:
     weight = TensorSpec(shape=(k, n), dtype="bfloat16", stride=(1, k))
     return Problem(op="mm", inputs=(TensorSpec.contiguous((m, k), "bfloat16"), weight), device=device, constants=(1,))
@@ -173,6 +185,17 @@ def raced(rounds: dict[str, list[float]]) -> Confirmation:
 def test_a_kernel_to_bring_along_has_to_beat_the_librarys_own(rounds: dict[str, list[float]], winner: str) -> None:
     accepted = [event for event in _judge(hotspot(MM), raced(rounds), 0.005) if event.accepted]
     assert [event.candidate.backend for event in accepted] == [winner]
+
+
+def test_a_library_kernel_need_not_be_a_winner_to_be_as_fast() -> None:
+    """The gain of the kernel to bring along over stock is clear, that over the library's best is not: stock stays."""
+    rounds = {"aten": [19.8, 20.1, 20.2], "triton": [19.75, 19.8, 19.9]}
+    events = {event.candidate.backend: event for event in _judge(hotspot(MM), raced(rounds), 0.004)}
+    assert [events[backend].speedup.low > 1.004 for backend in ("aten", "triton")] == [False, True]
+    assert not any(event.accepted for event in events.values())
+    assert "simpler and as fast" in events["triton"].reason
+    clear = _judge(hotspot(MM), raced({**rounds, "triton": [19.4, 19.5, 19.6]}), 0.004)
+    assert [event.candidate.backend for event in clear if event.accepted] == ["triton"]
 
 
 def test_without_a_sound_baseline_nothing_is_claimed() -> None:
