@@ -57,7 +57,7 @@ class CheckModel(ModelJob):
     def __call__(self) -> Quality:
         from autokernel.evaluate.quality import check_model
 
-        with model_job(self.device, self.threads):
+        with model_job(self.device, self.threads) as turns, turns.alone():
             verdict, evals = check_model(self.loaded, self.bundle, self.device, self.seed)
         return Quality(verdict=verdict, evals=evals)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from autokernel.records import Check, Problem, Speedup, TensorSpec, Verdict
 from autokernel.stages.context import RunContext
 from autokernel.stages.model import CheckModel, CheckScenario, Quality, validate
 from autokernel.tracking.state import RunState
+from autokernel.workers.device_lock import device_lock
 from autokernel.workers.pool import InlinePool
 
 EXPERIMENT = Path(__file__).parent.parent / "data" / "gated.yaml"
@@ -358,6 +360,24 @@ def test_a_verdict_of_an_earlier_version_says_nothing_of_which_bundle_it_is() ->
     answers = Answers()
     run(answers, bundle_of(*ENTRIES), state=RunState.from_events([STARTED, *map(event_from_json, told)]))
     assert len(answers.checked) == 1
+
+
+def test_the_model_is_checked_alone_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_threads: None) -> None:
+    """It takes all threads for minutes: what another run times meanwhile would be wrong."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with device_lock("cpu", exclusive=True):
+        (lock,) = tmp_path.glob("*/cpu.lock")
+
+    def check_model(*_: Any) -> tuple[Verdict, tuple[EvalResult, ...]]:
+        with open(lock) as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return Verdict(checks=FINE.checks), ()
+
+    monkeypatch.setattr("autokernel.evaluate.quality.check_model", check_model)
+    job = CheckModel(loaded=load_experiment(EXPERIMENT), bundle=bundle_of(), device="cpu", threads=1, seed=0)
+    assert job().passed
+    with open(lock) as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it was given back
 
 
 def test_the_stage_is_announced_and_ended() -> None:
