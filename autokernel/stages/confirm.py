@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 
 from autokernel.backends.aten import is_stock as is_stock_config
@@ -83,7 +84,7 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
     earlier = context.state.confirmed if context.state is not None else {}
     winners = [event.winner for event in earlier.values() if event.winner is not None]
     if context.state is not None and "confirm" in context.state.stages_done:
-        return _by_weight(winners)  # what was lost stays so: later stages have judged what there was
+        return _by_weight(winners, evaluations)  # what was lost stays so: later stages have judged what there was
     decided = {event.problem_key for event in earlier.values()}
     jobs: list[tuple[Hotspot, ConfirmCandidates]] = []
     ceilings = Ceilings.from_json(profiled.ceilings)
@@ -113,24 +114,28 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
                 if event.winner is not None:
                     winners.append(event.winner)
         context.progress("confirm", len(jobs), len(jobs))
-    return _by_weight(winners)
+    return _by_weight(winners, evaluations)
 
 
 def _confirmations(
     context: RunContext, jobs: Sequence[tuple[Hotspot, ConfirmCandidates]]
 ) -> Iterator[tuple[Hotspot, Confirmation]]:
     """Each as soon as it is there. What was lost, for want of room on the device or of a worker, gets a second try alone."""
-    futures = [context.pool.submit(job, _TIMEOUT_S) for _, job in jobs]
+    running = {context.pool.submit(job, _TIMEOUT_S): (hotspot, job) for hotspot, job in jobs}
     lost: list[tuple[Hotspot, ConfirmCandidates]] = []
-    for done, ((hotspot, job), future) in enumerate(zip(jobs, futures, strict=True)):
-        context.progress("confirm", done, len(jobs), hotspot.problem.key)
-        try:
-            yield hotspot, future.result()
-        except JobLost as error:
-            log.info("%s is confirmed later: %s", hotspot.problem.key, error)
-            lost.append((hotspot, job))
-        except WorkerError as error:
-            log.warning("%s was not confirmed: %s", hotspot.problem.key, error)
+    while running:
+        oldest, _ = next(iter(running.values()))
+        context.progress("confirm", len(jobs) - len(running) - len(lost), len(jobs), oldest.problem.key)
+        wait(running, return_when=FIRST_COMPLETED)
+        for future in [future for future in running if future.done()]:
+            hotspot, job = running.pop(future)
+            try:
+                yield hotspot, future.result()
+            except JobLost as error:
+                log.info("%s is confirmed later: %s", hotspot.problem.key, error)
+                lost.append((hotspot, job))
+            except WorkerError as error:
+                log.warning("%s was not confirmed: %s", hotspot.problem.key, error)
     if lost:
         context.pool.renew()  # idle workers hold memory, too
     for done, (hotspot, job) in enumerate(lost, start=len(jobs) - len(lost)):
@@ -214,8 +219,10 @@ def _ratio(contender: Contender) -> float:
     return contender.speedup.ratio if contender.speedup is not None else 0.0
 
 
-def _by_weight(winners: Sequence[Winner]) -> list[Winner]:
-    return sorted(winners, key=lambda w: -w.hotspot.weight)
+def _by_weight(winners: Sequence[Winner], searched: Iterable[str]) -> list[Winner]:
+    """The heaviest first; of equal ones that which was searched first, for confirmations end in any order."""
+    position = {key: number for number, key in enumerate(searched)}
+    return sorted(winners, key=lambda w: (-w.hotspot.weight, position.get(w.hotspot.problem.key, len(position))))
 
 
 def entry_of(winner: Winner) -> Entry:

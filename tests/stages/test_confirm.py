@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import contextlib
+import threading
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -156,20 +158,23 @@ def test_a_winner_needs_the_lower_bound(intervals: list[tuple[float, float, floa
     assert all(event.reason for event in events)
 
 
-def raced(rounds: dict[str, list[float]]) -> Confirmation:
+def raced(rounds: dict[str, list[float]], problem: Problem = MM) -> Confirmation:
     """Finalists by backend with their times of each round; the baseline takes 20 us."""
-    found = {backend: evaluation(MM, min(times), backend, k=i) for i, (backend, times) in enumerate(rounds.items())}
+    stock = evaluation(problem, 10, prepack=False)
+    found = {backend: evaluation(problem, min(times), backend, k=i) for i, (backend, times) in enumerate(rounds.items())}
     times = {found[backend].candidate.id: tuple(values) for backend, values in rounds.items()}
-    times[STOCK.candidate.id] = (20.0,) * len(next(iter(rounds.values())))
+    times[stock.candidate.id] = (20.0,) * len(next(iter(rounds.values())))
     comparison = Comparison(
-        baseline=STOCK.candidate.id, medians_us={}, spreads_us={}, num_rounds=5, num_discarded=0, drift=0.0, rounds_us=times
+        baseline=stock.candidate.id, medians_us={}, spreads_us={}, num_rounds=5, num_discarded=0, drift=0.0, rounds_us=times
     )
-    speedups = {backend: comparison.faster(found[backend].candidate.id, STOCK.candidate.id) for backend in rounds}
+    speedups = {backend: comparison.faster(found[backend].candidate.id, stock.candidate.id) for backend in rounds}
     finalists = tuple(
         contender(found[backend], (speedup.ratio, speedup.low, speedup.high)) for backend, speedup in speedups.items()
     )
-    baselines = (contender(STOCK, None),)
-    return Confirmation(problem=MM, baseline=STOCK.candidate, baselines=baselines, finalists=finalists, comparison=comparison)
+    baselines = (contender(stock, None),)
+    return Confirmation(
+        problem=problem, baseline=stock.candidate, baselines=baselines, finalists=finalists, comparison=comparison
+    )
 
 
 @pytest.mark.parametrize(
@@ -352,6 +357,54 @@ def test_a_winner_is_kept_where_the_next_line_is_lost() -> None:
     again = context_of(Full(), "cpu")
     again.state = resumed(*(event for event in journal.events if isinstance(event, Confirmed)))
     assert [won.evaluation.candidate.backend for won in confirm(again, profiled(MM), found)] == ["triton"]
+
+
+@dataclass
+class Slow:
+    """A pool whose first job ends once another was recorded: `record` is told of that; or after a while."""
+
+    answers: dict[str, Confirmation]
+    first: Future[Confirmation] | None = None
+    problem: str = ""
+
+    def submit(self, job: ConfirmCandidates, timeout_s: float) -> Future[Confirmation]:
+        future: Future[Confirmation] = Future()
+        if self.first is None:
+            self.first, self.problem = future, job.problem.key
+            timer = threading.Timer(5, self.end)
+            timer.daemon = True
+            timer.start()
+        else:
+            future.set_result(self.answers[job.problem.key])
+        return future
+
+    def end(self) -> None:
+        assert self.first is not None
+        with contextlib.suppress(InvalidStateError):
+            self.first.set_result(self.answers[self.problem])
+
+    def record(self, event: Event) -> None:
+        if isinstance(event, Confirmed):
+            self.end()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_what_is_confirmed_is_journaled_while_others_are_not() -> None:
+    """A run that is killed keeps it; which comes first decides nothing."""
+    problems = (OTHER, MM)
+    pool = Slow({problem.key: raced({"inductor": [10.0, 10.1, 10.2]}, problem) for problem in problems})
+    listener = Listener()
+    context = context_of(pool, "cpu", listener)
+    context.recorders = [listener, pool]
+    found = {p.key: [evaluation(p, 10, prepack=False), evaluation(p, 8, "inductor", k=0)] for p in problems}
+    winners = confirm(context, profiled(*problems), found)
+    assert [event.problem_key for event in listener.events if isinstance(event, Confirmed)] == [MM.key, OTHER.key]
+    assert [won.hotspot.problem for won in winners] == [OTHER, MM], "of equal weight: as they were searched"
+    resuming = context_of(Full(), "cpu")
+    resuming.state = resumed(*(event for event in listener.events if isinstance(event, Confirmed)))
+    assert confirm(resuming, profiled(*problems), found) == winners
 
 
 def test_what_had_no_room_is_confirmed_alone_behind_the_others(caplog: pytest.LogCaptureFixture) -> None:
