@@ -136,6 +136,18 @@ class GraphTrial(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ContendersTimed(Record):
+    """Plans or graph options of a scenario were timed against each other in the model; a resumed run does not do it again.
+
+    What they are worth is decided when all are there, and told by `PlanTrial` and `GraphTrial`.
+    """
+
+    scenario: str
+    asked: str  # digest of the contenders
+    timing: Mapping[str, Any] = field(default_factory=dict)  # `evaluate.end_to_end.ScenarioTiming` as JSON
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModeTiming(Record):
     """One scenario in one mode: eager, default, max-autotune or bundle. `compile_s` is 0 where Inductor found it compiled."""
 
@@ -252,7 +264,7 @@ class RunFinished(Record):
 
 Event = (
     RunStarted | StageStarted | StageProgress | StageFinished | Profiled | SearchPlanned | Evaluated | Confirmed
-    | PlanTrial | GraphTrial | Ablated | ScenarioTimed | ModelValidated | Exported | Proved | RunFinished
+    | ContendersTimed | PlanTrial | GraphTrial | Ablated | ScenarioTimed | ModelValidated | Exported | Proved | RunFinished
 )  # fmt: skip
 
 EVENT_TYPES: Mapping[str, type[Record]] = {cls.__name__: cls for cls in Event.__args__}

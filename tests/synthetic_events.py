@@ -9,6 +9,7 @@ from autokernel.environment import Environment
 from autokernel.events import (
     Ablated,
     Confirmed,
+    ContendersTimed,
     EvalResult,
     Evaluated,
     Event,
@@ -270,6 +271,7 @@ def final_events(folder: Path, *, outcome: str = "won") -> list[Event]:
     )
     dropped = {QKV.key: "the model was not equivalent with it: error 1.31, limit 1"} if won else {}
     return [
+        ContendersTimed(scenario="decode", asked="d", timing={"scenario": "decode"}),
         PlanTrial(scenario="decode", keys=(QKV.key,), saved_us=4.0, speedup=None, accepted=True, reason="no other plan"),
         StageFinished(stage="plan", seconds=6.5),
         GraphTrial(options={"cpp.enable_kernel_profile": False}, speedups={}, score=0.98, accepted=False, reason="slower"),

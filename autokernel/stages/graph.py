@@ -11,8 +11,9 @@ from autokernel.errors import WorkerError
 from autokernel.evaluate.end_to_end import Contender, ScenarioTiming, TimeScenario
 from autokernel.events import GraphTrial
 from autokernel.export.bundle import Bundle, ScenarioOptions
-from autokernel.records import ConfigValue, Speedup, digest_of
+from autokernel.records import ConfigValue, Speedup
 from autokernel.search.graph_options import Options, load_graph_options, merged, spelled
+from autokernel.stages.contenders import known, tell
 from autokernel.stages.context import RunContext
 from autokernel.stages.rehearsal import rehearse_beside
 from autokernel.stages.whole_model import run_on_model, with_layers
@@ -64,25 +65,8 @@ def jobs_ahead(context: RunContext, bundle: Bundle, undecided: Collection[str]) 
     if not settings.enabled or settings.layers != context.experiment.plan.layers:
         return []
     names = [name for name in settings.scenarios or context.experiment.scenarios if name not in undecided]
-    return [(f"graph options: {job.scenario}", job.scenario, job) for job in _jobs(context, bundle, _sets(context), names)]
-
-
-def keep_ahead(context: RunContext, jobs: Sequence[TimeScenario], timing: ScenarioTiming) -> None:
-    """Have the stage find the value of one of these jobs, as long as the scenario keeps its entries."""
-    answered = {*timing.speedups, *timing.failures}
-    for job in jobs:
-        if job.scenario == timing.scenario and answered == {one.name for one in job.contenders[1:]}:
-            context.timed_ahead[_asked(job)] = timing
-
-
-def _asked(job: TimeScenario) -> str:
-    """What a job's answer depends on: the contenders, with their scenario's own entries."""
-    contenders = []
-    for one in job.contenders:
-        entries = one.bundle.entries if one.bundle is not None else ()
-        options = dict(one.bundle.graph_options) if one.bundle is not None else {}
-        contenders.append([one.name, options, [entry.to_json() for entry in entries if entry.scenario == job.scenario]])
-    return digest_of([job.scenario, contenders])
+    jobs = [job for job in _jobs(context, bundle, _sets(context), names) if known(context, job) is None]
+    return [(f"graph options: {job.scenario}", job.scenario, job) for job in jobs]
 
 
 def _sets(context: RunContext) -> list[Options]:
@@ -142,14 +126,22 @@ def _unions(good: Sequence[GraphTrial]) -> list[Options]:
 
 
 def _try(context: RunContext, bundle: Bundle, sets: Sequence[Options]) -> list[GraphTrial]:
-    """Time the option sets on every scenario that is asked for, but for what was timed ahead."""
+    """Time the option sets on every scenario that is asked for, but for what was timed before."""
     settings = context.experiment.graph
     jobs = _jobs(context, bundle, sets, settings.scenarios or list(context.experiment.scenarios))
-    found = [(job, context.timed_ahead.get(_asked(job))) for job in jobs]
+    found = [(job, known(context, job)) for job in jobs]
     timings = [timing for _, timing in found if timing is not None]
     left = [(job.scenario, job.scenario, job) for job, timing in found if timing is None]
     try:
-        timings += run_on_model(context, "graph", left, _TIMEOUT_S, layers=settings.layers, bundle=largest(bundle))
+        timings += run_on_model(
+            context,
+            "graph",
+            left,
+            _TIMEOUT_S,
+            layers=settings.layers,
+            bundle=largest(bundle),
+            arrived=lambda timing: tell(context, jobs, timing),
+        )
     except WorkerError as error:  # validation will see what is wrong with the bundle
         log.warning("no graph options were tried: %s", error)
         return []

@@ -15,6 +15,7 @@ from autokernel.errors import ConfigError, StorageError
 from autokernel.events import (
     Ablated,
     Confirmed,
+    ContendersTimed,
     Evaluated,
     Event,
     Exported,
@@ -63,6 +64,7 @@ class RunState:
     num_trials: int  # the highest trial number so far, LOST ones included
     timed: tuple[ScenarioTimed, ...] = ()
     ablated: Ablated | None = None
+    contenders: Mapping[str, ContendersTimed] = field(default_factory=dict)  # plans and graph options, by what was asked
     stage_seconds: Mapping[str, float] = field(default_factory=dict)  # spent in each stage, by all processes together
 
     @property
@@ -107,6 +109,7 @@ class RunState:
         graph_trials: list[GraphTrial] = []
         plan_trials: list[PlanTrial] = []
         timed: list[ScenarioTimed] = []
+        contenders: dict[str, ContendersTimed] = {}
         stages: set[str] = set()
         num_trials = 0
         for event in events:
@@ -129,6 +132,8 @@ class RunState:
                 plan_trials.append(event)
             elif isinstance(event, ScenarioTimed):
                 timed.append(event)
+            elif isinstance(event, ContendersTimed):
+                contenders[event.asked] = event
             elif isinstance(event, StageFinished):
                 stages.add(event.stage)
             else:
@@ -151,6 +156,7 @@ class RunState:
             num_trials=num_trials,
             timed=tuple(timed),
             ablated=_last(last, Ablated),
+            contenders=contenders,
         )
 
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from pretended_run import LLAMA, Listener, context_of
+from pretended_run import ENVIRONMENT, LLAMA, Listener, context_of
 
 from autokernel.config import load_experiment
 from autokernel.errors import JobCrashed
 from autokernel.evaluate.end_to_end import ScenarioTiming, TimeScenario
-from autokernel.events import ModeTiming, PlanTrial, Profiled, event_from_json, event_to_json
+from autokernel.events import (
+    ContendersTimed,
+    GraphTrial,
+    ModeTiming,
+    PlanTrial,
+    Profiled,
+    RunStarted,
+    event_from_json,
+    event_to_json,
+)
 from autokernel.profiling.footprint import Footprint, MeasureFootprints
 from autokernel.records import (
     Candidate,
@@ -34,6 +44,7 @@ from autokernel.stages.graph import search_graph_options
 from autokernel.stages.plan import _contest, _decided, choose_plans, in_precedence, judge, parts_of, play
 from autokernel.stages.production import make_bundle
 from autokernel.stages.rehearsal import Rehearse
+from autokernel.tracking.state import RunState
 
 PASSED = Verdict(checks=(Check(name="all", value=0, limit=1, passed=True),))
 X = TensorSpec.contiguous((1, 2, 1, 64), "float32")
@@ -205,6 +216,7 @@ def test_optuna_is_asked_only_where_a_measurement_contradicts_the_sum(ratio: flo
     assert played.trials[-1].keys == played.best.keys
 
 
+STARTED = RunStarted(run_id="r", name="t", experiment="", experiment_digest="", environment=ENVIRONMENT, seed=0, version="")
 SIZES = dict.fromkeys(load_experiment(LLAMA).experiment.scenarios, 10)
 
 
@@ -277,6 +289,39 @@ def test_graph_options_of_scenarios_without_plans_are_timed_beside_the_plans_of_
     search_graph_options(context, make_bundle(context, [entry_of(one) for one in kept if one is not own], {}))
     again = [job.scenario for job in pool.asked if len(job.contenders) == len(beside[0].contenders)]
     assert sorted(again) == ["decode-b16", "decode-b64"], "it has other entries now"
+
+
+def test_what_was_timed_before_a_kill_is_not_timed_again() -> None:
+    """Plans and graph options are decided when all are there; a run that is killed before that keeps their times."""
+    other = attention(20.0)
+    winners = [winner(attention(10.0), 5, other, scenario="decode-b64"), winner(other, 2, scenario="decode-b64")]
+    profiled = Profiled(hotspots=(), scenario_us={"decode-b64": 100.0}, read_gb_per_s=1, peak_tflops={})
+
+    def decide(state: RunState | None) -> tuple[Timer, Listener, Any]:
+        pool, listener = Timer(), Listener()
+        context = context_of(pool, "cuda", listener)
+        context.state = state
+        kept, _ = choose_plans(context, profiled, winners)
+        options = search_graph_options(context, make_bundle(context, [entry_of(one) for one in kept], {}))
+        return pool, listener, (kept, options)
+
+    def resumed(events: Sequence[Any]) -> RunState:
+        journal = [json.loads(json.dumps(event_to_json(event))) for event in (STARTED, *events)]
+        return RunState.from_events(map(event_from_json, journal))
+
+    first, listener, decided = decide(None)
+    times = [event for event in listener.events if isinstance(event, ContendersTimed)]
+    assert len(times) == len(first.asked) > len(SIZES)
+    trials = [n for n, event in enumerate(listener.events) if isinstance(event, (PlanTrial, GraphTrial))]
+    assert listener.events.index(times[0]) < min(trials)
+    again, _, found = decide(resumed(times))
+    assert (again.asked, found) == ([], decided)
+    missing = times[3]
+    again, _, found = decide(resumed([event for event in times if event is not missing]))
+    assert ([job.scenario for job in again.asked], found) == ([missing.scenario], decided)
+    winners[0] = winner(attention(11.0), 5, other, scenario="decode-b64")
+    again, _, _ = decide(resumed(times))
+    assert {job.scenario for job in again.asked} == {"decode-b64"}, "it has other entries now"
 
 
 def test_all_scenarios_are_timed_together_and_one_that_fails_costs_no_other(caplog: pytest.LogCaptureFixture) -> None:
