@@ -185,8 +185,8 @@ def _check_scenario(trio: Trio, tokens: _Tokens) -> Iterator[Check]:
             for out, stock, reference in _pieces(outputs[0], own[0], exact[0]):
                 _count_tokens(tokens, out, stock, reference)
                 part = out.numel() / outputs[0].numel()
-                kl += part * _divergence(reference, out)
-                kl_stock += part * _divergence(reference, stock)
+                mine, theirs = _divergences(reference, out, stock)
+                kl, kl_stock = kl + part * mine, kl_stock + part * theirs
             num += 1
     if trio.choose is not None:
         yield from _token_budgets(trio.name, errors)
@@ -310,12 +310,26 @@ def _count_picked(tokens: _Tokens, picked: torch.Tensor, stock: torch.Tensor, re
     tokens.stock_differ += int((stock.gather(-1, exact) < best).sum())
 
 
-def _divergence(reference: torch.Tensor, out: torch.Tensor) -> float:
-    """Mean KL divergence of the next-token distributions, in nats."""
+def _divergences(reference: torch.Tensor, out: torch.Tensor, stock: torch.Tensor) -> tuple[float, float]:
+    """Mean KL divergence of the contender's next-token distributions, and of stock's, from the exact ones, in nats.
+
+    What is never the next token counts nothing: logits of -inf, which pad a vocabulary. Nor does a position where stock or the
+    exact model has no distribution. Where the contender alone has none, its divergence is infinite.
+    """
     import torch
 
-    exact, other = reference.double().log_softmax(-1), out.double().log_softmax(-1)
-    return max(0.0, torch.nn.functional.kl_div(other, exact, log_target=True, reduction="none").sum(-1).mean().item())
+    exact = reference.double().log_softmax(-1)
+    chance = exact.exp()
+
+    def of(logits: torch.Tensor) -> torch.Tensor:
+        return torch.where(chance == 0, 0, chance * (exact - logits.double().log_softmax(-1))).sum(-1)
+
+    own = of(stock)
+    counted = torch.isfinite(own)
+    if not counted.any():
+        return 0.0, 0.0
+    mine = of(out)[counted].mean().item()
+    return math.inf if math.isnan(mine) else max(0.0, mine), max(0.0, own[counted].mean().item())
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -67,6 +67,32 @@ def test_the_same_model_passes(trio: Callable[[Run], Trio], model: nn.Module) ->
     assert names == ["p: misplaced", "p: max error", "p: norm of error", "p: KL divergence", "top-1 disagreement"]
 
 
+def test_masked_logits_hide_no_divergence() -> None:
+    """A vocabulary padded with -inf, one position without any distribution, and one that stock's dtype makes zero."""
+    exact = torch.randn(4, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact[..., -3:] = -math.inf
+    exact[0, 0], exact[0, 1, 0] = -math.inf, -1e5
+    stock = exact.half()
+    assert stock[0, 1, 0] == -math.inf
+
+    def of(contender: torch.Tensor) -> Any:
+        runs = {"contender": lambda _: contender, "stock": lambda _: stock, "reference": lambda _: exact}
+        trio = Trio(name="p", **runs, draws=[(torch.zeros(1),)], is_language=True)
+        return next(check for check in compare_outputs([trio], 0.0).checks if check.name == "p: KL divergence")
+
+    same = of(stock.clone())
+    assert same.passed
+    assert 0 < same.value < same.limit < 1e-4
+    sharper = stock.clone()
+    sharper[2] *= 1.1
+    assert not of(sharper).passed
+    for lost in (math.nan, math.inf):
+        without = stock.clone()
+        without[3, 5, 7] = lost
+        assert of(without).value == math.inf
+        assert not of(without).passed
+
+
 def test_a_more_accurate_model_passes(trio: Callable[[Run], Trio], model: nn.Module) -> None:
     accurate = Prefill(copy.deepcopy(model).float())
     assert not failed(trio(lambda ids: accurate(ids).bfloat16()))
