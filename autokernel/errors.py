@@ -45,3 +45,9 @@ class NoRoomError(AutokernelError, ValueError):
 
 class JobLost(WorkerError):
     """The worker or its node went away; the job itself is not to blame and may be tried again."""
+
+
+class DeviceFull(JobLost):
+    """A device that workers share had no room for the job. Only its process's end gives back for certain what it took."""
+
+    ends_process = True

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from autokernel.backends import Backend, BuildError, Built, Refused
 from autokernel.environment import current_environment
-from autokernel.errors import JobCrashed, JobLost, JobTimeout, NoRoomError
+from autokernel.errors import DeviceFull, JobCrashed, JobLost, JobTimeout, NoRoomError
 from autokernel.evaluate.budget import expectation_bytes
 from autokernel.evaluate.caches import cache_bytes
 from autokernel.evaluate.call_graphs import CaptureError
@@ -24,6 +24,7 @@ from autokernel.evaluate.disk import raise_if_disk
 from autokernel.evaluate.numerics import Checker, Expectation, expect, num_references
 from autokernel.evaluate.probes import MAX_COPIES, derived_seed, free_bytes, is_cold, make_constants, num_copies_for
 from autokernel.evaluate.roofline import Ceilings, sound_physics_check
+from autokernel.evaluate.room import raise_if_full
 from autokernel.evaluate.timing import measure, pin_threads
 from autokernel.evaluate.turns import Turns, leave, return_spare_memory, wake
 from autokernel.ops import Op
@@ -65,6 +66,7 @@ class EvaluateCandidate:
         """Evaluate.
 
         Raises:
+            JobLost: the device has no room for it now, beside others.
             Exception: the op or the machine is at fault (an unknown op, a reference that fails), not the candidate.
             SystemExit: the candidate left this process unable to use the device; only a new process can.
         """
@@ -76,7 +78,7 @@ class EvaluateCandidate:
         problem = self.candidate.problem
         turns = Turns(problem.device)
         phases: dict[str, float] = {}
-        with lost_without_room(problem, "the reference"):
+        with lost_without_room(problem, self.candidate.label):
             evaluation = self._evaluate(turns, phases, start)
         leave(problem.device, evaluation.message)
         phases.update(wait=turns.waited_s, device=turns.alone_s)
@@ -134,9 +136,10 @@ class EvaluateCandidate:
                         sound_physics_check(measurement, self.candidate.problem, op, self.ceilings, num_copies, self.threads)
                     )
                 checker.after_timing()
-        except CaptureError as error:
-            raise SystemExit(one_line(error)) from error
-        except Exception as error:  # noqa: BLE001  the candidate's own code, at the boundary of the child process
+        except Exception as error:  # the candidate's own code, at the boundary of the child process
+            raise_if_full(error)
+            if isinstance(error, CaptureError):
+                raise SystemExit(one_line(error)) from error
             message = f"running it failed: {one_line(error)}"
             return _failed(self.candidate, Status.RUN_ERROR, message, start, build_s=build_s, log_tail=_trace(error))
         verdict = checker.verdict(self.deterministic_required)
@@ -215,7 +218,7 @@ def lost_without_room(problem: Problem, what: str) -> Iterator[None]:
         what: there is no room for, if there is none.
 
     Raises:
-        JobLost: the device's memory is full for now.
+        DeviceFull: the device's memory is full for now.
         NoRoomError: a CPU's never was enough: it is the machine that is too small.
     """
     import torch
@@ -226,7 +229,7 @@ def lost_without_room(problem: Problem, what: str) -> Iterator[None]:
         if isinstance(error, NoRoomError) and problem.device == "cpu":
             raise
         message = f"{problem.key}: the device had no room for {what} beside the other workers: {one_line(error)}"
-        raise JobLost(message) from None
+        raise DeviceFull(message) from None
 
 
 def start_clean(threads: int | None) -> None:
@@ -239,7 +242,7 @@ def start_clean(threads: int | None) -> None:
 
 
 def build_or_fail(
-    candidate: Candidate, backend: Backend, constants: list[list[torch.Tensor]], start: float
+    candidate: Candidate, backend: Backend, constants: list[list[torch.Tensor]], start: float, *, alone: bool = False
 ) -> Built | Evaluation:
     """What the backend built, or what its failure says about the candidate.
 
@@ -248,9 +251,11 @@ def build_or_fail(
         backend: who builds it.
         constants: per copy, the constant inputs.
         start: `time.monotonic()` at the job's start.
+        alone: no other job is on the device, so that a candidate for which there is no room needs too much.
 
     Raises:
         StorageError: the compiler's disk is full.
+        torch.OutOfMemoryError: the device is full, and others are on it.
     """
     building = time.monotonic()
     try:
@@ -259,6 +264,8 @@ def build_or_fail(
         return _failed(candidate, Status.INVALID, one_line(error), start)
     except Exception as error:  # noqa: BLE001  compilers raise what they like, at the boundary of the child process
         raise_if_disk(error)
+        if not alone:
+            raise_if_full(error)
         message = one_line(error) if isinstance(error, BuildError) else f"building it failed: {one_line(error)}"
         seconds = time.monotonic() - building
         return _failed(candidate, Status.BUILD_ERROR, message, start, build_s=seconds, log_tail=_trace(error))

@@ -14,6 +14,7 @@ from autokernel.evaluate.candidate import build_or_fail, describe_failures, lost
 from autokernel.evaluate.numerics import Checker
 from autokernel.evaluate.probes import MAX_COPIES, derived_seed, is_cold
 from autokernel.evaluate.roofline import Ceilings, sound_physics_check
+from autokernel.evaluate.room import raise_if_full
 from autokernel.evaluate.timing import Comparison, Step, compare, describe_regime, make_step
 from autokernel.evaluate.turns import Turns, leave, wake
 from autokernel.ops import Op
@@ -139,7 +140,8 @@ class ConfirmCandidates:
 
         built = []
         for candidate in dict.fromkeys((*self.baselines, *self.finalists)):
-            result = build_or_fail(candidate, get_backend(candidate.backend), constants, time.monotonic())
+            backend = get_backend(candidate.backend)
+            result = build_or_fail(candidate, backend, constants, time.monotonic(), alone=self.alone)
             if isinstance(result, Built):
                 built.append((candidate, result))
             else:
@@ -148,15 +150,13 @@ class ConfirmCandidates:
 
     def _keep(self, runners: Sequence[_Runner], action: Callable[[_Runner], None], failures: list[Evaluation]) -> list[_Runner]:
         """The runners that survive an action with all checks passed; the others become failures."""
-        import torch
-
         kept = []
         for runner in runners:
             try:
                 action(runner)
-            except Exception as error:  # the candidate's own code, at the boundary of the child process
-                if isinstance(error, torch.OutOfMemoryError) and not self.alone:
-                    raise
+            except Exception as error:  # noqa: BLE001  the candidate's own code, at the boundary of the child process
+                if not self.alone:
+                    raise_if_full(error)
                 message = f"running it failed: {one_line(error)}"
                 failures.append(Evaluation(candidate=runner.candidate, status=Status.RUN_ERROR, message=message))
                 continue

@@ -8,6 +8,7 @@ so that it can be passed on by a process that knows neither the job nor its resu
     (LAST, pickled result, "", "")                                                 likewise, and this process is to end
     (ERROR, pickled exception, what the exception says, formatted traceback)      the exception can be pickled
     (ERROR, b"", what the exception says, formatted traceback)                    it cannot
+    (LAST_ERROR, ...)                                              as of ERROR, and this process is to end
     (EXIT, b"", what the exception says, formatted traceback)                     SystemExit and the like
     (BROKEN, b"", what is wrong, formatted traceback)                             the machinery: preload, job, result
 
@@ -29,7 +30,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-VALUE, LAST, ERROR, EXIT, BROKEN = "value", "last", "error", "exit", "broken"
+VALUE, LAST, ERROR, LAST_ERROR, EXIT, BROKEN = "value", "last", "error", "last error", "exit", "broken"
 Answer = tuple[str, bytes, str, str]
 
 HEADER = struct.Struct(">Q")
@@ -108,7 +109,8 @@ def _answer(request: bytes) -> Answer:
     try:
         value = job()
     except Exception as error:  # noqa: BLE001  the boundary of the child
-        return ERROR, _pickled(error), _one_line(error), _trace(error)
+        kind = LAST_ERROR if getattr(error, "ends_process", False) else ERROR
+        return kind, _pickled(error), _one_line(error), _trace(error)
     except BaseException as error:  # noqa: BLE001  SystemExit must cost the job, not the process
         return EXIT, b"", _one_line(error), _trace(error)
     try:

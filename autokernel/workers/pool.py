@@ -38,7 +38,8 @@ class Pool(Protocol):
         A job is a picklable frozen dataclass with `__call__`; its class must be importable in the child.
         The future raises what the job raised, or JobTimeout, JobCrashed, or JobLost (autokernel.errors).
         The clock of `timeout_s` starts when the job starts, not while it waits for a free worker.
-        A job with a true attribute `ends_process` is the last one of its child process, and frees whatever it held.
+        A job with a true attribute `ends_process` is the last one of its child process, and frees whatever it held; so is one
+        that raises an exception with such an attribute.
         """
         ...
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from autokernel.errors import JobCrashed, JobLost, JobTimeout, WorkerError
-from autokernel.workers.child import BROKEN, ERROR, EXIT, LAST, VALUE
+from autokernel.workers.child import BROKEN, ERROR, EXIT, LAST, LAST_ERROR, VALUE
 from autokernel.workers.process import ChildProcess
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class Reply:
 
     def _error(self) -> BaseException:
         error: BaseException | None = None
-        if self.kind == ERROR and self.payload:
+        if self.kind in (ERROR, LAST_ERROR) and self.payload:
             try:
                 error = pickle.loads(self.payload)
             except Exception:  # noqa: BLE001  then its text has to do
@@ -201,7 +201,7 @@ class Worker:
         try:
             kind, payload, message, trace = marshal.loads(child.exchange(request, timeout_s))
             # why it asks for the end of its process (a dead CUDA context) must not meet the next job
-            keep = kind not in (EXIT, LAST)
+            keep = kind not in (EXIT, LAST, LAST_ERROR)
         except (JobTimeout, JobCrashed) as error:
             if child.killed:
                 raise JobLost("the worker was killed from outside while the job ran") from error

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import worker_jobs as jobs
 
-from autokernel.errors import AutokernelError, JobCrashed, JobLost, JobTimeout, WorkerError
+from autokernel.errors import AutokernelError, DeviceFull, JobCrashed, JobLost, JobTimeout, WorkerError
 from autokernel.workers.device_lock import device_lock
 from autokernel.workers.worker import Worker
 
@@ -51,6 +51,15 @@ def test_a_job_may_be_the_last_of_its_process(worker: Worker, all_gone: Callable
     assert worker.run(jobs.LastPid(), GENEROUS_S) == first
     all_gone([first])
     assert worker.run(jobs.LastPid(ends_process=False), GENEROUS_S) == worker.run(jobs.Pid(), GENEROUS_S) != first
+
+
+def test_what_found_a_device_full_gives_back_all_that_it_took(worker: Worker, all_gone: Callable[[list[int]], None]) -> None:
+    first = worker.run(jobs.Pid(), GENEROUS_S)
+    with pytest.raises(DeviceFull, match=r"\Ano room\n") as caught:
+        worker.run(jobs.FindsNoRoom(), GENEROUS_S)
+    assert "In the child process" in notes(caught.value)
+    all_gone([first])
+    assert worker.run(jobs.Pid(), GENEROUS_S) != first
 
 
 def test_an_idle_process_is_renewed_and_a_busy_one_is_not(worker: Worker, all_gone: Callable[[list[int]], None]) -> None:

@@ -324,3 +324,13 @@ class TakeTheDevice:
         with device_lock("cpu", exclusive=True):
             time.sleep(self.seconds)
         return "done"
+
+
+@dataclass(frozen=True)
+class FindsNoRoom:
+    """A job for which a device is full."""
+
+    def __call__(self) -> int:
+        from autokernel.errors import DeviceFull
+
+        raise DeviceFull("no room")
