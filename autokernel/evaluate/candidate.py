@@ -103,7 +103,9 @@ class EvaluateCandidate:
             began = time.monotonic()
             task = prepare(op, problem, seed, self.threads, self.max_copies)
             phases["reference"] = time.monotonic() - began
-            if not task.alone:
+            if task.alone:
+                turns.go_on(None)
+            else:
                 turn.close()
             began = time.monotonic()
             with turns.take("the build", exclusive=False) if on_cpu else contextlib.nullcontext():
@@ -111,7 +113,9 @@ class EvaluateCandidate:
             phases["build"] = time.monotonic() - began
             if isinstance(built, Evaluation):
                 return built
-            if not task.alone:
+            if task.alone:
+                turns.go_on("checks and timing")
+            else:
                 turn.enter_context(turns.take("checks and timing", exclusive=True))
             return self._judge(op, built, task, start, phases["build"])
 

@@ -121,11 +121,15 @@ class ConfirmCandidates:
         with contextlib.ExitStack() as turn:
             turn.enter_context(turns.take("the reference", exclusive=not on_cpu))
             task = prepare(op, self.problem, seed, self.threads, self.max_copies)
-            if not task.alone:
+            if task.alone:
+                turns.go_on(None)
+            else:
                 turn.close()
             with turns.take("the builds", exclusive=False) if on_cpu else contextlib.nullcontext():
                 built = self._build_all(task.constants, failures)
-            if not task.alone:
+            if task.alone:
+                turns.go_on("the confirmation")
+            else:
                 turn.enter_context(turns.take("the confirmation", exclusive=True))
             runners = [
                 _Runner(candidate=c, built=b, checker=Checker(self.problem, b, task.constants, task.expectation))

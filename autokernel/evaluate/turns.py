@@ -28,12 +28,14 @@ class Turns:
 
     Args:
         device: "cpu" or "cuda".
-        longest_s: a turn on a GPU that takes longer ends the process (see `limits.deadline`); None for no limit.
+        longest_s: what a turn on a GPU is used for ends the process if it takes longer (see `limits.deadline`); None for no
+            limit.
     """
 
     def __init__(self, device: str, longest_s: float | None = _LONGEST_TURN_S) -> None:
         self._device = device
         self._longest_s = longest_s if device == "cuda" else None
+        self._limit = contextlib.ExitStack()  # holds the deadline of what the turn is used for now
         self.waited_s = 0.0
         self.alone_s = 0.0
 
@@ -48,7 +50,8 @@ class Turns:
         from autokernel.workers.device_lock import device_lock
 
         asked = time.monotonic()
-        with device_lock(self._device, exclusive=exclusive), deadline(self._longest_s, what):
+        with device_lock(self._device, exclusive=exclusive), self._limit:
+            self.go_on(what)
             got = time.monotonic()
             self.waited_s += got - asked
             try:
@@ -56,6 +59,17 @@ class Turns:
             finally:
                 if exclusive:
                     self.alone_s += time.monotonic() - got
+
+    def go_on(self, what: str | None) -> None:
+        """Within a turn: the device is used for something else from now on, and that has as long as a turn may last.
+
+        Args:
+            what: it is used for. None for builds, which have until the job's own deadline: others wait, but their time does
+                not count meanwhile.
+        """
+        self._limit.close()
+        if what is not None:
+            self._limit.enter_context(deadline(self._longest_s, what))
 
 
 def return_spare_memory(device: str) -> None:

@@ -185,6 +185,51 @@ def test_reference_comes_before_the_build_and_locks_do_not_nest(
     assert compact == ["shared", "reference", "released", "shared", "build", "released", "exclusive", "released"]
 
 
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_a_problem_that_keeps_its_turn_builds_for_as_long_as_it_takes(
+    confirmed: bool, backend: Any, linear: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import contextlib
+
+    import autokernel.evaluate.confirm as confirm_module
+    import autokernel.evaluate.turns as turns_module
+
+    events: list[str] = []
+
+    @contextlib.contextmanager
+    def watched(seconds: float | None, what: str) -> Any:
+        assert seconds is not None
+        events.append(what)
+        yield
+        events.append(f"end of {what}")
+
+    def make(candidate: Candidate, constants: list[list[torch.Tensor]]) -> Built:
+        events.append("build")
+        return Built(run=lambda *x: x, num_copies=len(constants))
+
+    def judged(job: EvaluateCandidate, *_: Any) -> Evaluation:
+        return Evaluation(candidate=job.candidate, status=Status.WRONG, message="only looking")
+
+    backend.make = make
+    problem = replace(linear(), device="cuda")
+    task = candidate_module.Task(constants=[[], []], expectation=None, alone=True)  # type: ignore[arg-type]
+    monkeypatch.setattr(turns_module, "deadline", watched)
+    monkeypatch.setattr(EvaluateCandidate, "_judge", judged)
+    monkeypatch.setattr(confirm_module, "Checker", lambda *_: None)
+    monkeypatch.setattr(confirm_module.ConfirmCandidates, "_keep", lambda *_: [])
+    for module in (candidate_module, confirm_module):
+        monkeypatch.setattr(module, "prepare", lambda *_: task)
+        monkeypatch.setattr(module, "wake", lambda device: None)
+        monkeypatch.setattr(module, "leave", lambda *_: None)
+    stock = Candidate(problem=problem, backend="fake")
+    if confirmed:
+        confirm_module.ConfirmCandidates(problem=problem, finalists=(), baselines=(stock,), threads=1)()
+    else:
+        EvaluateCandidate(candidate=stock, threads=1)()
+    rest = "the confirmation" if confirmed else "checks and timing"
+    assert events == ["the reference", "end of the reference", "build", rest, f"end of {rest}"]
+
+
 def test_what_the_device_was_held_for_is_told(backend: Any, linear: Any) -> None:
     result, phases = job_for(linear()).in_phases()
     assert set(phases) == {"reference", "build", "wait", "device"}

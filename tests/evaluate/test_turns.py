@@ -51,6 +51,28 @@ def test_a_deadline_ends_the_process(seconds: float, code: int) -> None:
     assert ("the test took more than 0.2 s" in done.stderr) == (code != 0)
 
 
+@pytest.mark.parametrize(
+    ("rest", "code"),
+    [
+        ("turns.go_on(None); sleep(1.2); turns.go_on('checks'); sleep(0.5)", 0),
+        ("turns.go_on(None); turns.go_on('checks'); sleep(1.2)", OVERDUE_EXIT_CODE),
+    ],
+)
+def test_within_a_turn_each_use_has_its_own_time(rest: str, code: int) -> None:
+    script = f"""
+from time import sleep
+from autokernel.evaluate.turns import Turns
+turns = Turns("cuda", longest_s=0.8)
+with turns.take("the reference", exclusive=True):
+    sleep(0.5)
+    {rest}
+sleep(1.2)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert ("checks took more than 0.8 s" in done.stderr) == (code != 0)
+
+
 def test_no_deadline_and_no_gpu_cost_nothing() -> None:
     before = threading.active_count()
     with deadline(None, "anything"):
