@@ -34,19 +34,22 @@ def last_level_bytes(device: str) -> int:
 
 
 def cpu_cache_bytes(level: int, num_cores: int | None = None, sysfs: Path = _SYSFS) -> int:
-    """Bytes of all caches of one level that the first `num_cores` usable cores share; 0 for a level that is not there."""
+    """Bytes of the largest caches of one level, at most `num_cores` of them; 0 for a level that is not there.
+
+    Any of them may be in use: threads are pinned to no CPU, and how CPUs are numbered says nothing of which share a cache.
+    """
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    cores = allowed[: num_cores or len(allowed)]
+    num_cores = min(num_cores or len(allowed), len(allowed))
     seen: dict[tuple[str, str], int] = {}
     found = False
-    for core in cores:
+    for core in allowed:
         for index in sorted((sysfs / f"cpu{core}" / "cache").glob("index[0-9]*")):
             found = True
             if _read(index / "level") == str(level) and _read(index / "type") in ("Unified", "Data"):
                 seen[(_read(index / "level"), _read(index / "shared_cpu_list"))] = _parse_size(_read(index / "size"))
     if not found:
-        return _ASSUMED_BYTES_PER_CORE.get(level, 0) * len(cores)
-    return sum(seen.values())
+        return _ASSUMED_BYTES_PER_CORE.get(level, 0) * num_cores
+    return sum(sorted(seen.values(), reverse=True)[:num_cores])
 
 
 def _read(path: Path) -> str:

@@ -139,6 +139,21 @@ def test_copies_exceed_twice_the_cache_within_bounds(linear: Any) -> None:
         num_copies_for(problem, memory_bytes=5 * mib)
 
 
+@pytest.mark.parametrize("siblings", ["0-1 2-3 4-5 6-7", "0,4 1,5 2,6 3,7"])
+def test_threads_may_use_any_cores_cache(siblings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four cores of two hyper-threads each, numbered in either way; the last one has twice the cache."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for number, shared in enumerate(siblings.split()):
+        first, last = int(shared[0]), int(shared[-1])
+        for core in (first, last):
+            folder = tmp_path / f"cpu{core}" / "cache" / "index2"
+            folder.mkdir(parents=True)
+            size = "2048K" if number == 3 else "1M"
+            for name, value in (("level", 2), ("type", "Unified"), ("size", size), ("shared_cpu_list", shared)):
+                (folder / name).write_text(f"{value}\n")
+    assert [cpu_cache_bytes(2, n, tmp_path) >> 20 for n in (1, 2, 3, 4, 8, None)] == [2, 3, 4, 5, 5, 5]
+
+
 def test_caches_are_counted_once(tmp_path: Path) -> None:
     for core in range(4):
         for index, (level, kind, size, shared) in enumerate(
