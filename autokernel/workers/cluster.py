@@ -28,7 +28,6 @@ from autokernel.workers.worker import Reply, Worker, module_path
 _log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 180.0
-_SLACK_S = _START_TIMEOUT_S + 60.0  # the child may have to be started again before the job
 _KILL_S = 2.0  # for a head to take note
 _PATIENCE_S = 600.0  # how long the whole pool may be without a single worker before jobs are given up
 _MAX_FAILED_STARTS = 3
@@ -210,7 +209,9 @@ class _ActorRunner:
 
     def run_pickled(self, job: bytes, timeout_s: float) -> Reply:
         try:
-            reply = ray.get(self._actor.run.remote(job, timeout_s), timeout=timeout_s + _SLACK_S)
+            # Without a deadline here: the actor has the job's, which leaves out its waits for the device, and Ray tells of an
+            # actor or a node that is gone.
+            reply = ray.get(self._actor.run.remote(job, timeout_s))
         except ray.exceptions.RayTaskError as error:
             self._discard()  # its child may still run the job, and would answer the next one with this one's result
             raise WorkerError(f"the worker itself failed: {error}") from error

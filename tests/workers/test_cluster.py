@@ -20,6 +20,7 @@ import worker_jobs as jobs
 
 from autokernel.config import ClusterSection
 from autokernel.errors import ConfigError, JobLost, WorkerError
+from autokernel.workers.device_lock import device_lock
 from autokernel.workers.pool import Pool, open_pool
 
 pytestmark = [pytest.mark.ray, pytest.mark.clock]
@@ -289,6 +290,31 @@ def test_jobs_run_on_both_nodes_with_their_own_environment(pool: Pool, eventuall
     assert pool.submit(jobs.Variable("AK_TEST"), GENEROUS_S).result() == "set"
     assert pool.submit(jobs.Variable("CUDA_VISIBLE_DEVICES"), GENEROUS_S).result() == ""
     assert pool.submit(jobs.Variable("OMP_NUM_THREADS"), GENEROUS_S).result() is None, "Ray's own 1 must not get through"
+
+
+def test_time_that_a_job_waits_for_the_device_does_not_count(
+    pool: Pool, tmp_path: Path, eventually: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the driver give a worker up that does nothing but wait."""
+    from autokernel.workers import cluster as module
+
+    waits: list[dict[str, Any]] = []
+    get = module.ray.get
+
+    def watched(*answers: Any, **options: Any) -> Any:
+        waits.append(options)
+        return get(*answers, **options)
+
+    monkeypatch.setattr(module.ray, "get", watched)
+    device, begun = f"test-{os.getpid()}", tmp_path / "begun"
+    with device_lock(device, exclusive=True):
+        waiting = pool.submit(jobs.TakeTheDevice(str(begun), 0.1, device), 1.0)
+        eventually(begun.exists, GENEROUS_S, "the job")
+        time.sleep(2.5)
+        assert not waiting.done()
+    assert waiting.result(GENEROUS_S) == "done"
+    assert waits
+    assert not any(waits), "a deadline of the driver's own"
 
 
 def test_an_actor_that_is_killed_costs_its_job_and_is_replaced(

@@ -312,16 +312,17 @@ class StarveTheOwner:
 
 @dataclass(frozen=True)
 class TakeTheDevice:
-    """Writes a file, waits for the CPU, and then works for a while."""
+    """Writes a file, waits for the device, and then works for a while."""
 
     path: str
     seconds: float
+    device: str = "cpu"
 
     def __call__(self) -> str:
         from autokernel.workers.device_lock import device_lock
 
         Path(self.path).write_text("")
-        with device_lock("cpu", exclusive=True):
+        with device_lock(self.device, exclusive=True):
             time.sleep(self.seconds)
         return "done"
 
