@@ -115,6 +115,7 @@ class Proposer(ABC):
         cheap: bool,
         num_startup: int = _NUM_STARTUP,
         alternate: bool = False,
+        in_journal: Collection[str] | None = None,
     ) -> None:
         self.problem = problem
         self.max_trials = max_trials
@@ -130,8 +131,10 @@ class Proposer(ABC):
         self._left_out: frozenset[Kind] = frozenset()  # what the study leaves out
         self._used_up: set[str] = set()  # backends that had nothing left to try, given what is left out
         self._mirror = mirror
-        for outcome in mirror.load(problem) if mirror is not None else ():
-            self._ledger.finish(outcome, "resumed")
+        loaded = {outcome.candidate.id: outcome for outcome in (mirror.load(problem) if mirror is not None else ())}
+        for identity, outcome in loaded.items():  # one that was tried again is there twice: the last one counts
+            if in_journal is None or identity in in_journal:
+                self._ledger.finish(outcome, "resumed")
         self._number = self._ledger.num_spent
         # a resumed process must not draw again what it drew before
         self._rng = random.Random(f"{seed} {problem.key} {self._number}")

@@ -57,6 +57,8 @@ class Tuner(Proposer):
         seed: makes proposals reproducible, given the same tells in the same order.
         max_trials: distinct candidates to propose in all, those of a resumed run included. May be raised later.
         cost_model: what the sampler "model" ranks by; default: the one that comes with the package.
+        in_journal: ids of the candidates whose ends the run's journal has. Others that the storage knows were cut off there
+            and are proposed again: nothing but the journal tells later stages what became of them. Default: all.
 
     Raises:
         ConfigError: the sampler needs a package that is not installed.
@@ -75,6 +77,7 @@ class Tuner(Proposer):
         seed: int = 0,
         max_trials: int = 1000,
         cost_model: CostModel | None = None,
+        in_journal: Collection[str] | None = None,
     ) -> None:
         bound = {backend: space.bind(names) for backend, space in spaces.items()}
         usable = {backend: space for backend, space in bound.items() if not space.empty}
@@ -98,6 +101,7 @@ class Tuner(Proposer):
             use_model=chosen != "random",
             cheap=chosen != "gp",  # whose draws take a second each
             alternate=chosen == "model" and cost_model is not None,
+            in_journal=in_journal,
             **({"num_startup": 0} if chosen == "model" else {}),
         )
 

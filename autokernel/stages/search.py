@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
@@ -48,12 +48,12 @@ class _Flight:
 def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation]]:
     """Evaluations by problem key, those of an earlier process included."""
     settings = context.experiment.search
+    if context.state is not None and "search" in context.state.stages_done:
+        return _known(context, ())  # which is all in the journal
     hunts = open_hunts(context, profiled)
     done = sum(hunt.tuner.num_finished for hunt in hunts.values())
     number = context.state.num_trials if context.state is not None else 0
     evaluations = _known(context, hunts)
-    if context.state is not None and "search" in context.state.stages_done:
-        return evaluations
     scheduler = _scheduler(hunts, profiled, settings.min_trials)
     ceilings = Ceilings.from_json(profiled.ceilings)
     total = min(settings.trials, sum(hunt.tuner.max_trials for hunt in hunts.values()))
@@ -112,9 +112,9 @@ def search(context: RunContext, profiled: Profiled) -> dict[str, list[Evaluation
     return evaluations
 
 
-def _known(context: RunContext, hunts: dict[str, Hunt]) -> dict[str, list[Evaluation]]:
-    """What earlier processes of this run evaluated, by problem key."""
-    known: dict[str, list[Evaluation]] = {key: [] for key in hunts}
+def _known(context: RunContext, keys: Iterable[str]) -> dict[str, list[Evaluation]]:
+    """What earlier processes of this run evaluated, by problem key: of these problems, and of those that have any."""
+    known: dict[str, list[Evaluation]] = {key: [] for key in keys}
     if context.state is not None:
         for evaluation in context.state.evaluations.values():
             known.setdefault(evaluation.candidate.problem.key, []).append(evaluation)
@@ -271,6 +271,7 @@ def open_hunts(context: RunContext, profiled: Profiled) -> dict[str, Hunt]:
             sampler=settings.sampler,
             seed=context.seed,
             max_trials=max(1, trials.get(key, 1)),
+            in_journal={evaluation.candidate.id for evaluation in known},
         )
         seeding = SeedContext(problem=hotspot.problem, spaces=spaces[key], names=names[key], history=earlier)
         tuner.warm_start(e for e in known if e.candidate.problem.key == key)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from autokernel.records import Evaluation, Hotspot, Problem, Status, TensorSpec
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pretended_run import ENVIRONMENT, Listener, context_of
+
+from autokernel.errors import StorageError
+from autokernel.events import Evaluated, Event, Profiled, RunStarted, StageFinished
+from autokernel.records import Candidate, Check, Evaluation, Hotspot, Measurement, Problem, Status, TensorSpec, Verdict
 from autokernel.search.budget import Scheduler
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 from autokernel.search.tuner import Tuner
-from autokernel.stages.search import Hunt, _next, study_name
+from autokernel.stages.confirm import is_stock
+from autokernel.stages.search import Hunt, _next, search, study_name
+from autokernel.tracking.state import RunState
 
 
 def test_names_of_studies_fit_into_a_database_and_stay_apart() -> None:
@@ -47,3 +60,79 @@ def test_trials_of_a_problem_whose_candidates_are_all_wrong_go_to_another() -> N
         spent[candidate.problem.key] += 1
     assert sum(spent.values()) == 60
     assert spent[wrong.hotspot.problem.key] <= 15, "at most five of each template"
+
+
+MM = Problem(
+    op="mm", device="cpu", constants=(1,),
+    inputs=(TensorSpec.contiguous((8, 256), "bfloat16"), TensorSpec(shape=(256, 512), dtype="bfloat16", stride=(1, 256))),
+)  # fmt: skip
+PROFILED = Profiled(
+    hotspots=(Hotspot(problem=MM, scenario="s", num_calls=1, time_us=10.0, share=0.5, weight=0.5, roofline_us=1.0),),
+    scenario_us={"s": 20.0}, read_gb_per_s=10.0, peak_tflops={"bfloat16": 1.0},
+    ceilings={"read_gb_per_s": 10.0, "tflops": {"bfloat16": 1.0}},
+)  # fmt: skip
+STARTED = RunStarted(
+    run_id="r", name="llama", experiment="", experiment_digest="", environment=ENVIRONMENT, seed=0, version="0"
+)
+
+
+@dataclass
+class Instant:
+    """A pool that has evaluated every candidate as soon as it is asked."""
+
+    num_workers: int = 1
+    asked: list[Candidate] = field(default_factory=list)
+
+    def submit(self, job: Any, timeout_s: float) -> Future[Evaluation]:
+        self.asked.append(job.candidate)
+        future: Future[Evaluation] = Future()
+        future.set_result(
+            Evaluation(
+                candidate=job.candidate,
+                status=Status.OK,
+                verdict=Verdict(checks=(Check(name="all", value=0, limit=1, passed=True),)),
+                measurement=Measurement(median_us=10.0 + len(self.asked), spread_us=1, num_samples=5, regime="r"),
+            )
+        )
+        return future
+
+
+@pytest.fixture
+def searched(tmp_path: Path) -> Callable[..., tuple[list[Candidate], dict[str, list[Evaluation]], list[Evaluated]]]:
+    """searched(journal, database) -> candidates submitted, evaluations known in the end, and those journaled."""
+
+    def run(journal: Iterable[Event] = (), database: str = "optuna.db") -> Any:
+        pool, listener = Instant(), Listener()
+        storage = f"storage=sqlite:///{tmp_path / database}"
+        context = context_of(pool, "cpu", listener, overrides=[storage, "search.trials=12", "backends=[aten, inductor]"])
+        events = list(journal)
+        context.state = RunState.from_events([STARTED, PROFILED, *events]) if events else None
+        found = search(context, PROFILED)
+        return pool.asked, found, [event for event in listener.events if isinstance(event, Evaluated)]
+
+    return run
+
+
+def test_what_was_cut_off_the_journal_is_tried_again(searched: Any) -> None:
+    asked, _, journal = searched()
+    assert len(asked) == len(journal) == 12
+    cut_off = [event for event in journal if is_stock(event.evaluation.candidate) or event.number > 9]
+    assert len(cut_off) == 4
+    left = [event for event in journal if event not in cut_off]
+    again, found, rest = searched(left)
+    assert len(again) == 4
+    (stock,) = [event.evaluation.candidate for event in cut_off if is_stock(event.evaluation.candidate)]
+    assert stock in again, "without it nothing is confirmed"
+    assert len({evaluation.candidate.id for evaluation in found[MM.key]}) == 12
+    assert not searched([*left, *rest])[0], "all of it is known now"
+
+
+def test_a_search_that_is_over_needs_no_database(searched: Any) -> None:
+    _, _, journal = searched()
+    elsewhere = "no/such/folder/optuna.db"
+    again, found, rest = searched([*journal, StageFinished(stage="search", seconds=1.0)], elsewhere)
+    assert not again
+    assert not rest
+    assert found == {MM.key: [event.evaluation for event in journal]}
+    with pytest.raises(StorageError):
+        searched(journal, elsewhere)
