@@ -17,7 +17,8 @@ MAX_RUNS = 10
 
 
 def earlier_runs(runs_folder: Path, but_not: Path) -> list[Path]:
-    """Folders of the newest runs of any experiment, without the current one."""
+    """Folders of the newest runs of any experiment, without the current one, however either folder is spelled."""
+    runs_folder, but_not = runs_folder.resolve(), but_not.resolve()
     folders = []
     if runs_folder.is_dir():
         for experiment in sorted(p for p in runs_folder.iterdir() if p.is_dir()):
