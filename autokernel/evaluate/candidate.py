@@ -47,7 +47,6 @@ class EvaluateCandidate:
         seed: of the run; the check's own seed follows from it and the candidate's id.
         ceilings: of this machine with these threads; without them there is no physics check.
         deterministic_required: two runs that differ are a failure, not just a remark.
-        effort: "quick" or "thorough" (see `timing.EFFORTS`).
         threads: CPU threads; default: what torch is set to.
         max_copies: most sets of inputs to rotate among; fewer make a build faster and, below twice L2, the caches warm.
         best_us: the best time known for the problem: what a first look finds clearly slower is measured no further.
@@ -57,7 +56,6 @@ class EvaluateCandidate:
     seed: int = 0
     ceilings: Ceilings | None = None
     deterministic_required: bool = False
-    effort: str = "quick"
     threads: int | None = None
     max_copies: int = MAX_COPIES
     best_us: float | None = None
@@ -169,7 +167,6 @@ class EvaluateCandidate:
             device=problem.device,
             threads=self.threads,
             cold=is_cold(problem, num_copies, cache_bytes(problem.device, self.threads)),
-            effort=self.effort,
             best_us=self.best_us,
             audit=lambda run: checker.audit(buffers, run),
             seed=derived_seed(self.seed, self.candidate.id, "audit"),

@@ -81,11 +81,6 @@ def paired_speedup(
     )
 
 
-def is_faster(speedup: Speedup, min_gain: float) -> bool:
-    """Whether even the interval's lower bound is clear of `1 + min_gain`."""
-    return speedup.low > 1 + min_gain
-
-
 def paired_relative_difference(
     stock: Sequence[float], other: Sequence[float], *, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float, float]:

@@ -40,7 +40,7 @@ Regime = Literal["graph", "eager"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much time a measurement may take; `look_samples` are for those that a first look finds hopeless."""
+    """How much time a screen may take; `look_samples` are for those that a first look finds hopeless."""
 
     warmup_s: float
     budget_s: float
@@ -49,29 +49,11 @@ class Effort:
     look_samples: int
 
 
-EFFORTS: Mapping[str, Mapping[str, Effort]] = {
-    "cpu": {
-        "quick": Effort(warmup_s=0.03, budget_s=0.2, min_samples=7, max_samples=500, look_samples=7),
-        "thorough": Effort(warmup_s=0.2, budget_s=1.5, min_samples=25, max_samples=4000, look_samples=25),
-    },
+EFFORTS: Mapping[str, Effort] = {
+    "cpu": Effort(warmup_s=0.03, budget_s=0.2, min_samples=7, max_samples=500, look_samples=7),
     # a replay takes a millisecond or more, and all workers wait for one device
-    "cuda": {
-        "quick": Effort(warmup_s=0.006, budget_s=0.03, min_samples=7, max_samples=31, look_samples=3),
-        "thorough": Effort(warmup_s=0.05, budget_s=0.3, min_samples=25, max_samples=1001, look_samples=25),
-    },
+    "cuda": Effort(warmup_s=0.006, budget_s=0.03, min_samples=7, max_samples=31, look_samples=3),
 }
-
-
-def effort_for(device: str, name: str) -> Effort:
-    """What an effort means on a device.
-
-    Raises:
-        ValueError: there is no effort of this name.
-    """
-    efforts = EFFORTS[device]
-    if name not in efforts:
-        raise ValueError(f"effort {name!r} is not one of {sorted(efforts)}")
-    return efforts[name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +99,6 @@ def measure(
     device: str,
     threads: int | None = None,
     cold: bool = True,
-    effort: str = "quick",
     regime: Regime = "graph",
     audit: Callable[[Callable[[], tuple[Any, ...]]], None] | None = None,
     seed: int = 0,
@@ -131,16 +112,12 @@ def measure(
         device: "cpu" or "cuda".
         threads: CPU threads; default: what torch is set to.
         cold: whether the copies exceed twice L2 (see `probes.is_cold`), for the record.
-        effort: "quick" or "thorough" (see `EFFORTS`).
         regime: "graph" or "eager"; on a CPU there is only eager.
         audit: called once, at a random point, with the call as it is timed; its time does not count.
         seed: of that point.
         best_us: the best time known for the problem; what is clearly slower gets the effort's `look_samples` only.
-
-    Raises:
-        ValueError: the effort is unknown.
     """
-    limits = effort_for(device, effort)
+    limits = EFFORTS[device]
     if device == "cpu":
         pin_threads(threads)
     with quiet(collect=device == "cpu"):

@@ -80,11 +80,6 @@ class Scheduler:
         self._spent = dict.fromkeys(allocation, 0)
         self._closed: set[str] = set()
 
-    @property
-    def remaining(self) -> int:
-        """Trials not yet spent, over all problems that can use them."""
-        return sum(self._limits[key] - self._spent[key] for key in self._open())
-
     def limit(self, key: str) -> int:
         """Trials this problem may use by now: its allocation and what others passed on."""
         return self._limits[key]

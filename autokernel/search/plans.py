@@ -140,12 +140,6 @@ def differing_us(a: Plan, b: Plan, parts: Sequence[Part]) -> float:
     return total
 
 
-def is_plan(keys: Sequence[str], parts: Sequence[Part]) -> bool:
-    """Whether no two of the keys are rivals."""
-    chosen = set(keys)
-    return not any(part.key in chosen and part.rivals & chosen for part in parts)
-
-
 def completed(keys: Sequence[str], parts: Sequence[Part]) -> Plan:
     """A plan from some keys: rivals of earlier ones are left out, and what nothing excludes is added, most saved first."""
     taken: list[str] = []

@@ -162,11 +162,6 @@ class Proposer(ABC):
         """Distinct candidates whose outcome is known."""
         return len(self._ledger.outcomes)
 
-    @property
-    def num_in_flight(self) -> int:
-        """Proposals that were not told yet."""
-        return len(self._in_flight)
-
     def best(self) -> Outcome | None:
         """The fastest candidate that is OK, with its median in microseconds."""
         return self._ledger.best()

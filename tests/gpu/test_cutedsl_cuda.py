@@ -369,7 +369,7 @@ EVALUATED: dict[str, tuple[Problem, dict[str, ConfigValue]]] = {
 def test_candidates_are_evaluated(name: str) -> None:
     problem, config = EVALUATED[name]
     candidate = Candidate(problem=problem, backend="cutedsl", config=config)
-    evaluation = EvaluateCandidate(candidate=candidate, seed=1, effort="quick")()
+    evaluation = EvaluateCandidate(candidate=candidate, seed=1)()
     assert evaluation.status is Status.OK, evaluation.message
     assert evaluation.deterministic
 

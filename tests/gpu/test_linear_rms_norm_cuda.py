@@ -227,11 +227,11 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 def test_candidates_are_evaluated(name: str) -> None:
     problem, config = EVALUATED[name]
     candidate = Candidate(problem=problem, backend="cutedsl", config=config)
-    evaluation = EvaluateCandidate(candidate=candidate, seed=1, effort="quick", max_copies=4)()
+    evaluation = EvaluateCandidate(candidate=candidate, seed=1, max_copies=4)()
     assert evaluation.status is Status.OK, evaluation.message
     assert evaluation.deterministic
     stock = Candidate(problem=problem, backend="aten", config={"implementation": "stock"})
-    baseline = EvaluateCandidate(candidate=stock, seed=1, effort="quick", max_copies=4)()
+    baseline = EvaluateCandidate(candidate=stock, seed=1, max_copies=4)()
     assert baseline.status is Status.OK, baseline.message
     assert evaluation.measurement is not None
     assert baseline.measurement is not None

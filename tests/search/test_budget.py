@@ -84,7 +84,7 @@ def test_scheduler_spends_everything_and_passes_on_what_is_unused(seed: int) -> 
         order.append(key)
         assert len(order) <= 120
     assert sum(spent.values()) == 120
-    assert scheduler.remaining == 0
+    assert scheduler.next() is None
     assert all(spent[key] <= exhausted_after[key] for key in spent)
     assert set(order[: 3 * len(plan)]) == set(plan)  # the minimum of each comes first
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -101,10 +102,13 @@ def test_batches_are_distinct_while_in_flight(evaluate: Evaluate) -> None:
     drive(t, evaluate, rounds=10)
     batch = t.ask(16)
     assert len({p.candidate.id for p in batch}) == 16
-    assert t.num_in_flight == 16
+    numbers = [proposal.number for proposal in batch]
+    with pytest.raises(ValueError, match=re.escape(f"in flight are {sorted(numbers)}")):
+        t.tell(max(numbers) + 1, evaluate(batch[0].candidate, 50.0))
     for proposal in reversed(batch):
         t.tell(proposal.number, evaluate(proposal.candidate, 50.0))
-    assert t.num_in_flight == 0
+    with pytest.raises(ValueError, match=r"in flight are \[\]"):
+        t.tell(numbers[0], evaluate(batch[0].candidate, 50.0))
     assert t.num_finished == 56
 
 
