@@ -167,6 +167,11 @@ class ScenarioResult(Record):
     speedup: Speedup
     passed: bool
 
+    @property
+    def behind_eager(self) -> bool:
+        """Whether it passed only because eager PyTorch, which beats all that is compiled, is not what it replaces."""
+        return self.passed and self.best_stock == "eager" and self.speedup.high < 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ablated(Record):

@@ -138,7 +138,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "environment": current_environment("cuda").to_json(),
         "ceilings": ceilings.to_json(),
-        "protocol": "CUDA graph replays, cold L2, as long as a screen: median of the samples; roofline by the measured read speed",
+        "protocol": "CUDA graph replays, cold L2, as long as a screen: median of samples; roofline by the measured read speed",
         "rows": rows,
     }
     given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

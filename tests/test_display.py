@@ -22,7 +22,7 @@ from autokernel.display.logs import LOG_NAME, LineHandler, LogFile
 from autokernel.display.progress import LiveProgress, PlainProgress, panel
 from autokernel.display.results import failure_json, hotspot_rows, result_json
 from autokernel.display.state import STAGES, ProgressState
-from autokernel.display.tables import profile_table, result_view, search_table
+from autokernel.display.tables import profile_table, result_view, scenario_table, search_table
 from autokernel.events import Evaluated, ModelValidated, RunFinished, StageFinished, StageProgress, StageStarted
 from autokernel.records import Candidate, Problem, Speedup, Status, TensorSpec
 from autokernel.tracking.summary import RunSummary, summarize
@@ -164,6 +164,19 @@ def test_tables_fit_their_width(won: RunSummary, width: int) -> None:
         text = text_of(view, width)
         assert max(len(line) for line in text.splitlines()) <= width
         assert "\x1b" not in text, "no escape sequences where there is no terminal"
+
+
+def test_a_scenario_in_which_eager_beats_all_that_is_compiled_says_so() -> None:
+    slower = Speedup(ratio=0.9, low=0.88, high=0.92, num_rounds=41)
+    behind = synthetic.scenario("one", (10.0, 14.0, 13.0, 11.0), slower, best_stock="eager")
+    ahead = synthetic.scenario("four", (40.0, 30.0, 29.0, 20.0), synthetic.above(1.4))
+    assert "eager is faster" in text_of(scenario_table([behind]), 140)
+    assert pipeline._gains([ahead]) == "Faster than the best stock mode: four 1.43x."
+    assert pipeline._gains([behind]) == "No faster than eager, which beats all that is compiled: one 0.90x."
+    said = "; but no faster than eager, which beats all that is compiled: one 0.90x."
+    assert pipeline._gains([ahead, behind]) == f"Faster than the best stock mode: four 1.43x{said}"
+    level = synthetic.scenario("two", (9.0, 8.0, 8.0, 8.0), Speedup(ratio=1.0, low=0.99, high=1.01, num_rounds=41))
+    assert pipeline._gains([level]) == "No scenario is slower: two 1.00x."
 
 
 @pytest.mark.parametrize("width", [100, 140])

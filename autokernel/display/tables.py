@@ -241,7 +241,8 @@ def scenario_table(scenarios: Iterable[ScenarioResult], *, best_word: str = "bes
         cells = [Text(_us(times.get(mode)), style="bold" if mode in (result.best_stock, "bundle") else "") for mode in modes]
         gained = result.speedup.low > 1
         style = "bold green" if gained else "" if result.passed else "red"
-        verdict = "faster" if gained else "not slower" if result.passed else "slower"
+        fine = "eager is faster" if result.behind_eager else "not slower"
+        verdict = "faster" if gained else fine if result.passed else "slower"
         shown.add_row(result.scenario, *cells, Text(f"{ratio(result.speedup)} {result.best_stock}", style=style), verdict)
     return shown
 

@@ -231,7 +231,9 @@ def _eval(loaded: LoadedExperiment, bundle: Bundle, model: torch.nn.Module, devi
     metric = load_metric(loaded, model, device)
     module = Prefill(model).eval() if metric.batch else model
     compiled = torch.compile(own_code(module), backend=BundleBackend(bundle), dynamic=False)
-    return compare_metric(metric, module, _blaming("the metric", compiled), seed=seed)
+    # a bundle serves no gradients: a metric that does not switch them off would compare stock code with itself
+    with torch.no_grad():
+        return compare_metric(metric, module, _blaming("the metric", compiled), seed=seed)
 
 
 def _worsening(metric: Metric, stock: list[float], other: list[float], seed: int) -> tuple[float, float]:
