@@ -142,7 +142,7 @@ def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Its folder, .zip or bundle.json.", exists=True)],
     experiment: ExperimentFile,
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=6, help="Paired rounds of every comparison.")] = 21,
+    rounds: Annotated[int, typer.Option("--rounds", min=11, help="Paired rounds of every comparison.")] = 21,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:

@@ -112,6 +112,8 @@ def test_a_good_experiment_has_its_defaults(write: Any) -> None:
         ),
         ({"search.max_copies": 65}, "search.max_copies: 65 must be at most 64"),
         ({"validation.min_gain": -0.1}, "validation.min_gain: -0.1 must be at least 0"),
+        ({"validation.confirm_rounds": 10}, "validation.confirm_rounds: 10 must be at least 11"),
+        ({"validation.end_to_end_rounds": 1}, "validation.end_to_end_rounds: 1 must be at least 11"),
         ({"validation.min_gain": 1}, "validation.min_gain: 1 must be below 1"),
         ({"validation.baselines": []}, "validation.baselines: is empty; give at least one"),
         ({"name": "a/b"}, "name: 'a/b': letters, digits, . _ - only, a letter or a digit first"),

@@ -67,7 +67,7 @@ def test_features_of_cute_kernels_are_in_the_callers_rows_and_columns() -> None:
     assert of("log_accumulators") == math.log2(128 * 64 / 256)
     assert of("log_accumulators", pingpong=True) == math.log2(128 * 64 / 128)
     plain = features(names(16, 4096, 4096), [{"template": "mm", "BLOCK_M": 64}])[0]
-    assert [plain[FEATURES.index(name)] for name in FEATURES[-6:]] == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    assert [plain[FEATURES.index(name)] for name in FEATURES[-5:]] == [0.0, 0.0, 0.0, 1.0, 0.0]
 
 
 def test_features_of_our_own_cute_kernel() -> None:
