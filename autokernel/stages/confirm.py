@@ -20,6 +20,7 @@ from autokernel.export.matching import Gemm, gemm_of, parts_of_merged
 from autokernel.ops import get_op
 from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Hotspot, Problem, Status, Winner
 from autokernel.stages.context import RunContext
+from autokernel.tracking.titles import problem_title
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,14 @@ def finalists_of(
     return tuple(dict.fromkeys(e.candidate for e in (*rest[:top], *library))), baselines
 
 
+def _without_stock(evaluations: Sequence[Evaluation]) -> str | None:
+    """What became of a problem's stock candidates, if none of them works and others do."""
+    stock = [e for e in evaluations if is_stock(e.candidate)]
+    if any(e.status is Status.OK for e in stock) or not any(e.status is Status.OK for e in evaluations):
+        return None
+    return "; ".join(dict.fromkeys(f"{e.status}: {e.message}" for e in stock)) or "it was not tried"
+
+
 def slack_of(problem: Problem, ceilings: Ceilings) -> float:
     """How much slower than stock a finalist may be: nothing, but where a GPU multiplies for longer than it reads."""
     op, dtype = get_op(problem.op), problem.inputs[0].dtype
@@ -106,6 +115,8 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
                 max_copies=context.experiment.search.max_copies,
             )
             jobs.append((hotspots[key], job))
+        elif (why := _without_stock(found)) is not None:
+            log.warning("%s stays with stock code, for that was not measured: %s", problem_title(hotspots[key].problem), why)
     with context.stage("confirm", total=len(jobs)):
         for hotspot, confirmation in _confirmations(context, jobs):
             # the winner first: whoever resumes takes a problem for decided by any line of it, and the next one may be lost

@@ -423,3 +423,15 @@ def test_what_had_no_room_is_confirmed_alone_behind_the_others(caplog: pytest.Lo
     ]
     assert list(_confirmations(context, [])) == []
     assert pool.renewed == 1
+
+
+def test_a_problem_whose_stock_code_was_lost_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing can be compared with what was not measured: it stays stock, and not without a word."""
+    lost = replace(STOCK, status=Status.RUN_ERROR, measurement=None, message="the device went away")
+    context = context_of(Full(), "cpu")
+    context.recorders = [Listener()]
+    found = {MM.key: [lost, evaluation(MM, 8, "inductor", k=0)], OTHER.key: [failed(OTHER, k=1)]}
+    assert confirm(context, profiled(MM, OTHER), found) == []
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1
+    assert said[0].endswith("stays with stock code, for that was not measured: RUN_ERROR: the device went away")
