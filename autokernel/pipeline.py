@@ -125,15 +125,16 @@ def _finish(context: RunContext, bundle: Bundle, validated: ModelValidated) -> R
 
 def _gains(scenarios: Sequence[ScenarioResult]) -> str:
     """In a sentence. Where eager PyTorch beats all that is compiled, a bundle that passes is still slower than that."""
+    faster = [scenario for scenario in scenarios if scenario.speedup.low > 1]
     behind = [scenario for scenario in scenarios if scenario.behind_eager]
-    others = [scenario for scenario in scenarios if not scenario.behind_eager]
-    said = ["Faster than the best stock mode" if any(s.speedup.low > 1 for s in others) else "No scenario is slower"]
-    parts = [f"{said[0]}: {_ratios(others)}"] if others else []
-    if behind:
-        parts.append(
-            f"{'but no faster' if others else 'No faster'} than eager, which beats all that is compiled: {_ratios(behind)}"
-        )
-    return "; ".join(parts) + "."
+    level = [scenario for scenario in scenarios if scenario not in faster and scenario not in behind]
+    parts = [
+        (faster, "faster than the best stock mode"),
+        (level, "no slower" if faster else "no scenario is slower"),
+        (behind, "no faster than eager, which beats all that is compiled"),
+    ]
+    sentence = "; ".join(f"{words}: {_ratios(found)}" for found, words in parts if found)
+    return f"{sentence[:1].upper()}{sentence[1:]}."
 
 
 def _ratios(scenarios: Sequence[ScenarioResult]) -> str:

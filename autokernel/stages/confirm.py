@@ -136,7 +136,7 @@ def _confirmations(
     lost: list[tuple[Hotspot, ConfirmCandidates]] = []
     while running:
         oldest, _ = next(iter(running.values()))
-        context.progress("confirm", len(jobs) - len(running) - len(lost), len(jobs), oldest.problem.key)
+        context.progress("confirm", len(jobs) - len(running) - len(lost), len(jobs), problem_title(oldest.problem))
         wait(running, return_when=FIRST_COMPLETED)
         for future in [future for future in running if future.done()]:
             hotspot, job = running.pop(future)
