@@ -1,4 +1,6 @@
-"""Overrides that make the experiments on models of several kinds small, and the packages that these need."""
+"""Experiments that are small: a file that names an empty module, and overrides for those on models of several kinds."""
+
+from pathlib import Path
 
 SMALL = {
     "vit": (
@@ -18,4 +20,12 @@ SMALL = {
         "scenarios.1024x1024.inputs.cap_feats=[{shape: [32, 16]}]",
     ),
 }
-NEEDS = {"chronos2": "chronos", "zimage": "diffusers"}
+NEEDS = {"chronos2": "chronos", "zimage": "diffusers"}  # packages
+
+
+def written(folder: Path, text: str) -> Path:
+    """An experiment's file, and the module `model.py` beside it, of which nothing is called."""
+    (folder / "model.py").write_text("")
+    path = folder / "experiment.yaml"
+    path.write_text(text)
+    return path

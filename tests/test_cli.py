@@ -18,6 +18,7 @@ import jsonschema
 import pytest
 import synthetic_events as synthetic
 import yaml
+from small_experiments import written
 from typer.testing import CliRunner, Result
 
 import autokernel
@@ -47,10 +48,7 @@ HEAVY = ("torch", "ray", "mlflow", "optuna", "transformers", "matplotlib", "scip
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Path:
-    (tmp_path / "model.py").write_text("")
-    path = tmp_path / "experiment.yaml"
-    path.write_text(EXPERIMENT)
-    return path
+    return written(tmp_path, EXPERIMENT)
 
 
 @pytest.fixture

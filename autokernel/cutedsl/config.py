@@ -123,12 +123,17 @@ class CuteConfig:
             return "separate leaves parts of K to what follows, which sums them in order: with split_k above 1, without fuse"
         return None
 
+    @property
+    def _foreign(self) -> bool:
+        """Whether a parameter is set that none of our own kernels has, or `swap` is not, which all of them want."""
+        flags = self.pingpong or self.separate or self.fuse or self.fast_accum or not self.ordered
+        return not self.swap or flags or self.swizzle != DEFAULT_SWIZZLE or self.raster != ROWS
+
     def _cluster_problem(self) -> str | None:
         """The rule of our own kernel that is broken."""
         if (self.tile_m, self.tile_n) not in CLUSTER_TILES:
             return f"cluster has tiles {_listed(CLUSTER_TILES)}, not {self.tile_m}x{self.tile_n}"
-        flags = self.pingpong or self.separate or self.fuse or self.fast_accum or not self.ordered
-        if not self.swap or flags or self.cluster_n != 1 or self.swizzle != DEFAULT_SWIZZLE or self.raster != ROWS:
+        if self._foreign or self.cluster_n != 1:
             return "cluster takes swap (always), cluster_m, split_k, resident and tile_k: leave the other parameters off"
         blocks, warps = self.cluster_m * self.split_k, self.tile_m // 16
         if self.split_k not in (1, 2, 4, 8) or blocks > CLUSTER_BLOCKS or warps % self.split_k:
@@ -152,9 +157,7 @@ class CuteConfig:
         if self.tile_m * self.tile_k > STATIONARY_REGISTERS:
             sizes = f"tile_m={self.tile_m} and tile_k={self.tile_k}"
             return f"{sizes} need more registers than a warp has: choose a smaller one of them"
-        flags = self.pingpong or self.separate or self.fuse or self.fast_accum or not self.ordered
-        others = (self.cluster_m, self.cluster_n, self.split_k, self.resident) != (1, 1, 1, 1)
-        if not self.swap or flags or others or self.swizzle != DEFAULT_SWIZZLE or self.raster != ROWS:
+        if self._foreign or (self.cluster_m, self.cluster_n, self.split_k, self.resident) != (1, 1, 1, 1):
             return "stationary takes swap (always), tile_m and tile_k: leave the other parameters off"
         return None
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -103,13 +103,10 @@ class BundleBackend:
         products = graph_products(gm, inputs)
         names = names_of(products)
         self.graphs.append(names)
-        if self.plan.active and (reason := self._unfit(inputs)) is not None:
-            self.plan.skip_all(reason)
-            return _inductor(gm, inputs, {}, {})
-        if not self.plan.active:
-            return _inductor(gm, inputs, {}, {})
-        if torch.is_grad_enabled():
-            self.plan.skip_all("gradients are enabled; compile and call under torch.inference_mode() or torch.no_grad()")
+        unfit = self._unfit(inputs) if self.plan.active else None
+        if unfit is not None:
+            self.plan.skip_all(unfit)
+        if unfit is not None or not self.plan.active:
             return _inductor(gm, inputs, {}, {})
         chosen = self.plan.bundle.options_of(names)
         with built_ahead() if self.plan.bundle.environment.device == "cpu" else contextlib.nullcontext():
@@ -150,8 +147,15 @@ class BundleBackend:
         kinds = sorted({device.type for device in devices})
         if kinds and made.device not in kinds:
             return f"it was tuned for {made.device}, and this graph is on {' and '.join(kinds)}"
-        if self._lenient:
-            return None
+        if not self._lenient and (other := self._other_machine(devices)) is not None:
+            return other
+        if torch.is_grad_enabled():
+            return "gradients are enabled; compile and call under torch.inference_mode() or torch.no_grad()"
+        return None
+
+    def _other_machine(self, devices: Collection[torch.device]) -> str | None:
+        """What of these devices, or of the threads, is otherwise than where the bundle was made."""
+        made = self.bundle.environment
         if made.device == "cpu" and (threads := torch.get_num_threads()) != made.num_units:
             return f"it was tuned with threads {made.num_units}, this is {threads}"
         if made.device == "cuda" and torch.cuda.is_available():

@@ -17,7 +17,6 @@ backends:
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -176,8 +175,8 @@ class _SectionReader:
         return default
 
     def _unknown(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self.part.choices, n=1)
-        return "no such parameter; " + (f"did you mean `{near[0]}`?" if near else f"choices has {', '.join(self.part.choices)}")
+        cure = suggestion(name, self.part.choices, "`") or f"; choices has {', '.join(self.part.choices)}"
+        return f"no such parameter{cure}"
 
     def _expression(self, text: Any, where: str) -> Expression:
         if isinstance(text, bool) or not isinstance(text, (int, str)):

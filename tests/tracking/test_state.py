@@ -5,6 +5,7 @@ import datetime
 from pathlib import Path
 
 import pytest
+from small_experiments import written
 
 from autokernel.config import LoadedExperiment, load_experiment
 from autokernel.errors import StorageError
@@ -136,10 +137,7 @@ def test_a_resumed_runs_state_knows_its_times(tmp_path: Path, synthetic_events: 
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Path:
-    (tmp_path / "model.py").write_text("")
-    path = tmp_path / "experiment.yaml"
-    path.write_text(EXPERIMENT)
-    return path
+    return written(tmp_path, EXPERIMENT)
 
 
 def _begun(events: list[Event], loaded: LoadedExperiment) -> list[Event]:
