@@ -74,7 +74,6 @@ HOMES = {
         "cutedsl.operators",
         "cutedsl.own",
         "cutedsl.quack",
-        "cutedsl.stationary_gemm",
     ),
     "quack": ("cutedsl.compiler", "cutedsl.epilogue_source", "cutedsl.quack"),
     "tvm_ffi": ("cutedsl.compiler", "cutedsl.objects"),

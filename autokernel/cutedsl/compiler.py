@@ -24,7 +24,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autokernel.cutedsl.config import DTYPES, OPERATORS, OURS
+from autokernel.cutedsl.config import CLUSTER, DTYPES, OPERATORS
 from autokernel.cutedsl.spec import BIAS, SQUARES, KernelSpec, Launch, ObjectInfo
 from autokernel.errors import CompileError
 from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, scalar_step
@@ -125,7 +125,7 @@ def refusal(spec: KernelSpec) -> str | None:
             return f"operators computes no epilogue, spec has {', '.join(spec.epilogue)}: use quack, or leave it to the graph"
     else:
         outputs = ("bfloat16", "float16", "float32")
-        if config.source in OURS and (reason := _own_refusal(spec)) is not None:
+        if config.source == CLUSTER and (reason := _cluster_refusal(spec)) is not None:
             return reason
         if spec.dtype == "int8":
             return "quack takes no int8: use operators"
@@ -162,14 +162,13 @@ def _squares_refusal(spec: KernelSpec) -> str | None:
     return None
 
 
-def _own_refusal(spec: KernelSpec) -> str | None:
-    """Rules of our own kernels."""
-    source = spec.cute.source
+def _cluster_refusal(spec: KernelSpec) -> str | None:
+    """Rules of our own kernel."""
     if spec.dtype in _EIGHT_BITS or (spec.a_major, spec.b_major) != ("k", "k"):
         given = f"{spec.dtype}, A {spec.a_major}-major, B {spec.b_major}-major"
-        return f"{source} multiplies matrices of 16 bits that are contiguous along K, not {given}: use quack or operators"
+        return f"cluster multiplies matrices of 16 bits that are contiguous along K, not {given}: use quack or operators"
     if spec.epilogue or spec.batched or spec.arch != "sm_90a":
-        return f"{source} computes one product on sm_90a, without an epilogue: use quack, or leave the epilogue to the graph"
+        return "cluster computes one product on sm_90a, without an epilogue: use quack, or leave the epilogue to the graph"
     return None
 
 
@@ -210,7 +209,7 @@ def _compiled(spec: KernelSpec) -> tuple[Any, Launch]:
 
     if spec.cute.source == OPERATORS:
         from autokernel.cutedsl.operators import compile_spec
-    elif spec.cute.source in OURS:
+    elif spec.cute.source == CLUSTER:
         from autokernel.cutedsl.own import compile_spec
     else:
         from autokernel.cutedsl.quack import compile_spec

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-OPERATORS, QUACK, CLUSTER, STATIONARY = "operators", "quack", "cluster", "stationary"
-SOURCES = (OPERATORS, QUACK, CLUSTER, STATIONARY)
-OURS = (CLUSTER, STATIONARY)
+OPERATORS, QUACK, CLUSTER = "operators", "quack", "cluster"
+SOURCES = (OPERATORS, QUACK, CLUSTER)
 ROWS, COLUMNS = "rows", "columns"
 DEFAULT_SWIZZLE = 8
 AT_CALLS: Mapping[str, tuple[str, ...]] = {QUACK: ("swizzle",)}  # source -> see `CuteConfig.at_calls`
@@ -33,13 +32,6 @@ CLUSTER_TILES = tuple((m, n) for m in (64, 128, 192, 256) for n in (16, 32, 48, 
 CLUSTER_BLOCK_K = 64
 CLUSTER_BLOCKS = 8
 TILES_K = (0, 64, 128, 256, 512)
-# of `stationary_gemm`: warps of a block, rows of weights in a tile and of x, elements that keep rows in different banks
-STATIONARY_WARPS = 16
-STATIONARY_TILES = tuple((m, 16) for m in (8, 16, 32, 64))
-STATIONARY_PAD = 64
-STATIONARY_STEP = STATIONARY_WARPS * 32  # elements of K, in which a block's part of x is counted
-STATIONARY_REGISTERS = 64 * 2048  # most rows of weights times elements of K, whose sums and x are kept without spills
-STATIONARY_TILES_K = tuple(range(STATIONARY_STEP, 8 * STATIONARY_STEP + 1, STATIONARY_STEP))
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of a multiprocessor of sm_90, and by CUDA for each block
 BARRIERS_BYTES = 1024
 OPERATORS_TILES = ((64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256))
@@ -67,7 +59,7 @@ class CuteConfig:
             has; else those of each block of K are added up in fp32, in as many registers again. quack.
         resident: blocks of a multiprocessor at once, among which it divides its shared memory. cluster.
         tile_k: elements of K in a stage: more are longer stretches of each row that are asked for at once. 0: 128 bytes of
-            them. quack and cluster. Or those of x that a block keeps in registers at a time. stationary.
+            them. quack and cluster.
     """
 
     source: str
@@ -102,9 +94,8 @@ class CuteConfig:
                 return f"quack has {kind} tiles {_listed(tiles)}, not {tile[0]}x{tile[1]}"
             if self.raster != ROWS:
                 return "quack orders tiles by the shape of the problem: leave raster at rows"
-        elif self.source in OURS:
-            wrong = self._cluster_problem() if self.source == CLUSTER else self._stationary_problem()
-            if wrong is not None:
+        elif self.source == CLUSTER:
+            if (wrong := self._cluster_problem()) is not None:
                 return wrong
         else:
             return f"source must be one of {', '.join(SOURCES)}, not {self.source!r}"
@@ -115,7 +106,7 @@ class CuteConfig:
             return f"split_k is 1 or more, swizzle 1, 2, 4 or 8, raster rows or columns, not {given}"
         if self.resident != 1 and self.source != CLUSTER:
             return f"{self.source} decides itself how many blocks a multiprocessor has: leave resident at 1"
-        if self.tile_k not in TILES_K and self.source != STATIONARY:
+        if self.tile_k not in TILES_K:
             return f"tile_k is one of {', '.join(map(str, TILES_K))}, not {self.tile_k}"
         if self.split_k == 1 and not self.ordered:
             return "ordered says how parts of K are summed: leave it on with split_k=1"
@@ -123,17 +114,12 @@ class CuteConfig:
             return "separate leaves parts of K to what follows, which sums them in order: with split_k above 1, without fuse"
         return None
 
-    @property
-    def _foreign(self) -> bool:
-        """Whether a parameter is set that none of our own kernels has, or `swap` is not, which all of them want."""
-        flags = self.pingpong or self.separate or self.fuse or self.fast_accum or not self.ordered
-        return not self.swap or flags or self.swizzle != DEFAULT_SWIZZLE or self.raster != ROWS
-
     def _cluster_problem(self) -> str | None:
         """The rule of our own kernel that is broken."""
         if (self.tile_m, self.tile_n) not in CLUSTER_TILES:
             return f"cluster has tiles {_listed(CLUSTER_TILES)}, not {self.tile_m}x{self.tile_n}"
-        if self._foreign or self.cluster_n != 1:
+        flags = self.pingpong or self.separate or self.fuse or self.fast_accum or not self.ordered
+        if not self.swap or flags or self.swizzle != DEFAULT_SWIZZLE or self.raster != ROWS or self.cluster_n != 1:
             return "cluster takes swap (always), cluster_m, split_k, resident and tile_k: leave the other parameters off"
         blocks, warps = self.cluster_m * self.split_k, self.tile_m // 16
         if self.split_k not in (1, 2, 4, 8) or blocks > CLUSTER_BLOCKS or warps % self.split_k:
@@ -145,33 +131,6 @@ class CuteConfig:
             tile = f"{self.tile_m}x{self.tile_n}"
             return f"{tile} needs more shared memory than resident={self.resident} leaves: choose a smaller one of them"
         return None
-
-    def _stationary_problem(self) -> str | None:
-        """The rule of our kernel that keeps x which is broken."""
-        if (self.tile_m, self.tile_n) not in STATIONARY_TILES or self.tile_k not in STATIONARY_TILES_K:
-            kept = ", ".join(map(str, STATIONARY_TILES_K))
-            return (
-                f"stationary has tiles {_listed(STATIONARY_TILES)} and keeps {kept} elements of K, "
-                f"not {self.tile_m}x{self.tile_n} and tile_k={self.tile_k}"
-            )
-        if self.tile_m * self.tile_k > STATIONARY_REGISTERS:
-            sizes = f"tile_m={self.tile_m} and tile_k={self.tile_k}"
-            return f"{sizes} need more registers than a warp has: choose a smaller one of them"
-        if self._foreign or (self.cluster_m, self.cluster_n, self.split_k, self.resident) != (1, 1, 1, 1):
-            return "stationary takes swap (always), tile_m and tile_k: leave the other parameters off"
-        return None
-
-    @property
-    def stationary_slot(self) -> int:
-        """Elements of a warp's part of eight rows in shared memory."""
-        return 8 * self.tile_k // STATIONARY_WARPS + STATIONARY_PAD
-
-    @property
-    def stationary_slots(self) -> int:
-        """Times eight rows of `tile_k` elements that our kernel has room for, beside the sums of its warps."""
-        sums = STATIONARY_WARPS * min(self.tile_m // 8, 2) * 8 * self.tile_n * 4
-        room = SHARED_BYTES - RESERVED_BYTES - BARRIERS_BYTES - sums
-        return room // (STATIONARY_WARPS * self.stationary_slot * 2)
 
     @property
     def cluster_stages(self) -> int:

@@ -1,4 +1,4 @@
-"""Our own CuTe DSL kernels for few rows, compiled for any sizes. Import it with `compiler.environment` set."""
+"""Our own CuTe DSL kernel for few rows, compiled for any sizes. Import it with `compiler.environment` set."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from cutlass import cute
 
 from autokernel.cutedsl.cluster_gemm import ClusterGemm
-from autokernel.cutedsl.config import ALIGNMENT_BYTES, STATIONARY
+from autokernel.cutedsl.config import ALIGNMENT_BYTES
 from autokernel.cutedsl.spec import KernelSpec, Launch
-from autokernel.cutedsl.stationary_gemm import StationaryGemm
 
 _ELEMENTS = 8  # of 16 bits, in what TMA reads at least
 _DTYPES = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16, torch.float32: cutlass.Float32}
@@ -30,12 +29,10 @@ def compile_spec(
     Returns:
         What has `export_to_c`, and how to call it.
     """
-    config = spec.cute
-    kernel = StationaryGemm(config, spec.num_units) if config.source == STATIONARY else ClusterGemm(config)
     m, n, k = cute.sym_int(), cute.sym_int(divisibility=_ELEMENTS), cute.sym_int(divisibility=_ELEMENTS)
     a, b, out = (_DTYPES[matrix.dtype] for matrix in matrices)
     arguments = (_symbolic(b, n, k), _symbolic(a, m, k), _symbolic(out, m, n), cute.runtime.make_fake_stream())
-    compiled = cute.compile(kernel, *arguments, options="--enable-tvm-ffi")
+    compiled = cute.compile(ClusterGemm(spec.cute), *arguments, options="--enable-tvm-ffi")
     return compiled, Launch(function=function, arguments=("b^T", "a", "out", "stream"), transposed=True)
 
 

@@ -31,7 +31,6 @@ def spec(config: dict[str, Any], **changed: Any) -> KernelSpec:
 
 
 CLUSTER = {"source": "cluster", "tile_m": 128, "tile_n": 16, "cluster_m": 2, "split_k": 2, "swap": True}
-STATIONARY = {"source": "stationary", "tile_m": 16, "tile_n": 16, "tile_k": 4096, "swap": True}
 PARTS = {**COOPERATIVE, "split_k": 4, "separate": True}
 SPECS = {
     "operators": spec(OPERATORS),
@@ -55,10 +54,6 @@ SPECS = {
     "our own, x shared by pairs": spec(CLUSTER),
     "our own, longer stages": spec({**CLUSTER, "tile_k": 128}),
     "our own, fp16, lone blocks": spec({**CLUSTER, "cluster_m": 1, "split_k": 1}, dtype="float16", out_dtype="float32"),
-    "our own, x in registers": spec(STATIONARY),
-    "our own, x in registers, fp16, one by one": spec(
-        {**STATIONARY, "tile_m": 8, "tile_k": 512}, dtype="float16", out_dtype="float32"
-    ),
     "batched, fused": spec(COOPERATIVE, batched=True, a_major="m", b_major="n", epilogue=("bias", "add")),
 }
 
