@@ -16,6 +16,7 @@ import train_cost_model
 from landscape_file import Landscape, Row
 from synthetic_landscapes import made_up_landscape
 
+from autokernel.search.space_file import load_space
 from autokernel.search.tuner import Tuner
 
 
@@ -221,3 +222,16 @@ def test_every_kind_of_kernel_is_known_to_a_model_that_was_trained_on_it() -> No
     )
     assert found is not None
     assert found[0] < found[-1], "the slowest kind is told from the fastest"
+
+
+@pytest.mark.parametrize("path", sorted(landscape_file.FOLDER.rglob("*.json.gz")), ids=lambda path: path.name)
+def test_rules_of_speed_leave_the_fastest_config_that_was_recorded_in_its_space(path: Path) -> None:
+    recorded = landscape_file.load(path)
+    spaces = load_space(replay.problem_of(recorded).op, replay.ROOT / "search_spaces")
+    for backend in {row.backend for row in recorded.rows} & spaces.keys():
+        space = spaces[backend].bind(replay.names_of(recorded))
+        timed = [(row.best_us, bool(space.violations(row.config)), row) for row in recorded.rows if row.backend == backend]
+        of_all = min(us for us, _, _ in timed if us is not None)
+        in_space = min(us for us, outside, _ in timed if us is not None and not outside)
+        best = min((row for us, _, row in timed if us == of_all), key=lambda row: str(row.config))
+        assert in_space <= 1.005 * of_all, f"{backend}: {best.config} is outside: {space.violations(best.config)}"

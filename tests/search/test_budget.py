@@ -60,7 +60,7 @@ def test_shares_follow_gain_and_scenarios_add_up() -> None:
 
 
 def test_seconds_bound_the_plan() -> None:
-    assert sum(allocate([hotspot(1, 0.5)], 1000, seconds=10).values()) == 40
+    assert sum(allocate([hotspot(1, 0.5)], 1000, seconds=10).values()) == 100
     assert allocate([], 10) == {}
 
 

@@ -167,12 +167,12 @@ def test_a_librarys_few_ways_come_before_the_seeds_of_rules() -> None:
 
 @pytest.mark.parametrize("max_trials", [14, 1000], ids=["few trials", "as many as there are configs"])
 def test_a_small_backend_with_seeds_of_rules_takes_turns_all_the_same(max_trials: int) -> None:
-    """CuTe DSL has eighteen configs for few rows and batches: at random and all at once, they would be all that is tried."""
+    """CuTe DSL has 24 configs for few rows and batches: at random and all at once, they would be all that is tried."""
     inputs = (TensorSpec.contiguous((2, 16, 2048), "bfloat16"), TensorSpec.contiguous((2, 2048, 1024), "bfloat16"))
     problem = Problem(op="bmm", device="cuda", inputs=inputs)
     names = NAMES | {"batch": 2, "n": 1024, "k": 2048}
     spaces = {name: space for name, space in load_space("bmm").items() if name in ("aten", "inductor", "cutedsl")}
-    assert spaces["cutedsl"].count(names, 100) == 18
+    assert spaces["cutedsl"].count(names, 100) == 24
     search = tuner(problem=problem, spaces=spaces, names=names, max_trials=max_trials)
     search.enqueue(seeds_from(("stock", "nvmatmul"), SeedContext(problem=problem, spaces=spaces, names=names)))
     proposals = search.ask(7)
