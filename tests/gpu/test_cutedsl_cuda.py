@@ -53,11 +53,15 @@ def spec(config: dict[str, ConfigValue], **changes: Any) -> KernelSpec:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> ObjectCache:
-    """With the kernels of all cases, compiled on all cores."""
-    filled = ObjectCache(tmp_path_factory.mktemp("objects"))
+    """With the kernels of all cases, compiled on all cores; pytest-xdist's workers share them, and the cores."""
+    workers, number = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]
+    base = tmp_path_factory.getbasetemp()
+    filled = ObjectCache((base.parent if workers > 1 else base) / "objects")
     specs = [spec(case["config"], **{k: v for k, v in case.items() if k != "config"}) for case in all_cases().values()]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as processes:
-        list(processes.map(filled.get_or_compile, specs))
+    first = len(specs) * int(number) // workers  # each worker begins elsewhere: what another one has compiled is found
+    cores = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as processes:
+        list(processes.map(filled.get_or_compile, [*specs[first:], *specs[:first]]))
     return filled
 
 
