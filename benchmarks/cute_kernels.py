@@ -10,6 +10,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,19 @@ def compile_kernel(spec: KernelSpec) -> Path:
     return ObjectCache().get_or_compile(spec)[1]
 
 
-def spec_of(gemm: Gemm, config: Mapping[str, Any]) -> KernelSpec:
-    """A config's kernel. Imports Inductor, which takes seconds and workers do without: they are given what it returns."""
+def spec_of(gemm: Gemm, config: Mapping[str, Any], *, pdl: bool = False) -> KernelSpec:
+    """A config's kernel, as the package has it or launched programmatically.
+
+    Imports Inductor, which takes seconds and workers do without: they are given what it returns.
+    """
     from autokernel.export.cute_specs import spec_for
     from autokernel.records import TensorSpec
 
     lead = (gemm.batch,) if gemm.op == "bmm" else ()
     left = TensorSpec(shape=(*lead, gemm.m, gemm.k), dtype="bfloat16", stride=gemm.stride_a())
     right = TensorSpec(shape=(*lead, gemm.k, gemm.n), dtype="bfloat16", stride=gemm.stride_b())
-    return spec_for(config, left, right, out_dtype="bfloat16", arch="sm_90a", num_units=NUM_SMS)
+    spec = spec_for(config, left, right, out_dtype="bfloat16", arch="sm_90a", num_units=NUM_SMS)
+    return replace(spec, pdl=pdl)
 
 
 @contextlib.contextmanager

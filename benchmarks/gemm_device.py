@@ -37,6 +37,14 @@ def _sum_parts(parts, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # 
     tl.store(out + at, total, mask=at < size)
 
 
+@triton.jit
+def _write_again(x, size, LETS_START: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    if LETS_START:
+        tl.extra.cuda.gdc_launch_dependents()
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + at, tl.load(x + at, mask=at < size), mask=at < size)
+
+
 class WrongResultError(Exception):
     """The kernel's output is not the product."""
 
@@ -131,7 +139,7 @@ class Bench:
 
         return launch
 
-    def cute_launch(self, config: dict[str, Any]) -> Launch:
+    def cute_launch(self, config: dict[str, Any], *, pdl: bool = False) -> Launch:
         """A compiled CuTe DSL kernel, from the package's cache. Parts of K that it leaves are summed behind it."""
         import cute_kernels
         from tvm_ffi import convert
@@ -140,7 +148,7 @@ class Bench:
         from autokernel.cutedsl.config import CuteConfig
         from autokernel.cutedsl.objects import load
 
-        path = cute_kernels.compile_kernel(cute_kernels.spec_of(self.gemm, config))
+        path = cute_kernels.compile_kernel(cute_kernels.spec_of(self.gemm, config, pdl=pdl))
         kernel, device, size = load(str(path)), current_gpu(), self._out[0].numel()
         parts, current = kernel.info.spec.num_parts, 0
 
@@ -165,6 +173,22 @@ class Bench:
                 _sum_parts[(triton.cdiv(size, block),)](result, self._out[current], size, SPLITS=parts, BLOCK=block)
 
         return launch
+
+    def behind_small(self, launch: Launch | None, *, lets_start: bool) -> Launch:
+        """The call behind a small kernel that writes its first operand once more; None: that kernel alone.
+
+        Args:
+            launch: of the GEMM.
+            lets_start: whether the small kernel lets what is behind it start at once, if that is launched programmatically.
+        """
+        size, block = self._a[0].numel(), 4096
+
+        def both(call: int) -> None:
+            _write_again[(triton.cdiv(size, block),)](self._a[call % self.copies], size, LETS_START=lets_start, BLOCK=block)
+            if launch is not None:
+                launch(call)
+
+        return both
 
     def quick(self, launch: Launch) -> float:
         """Check once, then the median microseconds of a call; one call alone for what is far from the best."""

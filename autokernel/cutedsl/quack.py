@@ -6,8 +6,9 @@ quack compiles through its epilogue frontend for any sizes; what it would pass a
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from quack.gemm import GemmDefaultSm90, _compile_gemm
 from quack.gemm_config import SplitKMode, cta_tile_shape_m
 from quack.gemm_runtime.host import _compile_gemm_epi
 from quack.gemm_sm90 import GemmSm90
+from quack.gemm_sm100 import GemmSm100
 from quack.rounding import RoundingMode
 
 from autokernel.cutedsl.epilogue_source import GATED_RESULT, epilogue_of
@@ -48,13 +50,14 @@ def compile_spec(
     for remembered in (_compile_gemm, _compile_gemm_epi):  # under keys that know nothing of what it is told below
         remembered.cache_clear()
     if config.separate:
-        return _compiled_parts(spec), _launch(spec, GemmDefaultSm90.EpilogueArguments._fields, function, config.swap)
+        with _told(spec):
+            return _compiled_parts(spec), _launch(spec, GemmDefaultSm90.EpilogueArguments._fields, function, config.swap)
     a, b, out = matrices
     # quack swaps when it traces, so that nothing is transposed at a call; with parts of K or sums it does not: there we do
     by_hand = config.swap and (config.split_k > 1 or spec.squares)
     if by_hand:
         a, b, out = b.mT, a.mT, out.mT
-    with _sums(fast=config.fast_accum):
+    with _told(spec):
         plan = epilogue_of(spec, swapped=by_hand).gemm(
             a,
             b,
@@ -77,19 +80,29 @@ def compile_spec(
 
 
 @contextlib.contextmanager
-def _sums(*, fast: bool) -> Iterator[None]:
-    """While a kernel is compiled: how it keeps sums of 8-bit products, which its class can be told and no frontend tells it."""
-    made = GemmSm90.__init__
+def _told(spec: KernelSpec) -> Iterator[None]:
+    """While a kernel is compiled: what its class can be told and no frontend tells it.
 
-    def made_fast(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **{**kwargs, "fp8_fast_accum": True})
-
-    if fast:
-        GemmSm90.__init__ = made_fast
-    try:
+    That is how it keeps sums of 8-bit products, and whether it is launched programmatically. By itself it would be: calls that
+    follow each other, as where it is timed, would overlap, and those of nobody else do.
+    """
+    said = {"use_pdl": spec.pdl, **({"fp8_fast_accum": True} if spec.cute.fast_accum else {})}
+    with contextlib.ExitStack() as undo:
+        for kind in (GemmSm90, GemmSm100):
+            made = kind.__init__
+            undo.callback(setattr, kind, "__init__", made)
+            kind.__init__ = _made(made, said)
         yield
-    finally:
-        GemmSm90.__init__ = made
+
+
+def _made(made: Callable[..., None], said: dict[str, bool]) -> Callable[..., None]:
+    """A class's constructor, with these arguments whatever it is called with."""
+
+    @functools.wraps(made)
+    def made_so(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **{**kwargs, **said})
+
+    return made_so
 
 
 def _compiled_parts(spec: KernelSpec) -> Any:

@@ -8,10 +8,10 @@ typedef struct { uint32_t x, y, z; } dimensions;
 typedef struct { dimensions grid, block; size_t shared_bytes; void *stream; void *attributes; uint32_t num_attributes; } launch_config;
 typedef struct { uint32_t id; uint32_t padding; uint32_t value[16]; } launch_attribute;
 
-enum { CLUSTER = 4 };
+enum { CLUSTER = 4, PROGRAMMATIC = 6 };
 
 struct {
-  uint32_t count, grid[3], block[3], cluster[3];
+  uint32_t count, grid[3], block[3], cluster[3], programmatic;
   uint64_t stream;
 } launched;
 
@@ -25,8 +25,11 @@ int cudaLaunchKernelExC(const launch_config *config, const void *kernel, void **
   memcpy(launched.grid, &config->grid, sizeof launched.grid);
   memcpy(launched.block, &config->block, sizeof launched.block);
   launched.stream = (uint64_t)config->stream;
-  for (uint32_t i = 0; i < config->num_attributes; i++)
+  launched.programmatic = 0;
+  for (uint32_t i = 0; i < config->num_attributes; i++) {
     if (attributes[i].id == CLUSTER) memcpy(launched.cluster, attributes[i].value, sizeof launched.cluster);
+    if (attributes[i].id == PROGRAMMATIC) launched.programmatic = attributes[i].value[0];
+  }
   last_error = next_error;
   next_error = 0;
   return last_error;

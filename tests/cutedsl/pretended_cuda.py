@@ -25,6 +25,7 @@ class Launched(ctypes.Structure):
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
         ("cluster", ctypes.c_uint32 * 3),
+        ("programmatic", ctypes.c_uint32),
         ("stream", ctypes.c_uint64),
     )
 

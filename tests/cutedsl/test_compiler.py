@@ -147,6 +147,7 @@ def test_scratch_memory_is_told_to_the_caller(kernels: Kernels) -> None:
         ({"config": COOPERATIVE, "epilogue": ("gated_silu", "add")}, "nothing before or behind it"),
         ({"epilogue": ("gated_silu",)}, "quack alone"),
         ({"dtype": "int8", "out_dtype": "bfloat16"}, "operators makes int32"),
+        ({"pdl": True}, "operators has no programmatic dependent launch"),
         ({"config": PARTS}, "separate makes float32 parts"),
         ({"config": PARTS, "out_dtype": "float32", "epilogue": ("bias",)}, "without an epilogue"),
         ({"config": PARTS, "out_dtype": "float32", "batched": True}, "of one product"),

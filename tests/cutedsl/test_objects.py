@@ -79,6 +79,8 @@ CASES = {
         {**PINGPONG, "split_k": 2, "separate": True, "swap": True}, out_dtype="float32", a_major="m", b_major="n"
     ),
     "batched": spec(COOPERATIVE, batched=True),
+    "launched early": spec(PINGPONG, pdl=True),
+    "launched early, parts for the graph": spec({**COOPERATIVE, "split_k": 2, "separate": True}, out_dtype="float32", pdl=True),
     "fused": spec(PINGPONG, epilogue=("bias", "silu", "mul", "add")),
     "numbers": spec(PINGPONG, epilogue=("mul(0.125)", "gelu_tanh", "add(1.0)")),
     "fused, swapped": spec({**COOPERATIVE, "swap": True}, epilogue=("bias", "silu", "add")),
@@ -119,6 +121,7 @@ def test_a_compiled_kernel_is_launched_as_its_record_says(name: str, cache: Obje
         assert (out.shape, out.dtype) == ((*parts, *lead, m, kernel_spec.num_columns(n)), getattr(torch, kernel_spec.out_dtype))
         assert out.is_contiguous()
         assert list(cuda.launched.cluster)[:2] == [config.cluster_m, config.cluster_n]
+        assert cuda.launched.programmatic == kernel_spec.pdl
         if kernel_spec.cute.source == "operators":
             assert cuda.launched.stream == 77
         # enough blocks for all tiles, or for every multiprocessor: a persistent kernel takes several in turn

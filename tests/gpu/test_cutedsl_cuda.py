@@ -139,6 +139,8 @@ def all_cases() -> dict[str, dict[str, Any]]:
         "b by rows": {"config": QUACK, "b_major": "n"},
         "both": {"config": SWAP, "a_major": "m", "b_major": "n"},
         "batched": {"config": QUACK, "batched": True},
+        "launched early": {"config": PINGPONG, "pdl": True},
+        "launched early, split_k": {"config": {**QUACK, "split_k": 4}, "pdl": True},
         "batched, swap": {"config": SWAP, "batched": True},
         "longer stages": {"config": {**QUACK, "tile_m": 64, "tile_n": 64, "tile_k": 128}},
         "longer stages, swap": {"config": {**SWAP, "tile_m": 64, "tile_n": 16, "tile_k": 256}},
