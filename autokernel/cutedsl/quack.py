@@ -83,15 +83,15 @@ def compile_spec(
 def _told(spec: KernelSpec) -> Iterator[None]:
     """While a kernel is compiled: what its class can be told and no frontend tells it.
 
-    That is how it keeps sums of 8-bit products, and whether it is launched programmatically. By itself it would be: calls that
-    follow each other, as where it is timed, would overlap, and those of nobody else do.
+    That is how it keeps sums of 8-bit products, and whether it is launched programmatically. By itself it would be, and calls
+    that follow each other, as where it is timed, would overlap.
     """
-    said = {"use_pdl": spec.pdl, **({"fp8_fast_accum": True} if spec.cute.fast_accum else {})}
+    sums = {"fp8_fast_accum": True} if spec.cute.fast_accum else {}
     with contextlib.ExitStack() as undo:
-        for kind in (GemmSm90, GemmSm100):
+        for kind, of_kind in ((GemmSm90, sums), (GemmSm100, {})):
             made = kind.__init__
             undo.callback(setattr, kind, "__init__", made)
-            kind.__init__ = _made(made, said)
+            kind.__init__ = _made(made, {"use_pdl": spec.pdl, **of_kind})
         yield
 
 
