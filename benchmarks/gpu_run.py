@@ -13,7 +13,8 @@ number of rows that the experiment has, in child processes, in five ways: cuBLAS
 input), stock (as the model has them), Inductor's max-autotune with its pick for the one product and with those for the
 products that the model has, and the bundle as production applies it (of a run that exported none, its confirmed winners). All
 are timed in one process against each other: cold L2 by rotation over copies, CUDA graphs of many calls, events, interleaved
-in random order; speed-ups are medians of paired ratios with 95 % intervals. Leave the machine alone.
+in random order; speed-ups are medians of paired ratios with 95 % intervals. Inductor's caches are empty at the start, so that
+max-autotune picks anew. Leave the machine alone.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -52,7 +55,7 @@ _TIMEOUT_S = 300
 
 
 def measure(cases: Iterable[GemmCase], bundle: Bundle | None, run: Mapping[str, Any], workers: int, rounds: int) -> list[Any]:
-    """Every case, some at a time: they compile side by side, and take turns on the device."""
+    """Every case, some at a time: they compile side by side, and take turns on the device. Nothing is compiled yet."""
     from autokernel.config import ClusterSection
     from autokernel.environment import physical_cores
     from autokernel.workers.limits import memory_limit, worker_env
@@ -61,11 +64,12 @@ def measure(cases: Iterable[GemmCase], bundle: Bundle | None, run: Mapping[str, 
     cases = list(cases)
     device, threads = cases[0].device, physical_cores()
     peaks = run.get("peak_tflops", {})
+    caches = tempfile.mkdtemp(prefix="autokernel-measure-")
     pool = open_pool(
         ClusterSection(address="inline"),
         device=device,
         num_workers=workers,
-        env=worker_env(threads if device == "cpu" else 1),
+        env={**worker_env(threads if device == "cpu" else 1), "TORCHINDUCTOR_CACHE_DIR": caches},
         memory_limit_bytes=memory_limit(workers),
         preload=("torch",),
     )
@@ -90,6 +94,7 @@ def measure(cases: Iterable[GemmCase], bundle: Bundle | None, run: Mapping[str, 
         print(f"interrupted: {len(results)} of {len(cases)} were measured", file=sys.stderr)
     finally:
         pool.close()
+        shutil.rmtree(caches, ignore_errors=True)
     return results
 
 

@@ -190,6 +190,25 @@ def test_products_that_share_an_input_are_measured_apart_and_as_one() -> None:
     assert one["over_max_autotune_apart"] == one["over_max_autotune"]
 
 
+@pytest.mark.slow
+def test_every_measurement_begins_with_empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else Inductor would hand out what max-autotune picked the time before."""
+    case = llama_gemms.GemmCase(name="o", m=4, ns=(48,), k=32, dtype="float32", device="cpu")
+    made: list[Path] = []
+
+    def folder(prefix: str) -> str:
+        made.append(tmp_path / f"{prefix}{len(made)}")
+        made[-1].mkdir()
+        return str(made[-1])
+
+    monkeypatch.setattr(gpu_run.tempfile, "mkdtemp", folder)
+    monkeypatch.setattr(gpu_run.shutil, "rmtree", lambda path, ignore_errors: None)
+    (found,) = gpu_run.measure([case], None, {}, workers=1, rounds=3)
+    assert found["us"].keys() == {llama_gemms.CUBLAS, llama_gemms.PICK}
+    assert len(made) == 1
+    assert list(made[0].rglob("*.py")), "what Inductor has compiled lies there"
+
+
 def test_means_over_each_way() -> None:
     speedups = [{"ratio": r, "low": r, "high": r} for r in (1.0, 4.0, 8.0)]
     against = ("over_cublas", "over_max_autotune", "over_max_autotune_apart")
