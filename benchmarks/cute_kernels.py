@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -21,6 +22,7 @@ sys.path[:0] = [path for path in (str(Path(__file__).resolve().parent), str(ROOT
 from gemm_kernels import NUM_SMS, Gemm  # noqa: E402
 
 from autokernel.cutedsl.spec import KernelSpec  # noqa: E402
+from autokernel.errors import CompileError  # noqa: E402
 
 BACKEND = "cutedsl"
 
@@ -48,7 +50,12 @@ def legal_configs(gemm: Gemm) -> list[dict[str, Any]]:
 
 def kernel_key(gemm: Gemm, config: Mapping[str, Any]) -> str:
     """Equal for configs that are served by one compiled kernel."""
-    return json.dumps(spec_of(gemm, config).to_json(), sort_keys=True)
+    return key_of(spec_of(gemm, config))
+
+
+def key_of(spec: KernelSpec) -> str:
+    """Equal for equal kernels."""
+    return json.dumps(spec.to_json(), sort_keys=True)
 
 
 def compile_kernel(spec: KernelSpec) -> Path:
@@ -60,6 +67,20 @@ def compile_kernel(spec: KernelSpec) -> Path:
     from autokernel.cutedsl.cache import ObjectCache
 
     return ObjectCache().get_or_compile(spec)[1]
+
+
+def compile_all(specs: Iterable[KernelSpec], workers: int) -> set[str]:
+    """Compile kernels into the package's cache, each once; returns the keys of those that cannot be, and prints why."""
+    failed: set[str] = set()
+    with context_with_compilers() as context, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {key: pool.submit(compile_kernel, spec) for key, spec in {key_of(spec): spec for spec in specs}.items()}
+        for key, future in futures.items():
+            try:
+                future.result()
+            except CompileError as error:
+                failed.add(key)
+                print(f"{key}: {error}", flush=True)
+    return failed
 
 
 def spec_of(gemm: Gemm, config: Mapping[str, Any], *, pdl: bool = False) -> KernelSpec:

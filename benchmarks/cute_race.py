@@ -11,11 +11,9 @@ random order. `--dry` compiles and needs no GPU.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
 import cute_kernels  # noqa: E402
 from gemm_kernels import LLAMA, Gemm, llama_gemm  # noqa: E402
-from landscape_file import slug  # noqa: E402
 from replay import H200  # noqa: E402
 
-from autokernel.errors import CompileError  # noqa: E402
 from autokernel.search.cost_model import features, kind_of, load_model  # noqa: E402
 from autokernel.search.space import names_for  # noqa: E402
 
@@ -57,18 +53,9 @@ def candidates(gemm: Gemm, best: int) -> list[Config]:
 
 def compiled(gemms: Sequence[Gemm], configs: dict[str, list[Config]], workers: int) -> dict[str, list[Config]]:
     """Those configs whose kernels compile, with all kernels in the package's cache."""
-    keyed = [(g.name, c, cute_kernels.kernel_key(g, c), cute_kernels.spec_of(g, c)) for g in gemms for c in configs[g.name]]
-    failed: set[str] = set()
-    with cute_kernels.context_with_compilers() as context, ProcessPoolExecutor(workers, mp_context=context) as pool:
-        specs = {key: spec for _, _, key, spec in keyed}
-        futures = {key: pool.submit(cute_kernels.compile_kernel, spec) for key, spec in specs.items()}
-        for key, future in futures.items():
-            try:
-                future.result()
-            except CompileError as error:
-                failed.add(key)
-                print(f"{key}: {error}", flush=True)
-    return {g.name: [c for name, c, key, _ in keyed if name == g.name and key not in failed] for g in gemms}
+    keyed = [(g.name, c, cute_kernels.spec_of(g, c)) for g in gemms for c in configs[g.name]]
+    failed = cute_kernels.compile_all((spec for _, _, spec in keyed), workers)
+    return {g.name: [c for name, c, spec in keyed if name == g.name and cute_kernels.key_of(spec) not in failed] for g in gemms}
 
 
 def race(gemm: Gemm, configs: Sequence[Config], folder: Path, scratch: Any) -> dict[str, Any]:
@@ -117,14 +104,8 @@ def main() -> None:
     import gemm_device
 
     scratch = gemm_device.open_device()
-    device = gemm_device.describe_device()
-    today = datetime.date.today().isoformat()
-    data = {"date": today, **device, "protocol": _PROTOCOL, "gemms": []}
-    path = options.out / f"cute-race-{slug(str(device['hardware']))}-{today}.json"
-    for gemm in gemms:
-        data["gemms"].append(race(gemm, configs[gemm.name], options.out, scratch))
-        path.write_text(json.dumps(data, separators=(",", ":")))
-    print(path)
+    results = (race(gemm, configs[gemm.name], options.out, scratch) for gemm in gemms)
+    print(gemm_device.record(options.out, "cute-race", _PROTOCOL, results))
 
 
 if __name__ == "__main__":

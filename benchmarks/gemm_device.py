@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
+import json
 import math
 import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from gemm_kernels import Gemm, compile_kernel, grid_of
+from landscape_file import slug
 
 _COLD_BYTES = 160 << 20  # that calls rotate over: more than twice the 60 MB of L2
 _SCRATCH_BYTES = 64 << 20  # for TMA descriptors
@@ -286,6 +289,17 @@ def describe_device() -> dict[str, Any]:
         "hardware": torch.cuda.get_device_name(0),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
     }
+
+
+def record(folder: Path, name: str, protocol: str, results: Iterable[dict[str, Any]]) -> Path:
+    """The file of what is measured, GEMM by GEMM, written anew with each."""
+    device, today = describe_device(), datetime.date.today().isoformat()
+    data: dict[str, Any] = {"date": today, **device, "protocol": protocol, "gemms": []}
+    path = folder / f"{name}-{slug(str(device['hardware']))}-{today}.json"
+    for result in results:
+        data["gemms"].append(result)
+        path.write_text(json.dumps(data, separators=(",", ":")))
+    return path
 
 
 def sensors() -> str:

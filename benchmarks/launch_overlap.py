@@ -12,10 +12,8 @@ graphs of many calls, interleaved in random order. `--dry` compiles and needs no
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
 import cute_kernels  # noqa: E402
 from gemm_kernels import LLAMA, Gemm, llama_gemm  # noqa: E402
-from landscape_file import FOLDER, load, slug  # noqa: E402
+from landscape_file import FOLDER, load  # noqa: E402
 
 _ROUNDS = 15
 _OTHERS = 20.0  # us of a call beside the small kernel, for how many calls a graph has
@@ -78,21 +76,15 @@ def main() -> None:
     gemms = {gemm.name: gemm for gemm in (llama_gemm(name, m) for name in options.gemms for m in options.rows)}
     configs = {name: contenders(gemm, options.best) for name, gemm in gemms.items()}
     specs = [cute_kernels.spec_of(gemms[name], config, pdl=pdl) for name, own in configs.items() for config, pdl in own]
-    with cute_kernels.context_with_compilers() as context, ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        print(f"{len(list(pool.map(cute_kernels.compile_kernel, specs)))} kernels", flush=True)
+    if cute_kernels.compile_all(specs, options.workers):
+        sys.exit("not all of the kernels compile")
     if options.dry:
         return
     import gemm_device
 
     scratch = gemm_device.open_device()
-    device = gemm_device.describe_device()
-    today = datetime.date.today().isoformat()
-    data: dict[str, Any] = {"date": today, **device, "protocol": " ".join((__doc__ or "").split()), "gemms": []}
-    path = options.out / f"launch-overlap-{slug(str(device['hardware']))}-{today}.json"
-    for name, gemm in gemms.items():
-        data["gemms"].append(measure(gemm, configs[name], options.out, scratch))
-        path.write_text(json.dumps(data, separators=(",", ":")))
-    print(path)
+    results = (measure(gemm, configs[name], options.out, scratch) for name, gemm in gemms.items())
+    print(gemm_device.record(options.out, "launch-overlap", " ".join((__doc__ or "").split()), results))
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ class CuteConfig:
         if (self.tile_m, self.tile_n) not in CLUSTER_TILES:
             return f"cluster has tiles {_listed(CLUSTER_TILES)}, not {self.tile_m}x{self.tile_n}"
         flags = self.pingpong or self.separate or self.fuse or self.fast_accum or not self.ordered
-        if not self.swap or flags or self.swizzle != DEFAULT_SWIZZLE or self.raster != ROWS or self.cluster_n != 1:
+        if not self.swap or flags or self.cluster_n != 1 or self.swizzle != DEFAULT_SWIZZLE or self.raster != ROWS:
             return "cluster takes swap (always), cluster_m, split_k, resident and tile_k: leave the other parameters off"
         blocks, warps = self.cluster_m * self.split_k, self.tile_m // 16
         if self.split_k not in (1, 2, 4, 8) or blocks > CLUSTER_BLOCKS or warps % self.split_k:

@@ -117,7 +117,7 @@ def with_objects(bundle: Bundle) -> tuple[Bundle, dict[str, Path]]:
     found: dict[str, tuple[ObjectInfo, Path]] = {}
     for entry in filter(is_cute, bundle.entries):
         arch = arch_of((int(number[:-1]), int(number[-1])))
-        early = any(may_start_early(option, str(entry.config["source"])) for option in options)
+        early = any(may_start_early(option, CuteConfig.from_entry(entry.config).source) for option in options)
         specs = specs_of(entry, arch=arch, num_units=bundle.environment.num_units)
         for spec in (*specs, *(replace(spec, pdl=True) for spec in specs if early)):
             try:
@@ -184,7 +184,7 @@ class CutePass(CustomGraphPass):
             arch=arch_of(torch.cuda.get_device_capability(device)),
             num_units=torch.cuda.get_device_properties(device).multi_processor_count,
         )
-        if starts_early(str(entry.config["source"]), product.w):
+        if starts_early(kernel.cute.source, product.w):
             kernel = replace(kernel, pdl=True)
         path = str(self._resolve(kernel))
         load(path)  # what cannot be loaded is found out here, where stock code is still to be had

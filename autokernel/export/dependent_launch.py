@@ -141,17 +141,8 @@ def may_read_ahead(weights: Sequence[Any], grid: Sequence[int], num_warps: int, 
     from torch._inductor.virtualized import V
 
     graph: Any = V.graph
-    placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
-    if len(placeholders) != len(_state.parameters):  # inputs that were taken apart: which is which, nobody says
-        placeholders = []
-    parameters = {
-        node.target: node for node, is_parameter in zip(placeholders, _state.parameters, strict=False) if is_parameter
-    }
-
-    def is_kept(name: str) -> bool:
-        return name in graph.constants or (name in parameters and not any(map(_writes, parameters[name].users)))
-
-    return all(is_kept(weight.get_name()) for weight in weights)
+    kept = {*graph.constants, *(node.target for node in _kept_parameters(graph.module.graph))}
+    return all(weight.get_name() in kept for weight in weights)
 
 
 def may_start_early(option: ConfigValue, source: str) -> bool:
@@ -175,10 +166,16 @@ def _is_kept(node: torch.fx.Node) -> bool:
         if any(map(_writes, node.users)):
             return False
         node = node.args[0]  # type: ignore[assignment]
-    placeholders = [other for other in node.graph.nodes if other.op == "placeholder"]
-    if node.op != "placeholder" or len(placeholders) != len(_state.parameters):
-        return node.op == "get_attr"
-    return _state.parameters[placeholders.index(node)] and not any(map(_writes, node.users))
+    return node.op == "get_attr" or node in _kept_parameters(node.graph)
+
+
+def _kept_parameters(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """The graph's inputs that are parameters, and that it does not change."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(placeholders) != len(_state.parameters):  # inputs that were taken apart: which is which, nobody says
+        return []
+    of_inputs = zip(placeholders, _state.parameters, strict=True)
+    return [node for node, is_parameter in of_inputs if is_parameter and not any(map(_writes, node.users))]
 
 
 def _waves(grid: Sequence[Any], num_warps: int) -> float:
