@@ -2,11 +2,11 @@
 
     python benchmarks/launch_overlap.py --out benchmarks/results [--gemms o qkv] [--rows 16 64 128] [--best 2] [--dry]
 
-A kernel that is launched programmatically (`pdl`, which quack's and our own can be) starts while the one in front of it ends,
-if that one lets it: its own calls do, one behind the other. In a model a small kernel is in between, which lets nothing start,
-or does so at once. Of each GEMM of Llama 3.1 8B: the fastest kernels of quack in the landscapes and the fastest of our own,
-with and without `pdl`, and cuBLAS, in these three places; and the small kernels by themselves. Cold L2 by rotation, CUDA
-graphs of many calls, interleaved in random order. `--dry` compiles and needs no GPU.
+A kernel that is launched programmatically (`pdl`, which quack's can be) starts while the one in front of it ends, if that one
+lets it: its own calls do, one behind the other. In a model a small kernel is in between, which lets nothing start, or does so
+at once. Of each GEMM of Llama 3.1 8B: the fastest kernels of quack in the landscapes, with and without `pdl`, the fastest of
+our own, and cuBLAS, in these three places; and the small kernels by themselves. Cold L2 by rotation, CUDA graphs of many
+calls, interleaved in random order. `--dry` compiles and needs no GPU.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Config = dict[str, Any]
 
 
 def contenders(gemm: Gemm, best: int, folder: Path = FOLDER / "nvidia-h200") -> list[tuple[Config, bool]]:
-    """Configs and whether they are launched programmatically, both ways: the first `best` of quack, and one of our own."""
+    """Configs and whether they are launched programmatically: the first `best` of quack, both ways, and one of our own."""
     rows = [row for row in load(folder / f"{gemm.name}.json.gz").rows if row.backend == cute_kernels.BACKEND]
     timed = sorted((row for row in rows if row.best_us is not None), key=lambda row: row.best_us or 0.0)
     quack = [row.config for row in timed if row.config["source"] == "quack"][:best]
     own = [row.config for row in timed if row.config["source"] == "cluster"][:1]
-    return [(config, pdl) for config in (*quack, *own) for pdl in (True, False)]
+    return [(config, pdl) for config in quack for pdl in (True, False)] + [(config, False) for config in own]
 
 
 def measure(gemm: Gemm, configs: list[tuple[Config, bool]], folder: Path, scratch: Any) -> dict[str, Any]:

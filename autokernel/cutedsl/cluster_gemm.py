@@ -31,12 +31,10 @@ class ClusterGemm:
     """out[M, N] = x[M, K] @ w[N, K]^T, all contiguous along their last dimension, x and w in 16 bits.
 
     Of the config, `tile_m` is rows of w in a tile, a warpgroup for each 64, `tile_n` rows of x; `cluster_m` tiles lie beside
-    each other whose blocks share what they read of x, and `split_k` blocks share a tile. With `pdl` blocks read what they have
-    room for of w before the kernel in front has ended, and let the one behind them come at once: then w is for constants.
+    each other whose blocks share what they read of x, and `split_k` blocks share a tile.
     """
 
-    def __init__(self, config: CuteConfig, *, pdl: bool = False) -> None:
-        self.pdl = pdl
+    def __init__(self, config: CuteConfig) -> None:
         self.tile_m, self.tile_n, self.cluster_m, self.split_k = config.tile_m, config.tile_n, config.cluster_m, config.split_k
         self.groups = config.tile_m // _ROWS
         self.consumers = 4 * self.groups  # warps
@@ -61,7 +59,6 @@ class ClusterGemm:
             block=((self.consumers + 1) * WARP, 1, 1),
             cluster=(self.cluster_m, 1, self.split_k),
             min_blocks_per_mp=1,
-            use_pdl=self.pdl,
             stream=stream,
         )
 
@@ -85,8 +82,6 @@ class ClusterGemm:
         w_shared = memory.allocate_tensor(self.dtype, w_layout.outer, byte_alignment=ALIGN, swizzle=w_layout.inner)
         x_shared = memory.allocate_tensor(self.dtype, x_layout.outer, byte_alignment=ALIGN, swizzle=x_layout.inner)
 
-        if cutlass.const_expr(self.pdl):
-            cute.arch.griddepcontrol_launch_dependents()
         pipe = self.stage_pipe(barriers)
         if thread == 0:
             cute.arch.mbarrier_init(arrived, 1)
@@ -154,21 +149,7 @@ class ClusterGemm:
             rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
             mask = cutlass.Int16(((1 << self.cluster_m) - 1) << (rank - beside))
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-        ahead = 0
-        if cutlass.const_expr(self.pdl):
-            ahead = cutlass.min(count, self.stages)
-            for k in cutlass.range(ahead, unroll=1):
-                pipe.producer_acquire(state)
-                barrier = pipe.producer_get_barrier(state)
-                cute.copy(w_atom, w_from[(None, first + k)], w_to[(None, state.index)], tma_bar_ptr=barrier)
-                state.advance()
-            cute.arch.griddepcontrol_wait()
-            again = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-            for k in cutlass.range(ahead, unroll=1):
-                barrier = pipe.producer_get_barrier(again)
-                cute.copy(x_atom, x_from[(None, first + k)], x_to[(None, again.index)], tma_bar_ptr=barrier, mcast_mask=mask)
-                again.advance()
-        for k in cutlass.range(ahead, count, unroll=1):
+        for k in cutlass.range(count, unroll=1):
             pipe.producer_acquire(state)
             barrier = pipe.producer_get_barrier(state)
             cute.copy(w_atom, w_from[(None, first + k)], w_to[(None, state.index)], tma_bar_ptr=barrier)

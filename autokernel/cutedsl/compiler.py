@@ -24,7 +24,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autokernel.cutedsl.config import CLUSTER, DTYPES, OPERATORS
+from autokernel.cutedsl.config import CLUSTER, DTYPES, OPERATORS, QUACK
 from autokernel.cutedsl.spec import BIAS, SQUARES, KernelSpec, Launch, ObjectInfo
 from autokernel.errors import CompileError
 from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, scalar_step
@@ -109,8 +109,8 @@ def refusal(spec: KernelSpec) -> str | None:
         return f"8-bit operands must be contiguous along K: A is {spec.a_major}-major, B {spec.b_major}-major"
     if config.fast_accum and not spec.dtype.startswith("float8"):
         return f"fast_accum is for products in 8-bit floating point, not for {spec.dtype}: leave it off"
-    if spec.pdl and config.source == OPERATORS:
-        return "operators has no programmatic dependent launch, quack and cluster have: leave pdl off"
+    if spec.pdl and config.source != QUACK:
+        return f"{config.source} has no programmatic dependent launch, quack has: leave pdl off"
     if spec.num_parts and (spec.epilogue or spec.batched or spec.out_dtype != "float32" or spec.arch != "sm_90a"):
         return "separate makes float32 parts of one product on sm_90a, without an epilogue: leave it off"
     if spec.gated and (reason := _gated_refusal(spec)) is not None:

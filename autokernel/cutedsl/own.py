@@ -32,7 +32,7 @@ def compile_spec(
     m, n, k = cute.sym_int(), cute.sym_int(divisibility=_ELEMENTS), cute.sym_int(divisibility=_ELEMENTS)
     a, b, out = (_DTYPES[matrix.dtype] for matrix in matrices)
     arguments = (_symbolic(b, n, k), _symbolic(a, m, k), _symbolic(out, m, n), cute.runtime.make_fake_stream())
-    compiled = cute.compile(ClusterGemm(spec.cute, pdl=spec.pdl), *arguments, options="--enable-tvm-ffi")
+    compiled = cute.compile(ClusterGemm(spec.cute), *arguments, options="--enable-tvm-ffi")
     return compiled, Launch(function=function, arguments=("b^T", "a", "out", "stream"), transposed=True)
 
 

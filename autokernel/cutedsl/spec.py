@@ -40,9 +40,7 @@ class KernelSpec(Record):
     epilogue: tuple[str, ...] = ()
     arch: str = "sm_90a"
     num_units: int = 132  # multiprocessors: some kernels keep in their code how many tiles run at once
-    # Programmatic dependent launch: its blocks come while the kernel in front ends, if that one lets them. They wait before
-    # they read; those of "cluster" read B before, which no kernel in front may write.
-    pdl: bool = False
+    pdl: bool = False  # programmatic dependent launch: its blocks come while the kernel in front ends, if that one lets them
 
     @property
     def cute(self) -> CuteConfig:

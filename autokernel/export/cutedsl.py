@@ -34,8 +34,6 @@ from autokernel.export.cute_specs import (
     spec_of_value,
     specs_of,
 )
-from autokernel.export.dependent_launch import OPTION as PDL
-from autokernel.export.dependent_launch import may_start_early, starts_early
 from autokernel.export.pins import dtype_name
 from autokernel.export.plan import Plan
 from autokernel.export.templates import gemm_of_node
@@ -108,18 +106,14 @@ def compiled_here(spec: KernelSpec) -> Path:
 def with_objects(bundle: Bundle) -> tuple[Bundle, dict[str, Path]]:
     """A bundle with the objects of all kernels that its entries may need, and their files by key.
 
-    Of kernels that a graph option launches early there are two: what they read decides in each place. They come from this
-    machine's cache. One that cannot be compiled here is left out, with a warning: where the bundle is used
+    They come from this machine's cache. One that cannot be compiled here is left out, with a warning: where the bundle is used
     it will be compiled, or stock code runs in its place.
     """
     number = bundle.environment.isa.removeprefix("sm_")
-    options = [given.get(PDL, False) for given in (bundle.graph_options, *(part.options for part in bundle.scenario_options))]
     found: dict[str, tuple[ObjectInfo, Path]] = {}
     for entry in filter(is_cute, bundle.entries):
         arch = arch_of((int(number[:-1]), int(number[-1])))
-        early = any(may_start_early(option, CuteConfig.from_entry(entry.config).source) for option in options)
-        specs = specs_of(entry, arch=arch, num_units=bundle.environment.num_units)
-        for spec in (*specs, *(replace(spec, pdl=True) for spec in specs if early)):
+        for spec in specs_of(entry, arch=arch, num_units=bundle.environment.num_units):
             try:
                 info, path = compiled_object(spec)
             except CompileError as error:
@@ -184,8 +178,6 @@ class CutePass(CustomGraphPass):
             arch=arch_of(torch.cuda.get_device_capability(device)),
             num_units=torch.cuda.get_device_properties(device).multi_processor_count,
         )
-        if starts_early(kernel.cute.source, product.w):
-            kernel = replace(kernel, pdl=True)
         path = str(self._resolve(kernel))
         load(path)  # what cannot be loaded is found out here, where stock code is still to be had
         return Site(

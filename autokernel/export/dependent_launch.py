@@ -16,9 +16,6 @@ Inductor's own kernels count as small, as they are where launches matter.
 Inductor knows such launches for kernels that it writes itself (`triton.enable_pdl`), but not for those of others and for
 templates, and its own wait only for the kernel in front, where they need its results. Here the word is put in where Inductor
 writes a kernel's text, as are the two instructions.
-
-Compiled kernels of CuTe DSL have them in an object of their own: quack's, which wait first and let the next kernel start at
-their end, with true and "all"; our own for few rows, which read their weights ahead, with every value.
 """
 
 from __future__ import annotations
@@ -35,7 +32,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autokernel.cutedsl.config import CLUSTER, QUACK
 from autokernel.errors import BundleError
 from autokernel.kernels.launch import AHEAD
 from autokernel.kernels.op import num_units_of
@@ -56,7 +52,6 @@ _LAUNCH_NEXT, _WAIT = "tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gd
 _WAITS_ITSELF = re.compile(rf"'{AHEAD}': 1\b")  # in what Inductor says of compile-time arguments
 _QUOTES = "'''"
 
-_VIEWS = tuple(f"aten.{name}" for name in ("t.default", "permute.default", "transpose.int", "view.default", "reshape.default"))
 _MAX_PROGRAMS, _MAX_WARPS = 32, 64  # of a multiprocessor, from Hopper on
 _MAX_WAVES = 8
 
@@ -143,30 +138,6 @@ def may_read_ahead(weights: Sequence[Any], grid: Sequence[int], num_warps: int, 
     graph: Any = V.graph
     kept = {*graph.constants, *(node.target for node in _kept_parameters(graph.module.graph))}
     return all(weight.get_name() in kept for weight in weights)
-
-
-def may_start_early(option: ConfigValue, source: str) -> bool:
-    """Whether kernels of this source of CuTe DSL are launched so with a value of the option, where their weights allow it."""
-    return bool(option) and (source == CLUSTER or (source == QUACK and option in (True, ALL)))
-
-
-def starts_early(source: str, weight: torch.fx.Node) -> bool:
-    """Whether a kernel of this source of CuTe DSL is launched so in the graph that is compiled in this thread.
-
-    Args:
-        source: as `CuteConfig` has it.
-        weight: the matrix that "cluster" reads before the kernel in front has ended.
-    """
-    return may_start_early(getattr(_state, "active", False), source) and (source != CLUSTER or _is_kept(weight))
-
-
-def _is_kept(node: torch.fx.Node) -> bool:
-    """Whether no kernel of the graph writes what a node stands for: a constant, or a parameter that is not changed."""
-    while node.op == "call_function" and str(node.target) in _VIEWS:
-        if any(map(_writes, node.users)):
-            return False
-        node = node.args[0]  # type: ignore[assignment]
-    return node.op == "get_attr" or node in _kept_parameters(node.graph)
 
 
 def _kept_parameters(graph: torch.fx.Graph) -> list[torch.fx.Node]:

@@ -90,7 +90,6 @@ CASES = {
     "squares": spec(COOPERATIVE, epilogue=("add", "squares")),
     "squares, swapped": spec({**PINGPONG, "swap": True}, epilogue=("squares",)),
     "our own": spec({"source": "cluster", "tile_m": 128, "tile_n": 16, "cluster_m": 2, "swap": True}),
-    "our own, launched early": spec({"source": "cluster", "tile_m": 64, "tile_n": 16, "split_k": 1, "swap": True}, pdl=True),
     "operators": spec(OPERATORS),
     "operators, swapped": spec({**OPERATORS, "swap": True, "swizzle": 4, "raster": "columns"}),
     "operators, int8": spec(OPERATORS, dtype="int8", out_dtype="int32"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,10 @@ def info_of(kernel: KernelSpec, data: bytes = BYTES) -> ObjectInfo:
     )
 
 
-def with_objects(folder: Path, *entries: Entry, early: bool = False) -> Plan:
-    """The plan of a bundle that brings the objects of all its entries; with `early` those that are launched so, too."""
+def with_objects(folder: Path, *entries: Entry) -> Plan:
+    """The plan of a bundle that brings the objects of all its entries."""
     folder.mkdir(exist_ok=True)
     kernels = [kernel for e in entries for kernel in specs_of(e, arch="sm_90a", num_units=132)]
-    kernels += [replace(kernel, pdl=True) for kernel in kernels if early]
     infos = {info.key: info for info in map(info_of, kernels)}
     for info in infos.values():
         (folder / info.file_name).write_bytes(BYTES)

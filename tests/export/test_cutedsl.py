@@ -22,10 +22,9 @@ from autokernel.cutedsl.spec import KernelSpec
 from autokernel.errors import BundleError, StorageError
 from autokernel.export import cutedsl
 from autokernel.export.apply import BundleBackend, inductor_options
-from autokernel.export.bundle import Bundle, ScenarioOptions, read_bundle, read_objects, write_bundle
+from autokernel.export.bundle import Bundle, read_bundle, read_objects, write_bundle
 from autokernel.export.cute_specs import specs_of
 from autokernel.export.cutedsl import CutePass
-from autokernel.export.dependent_launch import dependent_launches
 from autokernel.export.plan import Plan
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
@@ -354,75 +353,6 @@ def test_a_cache_that_cannot_be_written_leaves_stock_code(monkeypatch: pytest.Mo
     CutePass(plan)(module.graph)
     assert not calls(module)
     assert "the cache cannot be written" in reasons(plan)
-
-
-CLUSTER: dict[str, ConfigValue] = {"source": "cluster", "tile_m": 64, "tile_n": 16, "split_k": 2, "swap": True}
-PARAMETER, ACTIVATION = torch.nn.Parameter(torch.empty(0)), torch.empty(0)
-
-
-@pytest.mark.parametrize(
-    ("config", "option", "inputs", "early"),
-    [
-        (CLUSTER, "ahead", [ACTIVATION, PARAMETER], True),
-        (CLUSTER, True, [ACTIVATION, PARAMETER], True),
-        (CLUSTER, "ahead", [ACTIVATION, ACTIVATION], False),  # what a kernel in front may still be writing
-        (CLUSTER, "ahead", [ACTIVATION], False),  # nobody knows which input is which
-        (CLUSTER, False, [ACTIVATION, PARAMETER], False),
-        (QUACK, "all", [ACTIVATION, ACTIVATION], True),
-        (QUACK, True, [ACTIVATION, PARAMETER], True),
-        (QUACK, "ahead", [ACTIVATION, PARAMETER], False),  # it has nothing to do before it waits
-        (OPERATORS, "all", [ACTIVATION, PARAMETER], False),
-    ],
-)
-def test_kernels_are_launched_early_where_the_graph_option_and_their_weights_allow_it(
-    tmp_path: Path, config: dict[str, ConfigValue], option: ConfigValue, inputs: list[torch.Tensor], early: bool
-) -> None:
-    plan = with_objects(tmp_path, entry(MM, config), early=config is not OPERATORS)
-    module = traced(lambda x, w: x @ w.t(), (M, K), (N, K))
-    with dependent_launches(option, inputs):
-        CutePass(plan)(module.graph)
-    (call,) = calls(module)
-    (found,) = [info.spec.pdl for info in plan.bundle.objects if info.file_name == Path(path_of(call)).name]
-    assert found == early
-
-
-def test_weights_that_the_graph_writes_are_not_read_early(tmp_path: Path) -> None:
-    plan = with_objects(tmp_path, entry(MM, CLUSTER), early=True)
-
-    def step(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        w.add_(1)
-        return x @ w.t()
-
-    module = traced(step, (M, K), (N, K))
-    with dependent_launches("ahead", [ACTIVATION, PARAMETER]):
-        CutePass(plan)(module.graph)
-    (call,) = calls(module)
-    assert not next(info.spec.pdl for info in plan.bundle.objects if info.file_name == Path(path_of(call)).name)
-
-
-@pytest.mark.parametrize(
-    ("options", "parts", "expected"),
-    [
-        ({}, (), {"quack": 1, "cluster": 1}),
-        ({"pdl": "ahead"}, (), {"quack": 1, "cluster": 2}),
-        ({}, (ScenarioOptions(scenario="a", products=(), options={"pdl": "all"}),), {"quack": 2, "cluster": 2}),
-    ],
-)
-def test_a_bundle_brings_the_objects_that_its_options_launch_early(
-    options: dict[str, ConfigValue],
-    parts: tuple[ScenarioOptions, ...],
-    expected: dict[str, int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(cutedsl, "compiled_object", lambda kernel: (info_of(kernel), Path(kernel.key({}))))
-    entries = (entry(MM, QUACK), entry(MM, CLUSTER))
-    bundle = Bundle(
-        name="b", created="", version="", environment=H200, entries=entries, graph_options=options, scenario_options=parts
-    )
-    found, files = cutedsl.with_objects(bundle)
-    sources = [str(info.spec.config["source"]) for info in found.objects]
-    assert {source: sources.count(source) for source in expected} == expected
-    assert len(files) == len(sources) == sum(expected.values())
 
 
 def test_merged_weights_are_one_matrix() -> None:
