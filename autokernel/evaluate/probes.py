@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 from autokernel.errors import NoRoomError
 from autokernel.evaluate.caches import cache_bytes
 from autokernel.ops.attention import Attention, mask_position, num_keys_seen_by_all, sizes_of
+from autokernel.ops.generated import Generated
+from autokernel.ops.program import contracted_input
 from autokernel.ops.scaled_mm import scales_of
 from autokernel.records import Problem, TensorSpec
 
@@ -37,6 +39,7 @@ _SCALES = {
     "tiny": {"float16": 2.0**-6, "float8_e4m3fn": 2.0**-3, "float8_e5m2": 2.0**-6},
 }
 _WIDE_SCALES = {"large": 2.0**16, "tiny": 2.0**-30}
+_ADDED_FIRST = ("addmm", "baddbmm")  # ops whose first input is added to the product of the next two
 _INTEGER_RANGES = {"int8": (-128, 128), "uint8": (0, 256), "int16": (-1024, 1024), "bool": (0, 2)}
 
 
@@ -149,11 +152,23 @@ def join(problem: Problem, variables: Sequence[torch.Tensor], constants: Sequenc
     return [next(fixed) if i in problem.constants else next(rest) for i in range(len(problem.inputs))]
 
 
+def contraction_input(problem: Problem) -> int | None:
+    """The input whose last dimension outputs sum over, as well as can be told: a product's left matrix, or the first number.
+
+    None where all inputs are constants, or scalars.
+    """
+    left = 1 if problem.op in _ADDED_FIRST else contracted_input(problem) if problem.op == Generated.name else None
+    if left is not None and left not in problem.constants:
+        return left
+    varying = [i for i, spec in enumerate(problem.inputs) if i not in problem.constants and spec.shape]
+    return next((i for i in varying if _is_float(problem.inputs[i])), varying[0] if varying else None)
+
+
 def contraction_size(problem: Problem) -> int:
-    """Elements that one output sums over, as well as can be told: the last dimension of the first non-constant input."""
-    for i, spec in enumerate(problem.inputs):
-        if i not in problem.constants and spec.shape:
-            return spec.shape[-1]
+    """Elements that one output sums over, as well as can be told."""
+    position = contraction_input(problem)
+    if position is not None:
+        return problem.inputs[position].shape[-1]
     return max((spec.shape[-1] for spec in problem.inputs if spec.shape), default=1)
 
 
@@ -187,13 +202,13 @@ def _variable(problem: Problem, position: int, seed: int, draw: str, device: str
     if position in scales_of(problem):
         return generator.place(generator.positive() * scale)
     values = generator.normal() * scale
-    first = next((i for i in range(len(problem.inputs)) if i not in problem.constants), position)
     if draw == "zero_rows":
         rows = values.reshape(-1, values.shape[-1]) if values.dim() else values.reshape(1, 1)
         rows[:: 1 if rows.shape[0] == 1 else 2] = 0
         values = rows.reshape(values.shape)
     elif draw == "cancellation":
-        values = _cancel(values) if position == first else _pair(values, contraction_size(problem))
+        summed = position == contraction_input(problem)
+        values = _cancel(values) if summed else _pair(values, contraction_size(problem))
     elif draw == "nonfinite":
         attention = problem.op == Attention.name
         values = _spoil_attention(problem, position, values, generator) if attention else generator.spoil(values)

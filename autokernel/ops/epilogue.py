@@ -147,7 +147,12 @@ def find_gated(gate: Node, up: Node) -> tuple[str, Node] | None:
     (product,) = users
     if op_name(product) != "aten.mul" or set(product.all_input_nodes) != {value, other} or _dtype(product) != _dtype(gate):
         return None
-    return f"gated_{name}", product
+    return (f"gated_{name}", product) if _size(value) == _size(other) == _size(product) else None
+
+
+def _size(node: Node) -> int:
+    """Elements: more than an operand has where shapes broadcast, which reshapes that are passed over can make them do."""
+    return int(node.meta["val"].numel())
 
 
 def _past_reshapes(node: Node) -> Node:
@@ -167,7 +172,7 @@ def _binary(value: Node, gemm: Node, order: Mapping[Node, int]) -> tuple[str, No
         return None
     operand = next(node for node in user.all_input_nodes if node is not value)
     spec = _as_shape_of(operand, gemm)
-    if spec is None or order[operand] > order[gemm] or _dtype(user) != _dtype(gemm):
+    if spec is None or order[operand] > order[gemm] or _dtype(user) != _dtype(gemm) or _size(user) != _size(gemm):
         return None
     return name, user, operand, spec
 
@@ -215,7 +220,8 @@ def _activation(value: Node) -> tuple[str, Node] | None:
             return None
         expressions[node] = expression
         closed = all(user in expressions for seen in expressions if seen is not node for user in seen.users)
-        if closed and _dtype(node) == _dtype(value) and expression in _ACTIVATIONS:
+        same = _dtype(node) == _dtype(value) and _size(node) == _size(value)
+        if closed and same and expression in _ACTIVATIONS:
             return _ACTIVATIONS[expression], node
     return None
 

@@ -10,6 +10,7 @@ order in which values are needed, so that equal regions have equal text. Reducti
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -131,14 +132,17 @@ def run(problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     Inputs that are wider than the problem's stay wide: conversions to narrower floats are left out, for the exact result.
     """
     specs = problem.inputs
-    wide = any(
-        x.dtype.is_floating_point and x.dtype.itemsize > DTYPE_BYTES[s.dtype] for x, s in zip(inputs, specs, strict=True)
-    )
+    raised = [
+        x.dtype
+        for x, s in zip(inputs, specs, strict=True)
+        if x.dtype.is_floating_point and x.dtype.itemsize > DTYPE_BYTES[s.dtype]
+    ]
+    wide = raised[0] if raised else None
     values: dict[str, Any] = {f"i{position}": value for position, value in enumerate(inputs)}
     names: list[str] = []
     for name, op, arguments in _steps(str(dict(problem.scalars)["program"])):
         given = [values[a] if isinstance(a, str) and a in values else a for a in arguments]
-        values[name] = _call(op, given, wide, inputs[0])
+        values[name] = _call(op, given, wide, inputs[0].device)
         if name.startswith("o"):
             names.append(name)
     names.sort(key=lambda name: int(name[1:]))
@@ -155,7 +159,7 @@ def results_of(problem: Problem) -> dict[str, TensorSpec]:
     }
     for line in program_of(problem).lines:
         given = [values[a] if is_operand(a) else a for a in line.arguments]  # type: ignore[index]
-        values[line.name] = _call(line.op, given, False, values["i0"])
+        values[line.name] = _call(line.op, given, None, values["i0"].device)
     found = {}
     for name, value in values.items():
         first = value[0] if isinstance(value, tuple) else value
@@ -163,6 +167,27 @@ def results_of(problem: Problem) -> dict[str, TensorSpec]:
             shape=tuple(first.shape), stride=tuple(first.stride()), dtype=str(first.dtype).removeprefix("torch.")
         )  # fmt: skip
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def contracted_input(problem: Problem) -> int | None:
+    """The input that becomes the left matrix of the first product: of several the largest whose rows are as long.
+
+    None without a product, and where the matrix is an input's transpose.
+    """
+    program, results = program_of(problem), results_of(problem)
+    product = next((line for line in program.lines if line.op in GEMMS), None)
+    if product is None:
+        return None
+    made = {line.name: line for line in program.lines}
+    name = str(product.arguments[-2])
+    depth = results[name].shape[-1]
+    while name in made:
+        as_long = [operand for operand in made[name].operands if results[operand].shape[-1:] == (depth,)]
+        if not as_long:
+            return None
+        name = max(as_long, key=lambda operand: results[operand].num_elements)
+    return int(name[1:])
 
 
 def _steps(text: str) -> tuple[tuple[str, str, tuple[Argument, ...]], ...]:
@@ -174,19 +199,20 @@ def _steps(text: str) -> tuple[tuple[str, str, tuple[Argument, ...]], ...]:
 _steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _call(op: str, given: list[Any], wide: bool, like: torch.Tensor) -> Any:
-    """One line. `wide`: keep the precision of what comes in."""
+def _call(op: str, given: list[Any], wide: torch.dtype | None, device: torch.device) -> Any:
+    """One line. `wide`: what comes in is wider than the problem says, and stays so."""
     import torch
 
     aten = torch.ops.aten
     if op == "convert":
         dtype = getattr(torch, given[1])
-        if wide and dtype.is_floating_point and given[0].dtype.is_floating_point:
+        if wide is not None and dtype.is_floating_point and given[0].dtype.is_floating_point:
             return given[0]
         return torch.ops.prims.convert_element_type.default(given[0], dtype)
     if op == "full":
-        dtype = like.dtype if wide and getattr(torch, given[2]).is_floating_point else getattr(torch, given[2])
-        return aten.full.default(list(given[0]), given[1], dtype=dtype, device=like.device)
+        dtype = getattr(torch, given[2])
+        dtype = wide if wide is not None and dtype.is_floating_point else dtype
+        return aten.full.default(list(given[0]), given[1], dtype=dtype, device=device)
     if op == "reshape":
         return aten.reshape.default(given[0], list(given[1]))
     if op == "t":

@@ -20,7 +20,7 @@ from autokernel.ops.generated import Explained, Generated, count_rules, explain
 from autokernel.ops.legality import Rule
 from autokernel.ops.matching import settled, spec_of, tensor_spec
 from autokernel.ops.program import program_of, results_of
-from autokernel.records import Problem
+from autokernel.records import Problem, TensorSpec
 
 OP = Generated()
 K, N = 32, 48
@@ -307,3 +307,47 @@ def test_a_region_is_not_too_large(post_grad: Any) -> None:
 
     sizes = [len(region.inner) for region in found(graph_of(post_grad, function, rows(6, K), weights=(W,)))]
     assert all(size <= 65 for size in sizes)
+
+
+# ---- what it is computed in
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "program", "dtype"),
+    [
+        (["bfloat16", "bfloat16"], "t0 = t(i1); o0 = mm(i0, t0)", "bfloat16"),
+        (["float32", "bfloat16"], "t0 = convert(i0, bfloat16); o0 = mm(t0, i1)", "bfloat16"),
+        (["float32", "bfloat16"], "t0 = convert(i1, float32); o0 = mm(i0, t0)", "float32"),
+        (["bool", "float16", "bfloat16"], "t0 = convert(i1, bfloat16); t1 = mm(t0, i2); o0 = where(i0, t1, 0.0)", "bfloat16"),
+        (["float32", "float16", "bfloat16"], "t0 = convert(i1, bfloat16); o0 = addmm(i0, t0, i2)", "bfloat16"),
+        (["float16", "int8"], "t0 = convert(i1, float16); o0 = mm(i0, t0)", "float16"),
+        # fp32 holds each bf16 exactly: a kernel may multiply what was there before
+        (["bfloat16", "bfloat16"], "t0 = convert(i0, float32); t1 = t(i1); t2 = convert(t1, float32); o0 = mm(t0, t2)", "bfloat16"),
+        (["bfloat16", "bfloat16"], "t0 = convert(i0, float32); t1 = exp(t0); t2 = convert(i1, float32); o0 = mm(t1, t2)", "float32"),
+        # of several products the fastest: nothing right is called impossible
+        (["float32", "bfloat16"], "o0 = mm(i0, i0); o1 = mm(i1, i1)", "bfloat16"),
+        (["bool", "float32"], "t0 = where(i0, i1, 0.0); o0 = sum(t0)", "float32"),
+        (["bfloat16", "float32"], "t0 = mul(i0, i1); o0 = mean(t0)", "float32"),
+        (["bool", "int8"], "t0 = where(i0, i1, i1); o0 = amax(t0)", "bool"),
+    ],
+)  # fmt: skip
+def test_operations_have_the_dtype_of_the_product_or_of_the_widest_input(
+    dtypes: list[str], program: str, dtype: str
+) -> None:  # fmt: skip
+    inputs = tuple(TensorSpec.contiguous((16, 16), name) for name in dtypes)
+    problem = Problem(op="generated", inputs=inputs, device="cuda", scalars=(("program", program),))
+    assert OP.compute_dtype(problem) == dtype
+
+
+def test_a_norm_and_a_product_under_autocast_are_computed_in_bf16(post_grad: Any) -> None:
+    norm = nn.RMSNorm(K)
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return functional.linear(norm(x), w).relu()
+
+    regions = found(graph_of(post_grad, function, rows(6, K), weights=(W,)))
+    whole = next(region for region in regions if ops_of(region).startswith("pow mean"))
+    assert ops_of(whole).endswith("mm relu")
+    assert whole.problem.inputs[0].dtype == "float32"
+    assert {OP.compute_dtype(region.problem) for region in regions} == {"bfloat16"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autokernel.ops.program import Program, program_of, results_of, run
+from autokernel.ops.program import Program, contracted_input, program_of, results_of, run
 from autokernel.records import Problem, TensorSpec
 
 NORM = (
@@ -70,6 +70,32 @@ def test_wide_inputs_stay_wide() -> None:
     assert normed.dtype is torch.float64
     assert product.dtype is torch.float64
     assert (normed - normed.bfloat16().double()).abs().max() > 0, "it was rounded on the way"
+
+
+def test_a_number_that_fills_stays_what_it_is_where_the_first_input_is_a_mask() -> None:
+    program = "t0 = full([], -inf, float32); t1 = where(i0, t0, i1); t2 = amax(t1); t3 = sub(t1, t2); o0 = exp(t3)"
+    case = problem(program, TensorSpec.contiguous((2, 4), "bool"), spec(2, 4, dtype="float32"))
+    mask, x = torch.tensor([[True, False, False, True], [False, True, False, False]]), torch.randn(2, 4, dtype=torch.float64)
+    (found,) = run(case, mask, x)
+    seen = x.masked_fill(mask, -torch.inf)
+    assert found.dtype is torch.float64
+    torch.testing.assert_close(found, (seen - seen.amax(-1, True)).exp())
+
+
+@pytest.mark.parametrize(
+    ("program", "shapes", "expected"),
+    [
+        ("t0 = mm(i1, i2); o0 = add(i0, t0)", [(4, 6), (4, 8), (8, 6)], 1),
+        ("t0 = mm(i0, i1); o0 = add(t0, i2)", [(4, 8), (8, 6), (4, 6)], 0),
+        ("t0 = reshape(i1, [4, 8]); t1 = mm(t0, i2); o0 = add(i0, t1)", [(4, 6), (2, 2, 8), (8, 6)], 1),
+        ("t0 = mul(i0, i1); t1 = mm(t0, i2); o0 = relu(t1)", [(8,), (4, 8), (8, 6)], 1),
+        ("t0 = mean(i2); t1 = sub(i2, t0); t2 = mm(t1, i0); o0 = add(t2, i1)", [(8, 6), (4, 6), (4, 8)], 2),
+        ("t0 = t(i1); t1 = mm(t0, i2); o0 = add(i0, t1)", [(4, 6), (8, 4), (8, 6)], None),
+        ("t0 = sum(i0); o0 = div(i0, t0)", [(4, 8)], None),
+    ],
+)
+def test_which_input_a_product_sums_over(program: str, shapes: list[tuple[int, ...]], expected: int | None) -> None:
+    assert contracted_input(problem(program, *(spec(*shape) for shape in shapes))) == expected
 
 
 def test_what_lines_make_is_known_without_running_them() -> None:

@@ -124,6 +124,19 @@ def test_an_operand_of_another_dtype_or_shape_is_no_epilogue_and_a_strided_one_k
         assert len(site.problem.inputs) == 2
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        pytest.param(lambda m, x, r: r.sin().unsqueeze(1) * m.fc(x).unsqueeze(2), id="of two"),
+        pytest.param(lambda m, x, r: (y := m.fc(x)).unsqueeze(2) * torch.sigmoid(y).unsqueeze(1), id="of one, as silu"),
+    ],
+)
+def test_an_outer_product_is_no_epilogue(post_grad: Any, forward: Any) -> None:
+    module = Fn(forward, fc=linear(32, 16, dtype=torch.float32))
+    (site,) = sites(post_grad, module, torch.randn(4, 32), torch.randn(4, 16))["mm"]
+    assert site.problem.epilogue == ()
+
+
 def test_a_result_with_two_users_has_no_epilogue(post_grad: Any) -> None:
     module = Fn(lambda m, x: ((y := m.fc(x)).relu(), y), fc=linear(32, 64))
     (site,) = sites(post_grad, module, torch.randn(8, 32).bfloat16())["mm"]
@@ -163,6 +176,7 @@ def test_on_a_gpu_gate_and_up_may_become_one_output(post_grad: Any, name: str) -
         pytest.param(lambda m, x: functional.silu(m.gate(x)) - m.up(x), id="a difference"),
         pytest.param(lambda m, x: m.gate(x) * m.up(x), id="no function"),
         pytest.param(lambda m, x: m.gate(x) * functional.silu(m.up(x)), id="of the second"),
+        pytest.param(lambda m, x: functional.silu(m.gate(x)).unsqueeze(2) * m.up(x).unsqueeze(1), id="an outer product"),
     ],
 )
 def test_other_uses_of_gate_and_up_stay_two_outputs(post_grad: Any, forward: Any) -> None:
