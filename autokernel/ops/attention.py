@@ -55,6 +55,7 @@ class Attention:
 
     def reference(self, problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Op.reference`."""
+        import torch
         from torch.nn.functional import scaled_dot_product_attention
 
         q, k, v, *mask = inputs
@@ -62,7 +63,8 @@ class Attention:
         bias = mask[0] if mask else None
         if bias is not None:  # as models do: with a mask the library repeats shared heads, or they have to be repeated for it
             k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-            bias = bias.to(q.dtype) if bias.dtype.is_floating_point else bias
+            taken = (torch.bool, torch.float32, q.dtype)  # as they are: rounded before, it would be another call
+            bias = bias if bias.dtype in taken else bias.to(q.dtype)
         causal, scale, shared = bool(scalars.get("causal", False)), float(scalars["scale"]), k.shape[1] != q.shape[1]
         out = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=shared)
         return (out.transpose(1, 2).contiguous().transpose(1, 2),)

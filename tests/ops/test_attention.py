@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from autokernel.export.plan import region_key
 from autokernel.ops import Region, get_op
 from autokernel.ops.attention import Attention
-from autokernel.ops.matching import op_name
+from autokernel.ops.matching import op_name, spec_of
 from autokernel.records import Problem, TensorSpec
 
 PostGrad = Callable[..., tuple[Graph, frozenset[str]]]
@@ -104,6 +104,23 @@ def test_the_compiled_reference_has_the_very_same_problem(mask: str | None, gqa:
     reference = Fn(lambda *inputs: get_op("attention").reference(problem, *inputs))
     (again,) = regions(post_grad(reference, q, k, v, *masks)[0])
     assert region_key(again.problem) == region_key(problem)
+
+
+def test_a_mask_of_more_digits_is_not_rounded_before_it_is_added() -> None:
+    q, k, v = tensors(q_len=3, dtype=torch.bfloat16, groups=H)
+    mask = torch.randn(B, 1, 3, S) * 30
+    problem = Problem(
+        op="attention",
+        inputs=tuple(spec for x in (q, k, v, mask) if (spec := spec_of(x)) is not None),
+        device="cpu",
+        scalars=(("scale", 0.25),),
+    )
+    (found,) = get_op("attention").reference(problem, q, k, v, mask)
+    assert torch.equal(found, scaled_dot_product_attention(q, k, v, mask, scale=0.25))
+    assert not torch.equal(found, scaled_dot_product_attention(q, k, v, mask.bfloat16(), scale=0.25))
+    wide = [x.double() for x in (q, k, v, mask)]
+    (exact,) = get_op("attention").reference(problem, *wide)
+    assert exact.dtype is torch.float64
 
 
 def test_dropout_and_other_results_in_use_are_left_alone(post_grad: PostGrad) -> None:
