@@ -56,7 +56,7 @@ class Statistic:
     kind: str  # "sum", "mean", "amax", "var"
     level: int
     divisor: float = 1.0
-    center: str = ""  # of "var": the statistic that is subtracted first
+    center: str = ""  # of "var": the statistic that is subtracted first, in fp32
 
 
 @dataclass(slots=True)
@@ -78,6 +78,7 @@ class Writer:
         self.rows = rows
         self.block_m = block_m
         self.fixed: dict[str, str] = {}  # known everywhere: statistics and products
+        self._centers: dict[str, str] = {}  # means that are subtracted for a variance: in fp32, whatever the line's dtype is
         self._lines = {line.name: line for line in program.lines}
         self._exact: frozenset[str] = frozenset()  # lines that are not rounded
 
@@ -239,7 +240,7 @@ class Writer:
         """The tile that is reduced, with what changes nothing in the columns that are not there."""
         value = self.tile(statistic.source, (), scope)
         if statistic.kind == "var":
-            value = f"({value} - {self.fixed[statistic.center]})"
+            value = f"({value} - {self._centers[statistic.center]})"
             value = f"{value} * {value}"
         if scope.columns.ragged:
             value = f"tl.where({scope.columns.inside}, {value}, {reduction_of(statistic).start})"
@@ -250,7 +251,13 @@ class Writer:
         text = reduction_of(statistic).finish(running)
         if statistic.kind in ("mean", "var"):
             text = f"{text} / {statistic.divisor!r}" if statistic.divisor else f'{text} * float("inf")'
-        lines.append(f"{variable} = {rounded(text, line.op, self.results[line.name].dtype)}")
+        dtype = self.results[line.name].dtype
+        self._centers[statistic.name] = variable
+        if line.op == "var_mean" and statistic.kind == "mean" and rounded(text, line.op, dtype) != text:
+            center = f"{variable}_fp32"
+            lines.append(f"{center} = {text}")
+            self._centers[statistic.name] = text = center
+        lines.append(f"{variable} = {rounded(text, line.op, dtype)}")
         self.fixed[statistic.name] = variable
 
 
