@@ -16,6 +16,7 @@ from autokernel.evaluate.call_graphs import graph_of
 from autokernel.evaluate.timing import pin_threads, quiet, timer
 from autokernel.evaluate.turns import leave
 from autokernel.ops import Op
+from autokernel.ops.base import compute_dtype
 from autokernel.records import DTYPE_BYTES, Check, ConfigValue, Measurement, Problem, Record, TensorSpec
 
 if TYPE_CHECKING:
@@ -128,13 +129,13 @@ def physics_check(measurement: Measurement, problem: Problem, op: Op, ceilings: 
     Args:
         measurement: time of one call.
         problem: what was solved.
-        op: says its operations and least traffic.
+        op: says its operations, what dtype they have, and its least traffic.
         ceilings: of this machine, with the same number of threads.
         num_copies: sets of inputs that the timing rotated among; what they take together decides which cache could hold it.
     """
     num_bytes, flops = op.num_bytes(problem), op.flops(problem)
     speed = ceilings.read_ceiling(num_copies * sum(spec.num_bytes for spec in problem.inputs))
-    dtype = problem.inputs[0].dtype
+    dtype = compute_dtype(op, problem)
     least_us = max(num_bytes / (speed * 1e3), flops / (ceilings.peak_tflops(dtype) * 1e6))
     ratio = least_us / measurement.median_us
     note = (
@@ -154,7 +155,7 @@ def sound_physics_check(
     check = physics_check(measurement, problem, op, ceilings, num_copies)
     if check.passed:
         return check
-    dtype = problem.inputs[0].dtype
+    dtype = compute_dtype(op, problem)
     deciding = (dtype, "bfloat16") if DTYPE_BYTES[dtype] == 1 else (dtype,)
     again = measure_ceilings(problem.device, threads, deciding, budget_s=_SECOND_LOOK_S)
     return physics_check(measurement, problem, op, ceilings.best_with(again), num_copies)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from autokernel.ops.matching import consumers_of, is_constant, producers_of, site_name
-from autokernel.records import Problem
+from autokernel.records import Problem, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -117,3 +117,27 @@ class ChoosingOp(Op, Protocol):
         (`evaluate/budget.py`).
         """
         ...
+
+
+@runtime_checkable
+class MixedOp(Op, Protocol):
+    """An op whose inputs do not say by themselves what dtype it computes in."""
+
+    def compute_dtype(self, problem: Problem) -> str:
+        """The dtype that a problem's operations are held against the peak of."""
+        ...
+
+
+def compute_dtype(op: Op, problem: Problem) -> str:
+    """The dtype that a problem's operations are computed in: what its op says, or else that of the first floating input.
+
+    Without a floating input it is that of the first one.
+    """
+    if isinstance(op, MixedOp):
+        return op.compute_dtype(problem)
+    return (floating(problem.inputs) or problem.inputs)[0].dtype
+
+
+def floating(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Those of floating point."""
+    return [spec for spec in specs if spec.dtype.startswith(("float", "bfloat"))]

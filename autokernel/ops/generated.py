@@ -6,17 +6,18 @@ around a product, its prologue alone, its epilogue alone and the rows of a norm 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autokernel.ops.base import Region, Site, sites_of
+from autokernel.ops.base import Region, Site, floating, sites_of
 from autokernel.ops.growth import Found, Growth
 from autokernel.ops.legality import Broken, Rule, call_of
 from autokernel.ops.matching import op_name, settled, tensor_spec
 from autokernel.ops.product_regions import PRODUCTS, ProductRegions
-from autokernel.ops.program import GEMMS, REDUCTIONS, Argument, Line, Program, program_of, results_of, run
+from autokernel.ops.program import GEMMS, REDUCTIONS, VIEWS, Argument, Line, Program, program_of, results_of, run
 from autokernel.ops.row_regions import RowRegions
 from autokernel.ops.row_scale import row_scale
 from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
@@ -77,6 +78,10 @@ class Generated:
         """Of the products, and one for each element of every other line."""
         program, results = program_of(problem), results_of(problem)
         return sum(_flops(line, results) for line in program.lines)
+
+    def compute_dtype(self, problem: Problem) -> str:
+        """See `MixedOp.compute_dtype`: of the products, of several the narrowest; without one, of the widest floating input."""
+        return _compute_dtype(problem)
 
     def num_bytes(self, problem: Problem) -> int:
         """Every input read once, every output written once."""
@@ -207,3 +212,31 @@ def _flops(line: Line, results: Mapping[str, TensorSpec]) -> int:
         (m, k), n = results[str(line.arguments[-2])].shape, results[line.name].shape[1]
         return 2 * m * n * k
     return results[line.name].num_elements
+
+
+@functools.lru_cache(maxsize=256)
+def _compute_dtype(problem: Problem) -> str:
+    program, results = program_of(problem), results_of(problem)
+    made = {line.name: line for line in program.lines}
+    products = [
+        _widest([_before_widening(str(operand), made, results) for operand in line.arguments[-2:]])
+        for line in program.lines
+        if line.op in GEMMS
+    ]
+    if products:
+        return min(products, key=lambda spec: DTYPE_BYTES[spec.dtype]).dtype
+    return _widest(floating(problem.inputs) or problem.inputs[:1]).dtype
+
+
+def _before_widening(name: str, made: Mapping[str, Line], results: Mapping[str, TensorSpec]) -> TensorSpec:
+    """What a product's operand was before conversions that lose nothing: a kernel may multiply that as well."""
+    while name in made and made[name].op in (*VIEWS, "clone", "convert"):
+        source = made[name].operands[0]
+        if made[name].op == "convert" and DTYPE_BYTES[results[source].dtype] >= DTYPE_BYTES[results[name].dtype]:
+            break
+        name = source
+    return results[name]
+
+
+def _widest(specs: Sequence[TensorSpec]) -> TensorSpec:
+    return max(specs, key=lambda spec: DTYPE_BYTES[spec.dtype])

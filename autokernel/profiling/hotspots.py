@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.ops import OPS, Op, Site
+from autokernel.ops.base import compute_dtype
 from autokernel.profiling.capture import CapturedScenario
 from autokernel.records import Hotspot, Problem, digest_of
 
@@ -59,8 +60,9 @@ class _Limits:
         self._ops = ops
 
     def least_us(self, key: str, problem: Problem) -> float:
-        flops_per_us = self._ceilings.peak_tflops(problem.inputs[0].dtype) * 1e6
-        return max(self._num_bytes[key] / self._bytes_per_us, self._ops[problem.op].flops(problem) / flops_per_us)
+        op = self._ops[problem.op]
+        flops_per_us = self._ceilings.peak_tflops(compute_dtype(op, problem)) * 1e6
+        return max(self._num_bytes[key] / self._bytes_per_us, op.flops(problem) / flops_per_us)
 
 
 def _by_problem(scenario: CapturedScenario) -> dict[str, list[Site]]:

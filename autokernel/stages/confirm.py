@@ -18,6 +18,7 @@ from autokernel.export.bundle import Entry
 from autokernel.export.freezing import needs_constant
 from autokernel.export.matching import Gemm, gemm_of, parts_of_merged
 from autokernel.ops import get_op
+from autokernel.ops.base import compute_dtype
 from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Hotspot, Problem, Status, Winner
 from autokernel.stages.context import RunContext
 from autokernel.tracking.titles import problem_title
@@ -78,7 +79,8 @@ def _without_stock(evaluations: Sequence[Evaluation]) -> str | None:
 
 def slack_of(problem: Problem, ceilings: Ceilings) -> float:
     """How much slower than stock a finalist may be: nothing, but where a GPU multiplies for longer than it reads."""
-    op, dtype = get_op(problem.op), problem.inputs[0].dtype
+    op = get_op(problem.op)
+    dtype = compute_dtype(op, problem)
     multiplies_us = roofline_us(op.flops(problem), 0, dtype, ceilings)
     reads_us = roofline_us(0, op.num_bytes(problem), dtype, ceilings)
     return _HOT_SLACK if problem.device != "cpu" and multiplies_us > reads_us else 0.0
