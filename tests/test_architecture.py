@@ -103,6 +103,7 @@ HOMES = {
 # Where whatever is raised has to become a value: candidates' code, functions that an experiment names, and the outermost
 # boundary of a process or a run.
 CATCH_ALL = {
+    "export.apply",
     "evaluate.candidate",
     "evaluate.confirm",
     "profiling.functions",

@@ -49,14 +49,25 @@ from autokernel.records import ConfigValue
 
 log = logging.getLogger(__name__)
 
+_ERROR_IN_LOG = 300  # characters
+
 OnMismatch = Literal["stock", "apply", "error"]
 
 
 class BundleBackend:
     """A `torch.compile` backend: Inductor, with a bundle's kernel choices. Safe to use from several threads."""
 
-    def __init__(self, bundle: Bundle, on_mismatch: OnMismatch = "stock", where: Path | str | None = None) -> None:
-        """`where` the bundle lies is asked for its compiled kernels; without it they come from this machine's cache."""
+    def __init__(
+        self, bundle: Bundle, on_mismatch: OnMismatch = "stock", where: Path | str | None = None, *, fall_back: bool = False
+    ) -> None:
+        """See `backend`.
+
+        Args:
+            bundle: the bundle.
+            on_mismatch: as for `backend`.
+            where: where it lies, for its compiled kernels; without it they come from this machine's cache.
+            fall_back: compile a graph without the bundle if it cannot be compiled with it, instead of raising.
+        """
         if on_mismatch not in get_args(OnMismatch):
             known = ", ".join(map(repr, get_args(OnMismatch)))
             raise BundleError(f"on_mismatch is one of {known}, not {on_mismatch!r}")
@@ -74,6 +85,7 @@ class BundleBackend:
         self.plan = Plan(bundle, why_not, files, unpacked)
         self.graphs: list[tuple[str, ...]] = []  # the products of each graph that was compiled
         self._lenient = on_mismatch == "apply"
+        self._fall_back = fall_back
         self._frozen: weakref.WeakSet[FrozenGraph] = weakref.WeakSet()
 
     @property
@@ -109,8 +121,19 @@ class BundleBackend:
         if unfit is not None or not self.plan.active:
             return _inductor(gm, inputs, {}, {})
         chosen = self.plan.bundle.options_of(names)
-        with built_ahead() if self.plan.bundle.environment.device == "cpu" else contextlib.nullcontext():
-            compiled = self._compile(gm, inputs, products, chosen)
+        before = self.plan.counted()
+        try:
+            with built_ahead() if self.plan.bundle.environment.device == "cpu" else contextlib.nullcontext():
+                compiled = self._compile(gm, inputs, products, chosen)
+        except BundleError:
+            raise
+        except Exception as error:  # a kernel, a compiler of this machine or the model itself is at fault
+            if not self._fall_back:
+                raise
+            self.plan.uncount(before)
+            self.plan.skip_all(f"a graph could not be compiled with it: {type(error).__name__}: {_in_short(error)}")
+            log.info("autokernel: why", exc_info=True)
+            return _inductor(gm, inputs, {}, {})
         library = chosen.get("blas_library")
         return compiled if library is None else with_blas_library(compiled, str(library))
 
@@ -171,6 +194,11 @@ def _inductor(
     with dependent_launches(chosen[PDL], inputs) if chosen.get(PDL) else contextlib.nullcontext():
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
     return cast("Callable[..., Any]", compiled)
+
+
+def _in_short(error: Exception) -> str:
+    said = " ".join(str(error).split()) or "no message"
+    return said if len(said) <= _ERROR_IN_LOG else f"{said[:_ERROR_IN_LOG]}..."
 
 
 def _device_there(device: str) -> bool:
@@ -240,11 +268,14 @@ def load_bundle(bundle: Bundle | Path | str) -> Bundle:
 
 def _backend_of(bundle: Bundle | Path | str, on_mismatch: OnMismatch) -> BundleBackend:
     where = None if isinstance(bundle, Bundle) else bundle
-    return BundleBackend(load_bundle(bundle), on_mismatch, where)
+    return BundleBackend(load_bundle(bundle), on_mismatch, where, fall_back=True)
 
 
 def backend(bundle: Bundle | Path | str, *, on_mismatch: OnMismatch = "stock") -> BundleBackend:
     """A backend for `torch.compile`.
+
+    A graph that cannot be compiled with the bundle, as where a kernel does not compile on this machine, is compiled without
+    it: a log line says why, and `usage()` has the reason.
 
     Args:
         bundle: the bundle, or where it lies.

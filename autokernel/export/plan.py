@@ -166,6 +166,17 @@ class Plan:
         with self._lock:
             self.usage[entry.key].constant_bytes += num_bytes
 
+    def counted(self) -> dict[str, tuple[int, int]]:
+        """Hits and bytes of constants so far, by problem key."""
+        with self._lock:
+            return {key: (usage.hits, usage.constant_bytes) for key, usage in self.usage.items()}
+
+    def uncount(self, before: Mapping[str, tuple[int, int]]) -> None:
+        """A compilation failed, and what it hit is in no graph: back to what was counted before it."""
+        with self._lock:
+            for key, (hits, constant_bytes) in before.items():
+                self.usage[key].hits, self.usage[key].constant_bytes = hits, constant_bytes
+
     def skip(self, entry: Entry, reason: str) -> None:
         """Stock code serves this entry's problem here; said once per entry and reason."""
         if self._noted(entry, reason):

@@ -151,7 +151,7 @@ def _check(entry: Entry, hits: int, reason: str | None, future: Future[Confirmat
                 speedup = confirmation.finalists[0].speedup
             elif confirmation.failures:
                 message = f"{confirmation.failures[0].status}: {confirmation.failures[0].message}"
-    why = "" if hits else reason or "no such GEMM in the compiled model"
+    why = "" if hits else reason or "the compiled model has nothing like it"
     if speedup is not None and not message:
         message = "still faster than stock" if speedup.low > 1 else "no longer clearly faster than stock"
     return EntryCheck(

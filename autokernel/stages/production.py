@@ -159,7 +159,8 @@ def _verdict(proof: Proof, expected: Sequence[str]) -> Proved:
     missed = [key for key in expected if not proof.hits.get(key)]
     problems = []
     if missed:
-        problems.append(f"{len(missed)} entries were not hit, e.g. {missed[0]}: {proof.reasons.get(missed[0], 'no such GEMM')}")
+        why = proof.reasons.get(missed[0], "the compiled model has nothing like it")
+        problems.append(f"{len(missed)} entries were not hit, e.g. {missed[0]}: {why}")
     problems += [f"{scenario.scenario}: {scenario.problem}" for scenario in proof.scenarios if scenario.problem]
     if proof.num_benchmarks:
         problems.append(f"Inductor benchmarked {proof.num_benchmarks} kernels")

@@ -26,6 +26,7 @@ import autokernel
 from autokernel.errors import BundleError
 from autokernel.export.apply import BundleBackend, stock_backend
 from autokernel.export.bundle import Bundle, Entry, ScenarioOptions, write_bundle
+from autokernel.export.passes import SitePass
 
 
 @pytest.fixture(autouse=True)
@@ -375,3 +376,48 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# ---- a graph that cannot be compiled with the bundle
+
+
+def failing(self: SitePass, graph: torch.fx.Graph) -> None:
+    raise RuntimeError("\nptxas died\nof something")
+
+
+def test_a_graph_that_cannot_be_compiled_with_the_bundle_gets_stock_code_and_is_counted_as_such(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = Gated(), torch.randn(M, K)
+    bundle = bundle_of(entry(GATE, "inductor", template="cpp_gemm"), entry(DOWN, "aten", prepack=True))
+    compiled, backend = compiled_with(model, bundle)
+    first = compiled(x)
+    before = {key: usage.hits for key, usage in backend.usage().items()}
+    assert sum(before.values()) == 3
+    torch.compiler.reset()
+    monkeypatch.setattr(SitePass, "__call__", failing)
+    again = torch.compile(model, backend=backend, fullgraph=True)
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(again(x), first, rtol=1e-4, atol=1e-5)
+    said = "a graph could not be compiled with it: "
+    assert [record.getMessage() for record in caplog.records if said in record.getMessage()], caplog.text
+    assert "ptxas died" in caplog.text
+    for key, usage in backend.usage().items():
+        assert usage.hits == before[key], "what failed is in no graph"
+        assert [reason for reason in usage.reasons if said in reason and "ptxas died" in reason]
+
+
+def test_whoever_builds_a_candidate_is_told_that_it_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SitePass, "__call__", failing)
+    compiled = torch.compile(Gated(), backend=BundleBackend(bundle_of(entry(GATE, "aten", prepack=True))))
+    with pytest.raises(Exception, match="ptxas died"):
+        compiled(torch.randn(M, K))
+
+
+def test_a_model_that_does_not_compile_at_all_says_so_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "autokernel.export.apply.compile_fx", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no compiler"))
+    )
+    compiled, _ = compiled_with(Gated(), bundle_of(entry(GATE, "aten", prepack=True)))
+    with pytest.raises(Exception, match="no compiler"):
+        compiled(torch.randn(M, K))
