@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from autokernel.config import CallScenario, LoadedExperiment
 from autokernel.errors import WorkerError
 from autokernel.evaluate.modes import (
@@ -237,16 +239,38 @@ def _eval(loaded: LoadedExperiment, bundle: Bundle, model: torch.nn.Module, devi
 
 
 def _worsening(metric: Metric, stock: list[float], other: list[float], seed: int) -> tuple[float, float]:
-    """Relative worsening and the bad end of its interval; infinite where the contender's metric is not finite."""
+    """Relative worsening and the bad end of its interval.
+
+    Infinite where the contender's metric is not finite; also where stock's is 0, of its mean or of that of many resamples, and
+    the contender's is another.
+    """
     if len(other) != len(stock) or not all(map(math.isfinite, other)):
         return math.inf, math.inf
     if metric.logarithmic:
         # The ratio of two perplexities is the exponential of the mean difference of losses.
         ratios = [1 + b - a for a, b in zip(stock, other, strict=True)]
         mean, low, high = (math.expm1(x) for x in paired_relative_difference([1.0] * len(stock), ratios, seed=seed))
+    elif np.mean(stock) == 0:
+        mean, low, high = _difference_from_zero(stock, other, seed)
     else:
         mean, low, high = paired_relative_difference(stock, other, seed=seed)
-    return (-mean, -low) if metric.higher_is_better else (mean, high)
+    worse, end = (-mean, -low) if metric.higher_is_better else (mean, high)
+    return worse, math.inf if math.isnan(end) else end
+
+
+def _difference_from_zero(stock: list[float], other: list[float], seed: int) -> tuple[float, float, float]:
+    """As `paired_relative_difference` of a stock mean of 0: each end is infinite on its side, or 0 where nothing differs."""
+    differences = [b - a for a, b in zip(stock, other, strict=True)]
+    largest = max(map(abs, differences))
+    if largest == 0:
+        return 0.0, 0.0, 0.0
+    shares = [1 + difference / largest for difference in differences]
+    mean, low, high = paired_relative_difference([1.0] * len(shares), shares, seed=seed)
+    return _without_bound(mean), _without_bound(low), _without_bound(high)
+
+
+def _without_bound(difference: float) -> float:
+    return math.copysign(math.inf, difference) if difference else 0.0
 
 
 __all__ = [

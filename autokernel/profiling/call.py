@@ -69,12 +69,13 @@ def call_program(
 ) -> tuple[nn.Module, Callable[[int], Inputs]]:
     """The module of a scenario, and the function from a seed to its inputs.
 
-    The model is called once: what makes tables at its first call has them when it is compiled, and inputs that do not suit it
-    are told here.
+    The model is called once: what makes tables at its first call has them when it is compiled, and inputs that cannot be made
+    or do not suit it are told here.
 
     Raises:
         ConfigError: the inputs' function cannot be imported, or the model takes no such arguments.
-        WorkloadError: the model does not run on the inputs, or returns something else than tensors.
+        WorkloadError: the inputs cannot be made, or the model does not run on them, or returns something else than tensors
+            with finite elements.
         JobLost: the device has no room for a step now.
     """
     own = getattr(torch, dtype)
@@ -89,7 +90,7 @@ def call_program(
         make_inputs = _from_function(scenario, scenario.inputs, name, device, own, loaded)
         module = Call(model, None, scenario.outputs).eval() if scenario.outputs else model
     if _is_in(model, own):
-        _call_once(module, make_inputs(0), scenario, name)
+        _call_once(module, _first_inputs(make_inputs, scenario, name), scenario, name)
     return module, make_inputs
 
 
@@ -123,6 +124,18 @@ def _is_in(model: nn.Module, dtype: torch.dtype) -> bool:
     return not floating or dtype in floating
 
 
+def _first_inputs(make_inputs: Callable[[int], Inputs], scenario: CallScenario, name: str) -> Inputs:
+    try:
+        return make_inputs(0)
+    except torch.OutOfMemoryError as error:
+        raise no_room(error) from None
+    except (*_MODEL_ERRORS, OverflowError) as error:
+        raise WorkloadError(
+            f"scenario {name}: its inputs cannot be made with scenarios.{name}.batch={scenario.batch}: "
+            f"{type(error).__name__}: {first_line(error)}; use a smaller batch, or smaller sizes under scenarios.{name}.inputs"
+        ) from error
+
+
 def _call_once(module: nn.Module, inputs: Inputs, scenario: CallScenario, name: str) -> None:
     try:
         with torch.no_grad():
@@ -130,10 +143,9 @@ def _call_once(module: nn.Module, inputs: Inputs, scenario: CallScenario, name: 
     except torch.OutOfMemoryError as error:
         raise no_room(error) from None
     except _MODEL_ERRORS as error:
-        shapes = ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in inputs)
         outputs = f" and the outputs {', '.join(scenario.outputs)}" if scenario.outputs else ""
         raise WorkloadError(
-            f"scenario {name}: the model does not run with the inputs {shapes}{outputs}: "
+            f"scenario {name}: the model does not run with the inputs {_shapes(inputs)}{outputs}: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     results = result if isinstance(result, tuple) else (result,)
@@ -143,12 +155,22 @@ def _call_once(module: nn.Module, inputs: Inputs, scenario: CallScenario, name: 
             "e.g. `outputs: [logits]` or, for an item of a tuple, `outputs: ['0']`"
         )
     for number, item in enumerate(results):
-        if item.numel() and not item.isfinite().any():
-            which = scenario.outputs[number] if scenario.outputs else number
+        which = scenario.outputs[number] if scenario.outputs else number
+        if not item.numel():
+            raise WorkloadError(
+                f"scenario {name}: output {which} is empty, so nothing could be compared; with the inputs {_shapes(inputs)} its "
+                f"shape is {list(item.shape)}: give inputs for which it is not empty, or name only the outputs that count under "
+                "`outputs`"
+            )
+        if not item.isfinite().any():
             raise WorkloadError(
                 f"scenario {name}: output {which} is nowhere finite, so nothing could be compared; give inputs or random "
                 "weights of another scale"
             )
+
+
+def _shapes(inputs: Inputs) -> str:
+    return ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in inputs)
 
 
 def _description(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,8 +41,17 @@ class Quality(Record):
     def why_not(self) -> str:
         failures = self.verdict.failures
         reasons = [c.note if c.name == _RUNS else f"{c.name} is {c.value:.4g}, limit {c.limit:.4g}" for c in failures]
-        reasons += [f"{e.metric} is worse by {e.worse_by_high:.4g}, limit {e.limit:.4g}" for e in self.evals if not e.passed]
+        reasons += [_worsening(result) for result in self.evals if not result.passed]
         return "; ".join(reasons)
+
+
+def _worsening(result: EvalResult) -> str:
+    if math.isfinite(result.worse_by_high):
+        return f"{result.metric} is worse by {result.worse_by_high:.4g}, limit {result.limit:.4g}"
+    return (
+        f"{result.metric} is {result.bundle:.4g} with the bundle and {result.stock:.4g} with stock code: at the bad end of the "
+        f"interval infinitely worse, limit {result.limit:.4g}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from autokernel.config_messages import without_passwords
 
 QUIET: Mapping[str, str] = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -52,12 +56,19 @@ def with_driver(tracking_uri: str) -> str:
 
 
 def scrubbed(text: str, tracking_uri: str) -> str:
-    """A text, such as an error that quotes the URI, without the URI's password."""
-    password = urlsplit(tracking_uri).password
-    if password:
-        for spelling in {password, unquote(password)}:
-            text = text.replace(f":{spelling}@", ":***@")
-    return text
+    """A text, such as an error that quotes the URI, without the URI's password. Never raises."""
+    for password in sorted(_passwords(tracking_uri), key=len, reverse=True):
+        text = text.replace(f":{password}@", ":***@")
+    return without_passwords(text)
+
+
+def _passwords(tracking_uri: str) -> set[str]:
+    """The URI's password, in every spelling that a text may quote; where it is unclear how far it goes, both."""
+    widest = re.search(r"://[^:/]*:(.*)@", tracking_uri, re.DOTALL)  # SQLAlchemy takes `[`, `/`, `?` and `#` in it, too
+    found = {widest[1] if widest else ""}
+    with suppress(ValueError):  # a `[` makes it no URL
+        found.add(urlsplit(tracking_uri).password or "")
+    return {spelling for password in found if password for spelling in (password, unquote(password))}
 
 
 def redacted(tracking_uri: str) -> str:

@@ -7,14 +7,16 @@ by itself or with its node, costs the job it ran (JobLost) and is replaced where
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import signal
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,10 +286,23 @@ def _connect(address: str, num_cpus: int) -> None:
     try:
         if address not in ("local", "auto"):
             _knock(address)
-        ray.init(address=address, **options)
+        with _keeping_sigterm():
+            ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError) as error:
         cure = "start one with `ray start --head` or `ray up`, or use `local`"
         raise ConfigError(f"cluster.address: no Ray cluster can be reached at {address!r}: {error}; {cure}") from error
+
+
+@contextlib.contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Keeps what this process does on SIGTERM: Ray would exit with a code of its own, and the run without its end."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        # None: not installed by Python, which cannot install it again. Other threads than the main one may not, nor does Ray.
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _knock(address: str) -> None:
