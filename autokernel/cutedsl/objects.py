@@ -1,7 +1,7 @@
 """Loading and launching compiled kernels: all that production needs, and the only import of tvm_ffi.
 
 An object lies in a file with its record beside it (`<key>.so`, `<key>.json`). Loading one is running code: `load` checks the
-digest, the processor, the CUDA runtime and the GPU first. It takes well under a millisecond.
+digest, the processor, the loader's version, the CUDA runtime and the GPU first. It takes well under a millisecond.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from autokernel.cutedsl.call import current_gpu, on_device_of_operands, written
 from autokernel.cutedsl.config import DEFAULT_SWIZZLE
 from autokernel.cutedsl.spec import ObjectInfo
 from autokernel.errors import AutokernelError
+from autokernel.requirements import declared_ranges, installed_version, out_of_range
 
+_LOADER = "apache-tvm-ffi"
 _CURE = "export its bundle again; if it lies in the kernel cache, start the program again, which compiles it"
 
 
@@ -89,8 +91,8 @@ def why_not_here(info: ObjectInfo) -> str | None:
     """Why the object cannot run on this machine, None if it can. Names the cure."""
     if platform.machine() != info.machine:
         return f"it was compiled for {info.machine} processors, this is {platform.machine()}: tune on such a machine"
-    if importlib.util.find_spec("tvm_ffi") is None:
-        return "its loader is not installed: pip install 'apache-tvm-ffi>=0.1.11,<0.2'"
+    if (wrong := _wrong_loader()) is not None:
+        return wrong
     cuda = torch.version.cuda
     if cuda is None or not torch.cuda.is_available():
         return "torch sees no CUDA device: install the NVIDIA driver, or a CUDA build of torch"
@@ -102,6 +104,21 @@ def why_not_here(info: ObjectInfo) -> str | None:
     if info.spec.arch.removesuffix("a") != f"sm_{major}{minor}":
         return f"it was compiled for {info.spec.arch}, this GPU is sm_{major}{minor}: tune again on this GPU"
     return None
+
+
+def _wrong_loader() -> str | None:
+    """Why the installed loader cannot load objects, with the cure."""
+    wanted, version = _loader_range(), installed_version(_LOADER)
+    cure = f"pip install '{_LOADER}{wanted}'"
+    if importlib.util.find_spec("tvm_ffi") is None:
+        return f"its loader is not installed: {cure}"
+    wrong = out_of_range(version, wanted) if version is not None else None
+    return f"its loader, {_LOADER} {version}, is {wrong}: {cure}" if wrong is not None else None
+
+
+@functools.cache
+def _loader_range() -> str:
+    return declared_ranges().get(_LOADER, "")
 
 
 @functools.cache

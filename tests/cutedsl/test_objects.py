@@ -221,6 +221,23 @@ def test_objects_of_another_machine_are_refused_with_the_cure(
     assert said is None if reason is None else reason in str(said)
 
 
+@pytest.mark.parametrize(("version", "said"), [("0.1.10", "too old"), ("0.2.0", "too new"), ("0.1.12", None), (None, None)])
+def test_a_loader_of_another_version_is_refused_with_the_cure(
+    cache: ObjectCache, monkeypatch: pytest.MonkeyPatch, version: str | None, said: str | None
+) -> None:
+    info, _ = cache.get_or_compile(CASES["operators"])
+    monkeypatch.setattr(objects, "installed_version", lambda name: version)
+    monkeypatch.setattr(torch.version, "cuda", f"{cuda_major()}.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    found = why_not_here(info)
+    if said is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert f"apache-tvm-ffi {version}, is {said}: pip install 'apache-tvm-ffi>=" in found
+
+
 def test_loading_imports_no_compiler(cache: ObjectCache) -> None:
     _, path = cache.get_or_compile(CASES["fused"])
     script = f"""
