@@ -91,6 +91,30 @@ def test_a_models_prompt(llama: Any, post_grad: PostGrad) -> None:
     assert shapes(found[0].problem)[:3] == [(B, H, 8, D), (B, G, 8, D), (B, G, 8, D)]
 
 
+def test_unscaled_attention_with_a_bias_as_t5_has_it(post_grad: PostGrad) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.T5Config(d_model=64, d_kv=D, d_ff=128, num_layers=1, num_heads=H, vocab_size=64)
+    model = transformers.T5EncoderModel(config).eval().requires_grad_(False)
+    graph, _ = post_grad(Fn(lambda ids: model(input_ids=ids).last_hidden_state), torch.zeros(B, 8, dtype=torch.long))
+    (found,) = regions(graph)
+    assert dict(found.problem.scalars)["scale"] == 1.0
+    assert shapes(found.problem) == [(B, H, 8, D)] * 3 + [(1, H, 8, 8)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_that_is_spelled_out_is_the_librarys_by_then(masked: bool, post_grad: PostGrad) -> None:
+    q, k, v = tensors(q_len=3, dtype=torch.bfloat16, groups=H)
+    masks = [torch.randn(1, H, 3, S).bfloat16()] if masked else []
+
+    def spelled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: torch.Tensor) -> torch.Tensor:
+        scores = sum(mask, q @ k.transpose(-2, -1) / D**0.5)
+        return (scores.softmax(-1) @ v).cos()
+
+    (found,) = regions(post_grad(Fn(spelled), q, k, v, *masks)[0])
+    assert shapes(found.problem) == [(B, H, 3, D), (B, H, S, D), (B, H, S, D), *([(1, H, 3, S)] if masked else [])]
+    assert dict(found.problem.scalars)["scale"] == D**-0.5
+
+
 @pytest.mark.parametrize("mask", [None, "bool", "float32"])
 @pytest.mark.parametrize("gqa", [False, True])
 def test_the_compiled_reference_has_the_very_same_problem(mask: str | None, gqa: bool, post_grad: PostGrad) -> None:
