@@ -102,8 +102,8 @@ def test_unscaled_attention_with_a_bias_as_t5_has_it(post_grad: PostGrad) -> Non
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_that_is_spelled_out_is_the_librarys_by_then(masked: bool, post_grad: PostGrad) -> None:
-    q, k, v = tensors(q_len=3, dtype=torch.bfloat16, groups=H)
+def test_spelled_out_attention_is_found_where_inductor_makes_a_library_call_of_it(masked: bool, post_grad: PostGrad) -> None:
+    q, k, v = (x.contiguous() for x in tensors(q_len=3, dtype=torch.bfloat16, groups=H))
     masks = [torch.randn(1, H, 3, S).bfloat16()] if masked else []
 
     def spelled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: torch.Tensor) -> torch.Tensor:
