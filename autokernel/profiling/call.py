@@ -158,9 +158,9 @@ def _call_once(module: nn.Module, inputs: Inputs, scenario: CallScenario, name: 
         which = scenario.outputs[number] if scenario.outputs else number
         if not item.numel():
             raise WorkloadError(
-                f"scenario {name}: output {which} is empty, so nothing could be compared; with the inputs {_shapes(inputs)} its "
-                f"shape is {list(item.shape)}: give inputs for which it is not empty, or name only the outputs that count under "
-                "`outputs`"
+                f"scenario {name}: output {which} is empty, so nothing could be compared; with the inputs {_shapes(inputs)} "
+                f"its shape is {list(item.shape)}: give inputs for which it is not empty, or name only the outputs that count "
+                "under `outputs`"
             )
         if not item.isfinite().any():
             raise WorkloadError(

@@ -263,6 +263,39 @@ def test_higher_may_be_better_and_losses_may_be_logarithms() -> None:
     assert not compare_metric(higher, lambda: "stock", lambda: "lost").passed
 
 
+@pytest.mark.parametrize(
+    ("other", "higher_is_better", "worse", "end"),
+    [
+        ([0.0] * 8, False, 0, 0),
+        ([0.0] * 8, True, 0, 0),
+        ([0.0] * 7 + [1e-30], False, math.inf, math.inf),
+        ([0.0] * 7 + [1.0], True, -math.inf, 0),
+        ([1.0] * 8, True, -math.inf, -math.inf),
+        ([-1.0] * 8, True, math.inf, math.inf),
+        ([-1.0] * 8, False, -math.inf, -math.inf),
+        ([1.0, -1.0] * 4, False, 0, math.inf),
+    ],
+)
+def test_a_metric_that_is_zero_with_stock_code_is_kept_or_infinitely_worse(
+    other: list[float], higher_is_better: bool, worse: float, end: float
+) -> None:
+    metric = metric_of({"stock": [0.0] * 8, "other": other}, higher_is_better=higher_is_better)
+    result = compare_metric(metric, lambda: "stock", lambda: "other")
+    assert result.stock == 0
+    assert result.bundle == pytest.approx(sum(other) / 8)
+    assert (result.worse_by, result.worse_by_high, result.passed) == (worse, end, end <= 0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_metric_that_is_seldom_other_than_zero_has_no_interval_of_nan() -> None:
+    """A third of the resamples hold none of stock's one error."""
+    samples = {"stock": [1.0] + [0.0] * 39, "same": [1.0] + [0.0] * 39, "two": [1.0, 1.0] + [0.0] * 38, "none": [0.0] * 40}
+    ends = {name: compare_metric(metric_of(samples), lambda: "stock", lambda own=name: own) for name in samples}
+    assert {name: (result.worse_by, result.worse_by_high, result.passed) for name, result in ends.items()} == {
+        "stock": (0, 0, True), "same": (0, 0, True), "two": (1, math.inf, False), "none": (-1, 0, True),
+    }  # fmt: skip
+
+
 GATED = Path(__file__).parents[1] / "data" / "gated.yaml"
 
 
@@ -327,6 +360,14 @@ def test_a_metric_that_fails_with_stock_code_is_its_own_fault(tmp_path: Path) ->
     (tmp_path / "x.yaml").write_text(GATED.read_text().replace("gated.py:mean_square", "gated.py:fails"))
     with pytest.raises(WorkloadError, match=r"gated.py:fails failed at "):
         check_metric(load_experiment(tmp_path / "x.yaml"), bundle(), JobTurns("cpu"), 0)
+
+
+def test_an_experiment_whose_metric_counts_no_errors_is_validated(tmp_path: Path) -> None:
+    counts = "\n\ndef errors(forward):\n    return [float((~forward(torch.ones(4, 256).bfloat16()).isfinite()).sum())]\n"
+    (tmp_path / "gated.py").write_text(GATED.with_suffix(".py").read_text() + counts)
+    (tmp_path / "x.yaml").write_text(GATED.read_text().replace("gated.py:mean_square", "gated.py:errors"))
+    result = check_metric(load_experiment(tmp_path / "x.yaml"), bundle(), JobTurns("cpu"), 0)
+    assert (result.stock, result.bundle, result.worse_by_high, result.passed) == (0, 0, 0, True)
 
 
 @pytest.mark.slow

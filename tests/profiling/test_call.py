@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from autokernel.config import CallScenario
+from autokernel.config import CallScenario, load_experiment
 from autokernel.errors import ConfigError, WorkloadError
-from autokernel.profiling.workload import ScenarioProgram, build_scenario
+from autokernel.profiling.workload import ScenarioProgram, build_scenario, load_model
+
+GATED = Path(__file__).parents[1] / "data" / "gated.yaml"
 
 
 @dataclass
@@ -55,6 +58,20 @@ INPUTS = {
     "scale": 2.0,
     "ids": {"shape": ["batch"], "distribution": "integers", "high": 9},
 }
+
+
+class Rows(nn.Module):
+    """All rows, and those from the third on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.linear(x)
+        return out, out[2:]
+
+
 X = {"x": {"shape": ["batch", 4]}}
 
 
@@ -129,6 +146,14 @@ def test_a_copy_in_higher_precision_is_not_called() -> None:
         (Structured(), INPUTS, (), r"the model returns Result; name the tensors that count under `outputs`"),
         (Structured(), INPUTS, ("parts.0",), r"the model returns dict with ids; name the tensors"),
         (nn.Linear(4, 4), {"input": {"shape": [2, 4], "mean": 1e38, "std": 1e38}}, (), "output 0 is nowhere finite"),
+        (
+            Rows(),
+            X,
+            (),
+            r"scenario c: output 1 is empty, so nothing could be compared; with the inputs float32\[2, 4\] its shape is "
+            r"\[0, 4\]: give inputs for which it is not empty, or name only the outputs that count under `outputs`",
+        ),
+        (Rows(), X, ("0", "1"), "output 1 is empty"),
     ],
 )
 def test_what_does_not_suit_the_model_is_told(model: nn.Module, inputs: Any, outputs: tuple[str, ...], message: str) -> None:
@@ -136,3 +161,34 @@ def test_what_does_not_suit_the_model_is_told(model: nn.Module, inputs: Any, out
         nn.init.constant_(model.weight, 10)
     with pytest.raises((WorkloadError, ConfigError), match=message):
         program(model, inputs, outputs)
+
+
+def test_an_empty_output_that_does_not_count_is_left_out() -> None:
+    built = program(Rows(), X, ("0",))
+    assert built.module(*built.inputs).shape == (2, 4)
+
+
+def test_inputs_without_rows_are_told(tmp_path: Path) -> None:
+    (tmp_path / "gated.py").write_text(GATED.with_suffix(".py").read_text().replace("torch.randn(batch,", "torch.randn(0,"))
+    (tmp_path / "x.yaml").write_text(GATED.read_text())
+    loaded = load_experiment(tmp_path / "x.yaml")
+    model = load_model(loaded, "cpu")
+    with pytest.raises(
+        WorkloadError, match=r"scenario one: output 0 is empty, .* inputs bfloat16\[0, 256\] its shape is \[0, 256\]"
+    ):
+        build_scenario(model, loaded.experiment.scenarios["one"], "one", 0, "cpu", "bfloat16", loaded)
+
+
+@pytest.mark.parametrize(
+    ("batch", "x", "reason"),
+    [
+        (10**18, {"shape": ["batch", 4]}, "RuntimeError: Storage size calculation overflowed"),
+        (10**30, {"shape": ["batch", 4]}, "TypeError: .*failed to unpack"),
+        (10**30, {"shape": [1, "batch"], "distribution": "arange"}, "OverflowError: int too big to convert"),
+    ],
+)
+def test_a_batch_beyond_all_memory_is_told(batch: int, x: dict[str, Any], reason: str) -> None:
+    scenario = CallScenario.model_validate({"kind": "call", "inputs": {"input": x}, "batch": batch})
+    cure = r"; use a smaller batch, or smaller sizes under scenarios\.c\.inputs$"
+    with pytest.raises(WorkloadError, match=rf"^scenario c: .* made with scenarios\.c\.batch={batch}: {reason}.*{cure}"):
+        build_scenario(nn.Linear(4, 4), scenario, "c", 0, "cpu", "float32")
