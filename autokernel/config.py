@@ -5,12 +5,10 @@ Relative paths in an experiment are relative to the folder of its file.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from autokernel.config_messages import (
     ADDRESS_PATTERN,
@@ -21,6 +19,7 @@ from autokernel.config_messages import (
     suggestion,
     without_passwords,
 )
+from autokernel.config_yaml import parse_yaml_mapping, set_value
 from autokernel.errors import ConfigError
 from autokernel.model_config import (
     CallScenario,
@@ -29,7 +28,10 @@ from autokernel.model_config import (
     PrefillScenario,
     Scenario,
     Section,
+    Seed,
     TensorInput,
+    shortened,
+    written_as_json,
 )
 
 _STORAGE = ("sqlite", "postgresql", "mysql")
@@ -55,7 +57,7 @@ class SearchSection(Section):
     without: tuple[str, ...] = Field((), description="ops to leave alone, by name: `[generated]` searches no generated fusions")
     hotspots: PositiveInt = Field(16, description="how many of the ranked hotspots to search at most")
     min_weight: float = Field(0.01, ge=0, lt=1, description="leave hotspots below this share of the whole run alone")
-    seed: int = Field(0, description="of samplers, and of the inputs that candidates are checked on")
+    seed: Seed = Field(0, description="of samplers, and of the inputs that candidates are checked on")
     max_copies: int = Field(
         8, ge=1, le=64, description="sets of weights and inputs a candidate is timed on in turn; more keep caches colder"
     )
@@ -110,6 +112,8 @@ class EvalSection(Section):
     limit: PositiveFloat = Field(0.002, description="largest relative worsening allowed, at the interval's bad end")
     higher_is_better: bool = False
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a metric function")
+
+    _json = field_validator("arguments")(written_as_json)
 
 
 # Of one round the interval has no width, and below six no two of the ratios hold the median in 95 % of cases. Eleven is what
@@ -238,7 +242,10 @@ def load_experiment(path: Path | str, overrides: tuple[str, ...] = ()) -> Loaded
     Raises:
         ConfigError: names the file, the key's path, the value and the cure.
     """
-    path = Path(path).expanduser().resolve()
+    try:
+        path = Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # an unknown `~user`, a NUL
+        raise ConfigError(f"{path!r}: is no path: {error}") from None
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -262,7 +269,7 @@ def parse_experiment(text: str, path: Path, overrides: tuple[str, ...] = ()) -> 
     """
     data = parse_yaml_mapping(text, path)
     for override in overrides:
-        _override(data, override)
+        set_value(data, override)
     try:
         return Experiment.model_validate(data)
     except ValidationError as error:
@@ -282,71 +289,17 @@ def _blamed(mistake: Mistake, overrides: tuple[str, ...]) -> str:
     return from_overrides(mistake.key, overrides) or from_overrides("", overrides)
 
 
-def parse_yaml_mapping(text: str, path: Path) -> dict[str, Any]:
-    """A YAML document that must be a mapping, with duplicate keys refused.
-
-    Raises:
-        ConfigError: names the file and, for a syntax error, line and column.
-    """
-    try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold keys and values, not {type(data).__name__}")
-    return data
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, instead of silently keeping the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # `<<` brings defaults, which may be given again
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    dotted, equals, value = override.partition("=")
-    if not equals or not dotted:
-        raise ConfigError(f"--set {override}: must look like search.trials=50")
-    *parents, last = dotted.split(".")
-    target: Any = data
-    for parent in parents:
-        if not isinstance(target, dict):
-            raise ConfigError(f"--set {override}: `{parent}` lies below something that is not a section")
-        target = target.setdefault(parent, {})
-    if not isinstance(target, dict):
-        raise ConfigError(f"--set {override}: `{'.'.join(parents)}` is not a section")
-    try:
-        target[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
-
-
 def _check_files(loaded: LoadedExperiment) -> None:
     """Everything the experiment names on disk must be there before anything is started."""
     experiment = loaded.experiment
     model = experiment.model
-    wanted: list[tuple[str, Path, str]] = []
+    wanted: list[tuple[str, Path | str, str]] = []
     if model.checkpoint is not None:
-        wanted.append(("model.checkpoint", loaded.resolve(model.checkpoint), "a folder with config.json and *.safetensors"))
+        wanted.append(("model.checkpoint", model.checkpoint, "a folder with config.json and *.safetensors"))
     if isinstance(model.config, Path):
-        wanted.append(("model.config", loaded.resolve(model.config), "a config.json"))
+        wanted.append(("model.config", model.config, "a config.json"))
     if experiment.search.spaces is not None:
-        wanted.append(("search.spaces", loaded.resolve(experiment.search.spaces), "a folder of <op>.yaml files"))
+        wanted.append(("search.spaces", experiment.search.spaces, "a folder of <op>.yaml files"))
     functions = [("model.factory", model.factory), ("model.class_path", model.class_path)]
     calls = {name: s for name, s in experiment.scenarios.items() if isinstance(s, CallScenario)}
     functions += [(f"scenarios.{name}.inputs", scenario.inputs_function) for name, scenario in calls.items()]
@@ -356,7 +309,7 @@ def _check_files(loaded: LoadedExperiment) -> None:
         if data is not None and ":" in data:
             functions.append(("validation.eval.data", data))
         elif data is not None:
-            wanted.append(("validation.eval.data", loaded.resolve(data), "a text file or a folder of them"))
+            wanted.append(("validation.eval.data", data, "a text file or a folder of them"))
         elif metric in ("bits_per_byte", "perplexity"):
             raise loaded.wrong("validation.eval.data", f"metric {metric} needs text to be measured on")
         if metric not in ("bits_per_byte", "perplexity") and ":" not in metric:
@@ -368,12 +321,22 @@ def _check_files(loaded: LoadedExperiment) -> None:
         if not colon or not function.isidentifier() or not target:
             raise loaded.wrong(key, f"{reference!r} must look like package.module:function or file.py:function")
         if target.endswith(".py"):
-            wanted.append((key, loaded.resolve(target), "a Python file"))
-    for key, place, what in wanted:
-        if not place.exists():
+            wanted.append((key, target, "a Python file"))
+    for key, name, what in wanted:
+        try:
+            place = loaded.resolve(name)
+            is_there, is_checkpoint = place.exists(), (place / "config.json").is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown `~user`, a NUL
+            said = shortened(repr(str(name)))
+            raise loaded.wrong(key, f"{said} cannot be looked up ({_why(error)}); it should be {what}") from None
+        if not is_there:
             raise loaded.wrong(key, f"{place} does not exist; it should be {what}")
-    if model.checkpoint is not None and not (loaded.resolve(model.checkpoint) / "config.json").is_file():
-        raise loaded.wrong("model.checkpoint", f"{loaded.resolve(model.checkpoint)} holds no config.json")
+        if key == "model.checkpoint" and not is_checkpoint:
+            raise loaded.wrong(key, f"{place} holds no config.json")
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 __all__ = [

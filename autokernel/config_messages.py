@@ -11,7 +11,16 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from autokernel.model_config import FUNCTION, TENSOR, CallScenario, DecodeScenario, PrefillScenario, TensorInput
+from autokernel.model_config import (
+    FUNCTION,
+    NOT_JSON,
+    TENSOR,
+    CallScenario,
+    DecodeScenario,
+    PrefillScenario,
+    TensorInput,
+    shortened,
+)
 
 NAME_PATTERN = r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$"
 ADDRESS_PATTERN = r"^(local|auto|inline|(ray://)?[^/\s]+:\d+)$"
@@ -102,6 +111,8 @@ def _keys(item: ErrorDetails, data: Any) -> list[str]:
         keys.append(str(part))
     if item["type"] == "union_tag_invalid":
         keys.append(_discriminator(item))
+    if item["type"] == NOT_JSON:
+        keys += item["ctx"]["keys"]
     return keys
 
 
@@ -139,6 +150,8 @@ def _text(key: str, item: ErrorDetails, model: type[BaseModel]) -> str:
             return f"{value!r}{' ' if rule.startswith('is ') else ': '}{rule}"
         case "too_short":
             return "is empty; give at least one"
+        case _ if kind == NOT_JSON:
+            return without_passwords(context["problem"])
         case "value_error":
             return item["msg"].removeprefix("Value error, ")
     return f"{item['msg']} (got {_short(value)})"
@@ -151,7 +164,7 @@ def _wanted(item: ErrorDetails) -> str:
         return "a section of inputs by name, or a function such as file.py:function"
     if kind in _BOUNDS:
         (bound,) = item.get("ctx", {}).values()
-        return f"{_BOUNDS[kind]} {bound:g}"
+        return f"{_BOUNDS[kind]} {bound if isinstance(bound, int) else format(bound, 'g')}"
     if kind in _SECTIONS:
         return "a section"
     return next((words for prefix, words in _MUST_BE.items() if kind.startswith(prefix)), "")
@@ -189,7 +202,7 @@ def _discriminator(item: ErrorDetails) -> str:
 
 def _short(value: Any) -> str:
     text = str(value).lower() if isinstance(value, bool) else without_passwords(repr(value))
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(text)
 
 
 def _meaning(model: type[BaseModel], location: tuple[int | str, ...]) -> str:

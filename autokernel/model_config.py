@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 # Kinds of inputs: pydantic puts them into the path of an error, where `config_messages` takes them out again.
 TENSOR, LIST, VALUE, DECLARED, FUNCTION = "<tensor>", "<list>", "<value>", "<declared>", "<function>"
@@ -15,6 +30,69 @@ class Section(BaseModel):
     """A mapping of an experiment: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name is not None:
+            kinds = _kinds(cls.model_fields[info.field_name].annotation)
+            if bool not in kinds and (int in kinds or float in kinds):
+                raise PydanticKnownError("int_type" if int in kinds else "float_type")
+        return value
+
+
+def shortened(text: str, length: int = 80) -> str:
+    """A text, or its beginning."""
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types of a union, or the one type."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return [kind for part in get_args(annotation) for kind in _kinds(part)]
+    return [annotation]
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticKnownError("int_type")
+    return value
+
+
+# Stages add small numbers to a seed, and torch and others take 63 bits.
+Seed = Annotated[int, Field(ge=0, lt=2**63 - 100)]
+
+NOT_JSON = "not_json"  # pydantic's type of the error, with the keys below the field in its context
+_MAX_NESTED = 100
+
+
+def written_as_json(value: Any) -> Any:
+    """Keys and values of any kind, if JSON can hold them: the run's record does, and fresh processes read them from there."""
+    if isinstance(value, dict):
+        _check_json(value, (), ())
+    return value
+
+
+def _check_json(value: Any, keys: tuple[str, ...], above: tuple[int, ...]) -> None:
+    if isinstance(value, (dict, list, tuple)):
+        if id(value) in above:
+            raise _not_json(value, keys, "holds itself: write it out, without the alias")
+        if len(above) >= _MAX_NESTED:
+            raise _not_json(value, keys[:1], f"lies in {_MAX_NESTED} lists and sections: write fewer in each other")
+        above = (*above, id(value))
+        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_json(key, keys, above)
+            _check_json(below, (*keys, str(key)), above)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise _not_json(value, keys, "must be a finite number")
+    elif isinstance(value, date):
+        raise _not_json(value, keys, f"is no value of JSON: write '{value}' in quotes")
+    elif value is not None and not isinstance(value, (str, int, float)):
+        raise _not_json(value, keys, "must be text in quotes, a number, true, false, null, a list or a section")
+
+
+def _not_json(value: Any, keys: tuple[str, ...], problem: str) -> PydanticCustomError:
+    return PydanticCustomError(NOT_JSON, "no JSON", {"keys": keys, "problem": f"{shortened(repr(value))} {problem}"})
 
 
 class ModelSection(Section):
@@ -53,7 +131,9 @@ class ModelSection(Section):
         "where `layers` are asked for (`graph.layers` and others), it is set to so many. Language models: num_hidden_layers",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    seed: int = Field(0, description="of random weights")
+    seed: Seed = Field(0, description="of random weights")
+
+    _json = field_validator("config", "arguments", "config_overrides")(written_as_json)
 
     @property
     def by_auto_class(self) -> bool:
@@ -131,7 +211,9 @@ _FLOATS = ("float64", "float32", "bfloat16", "float16")
 class TensorInput(Section):
     """A tensor that a model is called with. Each check draws its numbers anew, with another seed."""
 
-    shape: tuple[int | str, ...] = Field(description="sizes; `batch` stands for the scenario's batch")
+    shape: tuple[Annotated[int, BeforeValidator(_no_boolean)] | str, ...] = Field(
+        description="sizes; `batch` stands for the scenario's batch"
+    )
     distribution: Literal["normal", "uniform", "integers", "arange", "zeros", "ones"] = Field(
         "normal", description="arange counts along the last dimension; zeros run faster than what a model sees"
     )
@@ -198,7 +280,16 @@ _Inputs = Annotated[
 ]
 
 
-class PrefillScenario(Section):
+class _ScenarioSection(Section):
+    """A scenario: pydantic reads `kind` before anything else, and takes no validator for all fields there."""
+
+    @field_validator("batch", "length", "context", "top_k", mode="before", check_fields=False)
+    @classmethod
+    def _numbers_are_no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        return _no_boolean(value)
+
+
+class PrefillScenario(_ScenarioSection):
     """A language model reads a whole prompt."""
 
     kind: Literal["prefill"]
@@ -212,7 +303,7 @@ class PrefillScenario(Section):
 _TOP_K = 50
 
 
-class DecodeScenario(Section):
+class DecodeScenario(_ScenarioSection):
     """A language model produces one token per sequence, with a static KV cache."""
 
     kind: Literal["decode"]
@@ -237,7 +328,7 @@ class DecodeScenario(Section):
         return self
 
 
-class CallScenario(Section):
+class CallScenario(_ScenarioSection):
     """Any other model: one call, with inputs that are declared here or made by a function."""
 
     kind: Literal["call"]

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "autokernel"
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("records",), ("errors",)),
     (("environment",), ("requirements",), ("torch_facts",), ("model_config",)),
-    (("config_messages",),),
+    (("config_messages", "config_yaml"),),
     (("events",), ("config",)),
     (("fingerprint",),),
     (("ops",),),
@@ -332,6 +332,7 @@ def test_production_imports_torch_alone() -> None:
         "autokernel.records",
         "autokernel.errors",
         "autokernel.environment",
+        "autokernel.requirements",
     )
     assert all(_within(name, allowed) for name in own), f"production needs {sorted(own)}"
 

@@ -38,7 +38,7 @@ class PlanStudy:
         self._proposed: list[Plan] = []
         self.left_out: list[tuple[Plan, float]] = []  # of the first plans: in what, in us, they differ from a better one
         self._names = {part.key: f"part {number}" for number, part in enumerate(self._parts)}
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0, multivariate=True)
+        sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=0, multivariate=True)
         self._study = optuna.create_study(sampler=sampler)
         self._ranked = best_plans(parts, max(limit, _TOLD_PLANS))
         for plan in self._ranked:
