@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from autokernel.config import CallScenario, LoadedExperiment
@@ -10,6 +12,10 @@ from autokernel.records import digest_of
 
 _HASHED_BYTES = 64 << 20  # larger files are known by size and time
 _SPACES = "search.spaces"
+# What runs write (docs/tracking.md), named again: the modules that write it lie above this one.
+_OF_A_RUN = frozenset({"journal.jsonl", "journal.lock"})
+_MLFLOW_DATABASE = "mlflow.db"  # and mlflow.db-journal, -wal, -shm
+_MLFLOW_ARTIFACTS = "mlartifacts"
 
 
 def experiment_digest(loaded: LoadedExperiment) -> str:
@@ -60,17 +66,31 @@ def checkpoint_bytes(loaded: LoadedExperiment) -> int:
 
 
 def _fingerprint(path: Path, *, spaces: bool) -> list[str]:
-    """Of a file, or of all files of a folder; of a folder of search spaces only those, wherever it lies."""
+    """Of a file, or of all files of a folder but runs; of a folder of search spaces only those, wherever it lies."""
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in (path.glob("*.yaml") if spaces else path.rglob("*")) if p.is_file())
+        files = sorted(p for p in (path.glob("*.yaml") if spaces else _files_below(path)) if p.is_file())
     prints = []
     for file in files:
         if "__pycache__" in file.parts:
             continue
-        status = file.stat()
-        known = f"{status.st_size} {status.st_mtime_ns}"
-        if status.st_size <= _HASHED_BYTES:
-            known = hashlib.sha256(file.read_bytes()).hexdigest()
+        try:
+            status = file.stat()
+            known = f"{status.st_size} {status.st_mtime_ns}"
+            if status.st_size <= _HASHED_BYTES:
+                known = hashlib.sha256(file.read_bytes()).hexdigest()
+        except FileNotFoundError:  # deleted since it was listed
+            continue
         prints.append(f"{file.name} {known}")
     return prints
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files at any depth, but none that runs write: a run must not change what it began with."""
+    for root, folders, files in os.walk(folder):
+        here = Path(root)
+        if here != folder and _OF_A_RUN.issubset(files):
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if name != _MLFLOW_ARTIFACTS]
+        yield from (here / name for name in files if not name.startswith(_MLFLOW_DATABASE))

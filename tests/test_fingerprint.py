@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from autokernel.config import Experiment, load_experiment
 from autokernel.fingerprint import checkpoint_bytes, experiment_digest, file_digests
+from autokernel.tracking.journal import JOURNAL_NAME, Journal, find_runs, run_folder
+from autokernel.tracking.mlflow_env import default_artifact_folder, default_tracking_uri
 
 DATA = Path(__file__).parent / "data"
 
@@ -88,6 +91,68 @@ def test_which_file_changed_is_told_by_its_key(experiment: Path) -> None:
     code.write_text(code.read_text() + "\n# touched\n")
     last = file_digests(load_experiment(experiment, overrides))
     assert {key for key in after if after[key] != last[key]} == named - {"search.spaces"}
+
+
+@pytest.mark.parametrize("runs", ["runs", "deep/in/it", "."])
+def test_runs_in_a_folder_that_is_named_do_not_count(experiment: Path, runs: str) -> None:
+    """What a run writes there must not keep it from being resumed."""
+    overrides = ("validation.eval.data=.",)
+    before = experiment_digest(load_experiment(experiment, overrides))
+    files = file_digests(load_experiment(experiment, overrides))
+    folder = run_folder(experiment.parent / runs, "gated", "20260101-000000-aa")
+    Journal(folder).close()
+    (folder / JOURNAL_NAME).write_text("{}")
+    (folder / "bundle").mkdir()
+    (folder / "bundle" / "bundle.json").write_text("{}")
+    database = Path(default_tracking_uri(experiment.parent / runs).removeprefix("sqlite:///"))
+    for written in (
+        database,
+        Path(f"{database}-journal"),
+        default_artifact_folder(experiment.parent / runs) / "1" / "plot.png",
+    ):
+        written.parent.mkdir(exist_ok=True, parents=True)
+        written.write_text("x")
+    assert experiment_digest(load_experiment(experiment, overrides)) == before
+    assert file_digests(load_experiment(experiment, overrides)) == files
+    folder.with_name("prompts.txt").write_text("beside a run, but not of one")
+    assert experiment_digest(load_experiment(experiment, overrides)) != before
+
+
+def test_a_run_s_folder_that_is_named_itself_counts(experiment: Path) -> None:
+    runs = experiment.parent / "runs"
+    Journal(run_folder(runs, "gated", "20260101-000000-aa")).close()
+    (folder,) = find_runs(runs)
+    overrides = (f"validation.eval.data={folder}",)
+    before = experiment_digest(load_experiment(experiment, overrides))
+    (folder / "prompts.txt").write_text("more")
+    assert experiment_digest(load_experiment(experiment, overrides)) != before
+
+
+def test_files_that_vanish_meanwhile_are_no_failure(experiment: Path) -> None:
+    folder = experiment.parent / "data"
+    (folder / "kept").mkdir(parents=True)
+    (folder / "kept" / "prompts.txt").write_text("text")
+    loaded = load_experiment(experiment, ("validation.eval.data=data",))
+    before = experiment_digest(loaded)
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            for number in range(50):
+                (folder / f"{number}").mkdir()
+                (folder / f"{number}" / "file").write_text("x")
+            for number in range(50):
+                shutil.rmtree(folder / f"{number}")
+
+    changing = threading.Thread(target=come_and_go)
+    changing.start()
+    try:
+        for _ in range(100):
+            experiment_digest(loaded)
+    finally:
+        ended.set()
+        changing.join()
+    assert experiment_digest(loaded) == before
 
 
 def test_a_checkpoint_is_as_large_as_its_weights(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def default_artifact_folder(runs_folder: Path | str) -> Path:
 
 def is_server(tracking_uri: str) -> bool:
     """Whether the URI names an MLflow server rather than a database."""
-    return urlsplit(tracking_uri).scheme in ("http", "https", "databricks")
+    scheme, separator, _ = tracking_uri.partition(":")  # urlsplit would refuse what has a `[` in its password
+    return bool(separator) and scheme.lower() in ("http", "https", "databricks")
 
 
 def with_driver(tracking_uri: str) -> str:

@@ -295,13 +295,17 @@ def _connect(address: str, num_cpus: int) -> None:
 
 @contextlib.contextmanager
 def _keeping_sigterm() -> Iterator[None]:
-    """Keeps what this process does on SIGTERM: Ray would exit with a code of its own, and the run without its end."""
+    """Keeps a handler of SIGTERM that this process has: Ray puts one in its place that exits with a code of its own.
+
+    Without any, Ray's stays, since processes of Ray would outlive this one by a minute. In other threads than the main one
+    handlers cannot be set, which Ray does not try either.
+    """
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        # None: not installed by Python, which cannot install it again. Other threads than the main one may not, nor does Ray.
-        if handler is not None and threading.current_thread() is threading.main_thread():
+        there_is_one = handler is not None and handler != signal.SIG_DFL
+        if there_is_one and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
 
 

@@ -19,7 +19,14 @@ import pytest
 from autokernel.errors import StorageError
 from autokernel.events import Event
 from autokernel.tracking.journal import Journal, run_folder
-from autokernel.tracking.mlflow_env import default_tracking_uri, prepare_environment, redacted, scrubbed, with_driver
+from autokernel.tracking.mlflow_env import (
+    default_tracking_uri,
+    is_server,
+    prepare_environment,
+    redacted,
+    scrubbed,
+    with_driver,
+)
 from autokernel.tracking.mlflow_mirror import MlflowMirror
 from autokernel.tracking.mlflow_writer import sync_journal, sync_runs
 from autokernel.tracking.views import VIEW_NAMES
@@ -245,6 +252,30 @@ def test_password_stays_out_of_messages() -> None:
     assert redacted("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
     assert scrubbed("no route to me:pa@ss@host", "http://me:pa%40ss@host") == "no route to me:***@host"
     assert scrubbed("plain", "http://host") == "plain"
+
+
+@pytest.mark.parametrize("password", ["p[ss", "p]ss", "[p]ss", "p/ss", "p#s?s", "p@s[s", "p%5Bss", "%", "p\u2100ss"])
+def test_a_password_that_no_url_may_have_stays_out_of_messages(password: str) -> None:
+    uri = f"postgresql://user:{password}@127.0.0.1:9/db"
+    assert redacted(uri) == "postgresql://user:***@127.0.0.1:9/db"
+    assert scrubbed(f"no route to user:{password}@127.0.0.1", uri) == "no route to user:***@127.0.0.1"
+    assert scrubbed(f"tried {with_driver(uri)} twice", uri) == f"tried {with_driver(redacted(uri))} twice"
+    assert redacted(f"postgresql://a@b.org:{password}@h/db") == "postgresql://a@b.org:***@h/db", "an address as the user"
+    assert not is_server(uri)
+    assert is_server(f"https://user:{password}@host")
+
+
+def test_a_password_that_no_url_may_have_costs_the_run_nothing(
+    runs: Path, synthetic_events: list[Event], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run_folder(runs, "synthetic-llama", _RUN_ID)
+    mirror = MlflowMirror(folder, "postgresql://user:p[ss@127.0.0.1:9/db", patience_s=40)
+    with caplog.at_level(logging.INFO):
+        _write(folder, synthetic_events[:3], mirror)
+        mirror.close()
+    assert mirror.complete is False
+    assert "MLflow (postgresql://user:***@127.0.0.1:9/db) does not have everything" in caplog.text
+    assert "p[ss" not in caplog.text + (folder / "mlflow.log").read_text()
 
 
 def test_plain_postgresql_names_the_driver_that_is_installed() -> None:

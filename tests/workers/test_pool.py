@@ -341,3 +341,32 @@ except KeyboardInterrupt:
     driver.send_signal(signal.SIGINT)
     assert driver.wait(5) == 130
     all_gone([int(begun.read_text())])
+
+
+@pytest.mark.ray
+def test_a_schedulers_signal_reaches_the_handler_that_was_there_before_ray(
+    tmp_path: Path, eventually: Callable[..., None], all_gone: Callable[[list[int]], None]
+) -> None:
+    begun = tmp_path / "begun"
+    code = f"""
+import signal, sys
+sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]!r}
+import worker_jobs
+from autokernel.config import ClusterSection
+from autokernel.workers.pool import open_pool
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+pool = open_pool(ClusterSection(address="local"), device="cpu", num_workers=1, env={{}})
+try:
+    pool.submit(worker_jobs.Touch({str(begun)!r}, 600), 600).result()
+except KeyboardInterrupt:
+    pool.close()
+    sys.exit(130)
+"""
+    driver = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        eventually(lambda: begun.exists() and begun.read_text(), GENEROUS_S)
+        driver.terminate()
+        assert driver.wait(GENEROUS_S) == 130
+    finally:
+        driver.kill()
+    all_gone([int(begun.read_text())])
