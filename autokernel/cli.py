@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import autokernel
+from autokernel.config_messages import without_passwords
 from autokernel.errors import BundleError, ConfigError
 
 if TYPE_CHECKING:
@@ -267,9 +268,9 @@ class _Request:
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on where this one was interrupted: the same one, without --fresh."""
+        """The command that goes on where this one was interrupted: the same one, without --fresh and passwords."""
         words = ["autokernel", "run" if self.until == "prove" else self.until, str(self.experiment)]
-        words += [word for override in self.overrides for word in ("--set", override)]
+        words += [word for override in self.overrides for word in ("--set", without_passwords(override))]
         return shlex.join(words + ([] if self.runs == _RUNS else ["--runs", str(self.runs)]))
 
 

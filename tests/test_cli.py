@@ -346,9 +346,11 @@ def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(
     experiment: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "run", replaying(error=KeyboardInterrupt()))
-    done = call("search", experiment, "--runs", runs, "--fresh", "--set", "search.seeds=[stock, history]", "--json")
+    tracking = ["--set", "tracking=postgresql://me:secret@127.0.0.1:9/db"]
+    done = call("search", experiment, "--runs", runs, "--fresh", "--set", "search.seeds=[stock, history]", *tracking, "--json")
     assert done.exit_code == 130
-    command = f"autokernel search {experiment} --set 'search.seeds=[stock, history]' --runs {runs}"
+    settings = "--set 'search.seeds=[stock, history]' --set 'tracking=postgresql://me:***@127.0.0.1:9/db'"
+    command = f"autokernel search {experiment} {settings} --runs {runs}"
     assert done.stderr.splitlines()[-1] == f"Interrupted; this goes on from here: {command}"
     assert json.loads(done.stdout)["resume"] == command
 

@@ -299,7 +299,7 @@ def sync_journal(journal_path: Path | str, tracking_uri: str | None = None) -> S
             writer.take(entry)
         writer.flush()
         writer.settle()
-    except (MlflowException, OSError, ImportError) as error:
+    except (MlflowException, OSError, ImportError, ValueError) as error:  # the last: a URI that is none
         raise StorageError(
             f"{redacted(uri)}: MLflow did not take the run {folder.name}: {scrubbed(str(error), uri)}. "
             f"The journal has everything: repeat this when the server answers again"

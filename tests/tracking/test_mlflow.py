@@ -245,6 +245,9 @@ def test_refusing_database_is_an_error_with_the_cure(runs: Path, synthetic_event
         sync_journal(folder, f"http://127.0.0.1:{_closed_port()}")
     with pytest.raises(StorageError, match="did not take the run"):
         sync_journal(folder, "sqlite:////proc/autokernel/mlflow.db")
+    with pytest.raises(StorageError, match="did not take the run") as refused:
+        sync_journal(folder, "postgresql://me:p[ss@127.0.0.1:9/db")  # no URI at all for MLflow
+    assert "p[ss" not in str(refused.value)
 
 
 def test_password_stays_out_of_messages() -> None:
