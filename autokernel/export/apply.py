@@ -35,6 +35,7 @@ from autokernel.export.freezing import (
     graph_products,
     names_of,
     needs_constant,
+    sizes_change,
     weights_to_freeze,
 )
 from autokernel.export.isa_probes import built_ahead
@@ -92,6 +93,10 @@ class BundleBackend:
     def bundle(self) -> Bundle:
         return self.plan.bundle
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BundleBackend:
+        """Itself: a model is copied with what it was compiled by, whose counters and kernels are this process's."""
+        return self
+
     def usage(self) -> dict[str, Usage]:
         """Per problem key: how many sites were built from the entry so far, and why others were not."""
         return self.plan.report()
@@ -148,7 +153,13 @@ class BundleBackend:
 
         frozen = weights_to_freeze(products, inputs, plan, everything=chosen.get("freezing") == "all")
         positions = frozen.positions
-        if not positions:
+        changing = bool(positions) and sizes_change(gm, inputs)
+        if changing:
+            for entry, _ in frozen.copied:
+                plan.skip(
+                    entry, "its weights are constants of graphs of fixed sizes, and this one is for several: dynamic=False"
+                )
+        if changing or not positions:
             return compile_stock(inputs)
 
         # given what a call has: nothing of the first one is kept

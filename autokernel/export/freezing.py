@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autokernel.export.bundle import Entry
 from autokernel.export.matching import Gemm
@@ -94,6 +95,18 @@ def weights_to_freeze(products: Iterable[Product], inputs: Sequence[Any], plan: 
     return Frozen(positions=tuple(sorted(chosen)), copied=tuple(copied))
 
 
+def sizes_change(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether one graph is for several sizes, or numbers: it is compiled when it is made, with symbols, and never at a call."""
+    examples = (node.meta.get("example_value", node.meta.get("val")) for node in gm.graph.find_nodes(op="placeholder"))
+    return any(map(_is_symbolic, (*inputs, *examples)))
+
+
+def _is_symbolic(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return any(isinstance(number, torch.SymInt) for number in (*value.shape, *value.stride()))
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
 def names_of(products: Iterable[Product]) -> tuple[str, ...]:
     """Products as "dtype MxNxK", each once, sorted: what tells the graph of one scenario from another's."""
     return tuple(sorted({f"{p.dtype} {p.m}x{p.n}x{p.k}" for p in products}))
@@ -109,7 +122,7 @@ def graph_products(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> list[Prod
             continue
         x, weight, bias, n_axis = linear
         index = position.get(weight)
-        if index is None or not isinstance(inputs[index], torch.nn.Parameter):
+        if index is None or not _is_plain_weight(inputs[index]):
             continue
         value = x.meta.get("example_value")
         if not isinstance(value, torch.Tensor) or not all(isinstance(n, int) for n in value.shape):
@@ -128,6 +141,11 @@ def graph_products(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> list[Prod
     return products
 
 
+def _is_plain_weight(value: object) -> bool:
+    """A matrix of its own numbers: what changes within a wrapper, as of quantized weights, nobody sees."""
+    return isinstance(value, torch.nn.Parameter) and value.dim() == 2 and not is_traceable_wrapper_subclass(value)
+
+
 def _num_bytes(inputs: Sequence[Any], positions: Sequence[int]) -> int:
     return sum(inputs[i].numel() * inputs[i].element_size() for i in positions)
 
@@ -143,7 +161,8 @@ def _linear(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node, Any, int
         return None
     args: list[Any] = [*node.args, *node.kwargs.values()]
     if node.target is torch._C._nn.linear or node.target is torch.nn.functional.linear:
-        x, weight, bias, n_axis = args[0], args[1], args[2] if len(args) > 2 else None, 0
+        given: dict[str, Any] = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
+        x, weight, bias, n_axis = given["input"], given["weight"], given.get("bias"), 0
     elif node.target in (torch.matmul, torch.mm, operator.matmul) and len(args) == 2:
         x, weight, bias, n_axis = args[0], args[1], None, 1
     elif node.target is torch.addmm and len(args) == 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import re
@@ -21,6 +22,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
+from torch.testing._internal.two_tensor import TwoTensor
 
 import autokernel
 from autokernel.errors import BundleError
@@ -376,6 +378,94 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# ---- graphs for several sizes
+
+
+class Scaled(nn.Module):
+    """A number that changes from call to call, and rows that grow: after two calls Dynamo makes a graph for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(K, HIDDEN, bias=False).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, by: int, rows: torch.Tensor) -> torch.Tensor:
+        return (rows @ self.gate(x).t()).sum() * by + self.gate(x) * by
+
+
+def calls(model: nn.Module, compiled: Any, numbers: tuple[int, ...]) -> None:
+    x = torch.randn(M, K)
+    for number in numbers:
+        rows = torch.randn(number, HIDDEN)
+        torch.testing.assert_close(compiled(x, number, rows), model(x, number, rows), rtol=1e-3, atol=1e-2)
+
+
+def test_a_graph_for_several_sizes_stays_right_when_weights_change(caplog: pytest.LogCaptureFixture) -> None:
+    model = Scaled()
+    backend = autokernel.backend(bundle_of(entry(GATE, "aten", prepack=True)))
+    compiled = torch.compile(model, backend=backend)
+    with caplog.at_level(logging.WARNING):
+        calls(model, compiled, (5, 6, 7))
+    assert "dynamic=False" in caplog.text
+    model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()})
+    calls(model, compiled, (7, 8, 3))
+    ((usage,),) = [backend.usage().values()]
+    assert usage.hits == 1, "the first graph, of one size, has it"
+    assert [reason for reason in usage.reasons if "of fixed sizes" in reason]
+
+
+def test_layers_that_share_a_graph_for_several_sizes_are_right() -> None:
+    backend = autokernel.backend(bundle_of(entry(GATE, "aten", prepack=True)))
+    layers = [Scaled(), Scaled()]
+    for layer in layers:
+        layer.compile(backend=backend)
+    for number in (5, 6, 7, 8):
+        for layer in layers:
+            calls(layer.forward, layer, (number,))  # type: ignore[arg-type]
+
+
+# ---- what is near a product by a weight, and none
+
+
+class Vector(nn.Module):
+    """Behind a tuned layer a weight of one dimension, and one of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(K, HIDDEN, bias=False)
+        self.vector = nn.Parameter(torch.randn(HIDDEN))
+        self.batches = nn.Parameter(torch.randn(2, HIDDEN, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.gate(x)
+        return torch.matmul(hidden, self.vector)[:, None] + torch.matmul(hidden, self.batches).sum((0, 2))[:, None]
+
+
+def test_weights_that_are_no_matrices_are_left_alone() -> None:
+    model, x = Vector(), torch.randn(M, K)
+    compiled, backend = compiled_with(model, bundle_of(entry(GATE, "aten", prepack=True)))
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-3)  # type: ignore[operator]
+    assert [usage.hits for usage in backend.usage().values()] == [1]
+
+
+def test_weights_within_a_wrapper_are_no_constants() -> None:
+    layer, x = nn.Linear(K, HIDDEN, bias=False), torch.randn(M, K)
+    parts = [layer.weight.data.clone(), layer.weight.data.clone()]
+    layer.weight = nn.Parameter(TwoTensor(*parts), requires_grad=False)
+    compiled, _ = compiled_with(layer, bundle_of(entry(GATE, "aten", prepack=True)))
+    compiled(x)  # type: ignore[operator]
+    layer.weight.a.mul_(3)
+    torch.testing.assert_close(compiled(x).a, layer(x).a, rtol=1e-3, atol=1e-3)  # type: ignore[operator]
+
+
+def test_a_compiled_model_can_be_copied() -> None:
+    model, x = Gated(), torch.randn(M, K)
+    compiled, backend = compiled_with(model, bundle_of(entry(GATE, "aten", prepack=True)))
+    expected = compiled(x)  # type: ignore[operator]
+    again: Any = copy.deepcopy(compiled)
+    torch.testing.assert_close(again(x), expected)
+    assert sum(usage.hits for usage in backend.usage().values()) >= 2
 
 
 # ---- a graph that cannot be compiled with the bundle
