@@ -30,15 +30,16 @@ _COMPILER_MODES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """One way to run the model: a stock mode by name, or a bundle under a name of its own."""
+    """One way to run the model: a stock mode by name, or a bundle under a name of its own, and where it lies if it does."""
 
     name: str
     bundle: Bundle | None = None
+    where: str | None = None
 
 
-def against_stock(bundle: Bundle, modes: tuple[str, ...] = STOCK_MODES) -> tuple[Contender, ...]:
-    """Stock modes, and the bundle under the name `BUNDLE`."""
-    return (*(Contender(name=mode) for mode in modes), Contender(name=BUNDLE, bundle=bundle))
+def against_stock(bundle: Bundle, modes: tuple[str, ...] = STOCK_MODES, where: str | None = None) -> tuple[Contender, ...]:
+    """Stock modes, and the bundle under the name `BUNDLE`; with `where` it lies its own compiled kernels are used."""
+    return (*(Contender(name=mode) for mode in modes), Contender(name=BUNDLE, bundle=bundle, where=where))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +123,7 @@ def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | No
         missing = unknown_options([name for options in parts for name in options if name not in OWN_OPTIONS])
         if missing:
             raise NotImplementedError(f"torch {torch.__version__} has no option {', '.join(missing)}")
-        backend = BundleBackend(contender.bundle)
+        backend = BundleBackend(contender.bundle, where=contender.where)
         used = turns.first_run_alone(backend, compiled) if on_gpu and turns is not None else backend
         forward = torch.compile(forward, backend=used, fullgraph=True, dynamic=False)
     elif contender.name in ("default", "max-autotune") and on_gpu and turns is not None:

@@ -87,6 +87,7 @@ class BundleBackend:
         self.graphs: list[tuple[str, ...]] = []  # the products of each graph that was compiled
         self._lenient = on_mismatch == "apply"
         self._fall_back = fall_back
+        self._made_of = (bundle, on_mismatch, where, fall_back)
         self._frozen: weakref.WeakSet[FrozenGraph] = weakref.WeakSet()
 
     @property
@@ -96,6 +97,10 @@ class BundleBackend:
     def __deepcopy__(self, memo: dict[int, Any]) -> BundleBackend:
         """Itself: a model is copied with what it was compiled by, whose counters and kernels are this process's."""
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Elsewhere it is made anew: what holds is checked there, and counters begin at zero."""
+        return _made, self._made_of
 
     def usage(self) -> dict[str, Usage]:
         """Per problem key: how many sites were built from the entry so far, and why others were not."""
@@ -126,10 +131,18 @@ class BundleBackend:
         if unfit is not None or not self.plan.active:
             return _inductor(gm, inputs, {}, {})
         chosen = self.plan.bundle.options_of(names)
+        with built_ahead() if self.plan.bundle.environment.device == "cpu" else contextlib.nullcontext():
+            compiled = self._attempt(lambda: self._compile(gm, inputs, products, chosen))
+        if compiled is None:
+            return _inductor(gm, inputs, {}, {})
+        library = chosen.get("blas_library")
+        return compiled if library is None else with_blas_library(compiled, str(library))
+
+    def _attempt(self, compile_with: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
+        """A compilation with the bundle; None if it failed, and is to be done without."""
         before = self.plan.counted()
         try:
-            with built_ahead() if self.plan.bundle.environment.device == "cpu" else contextlib.nullcontext():
-                compiled = self._compile(gm, inputs, products, chosen)
+            return compile_with()
         except BundleError:
             raise
         except Exception as error:  # a kernel, a compiler of this machine or the model itself is at fault
@@ -138,9 +151,7 @@ class BundleBackend:
             self.plan.uncount(before)
             self.plan.skip_all(f"a graph could not be compiled with it: {type(error).__name__}: {_in_short(error)}")
             log.info("autokernel: why", exc_info=True)
-            return _inductor(gm, inputs, {}, {})
-        library = chosen.get("blas_library")
-        return compiled if library is None else with_blas_library(compiled, str(library))
+            return None
 
     def _compile(
         self, gm: torch.fx.GraphModule, inputs: Sequence[Any], products: Sequence[Product], chosen: Mapping[str, ConfigValue]
@@ -170,7 +181,12 @@ class BundleBackend:
             rest = [value for i, value in enumerate(args) if i not in set(positions)]
             return _inductor(module, rest, inductor_options(plan, chosen, frozen=True), chosen)
 
-        graph = FrozenGraph(compile_frozen, compile_stock, positions, len(inputs), inputs)
+        def compile_plain(args: Sequence[Any]) -> Callable[..., Any]:
+            return _inductor(gm, args, {}, {})
+
+        graph = FrozenGraph(
+            compile_frozen, compile_stock, compile_plain, self._attempt, positions, num_inputs=len(inputs), inputs=inputs
+        )
         self._frozen.add(graph)
         return graph
 
@@ -197,6 +213,10 @@ class BundleBackend:
             if others := sorted(names - {made.device_name}):
                 return f"it was tuned on {made.device_name}, and this graph is on {' and '.join(others)}"
         return None
+
+
+def _made(bundle: Bundle, on_mismatch: OnMismatch, where: Path | str | None, fall_back: bool) -> BundleBackend:
+    return BundleBackend(bundle, on_mismatch, where, fall_back=fall_back)
 
 
 def _inductor(

@@ -68,7 +68,7 @@ def objects_of(plan: Plan) -> Resolver:
 
     def resolve(spec: KernelSpec) -> Path:
         info = shipped.get(spec.identity)
-        if info is None:
+        if info is None or not plan.files:  # none where a bundle is given without saying where it lies
             return compiled_here(spec)
         file = plan.files.get(info.key)
         if file is None or read_info(file).to_json() != info.to_json():

@@ -12,12 +12,13 @@ its own. `Usage.constant_bytes` says how much that is.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,8 @@ def weights_to_freeze(products: Iterable[Product], inputs: Sequence[Any], plan: 
                 chosen.update(constants)
                 copied.append((entry, _num_bytes(inputs, constants)))
     if everything:
-        chosen.update(i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter))
+        parameters = (i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter))
+        chosen.update(i for i in parameters if not is_traceable_wrapper_subclass(inputs[i]))
     return Frozen(positions=tuple(sorted(chosen)), copied=tuple(copied))
 
 
@@ -285,12 +287,27 @@ class FrozenGraph:
         self,
         compile_frozen: Callable[[Sequence[Any]], Callable[..., Any]],
         compile_stock: Callable[[Sequence[Any]], Callable[..., Any]],
+        compile_plain: Callable[[Sequence[Any]], Callable[..., Any]],
+        attempt: Callable[[Callable[[], Callable[..., Any]]], Callable[..., Any] | None],
         frozen: Sequence[int],
         num_inputs: int,
         inputs: Sequence[Any],
     ) -> None:
+        """Compile it with the weights of `inputs`.
+
+        Args:
+            compile_frozen: with weights as constants.
+            compile_stock: without.
+            compile_plain: without anything of the plan: where `attempt` gave up.
+            attempt: runs a compilation at a later call; None where it failed and something simpler is to be tried.
+            frozen: positions of the weights.
+            num_inputs: of the graph.
+            inputs: of the graph.
+        """
         self._compile_frozen = compile_frozen
         self._compile_stock = compile_stock
+        self._compile_plain = compile_plain
+        self._attempt = attempt
         self._frozen = tuple(frozen)
         self._kept = _getter(tuple(i for i in range(num_inputs) if i not in set(frozen)))
         self._lock = threading.RLock()
@@ -318,12 +335,12 @@ class FrozenGraph:
     def _miss(self, args: Sequence[Any]) -> Any:
         if self._stock is not None:
             return self._stock(*args)
-        with self._lock:  # two threads with the same new weights compile them once
+        with _as_dynamo_compiles(), self._lock:  # two threads with the same new weights compile them once
             known = next((variant.compiled for variant in self._variants if variant.matches(args)), None)
+            if known is None and self._stock is None and self._may_freeze():
+                known = self._attempt(lambda: self._add(args))
             if known is None and self._stock is None:
-                known = self._add(args) if self._may_freeze() else None
-            if known is None and self._stock is None:
-                self._stock = self._compile_stock(args)
+                self._stock = self._attempt(lambda: self._compile_stock(args)) or self._compile_plain(args)
         return known(*self._kept(args)) if known is not None else self._stock(*args)  # type: ignore[misc]
 
     def _may_freeze(self) -> bool:
@@ -342,6 +359,16 @@ class FrozenGraph:
         )
         log.warning("autokernel: %s; from now on it runs without packed weights", why)
         return False
+
+
+@contextlib.contextmanager
+def _as_dynamo_compiles() -> Iterator[None]:
+    """One thread at a time, under Dynamo's own lock; calls of other threads are told that something is being compiled."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    session = getattr(torch.compiler, "_compile_session_context", contextlib.nullcontext)
+    with compile_lock, session():
+        yield
 
 
 def _getter(positions: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

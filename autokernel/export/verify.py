@@ -71,7 +71,7 @@ def verify(bundle: Path, loaded: LoadedExperiment, *, rounds: int = 21, pool: Po
     own = pool is None
     running = pool if pool is not None else _local_pool(content)
     try:
-        return _verify(content, loaded, rounds, running)
+        return _verify(content, str(bundle), loaded, rounds, running)
     finally:
         if own:
             running.close()
@@ -88,7 +88,7 @@ def _local_pool(bundle: Bundle) -> Pool:
     )
 
 
-def _verify(bundle: Bundle, loaded: LoadedExperiment, rounds: int, pool: Pool) -> VerifyReport:
+def _verify(bundle: Bundle, where: str, loaded: LoadedExperiment, rounds: int, pool: Pool) -> VerifyReport:
     threads = loaded.experiment.threads or physical_cores()
     device = bundle.environment.device
     timing_jobs = {
@@ -98,7 +98,7 @@ def _verify(bundle: Bundle, loaded: LoadedExperiment, rounds: int, pool: Pool) -
                 scenario=name,
                 device=device,
                 threads=threads,
-                contenders=against_stock(bundle),
+                contenders=against_stock(bundle, where=where),
                 baselines=STOCK_MODES,
                 rounds=rounds,
             ),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import logging
+import pickle
 import re
 import subprocess
 import sys
@@ -425,6 +427,61 @@ def test_layers_that_share_a_graph_for_several_sizes_are_right() -> None:
             calls(layer.forward, layer, (number,))  # type: ignore[arg-type]
 
 
+# ---- other threads, other processes
+
+
+class Layer(nn.Module):
+    """Its instances share a compiled graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(K, HIDDEN, bias=False).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gate(x).relu()
+
+
+def test_packing_weights_again_disturbs_no_other_thread() -> None:
+    backend = autokernel.backend(bundle_of(entry(GATE, "aten", prepack=True)))
+    other: Any = torch.compile(lambda x: x.sin() + 1, dynamic=False)
+    layers, y, errors, done = [], torch.randn(8), [], threading.Event()
+    other(y)
+
+    def calls_another() -> None:
+        with torch.no_grad():
+            while not done.is_set():
+                try:
+                    other(y)
+                except RuntimeError as error:
+                    errors.append(error)
+
+    thread = threading.Thread(target=calls_another)
+    thread.start()
+    try:
+        for _ in range(6):
+            layers.append(Layer())
+            layers[-1].compile(backend=backend)
+            layers[-1](torch.randn(M, K))
+    finally:
+        done.set()
+        thread.join()
+    assert not errors
+
+
+def test_a_compiled_model_can_be_saved() -> None:
+    model, x = Gated(), torch.randn(M, K)
+    compiled, backend = compiled_with(model, bundle_of(entry(GATE, "aten", prepack=True)))
+    expected = compiled(x)  # type: ignore[operator]
+    saved = io.BytesIO()
+    torch.save(compiled, saved)
+    saved.seek(0)
+    again = torch.load(saved, weights_only=False)
+    torch.testing.assert_close(again(x), expected)
+    fresh = pickle.loads(pickle.dumps(backend))
+    assert [usage.hits for usage in fresh.usage().values()] == [0]
+    assert fresh.bundle.digest == backend.bundle.digest
+
+
 # ---- what is near a product by a weight, and none
 
 
@@ -449,11 +506,12 @@ def test_weights_that_are_no_matrices_are_left_alone() -> None:
     assert [usage.hits for usage in backend.usage().values()] == [1]
 
 
-def test_weights_within_a_wrapper_are_no_constants() -> None:
+@pytest.mark.parametrize("options", [{}, {"freezing": "all"}])
+def test_weights_within_a_wrapper_are_no_constants(options: dict[str, Any]) -> None:
     layer, x = nn.Linear(K, HIDDEN, bias=False), torch.randn(M, K)
     parts = [layer.weight.data.clone(), layer.weight.data.clone()]
     layer.weight = nn.Parameter(TwoTensor(*parts), requires_grad=False)
-    compiled, _ = compiled_with(layer, bundle_of(entry(GATE, "aten", prepack=True)))
+    compiled, _ = compiled_with(layer, bundle_of(entry(GATE, "aten", prepack=True), **options))
     compiled(x)  # type: ignore[operator]
     layer.weight.a.mul_(3)
     torch.testing.assert_close(compiled(x).a, layer(x).a, rtol=1e-3, atol=1e-3)  # type: ignore[operator]
@@ -495,6 +553,23 @@ def test_a_graph_that_cannot_be_compiled_with_the_bundle_gets_stock_code_and_is_
     for key, usage in backend.usage().items():
         assert usage.hits == before[key], "what failed is in no graph"
         assert [reason for reason in usage.reasons if said in reason and "ptxas died" in reason]
+
+
+def test_weights_that_cannot_be_packed_again_leave_the_model_running(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = Gated(), torch.randn(M, K)
+    compiled, backend = compiled_with(model, bundle_of(entry(GATE, "aten", prepack=True)))
+    call: Any = compiled
+    call(x)
+    monkeypatch.setattr(SitePass, "__call__", failing)
+    model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()})
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            torch.testing.assert_close(call(x), model(x), rtol=1e-3, atol=1e-3)
+    assert caplog.text.count("ptxas died") == 1
+    (usage,) = backend.usage().values()
+    assert [reason for reason in usage.reasons if "ptxas died" in reason]
 
 
 def test_whoever_builds_a_candidate_is_told_that_it_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:

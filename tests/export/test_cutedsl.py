@@ -393,6 +393,17 @@ def test_objects_of_an_earlier_version_serve_what_they_were_made_for(tmp_path: P
     assert [path_of(call) for call in calls(module)] == [str(tmp_path / info.file_name)]
 
 
+def test_without_its_folder_a_bundles_objects_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = with_objects(tmp_path, entry(MM, QUACK))
+    (cached,) = shipped.files.values()
+    monkeypatch.setattr(cutedsl, "compiled_here", lambda spec: cached)
+    module = traced(lambda x, w: x @ w.t(), (M, K), (N, K))
+    plan = Plan(shipped.bundle, None)
+    CutePass(plan)(module.graph)
+    assert [path_of(call) for call in calls(module)] == [str(cached)]
+    assert [usage.hits for usage in plan.report().values()] == [1]
+
+
 def test_entries_that_differ_in_merging_and_fusing_alone_share_an_object() -> None:
     keys = {
         kernel.key({})

@@ -45,7 +45,9 @@ class Compiler:
 
     def graph(self, weights: Sequence[torch.Tensor]) -> FrozenGraph:
         inputs = [*weights, torch.ones(1)]
-        return FrozenGraph(self.frozen, self.stock, range(len(weights)), len(inputs), inputs)
+        return FrozenGraph(
+            self.frozen, self.stock, self.stock, lambda compiled: compiled(), range(len(weights)), len(inputs), inputs
+        )
 
 
 def weights(count: int, size: int = 2) -> list[torch.Tensor]:
