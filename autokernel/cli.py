@@ -1,7 +1,6 @@
 """The `autokernel` command: the only file that prints. Results go to standard output, everything else to standard error.
 
-Exit codes: 0 done (also if nothing beat stock), 1 failed, 2 wrong input, 130 interrupted.
-Nothing heavy is imported before a command needs it: `autokernel --help` has to be instant.
+Exit codes: 0 done (also if nothing beat stock), 1 failed, 2 wrong input, 130 interrupted. Heavy imports wait for their command.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import autokernel
-from autokernel.config_messages import without_passwords
 from autokernel.errors import BundleError, ConfigError
 
 if TYPE_CHECKING:
@@ -269,9 +267,11 @@ class _Request:
     @property
     def resume_command(self) -> str:
         """The command that goes on where this one was interrupted: the same one, without --fresh and passwords."""
-        words = ["autokernel", "run" if self.until == "prove" else self.until, str(self.experiment)]
-        words += [word for override in self.overrides for word in ("--set", without_passwords(override))]
-        return shlex.join(words + ([] if self.runs == _RUNS else ["--runs", str(self.runs)]))
+        from autokernel.config_messages import without_passwords as shown
+
+        settings = [word for override in self.overrides for word in ("--set", shown(override))]
+        words = ["run" if self.until == "prove" else self.until, str(self.experiment), *settings]
+        return shlex.join(["autokernel", *words, *([] if self.runs == _RUNS else ["--runs", str(self.runs)])])
 
 
 @dataclass(frozen=True, slots=True)
