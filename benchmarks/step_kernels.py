@@ -3,9 +3,10 @@
     python benchmarks/step_kernels.py experiments/llama.yaml RUN/bundle --scenario decode-b1 --layers 4 \\
         --options '{}' '{"combo_kernels": true}' '{"pdl": "all"}'
 
-Each set of options is compiled with the bundle's entries in place of its own options; the graphs are compared in paired
-rounds. Then the profiler looks at one replay of each: every kernel's time, and the gap to the one in front of it (less than
-nothing where they overlap). `--layers` makes the model shorter than the experiment says. Needs an idle NVIDIA GPU.
+Each set of options is compiled with the bundle's entries in place of its own options, and `stock` is Inductor's default; the
+graphs are compared in paired rounds. BUNDLE may be `none` where all are stock. Then the profiler looks at one replay of each:
+every kernel's time, the gap to the one in front of it (less than nothing where they overlap), and the kernels' sums by name.
+`--layers` makes the model shorter than the experiment says. Needs an idle NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from autokernel.config import load_experiment
 from autokernel.evaluate.cuda_graphs import Capturer
 from autokernel.evaluate.modes import Contender, build_program, prepare
 from autokernel.evaluate.timing import compare
-from autokernel.export.bundle import read_bundle
+from autokernel.export.bundle import Bundle, read_bundle
 from autokernel.profiling.workload import import_model, load_model
+
+STOCK = "stock"
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,33 @@ def captured(arguments: argparse.Namespace) -> list[Step]:
     loaded = load_experiment(arguments.experiment, (shorter,) if arguments.layers else ())
     import_model(loaded)
     model = load_model(loaded, "cuda")
-    bundle = read_bundle(arguments.bundle)
+    bundle = read_bundle(arguments.bundle) if str(arguments.bundle) != "none" else None
     capturer, steps = Capturer(), []
     for text in arguments.options:
-        options = json.loads(text)
         program = build_program(loaded, model, arguments.scenario, "cuda", 0)
-        changed = replace(bundle, graph_options=options, scenario_options=())
         torch._dynamo.reset()
-        prepared = prepare(Contender(name="bundle", bundle=changed), program)
+        prepared = prepare(_contender(bundle, text), program)
         program.reset()
         graph, outputs = capturer.capture(prepared.call)
         steps.append(Step(text, graph, (prepared, program, outputs), sum(prepared.hits.values())))
         sys.stdout.write(f"{text}: compiled in {prepared.compile_s:.1f} s, {steps[-1].hits} calls by the bundle's kernels\n")
     return steps
+
+
+def _contender(bundle: Bundle | None, text: str) -> Contender:
+    if text == STOCK:
+        return Contender(name="default")
+    if bundle is None:
+        raise SystemExit(f"--options {text}: a bundle is needed, or the word {STOCK}")
+    return Contender(name="bundle", bundle=replace(bundle, graph_options=json.loads(text), scenario_options=()))
+
+
+def by_name(kernels: Sequence[Mapping[str, Any]]) -> list[tuple[float, int, str]]:
+    """Microseconds in all, calls and name of each kernel, the longest first."""
+    found: dict[str, list[float]] = {}
+    for kernel in kernels:
+        found.setdefault(kernel["name"], []).append(kernel["us"])
+    return sorted(((sum(times), len(times), name) for name, times in found.items()), reverse=True)
 
 
 def kernels_of(call: Callable[[], object]) -> list[dict[str, Any]]:
@@ -78,10 +95,10 @@ def main() -> None:
     """Parse, capture, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path)
-    parser.add_argument("bundle", type=Path, help="a bundle's folder, .zip or bundle.json")
+    parser.add_argument("bundle", type=Path, help="a bundle's folder, .zip or bundle.json; none: stock")
     parser.add_argument("--scenario", required=True)
     parser.add_argument("--layers", type=int, default=0, help="0: as many as the experiment has")
-    parser.add_argument("--options", nargs="+", default=["{}"], help="JSON objects of graph options")
+    parser.add_argument("--options", nargs="+", default=["{}"], help=f"JSON objects of graph options, or {STOCK}")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", type=Path, help="JSON to write")
     arguments = parser.parse_args()
@@ -95,8 +112,11 @@ def main() -> None:
         sys.stdout.write(f"\n{step.label}: {us:.2f} us{said}\n")
         for kernel in kernels:
             sys.stdout.write(f"{kernel['us']:9.2f} us, gap {kernel['gap_us']:6.2f}  {kernel['name'][:110]}\n")
+        for total, calls, name in by_name(kernels):
+            sys.stdout.write(f"{total:9.2f} us in {calls:4} calls  {name[:110]}\n")
         ratio = speedup.to_json() if speedup is not None else None
-        result.append({"options": json.loads(step.label), "us": us, "speedup": ratio, "hits": step.hits, "kernels": kernels})
+        options = json.loads(step.label) if step.label != STOCK else STOCK
+        result.append({"options": options, "us": us, "speedup": ratio, "hits": step.hits, "kernels": kernels})
     if arguments.out is not None:
         protocol = f"{arguments.scenario}, {arguments.layers or 'all'} layers, medians of {arguments.rounds} paired rounds"
         device = torch.cuda.get_device_name()
