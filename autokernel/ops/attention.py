@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: the library's call, and the repetition of keys and values where heads share them."""
+"""Scaled dot-product attention, as a library call or written out; keys and values are repeated where heads share them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from autokernel.ops.attention_written import written_attention
 from autokernel.ops.base import Region, Site, sites_of
 from autokernel.ops.matching import is_reshape, op_name, settled, tensor_spec
 from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
@@ -47,8 +48,9 @@ class Attention:
 
     Inputs: q of `[B, H, Q, D]`, k of `[B, G, S, D]`, v of `[B, G, S, E]`, where H is a multiple of G (each head of k and v
     serves H / G heads of q), and a mask, if there is one, that broadcasts to `[B, H, Q, S]`: numbers that are added, or
-    booleans that say what is seen. Scalars: `scale`, and `causal` where position i of q sees positions up to i alone. One
-    output of `[B, H, Q, E]`, laid out as `[B, Q, H, E]`. A row that sees nothing is zero.
+    booleans that say what is seen. Scalars: `scale`; `causal` where position i of q sees positions up to i alone; `written`
+    where the graph has batched products and a softmax, and no library call. One output of `[B, H, Q, E]`, laid out as
+    `[B, Q, H, E]` by the library's calls. A row that sees nothing is zero.
     """
 
     name = "attention"
@@ -65,6 +67,8 @@ class Attention:
             k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
             taken = (torch.bool, torch.float32, q.dtype)  # as they are: rounded before, it would be another call
             bias = bias if bias.dtype in taken else bias.to(q.dtype)
+        if scalars.get("written"):
+            return (_written_out(q, k, v, bias, float(scalars["scale"])),)
         causal, scale, shared = bool(scalars.get("causal", False)), float(scalars["scale"]), k.shape[1] != q.shape[1]
         out = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=shared)
         return (out.transpose(1, 2).contiguous().transpose(1, 2),)
@@ -99,7 +103,8 @@ class Attention:
 
     def match(self, graph: Graph, constants: frozenset[str], device: str) -> list[Region]:
         """See `FusionOp.match`."""
-        regions = (_region(node, device) for node in graph.nodes if op_name(node) in _CALLS)
+        regions = [_region(node, device) for node in graph.nodes if op_name(node) in _CALLS]
+        regions += [_written_region(node, device) for node in graph.nodes if op_name(node) == "aten.bmm"]
         return [region for region in regions if region is not None]
 
 
@@ -122,6 +127,17 @@ def num_keys_seen_by_all(problem: Problem) -> int:
     return 1 if alone else sizes_of(problem).kv_len
 
 
+def _written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """As the library computes it by products, whichever kernel it has for the operands."""
+    import torch
+
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.where(bias, 0.0, torch.scalar_tensor(-math.inf, dtype=q.dtype, device=q.device))
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(q, k, v, bias, scale=scale)[0]
+    return out
+
+
 def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """[B, G, S, D] -> [B, H, S, D]: each head H / G times, one after the other."""
     batch, groups, length, dim = x.shape
@@ -132,34 +148,50 @@ def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 def _region(node: Node, device: str) -> Region | None:
     """The region of a library call; None where it drops at random, has other results in use, or sizes are not known."""
-    arguments = _arguments(node)
+    given = _arguments(node)
     out = next((user for user in node.users if user.args[1] == 0), None)
-    if arguments is None or out is None or any(user is not out and user.users for user in node.users):
+    if given is None or out is None or any(user is not out and user.users for user in node.users):
         return None
-    q, k, v, mask = arguments.query, arguments.key, arguments.value, arguments.mask
+    return _region_of(given, device, node, out, (node, *node.users), _CALLS[op_name(node)])
+
+
+def _written_region(node: Node, device: str) -> Region | None:
+    """The region of attention that ends in this batched product; None where it does not, or as for library calls."""
+    found = written_attention(node)
+    if found is None:
+        return None
+    given = _Arguments(
+        query=found.query, key=found.key, value=found.value, mask=found.mask, causal=False, scale=found.scale, written=True
+    )
+    return _region_of(given, device, node, found.out, found.nodes, -math.inf)
+
+
+def _region_of(given: _Arguments, device: str, node: Node, out: Node, nodes: tuple[Node, ...], never: float) -> Region | None:
+    q, k, v, mask = given.query, given.key, given.value, given.mask
     k, repeated_k = _before_repetition(k)
     v, repeated_v = _before_repetition(v)
     if k.meta["val"].shape[1] != v.meta["val"].shape[1]:
-        k, v, repeated_k, repeated_v = arguments.key, arguments.value, (), ()
+        k, v, repeated_k, repeated_v = given.key, given.value, (), ()
     operands = [q, k, v]
     spread: tuple[Node, ...] = ()
     if mask is not None:
-        source, spread = _before_spreading(mask, _CALLS[op_name(node)])
+        source, spread = _before_spreading(mask, never)
         operands.append(source)
     specs = [tensor_spec(operand) for operand in operands]
     known = [settled(spec) for spec in specs if spec is not None]
     if len(known) != len(specs) or not _fit(known) or tensor_spec(out) is None:
         return None
-    scale = arguments.scale if arguments.scale is not None else 1 / math.sqrt(known[0].shape[-1])
-    causal: tuple[tuple[str, bool], ...] = (("causal", True),) if arguments.causal else ()
-    problem = Problem(op=Attention.name, inputs=tuple(known), device=device, scalars=(*causal, ("scale", float(scale))))
-    inner = _serving_only({*repeated_k, *repeated_v, *spread, node, *node.users}, out)
+    scale = given.scale if given.scale is not None else 1 / math.sqrt(known[0].shape[-1])
+    scalars: list[tuple[str, float | bool]] = [("causal", True)] if given.causal else []
+    scalars += [("scale", float(scale)), *([("written", True)] if given.written else [])]
+    problem = Problem(op=Attention.name, inputs=tuple(known), device=device, scalars=tuple(scalars))
+    inner = _serving_only({*repeated_k, *repeated_v, *spread, *nodes}, out)
     return Region(problem=problem, inputs=tuple(operands), outputs=(out,), inner=inner, name_of=node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Arguments:
-    """Of a library call. `scale` is None where it is the usual one."""
+    """Of a library call, or of what is written out. `scale` is None where it is the usual one."""
 
     query: Node
     key: Node
@@ -167,6 +199,7 @@ class _Arguments:
     mask: Node | None
     causal: bool
     scale: float | None
+    written: bool = False
 
 
 def _arguments(node: Node) -> _Arguments | None:

@@ -94,6 +94,19 @@ def flash(problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (found[0],)
 
 
+def efficient(problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The memory-efficient kernel, on a GPU, which takes fp32 as well. Without a mask; shared heads are repeated."""
+    import torch
+
+    q, k, v = inputs
+    scalars = dict(problem.scalars)
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, False, is_causal=bool(scalars.get("causal", False)), scale=float(scalars["scale"])
+    )
+    return (found[0],)
+
+
 def cudnn(problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """cuDNN's kernel, on a GPU. The mask is added; -inf makes rows that see nothing NaN there, so it gets the lowest number."""
     import torch
@@ -137,5 +150,6 @@ ATTENTION: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "grouped": grouped,
     "library_fp32": library_fp32,
     "flash": flash,
+    "efficient": efficient,
     "cudnn": cudnn,
 }

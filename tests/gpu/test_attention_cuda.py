@@ -202,6 +202,15 @@ CANDIDATES: Mapping[str, tuple[Problem, str, Config]] = {
     "prompt cudnn": (PROMPT, "aten", {"implementation": "cudnn"}),
     "prompt ours": (PROMPT, "triton", FLASH),
 }
+WRITTEN = replace(attention(4, (12, 12), 197, 197, dim=64), scalars=(("scale", 0.125), ("written", True)))
+WRITTEN_FP32 = in_dtype(WRITTEN, "float32")
+CANDIDATES = {
+    **CANDIDATES,
+    **{f"written out {name}": (WRITTEN, "aten", {"implementation": name}) for name in ("stock", "flash", "efficient", "cudnn")},
+    **{f"written out in fp32 {name}": (WRITTEN_FP32, "aten", {"implementation": name}) for name in ("stock", "efficient")},
+    "written out ours": (WRITTEN, "triton", FLASH),
+    "written out in fp32 ours": (WRITTEN_FP32, "triton", {**FLASH, **TF32X3}),
+}
 MAY_BE_INEXACT = ("matmul", "cudnn")  # scores rounded to 16 bits; whatever cuDNN does: the budget decides, not this test
 
 
@@ -270,6 +279,30 @@ def problems_of(model: torch.nn.Module, *inputs: torch.Tensor) -> list[Problem]:
     torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*inputs)
     torch.compiler.reset()
     return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_by_products_is_found_and_replaced(dtype: str, masked: bool) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    class Written(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(SDPBackend.MATH):
+                found = torch.nn.functional.scaled_dot_product_attention(q, k, v, *mask, scale=0.125)
+            return found.transpose(1, 2).flatten(2) * 2
+
+    given = make_inputs(attention(4, (12, 12), 197, 197, dim=64, dtype=dtype, mask=dtype if masked else None), seed=1)
+    (problem,) = problems_of(Written(), *given)
+    assert dict(problem.scalars) == {"scale": 0.125, "written": True}
+    config = {**FLASH, **TF32X3} if dtype == "float32" else FLASH
+    bundled = BundleBackend(bundle_for(problem, "triton", config))
+    out = torch.compile(Written(), backend=bundled, fullgraph=True, dynamic=False)(*given)
+    (usage,) = bundled.usage().values()
+    assert (usage.hits, usage.reasons) == (1, [])
+    exact = Written()(*(x.double() for x in given))
+    mine, own = ((value.double() - exact).norm() / exact.norm() for value in (out, Written()(*given)))
+    assert mine <= 2 * own + torch.finfo(out.dtype).eps / 8, f"error {mine:.2e}, eager's own {own:.2e}"
 
 
 def bundle_for(problem: Problem, backend: str, config: Config) -> Bundle:

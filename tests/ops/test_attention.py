@@ -207,8 +207,9 @@ def on_gpu(function: Callable[..., Any], *specs: tuple[tuple[int, ...], str]) ->
         found.append(copy)
         raise Generated
 
-    # folding would compute a constant on the device
-    patches = {"fx_graph_cache": False, "joint_graph_constant_folding": False, "post_grad_custom_post_pass": keep}
+    # folding would compute a constant on the device, and padding would time products there
+    patches = {"fx_graph_cache": False, "joint_graph_constant_folding": False, "shape_padding": False}
+    patches["post_grad_custom_post_pass"] = keep
     with pretended_h200(), torch.no_grad():
         with FakeTensorMode():
             inputs = [torch.empty(shape, dtype=getattr(torch, dtype), device="cuda") for shape, dtype in specs]
