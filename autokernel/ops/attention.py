@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from autokernel.ops.attention_written import written_attention
+from autokernel.ops.attention_written import Style, written_attention
 from autokernel.ops.base import Region, Site, sites_of
 from autokernel.ops.matching import is_reshape, op_name, settled, tensor_spec
 from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
@@ -49,8 +49,9 @@ class Attention:
     Inputs: q of `[B, H, Q, D]`, k of `[B, G, S, D]`, v of `[B, G, S, E]`, where H is a multiple of G (each head of k and v
     serves H / G heads of q), and a mask, if there is one, that broadcasts to `[B, H, Q, S]`: numbers that are added, or
     booleans that say what is seen. Scalars: `scale`; `causal` where position i of q sees positions up to i alone; `written`
-    where the graph has batched products and a softmax, and no library call. One output of `[B, H, Q, E]`, laid out as
-    `[B, Q, H, E]` by the library's calls. A row that sees nothing is zero.
+    where the graph has two products and a softmax in place of a library call: "math" or "eager", which round differently
+    (`attention_written.py`). One output of `[B, H, Q, E]`, laid out as `[B, Q, H, E]` by the library's calls. A row that sees
+    nothing is zero.
     """
 
     name = "attention"
@@ -67,8 +68,8 @@ class Attention:
             k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
             taken = (torch.bool, torch.float32, q.dtype)  # as they are: rounded before, it would be another call
             bias = bias if bias.dtype in taken else bias.to(q.dtype)
-        if scalars.get("written"):
-            return (_written_out(q, k, v, bias, float(scalars["scale"])),)
+        if "written" in scalars:
+            return (REFERENCES[str(scalars["written"])](q, k, v, bias, float(scalars["scale"])),)
         causal, scale, shared = bool(scalars.get("causal", False)), float(scalars["scale"]), k.shape[1] != q.shape[1]
         out = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=shared)
         return (out.transpose(1, 2).contiguous().transpose(1, 2),)
@@ -127,7 +128,7 @@ def num_keys_seen_by_all(problem: Problem) -> int:
     return 1 if alone else sizes_of(problem).kv_len
 
 
-def _written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _by_math(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
     """As the library computes it by products, whichever kernel it has for the operands."""
     import torch
 
@@ -136,6 +137,22 @@ def _written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.
         bias = torch.where(bias, 0.0, torch.scalar_tensor(-math.inf, dtype=q.dtype, device=q.device))
     out: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(q, k, v, bias, scale=scale)[0]
     return out
+
+
+def _by_eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """As models write it."""
+    import torch
+
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.where(bias, 0.0, torch.scalar_tensor(-math.inf, dtype=q.dtype, device=q.device))
+    scores = scores if bias is None else scores + bias
+    return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype), v)
+
+
+# of attention that is written out, by style
+REFERENCES: Mapping[str, Callable[..., torch.Tensor]] = {"math": _by_math, "eager": _by_eager}
 
 
 def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -160,9 +177,8 @@ def _written_region(node: Node, device: str) -> Region | None:
     found = written_attention(node)
     if found is None:
         return None
-    given = _Arguments(
-        query=found.query, key=found.key, value=found.value, mask=found.mask, causal=False, scale=found.scale, written=True
-    )
+    q, k, v, mask = found.query, found.key, found.value, found.mask
+    given = _Arguments(query=q, key=k, value=v, mask=mask, causal=False, scale=found.scale, written=found.style)
     return _region_of(given, device, node, found.out, found.nodes, -math.inf)
 
 
@@ -182,8 +198,8 @@ def _region_of(given: _Arguments, device: str, node: Node, out: Node, nodes: tup
     if len(known) != len(specs) or not _fit(known) or tensor_spec(out) is None:
         return None
     scale = given.scale if given.scale is not None else 1 / math.sqrt(known[0].shape[-1])
-    scalars: list[tuple[str, float | bool]] = [("causal", True)] if given.causal else []
-    scalars += [("scale", float(scale)), *([("written", True)] if given.written else [])]
+    scalars: list[tuple[str, float | bool | str]] = [("causal", True)] if given.causal else []
+    scalars += [("scale", float(scale)), *([("written", given.written)] if given.written else [])]
     problem = Problem(op=Attention.name, inputs=tuple(known), device=device, scalars=tuple(scalars))
     inner = _serving_only({*repeated_k, *repeated_v, *spread, *nodes}, out)
     return Region(problem=problem, inputs=tuple(operands), outputs=(out,), inner=inner, name_of=node)
@@ -199,7 +215,7 @@ class _Arguments:
     mask: Node | None
     causal: bool
     scale: float | None
-    written: bool = False
+    written: Style | None = None
 
 
 def _arguments(node: Node) -> _Arguments | None:

@@ -66,7 +66,8 @@ def _attention_title(problem: Problem) -> str:
     dim = f"{sizes.head_dim}" if sizes.v_dim == sizes.head_dim else f"{sizes.head_dim}/{sizes.v_dim}"
     seen = " +mask" if mask_position(problem) is not None else " +causal" if dict(problem.scalars).get("causal") else ""
     dtype = problem.inputs[0].dtype
-    written = " written out" if dict(problem.scalars).get("written") else ""
+    style = dict(problem.scalars).get("written")
+    written = f" by products ({style})" if style else ""
     return f"attention {sizes.batch}·{heads} {sizes.q_len}×{sizes.kv_len}×{dim} {_DTYPES.get(dtype, dtype)}{seen}{written}"
 
 

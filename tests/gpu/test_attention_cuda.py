@@ -202,12 +202,15 @@ CANDIDATES: Mapping[str, tuple[Problem, str, Config]] = {
     "prompt cudnn": (PROMPT, "aten", {"implementation": "cudnn"}),
     "prompt ours": (PROMPT, "triton", FLASH),
 }
-WRITTEN = replace(attention(4, (12, 12), 197, 197, dim=64), scalars=(("scale", 0.125), ("written", True)))
+WRITTEN = replace(attention(4, (12, 12), 197, 197, dim=64), scalars=(("scale", 0.125), ("written", "math")))
 WRITTEN_FP32 = in_dtype(WRITTEN, "float32")
+EAGER = replace(attention(4, (12, 12), 197, 197, dim=64, mask="bfloat16"), scalars=(("scale", 0.125), ("written", "eager")))
 CANDIDATES = {
     **CANDIDATES,
     **{f"written out {name}": (WRITTEN, "aten", {"implementation": name}) for name in ("stock", "flash", "efficient", "cudnn")},
     **{f"written out in fp32 {name}": (WRITTEN_FP32, "aten", {"implementation": name}) for name in ("stock", "efficient")},
+    "as models write it, stock": (EAGER, "aten", {"implementation": "stock"}),
+    "as models write it, ours": (EAGER, "triton", FLASH),
     "written out ours": (WRITTEN, "triton", FLASH),
     "written out in fp32 ours": (WRITTEN_FP32, "triton", {**FLASH, **TF32X3}),
 }
@@ -294,7 +297,7 @@ def test_attention_by_products_is_found_and_replaced(dtype: str, masked: bool) -
 
     given = make_inputs(attention(4, (12, 12), 197, 197, dim=64, dtype=dtype, mask=dtype if masked else None), seed=1)
     (problem,) = problems_of(Written(), *given)
-    assert dict(problem.scalars) == {"scale": 0.125, "written": True}
+    assert dict(problem.scalars) == {"scale": 0.125, "written": "math"}
     config = {**FLASH, **TF32X3} if dtype == "float32" else FLASH
     bundled = BundleBackend(bundle_for(problem, "triton", config))
     out = torch.compile(Written(), backend=bundled, fullgraph=True, dynamic=False)(*given)
