@@ -90,12 +90,18 @@ class ProfileSection(Section):
 
 
 class PlanSection(Section):
-    """Which fusions go together, where several would take the same part of a graph; judged end to end."""
+    """Which fusions go together, where several would take the same part of a graph, with which configs; judged end to end."""
 
     enabled: bool = Field(
-        True, description="time sets of fusions that exclude each other in the model; else the single savings decide"
+        True,
+        description="time sets of fusions that exclude each other, and runners-up in the place of winners, in the model; else "
+        "the single savings decide",
     )
-    trials: PositiveInt = Field(4, description="plans per scenario that are timed in the model")
+    trials: PositiveInt = Field(
+        4,
+        description="plans per scenario that are timed in the model, at most: the one that should save most, and another for "
+        "each 2 % of a step that the choice is about; the second half of them are Optuna's",
+    )
     layers: PositiveInt | None = Field(
         None,
         description="time them in a model of so many layers (`model.depth_key`); validation always takes the whole model",

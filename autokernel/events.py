@@ -105,10 +105,11 @@ class Confirmed(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanTrial(Record):
-    """Entries of one scenario that go together, where fusions exclude each other: what they should save, and how they did.
+    """Entries of one scenario that go together, with their configs: what they should save, and how they did.
 
     `speedup` is over the plan that was the best before, in the whole model; None for that plan itself. The last accepted plan
-    of a scenario is the one that is exported.
+    of a scenario is the one that is exported. `configs` has, by problem key, the id of the runner-up that takes the winner's
+    place in it. `origin` says who proposed it: "sum", for what should save most, or "optuna"; empty in older journals.
     """
 
     scenario: str
@@ -117,6 +118,8 @@ class PlanTrial(Record):
     speedup: Speedup | None
     accepted: bool
     reason: str = ""
+    configs: Mapping[str, str] = field(default_factory=dict)
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -350,8 +350,26 @@ class Speedup(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerUp(Record):
+    """A finalist that is clear of the minimum gain as well, and little slower than the winner of the same race.
+
+    `speedup` is over the same baseline as the winner's.
+    """
+
+    evaluation: Evaluation
+    speedup: Speedup
+
+    def __post_init__(self) -> None:
+        if self.evaluation.measurement is None:
+            raise ValueError(f"a runner-up has a measurement, which {self.evaluation.candidate.label} lacks")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Winner(Record):
-    """A candidate whose confirmed speed-up over the strongest stock choice is clear of the minimum gain."""
+    """A candidate whose confirmed speed-up over the strongest stock choice is clear of the minimum gain.
+
+    `runners_up`, the fastest first: what may be the faster one beside the kernels of a model.
+    """
 
     hotspot: Hotspot
     evaluation: Evaluation
@@ -359,3 +377,19 @@ class Winner(Record):
     baseline_us: float
     winner_us: float
     speedup: Speedup
+    runners_up: tuple[RunnerUp, ...] = ()
+
+    def instead(self, candidate: str) -> Winner:
+        """What the winner is with a runner-up in its place.
+
+        Args:
+            candidate: the runner-up's id.
+
+        Raises:
+            ValueError: there is no such runner-up.
+        """
+        for one in self.runners_up:
+            if one.evaluation.candidate.id == candidate and one.evaluation.measurement is not None:
+                us = one.evaluation.measurement.median_us
+                return dataclasses.replace(self, evaluation=one.evaluation, winner_us=us, speedup=one.speedup, runners_up=())
+        raise ValueError(f"candidate {candidate} is no runner-up for {self.hotspot.problem.key}")

@@ -18,6 +18,7 @@ from autokernel.events import ModelValidated, ScenarioResult
 from autokernel.records import Hotspot
 from autokernel.tracking.backends import backend_summaries
 from autokernel.tracking.journal import bundle_folder
+from autokernel.tracking.plans import plan_lines
 from autokernel.tracking.summary import ProblemSummary, RunSummary
 from autokernel.tracking.titles import config_title, problem_title, with_titles
 
@@ -301,17 +302,16 @@ def result_view(summary: RunSummary, folder: Path, runs_folder: Path) -> Rendera
 
 
 def plan_table(summary: RunSummary) -> RenderableType:
-    """Which fusions were tried together where they exclude each other."""
+    """Which fusions were tried together where they exclude each other, and with which configs."""
     shown = table(
-        ("scenario", "fold"), ("plan", "fold"), ("should save us", "right"), ("over the first [95 %]", "right"),
-        ("verdict", "fold"), title="Plans",
+        ("scenario", "fold"), ("plan", "fold"), ("proposed by", "fold"), ("should save us", "right"),
+        ("over the one to beat [95 %]", "right"), ("verdict", "fold"), title="Plans",
     )  # fmt: skip
-    titles = {problem.problem.key: problem_title(problem.problem) for problem in summary.problems}
     for trial in summary.plan_trials:
         speedup = ratio(trial.speedup) if trial.speedup is not None else ""
-        plan = "\n".join(titles.get(key, key) for key in trial.keys)
+        plan = Text("\n".join(plan_lines(summary, trial)))
         verdict = Text("chosen", "bold green") if trial.accepted else Text("")
-        shown.add_row(trial.scenario, plan, microseconds(trial.saved_us), speedup, verdict)
+        shown.add_row(trial.scenario, plan, trial.origin, microseconds(trial.saved_us), speedup, verdict)
     return shown
 
 

@@ -1,4 +1,4 @@
-"""How many trials each hotspot gets: Amdahl's share times what its roofline leaves to gain. Pure Python."""
+"""How many trials each hotspot gets: Amdahl's share times what its roofline leaves to gain; and how many plans. Pure Python."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from autokernel.records import Hotspot
 
 _SECONDS_PER_TRIAL = 0.1  # 15 workers of an H200 take 0.2: more trials than fit are not planned, and time left over is lost
+_STEP_PER_PLAN = 0.02  # of a scenario's step that has to be at stake for each plan that is timed in the model
 
 
 def merge(hotspots: Iterable[Hotspot]) -> dict[str, float]:
@@ -64,6 +65,16 @@ def allocate(
                 given[key] += 1
                 left -= 1
     return given
+
+
+def plans_to_time(limit: int, at_stake: float) -> int:
+    """How many plans of a scenario are worth timing in the model: the best by the sum, and one for each 2 % at stake.
+
+    Args:
+        limit: of the experiment.
+        at_stake: the fraction of the scenario's step that the choice between plans is about, by its profile.
+    """
+    return min(limit, 1 + math.ceil(min(at_stake, 1.0) / _STEP_PER_PLAN))
 
 
 class Scheduler:

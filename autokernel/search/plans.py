@@ -2,7 +2,8 @@
 
 A part is an entry with what it saves per step; two parts are rivals if they would take the same nodes of a graph. Where one
 takes nodes of some of the other's calls they are none: the other keeps the rest. A plan is a set of parts without rivals to
-which no other part can be added: leaving one out that nothing excludes is for ablation to tell.
+which no other part can be added: leaving one out that nothing excludes is for ablation to tell. Each of its parts has the
+config that won alone, or that of a runner-up.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+WITHIN_MODEL = 0.05  # of a kernel's time: by how much it may be off from what it takes alone, as far as configs differ in that
 _MAX_STEPS = 200_000  # of the search; a graph's rivals come in small groups, which need a few hundred
 
 
@@ -21,7 +23,8 @@ class Part:
 
     `taken` says of other parts which fraction of its calls they take, if they are in a plan with it. `stock_us` is what stock
     code takes for all its calls. `nodes` stands for the nodes of the graph that each call takes: calls of two parts that have
-    one in common take the very same ones. Empty: not known.
+    one in common take the very same ones. Empty: not known. `runners_up` are its other configs by name, with what each saves
+    in place of `saved_us`, and `own_us` is what all its calls take with the one that won.
     """
 
     key: str
@@ -30,22 +33,34 @@ class Part:
     stock_us: float = math.inf
     nodes: frozenset[str] = frozenset()
     taken: Mapping[str, float] = field(default_factory=dict)
+    own_us: float = 0.0
+    runners_up: Mapping[str, float] = field(default_factory=dict)
 
-    def left_us(self, keys: Collection[str]) -> float:
-        """What it saves beside the parts of these keys."""
-        return self.saved_us * max(0.0, 1 - sum(share for key, share in self.taken.items() if key in keys))
+    def left(self, keys: Collection[str]) -> float:
+        """The fraction of its calls that it keeps beside the parts of these keys."""
+        return max(0.0, 1 - sum(share for key, share in self.taken.items() if key in keys))
+
+    def left_us(self, keys: Collection[str], config: str | None = None) -> float:
+        """What it saves beside the parts of these keys, with the config of a runner-up or with its own."""
+        return (self.saved_us if config is None else self.runners_up[config]) * self.left(keys)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Parts that go together, by key, in the order of what they save."""
+    """Parts that go together, by key, in the order of what they save.
+
+    `configs` has (key, config) for those of them that are there with the config of a runner-up, in the order of keys. `origin`
+    says who proposed it.
+    """
 
     keys: tuple[str, ...]
     saved_us: float
+    configs: tuple[tuple[str, str], ...] = ()
+    origin: str = field(default="sum", compare=False)
 
 
 def best_plans(parts: Sequence[Part], limit: int) -> list[Plan]:
-    """The plans that save most if savings add up, best first.
+    """The plans that save most if savings add up, best first, with the configs that won alone.
 
     Args:
         parts: of one scenario; a rival that is not among them does not count.
@@ -112,9 +127,9 @@ def _plans_of_group(
     return found
 
 
-def _saved(keys: Collection[str], parts: Iterable[Part]) -> float:
+def _saved(keys: Collection[str], parts: Iterable[Part], configs: Mapping[str, str] | None = None) -> float:
     """What the parts of these keys save together."""
-    return sum(part.left_us(keys) for part in parts if part.key in keys)
+    return sum(part.left_us(keys, (configs or {}).get(part.key)) for part in parts if part.key in keys)
 
 
 def rivals_of(key: str, parts: Sequence[Part]) -> frozenset[str]:
@@ -124,10 +139,11 @@ def rivals_of(key: str, parts: Sequence[Part]) -> frozenset[str]:
 
 
 def differing_us(a: Plan, b: Plan, parts: Sequence[Part]) -> float:
-    """What stock code takes per step for the calls that only one of two plans replaces.
+    """In how much of a step two plans differ: what is between them may be as much, whatever their parts save alone.
 
-    Where both replace the very same nodes, their neighbours are the same, and the kernels' own times tell the plans apart. What
-    they do to their neighbours elsewhere is of the order of this time.
+    What stock code takes per step for the calls that only one of them replaces, and what kernels with different configs may be
+    off by. Where both replace the very same nodes, their neighbours are the same, and the kernels' own times tell the plans
+    apart. What they do to their neighbours elsewhere is of the order of this time.
     """
     only_a = [part for part in parts if part.key in a.keys and part.key not in b.keys]
     only_b = [part for part in parts if part.key in b.keys and part.key not in a.keys]
@@ -137,11 +153,32 @@ def differing_us(a: Plan, b: Plan, parts: Sequence[Part]) -> float:
         for part in own:
             apart = len(part.nodes - taken) / len(part.nodes) if part.nodes else 1.0
             total += part.stock_us * apart if apart else 0.0
+    configs = dict(a.configs), dict(b.configs)
+    for part in parts:
+        if part.key in a.keys and part.key in b.keys and configs[0].get(part.key) != configs[1].get(part.key):
+            total += WITHIN_MODEL * part.own_us * min(part.left(a.keys), part.left(b.keys))
     return total
 
 
-def completed(keys: Sequence[str], parts: Sequence[Part]) -> Plan:
-    """A plan from some keys: rivals of earlier ones are left out, and what nothing excludes is added, most saved first."""
+def at_stake_us(plans: Sequence[Plan], parts: Sequence[Part]) -> float:
+    """How much of a step the choice of a plan is about.
+
+    The most that any of these plans differs from the first in, and what the runners-up of that one's parts may be off by.
+    """
+    best = plans[0]
+    apart = max((differing_us(best, plan, parts) for plan in plans), default=0.0)
+    others = [with_config(best, part.key, config, parts) for part in parts for config in [*part.runners_up][:1]]
+    return apart + sum(differing_us(best, plan, parts) for plan in others)
+
+
+def completed(keys: Sequence[str], parts: Sequence[Part], configs: Mapping[str, str] | None = None) -> Plan:
+    """A plan from some keys: rivals of earlier ones are left out, and what nothing excludes is added, most saved first.
+
+    Args:
+        keys: of parts, those that come first before those behind them.
+        parts: all of the scenario.
+        configs: of runners-up, by the key of their part; what is left out needs none.
+    """
     taken: list[str] = []
     order = {key: position for position, key in enumerate(keys)}
     for part in sorted(parts, key=lambda part: (order.get(part.key, len(order)), -part.saved_us, part.key)):
@@ -149,4 +186,10 @@ def completed(keys: Sequence[str], parts: Sequence[Part]) -> Plan:
             taken.append(part.key)
     saved: Mapping[str, float] = {part.key: part.saved_us for part in parts}
     ranked = sorted(taken, key=lambda key: (-saved[key], key))
-    return Plan(keys=tuple(ranked), saved_us=_saved(ranked, parts))
+    used = {key: (configs or {})[key] for key in sorted(ranked) if key in (configs or {})}
+    return Plan(keys=tuple(ranked), saved_us=_saved(ranked, parts, used), configs=tuple(used.items()))
+
+
+def with_config(plan: Plan, key: str, config: str, parts: Sequence[Part]) -> Plan:
+    """The plan with the config of a runner-up for one of its parts; itself where the part is not in it."""
+    return completed(plan.keys, parts, {**dict(plan.configs), key: config}) if key in plan.keys else plan

@@ -19,7 +19,8 @@ from autokernel.export.freezing import needs_constant
 from autokernel.export.matching import Gemm, gemm_of, parts_of_merged
 from autokernel.ops import get_op
 from autokernel.ops.base import compute_dtype
-from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Hotspot, Problem, Status, Winner
+from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Hotspot, Problem, RunnerUp, Status, Winner
+from autokernel.search.plans import WITHIN_MODEL
 from autokernel.stages.context import RunContext
 from autokernel.tracking.titles import problem_title
 
@@ -31,6 +32,7 @@ _LIBRARY = "aten"  # whose kernels no bundle has to bring along
 # over before the card reaches its power limit, which slows kernels down by how much energy they take: on an H200, products
 # within 1 % of each other at 1,980 MHz were 5 and 6 % apart in the seconds of a confirmation, at 1,500.
 _HOT_SLACK = 0.05
+_RUNNERS_UP = 2  # of a problem, that may be tried in the model in the winner's place
 
 
 def is_stock(candidate: Candidate) -> bool:
@@ -176,13 +178,7 @@ def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> lis
             continue
         winner = None
         if contender is best:
-            evaluation = Evaluation(
-                candidate=contender.candidate,
-                status=Status.OK,
-                verdict=contender.verdict,
-                measurement=contender.measurement,
-                deterministic=contender.deterministic,
-            )
+            evaluation = _evaluation_of(contender)
             winner = Winner(
                 hotspot=hotspot,
                 evaluation=evaluation,
@@ -190,6 +186,7 @@ def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> lis
                 baseline_us=baseline.measurement.median_us,
                 winner_us=contender.measurement.median_us,
                 speedup=speedup,
+                runners_up=_runners_up(contender, passed, confirmation.comparison),
             )
             reason = f"lower bound {speedup.low:.3f} is above {1 + min_gain:.3f}"
         elif contender in passed:
@@ -226,6 +223,31 @@ def _simplest(
     if gained.low > 1 + min_gain:
         return best
     return library if library in passed else None
+
+
+def _runners_up(winner: Contender, passed: Sequence[Contender], comparison: Comparison | None) -> tuple[RunnerUp, ...]:
+    """Who could not be told from the winner, or lost by no more than a model may make of it."""
+    found = []
+    for one in sorted(passed, key=_ratio, reverse=True):
+        if one is winner or one.speedup is None or winner.speedup is None:
+            continue
+        close = one.speedup.high >= winner.speedup.low
+        if not close and comparison is not None:
+            close = comparison.faster(winner.candidate.id, one.candidate.id).low <= 1 + WITHIN_MODEL
+        if close:
+            found.append(RunnerUp(evaluation=_evaluation_of(one), speedup=one.speedup))
+    return tuple(found[:_RUNNERS_UP])
+
+
+def _evaluation_of(contender: Contender) -> Evaluation:
+    """What its confirmation says of it."""
+    return Evaluation(
+        candidate=contender.candidate,
+        status=Status.OK,
+        verdict=contender.verdict,
+        measurement=contender.measurement,
+        deterministic=contender.deterministic,
+    )
 
 
 def _ratio(contender: Contender) -> float:

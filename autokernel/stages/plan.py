@@ -1,9 +1,10 @@
-"""Part of stage 3's end: which winners go together where fusions exclude each other, judged end to end.
+"""Part of stage 3's end: which winners go together where fusions exclude each other, and with which configs, judged end to end.
 
-Of a scenario's plans those that should save most are timed in the model, against each other and interleaved; then, where a
-measurement contradicts the sum of the savings, what Optuna proposes from that (`search/plan_study.py`). Where nothing excludes
-anything there is nothing to decide, and where plans differ in what takes no time nothing can be told: then nothing is timed.
-Scenarios take turns on the device and compile at the same time.
+Of a scenario's plans those that should save most are timed in the model, against each other and interleaved; then what Optuna
+proposes, told of that (`search/plan_study.py`): other sets, and runners-up in the place of winners. How many follows from the
+share of the step that the choice is about. Where nothing excludes anything and nothing has a runner-up there is nothing to
+decide, and where plans differ in what takes no time nothing can be told: then nothing is timed. Scenarios take turns on the
+device and compile at the same time.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from dataclasses import dataclass, field
 from autokernel.errors import WorkerError
 from autokernel.evaluate.end_to_end import Contender, ScenarioTiming, TimeScenario
 from autokernel.events import PlanTrial, Profiled
-from autokernel.ops import FUSIONS
 from autokernel.records import Winner
+from autokernel.search.budget import plans_to_time
 from autokernel.search.plan_study import PlanStudy
-from autokernel.search.plans import Part, Plan, best_plans, rivals_of
+from autokernel.search.plans import Part, Plan, at_stake_us, best_plans, rivals_of
 from autokernel.stages.confirm import entry_of
 from autokernel.stages.contenders import keep_ahead, known, tell
 from autokernel.stages.context import RunContext
 from autokernel.stages.graph import jobs_ahead, largest
+from autokernel.stages.plan_parts import in_precedence, parts_of, saved_us
 from autokernel.stages.production import make_bundle
 from autokernel.stages.rehearsal import rehearse_beside
 from autokernel.stages.whole_model import run_on_model, with_layers
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 _TIMEOUT_S = 1800
 _STAGE = "plan"
 _TOLD_APART = 0.002  # of a step: what a comparison in the model does not resolve
+_ROUNDS = 2  # each loads the model and compiles: those after the first have Optuna's proposals
+_INTERVAL = 3.92  # deviations that an interval of 95 % is wide
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,6 +48,7 @@ class _Contest:
     best: Plan
     step_us: float
     challengers: list[Plan]  # of the round that comes next
+    rounds: int = 0  # that were timed
     trials: list[PlanTrial] = field(default_factory=list)
 
 
@@ -56,11 +61,13 @@ def choose_plans(context: RunContext, profiled: Profiled, winners: Sequence[Winn
         return list(winners), {}
     if context.state is not None and _STAGE in context.state.stages_done:
         return _decided(winners, by_scenario, context.state.plan_trials)
+    contests = [
+        _contest(scenario, parts, profiled.scenario_us[scenario], winners, settings.trials, context.seed)
+        for scenario, parts in by_scenario.items()
+    ]
+    if not any(contest.challengers or contest.trials for contest in contests):
+        return list(winners), {}
     with context.stage(_STAGE, total=len(by_scenario), note=", ".join(by_scenario)):
-        contests = [
-            _contest(scenario, parts, profiled.scenario_us[scenario], winners, settings.trials, context.seed)
-            for scenario, parts in by_scenario.items()
-        ]
         rehearse_beside(context)
         ahead = _graph_options_of_others(context, contests, winners)
         while open_ones := [contest for contest in contests if contest.challengers]:
@@ -75,15 +82,17 @@ def choose_plans(context: RunContext, profiled: Profiled, winners: Sequence[Winn
 
 
 def _contest(
-    scenario: str, parts: Sequence[Part], stock_us: float, winners: Sequence[Winner], trials: int, seed: int
+    scenario: str, parts: Sequence[Part], stock_us: float, winners: Sequence[Winner], limit: int, seed: int
 ) -> _Contest:
-    """The first round: those of the plans that should save most that could be told apart in the model."""
-    best = best_plans(parts, 1)[0]
+    """The first round: those of the plans that should save most that could be told apart in the model, or Optuna's first."""
+    plans = best_plans(parts, limit + 1)
     nothing = Plan(keys=(), saved_us=0.0)
-    others_us = sum(_saved_us(winner) for winner in _kept(scenario, nothing, parts, winners))
-    step_us = max(stock_us - best.saved_us - others_us, 0.0)
+    others_us = sum(saved_us(winner) for winner in _kept(scenario, nothing, parts, winners))
+    step_us = max(stock_us - plans[0].saved_us - others_us, 0.0)
+    trials = plans_to_time(limit, at_stake_us(plans, parts) / step_us if step_us else 1.0)
     study = PlanStudy(parts, stock_us, trials, seed, _TOLD_APART * step_us)
     best, *others = study.first()
+    others = others or study.next()
     contest = _Contest(scenario=scenario, study=study, parts=parts, best=best, step_us=step_us, challengers=others)
     for plan, us in study.left_out[:trials]:
         reason = (
@@ -91,8 +100,9 @@ def _contest(
             f"could not be told apart"
         )
         contest.trials.append(_trial(scenario, plan, None, accepted=False, reason=reason))
-    if not others:
-        reason = "no plan that could be told apart from it" if study.left_out else "no other plan"
+    if not others and any(part.rivals or part.taken for part in parts):
+        reason = "no other plan" if len(plans) == 1 else "no other plan that may be better"
+        reason = "no plan that could be told apart from it" if study.left_out else reason
         contest.trials.append(_trial(scenario, best, None, accepted=True, reason=reason))
     return contest
 
@@ -105,111 +115,16 @@ def play(contest: _Contest, timing: ScenarioTiming | None) -> None:
         reason = "the model does not run with the others"
         contest.trials.append(_trial(contest.scenario, challenged, None, accepted=True, reason=reason))
         return
-    surprising = False
     for plan in challengers:
         speedup = timing.speedups.get(_named(plan))
-        if speedup is None:
-            continue
-        # what it saves beyond the plan that it was timed against
-        contest.study.tell(plan, challenged.saved_us + contest.step_us * (1 - 1 / speedup.ratio))
-        expected = (plan.saved_us - challenged.saved_us) / contest.step_us if contest.step_us else 0.0
-        surprising |= not 1 - 1 / speedup.low - _TOLD_APART <= expected <= 1 - 1 / speedup.high + _TOLD_APART
+        if speedup is not None:
+            gained, least, most = (contest.step_us * (1 - 1 / one) for one in (speedup.ratio, speedup.low, speedup.high))
+            contest.study.tell(plan, challenged, gained, (most - least) / _INTERVAL)
     contest.best, judged = judge(contest.scenario, challenged, challengers, timing)
     contest.trials += judged
-    if surprising:  # else savings add up here, and Optuna knows nothing that the sums do not say
-        contest.challengers = contest.study.next()
-
-
-def parts_of(scenario: str, winners: Sequence[Winner]) -> list[Part]:
-    """The scenario's winners that exclude others or are excluded; empty where all go together.
-
-    GEMMs that share an input are no rivals here: whether they are merged is decided by their own times (`confirm.compatible`).
-    What is merged saves nothing by itself.
-    """
-    own = {winner.hotspot.problem.key: winner for winner in winners if winner.hotspot.scenario == scenario}
-    taken = {key: _taken(winner, own) for key, winner in own.items()}
-    rivals = {
-        key: frozenset(
-            other
-            for other in winner.hotspot.rivals
-            if other in own
-            and (_is_fusion(winner) or _is_fusion(own[other]))
-            and other not in taken[key]
-            and key not in taken[other]
-        )
-        for key, winner in own.items()
-    }
-    if not any(rivals.values()):
-        return []
-    lost = {taker for takers in taken.values() for taker in takers}
-    return [
-        Part(
-            key=key,
-            saved_us=_saved_us(winner) * _share_apart(winner, own),
-            rivals=rivals[key],
-            stock_us=winner.baseline_us * winner.hotspot.num_calls,
-            # what Inductor can see into does not leave its neighbours the same
-            nodes=frozenset(winner.hotspot.nodes if _is_fusion(winner) else ()),
-            taken=taken[key],
-        )
-        for key, winner in own.items()
-        if rivals[key] or taken[key] or key in lost or any(key in others for others in rivals.values())
-    ]
-
-
-def in_precedence(winners: Sequence[Winner]) -> list[Winner]:
-    """Winners in the order in which they get nodes: those that take some of another's calls before the other."""
-    own: dict[str, dict[str, Winner]] = {}
-    for winner in winners:
-        own.setdefault(winner.hotspot.scenario, {})[winner.hotspot.problem.key] = winner
-    placed: dict[tuple[str, str], Winner] = {}
-
-    def place(winner: Winner, above: frozenset[str]) -> None:
-        key, scenario = winner.hotspot.problem.key, winner.hotspot.scenario
-        for taker in _taken(winner, own[scenario]):
-            if taker not in above:
-                place(own[scenario][taker], above | {key})
-        placed.setdefault((scenario, key), winner)
-
-    for winner in winners:
-        place(winner, frozenset())
-    return list(placed.values())
-
-
-def _taken(winner: Winner, own: Mapping[str, Winner]) -> dict[str, float]:
-    """The fraction of a fusion's calls that others of the scenario take which want nodes of all their own calls there.
-
-    The fusion keeps the rest. Those with the very same nodes are rivals.
-    """
-    found = {}
-    key, calls = winner.hotspot.problem.key, winner.hotspot.num_calls
-    for other, shared in zip(winner.hotspot.rivals, winner.hotspot.rival_calls, strict=False):
-        if other not in own or not (_is_fusion(winner) and _is_fusion(own[other])) or not 0 < shared < calls:
-            continue
-        taker = own[other].hotspot
-        of_taker = dict(zip(taker.rivals, taker.rival_calls, strict=False)).get(key, 0)
-        if of_taker >= taker.num_calls and not set(taker.nodes) & set(winner.hotspot.nodes):
-            found[other] = shared / calls
-    return found
-
-
-def _is_fusion(winner: Winner) -> bool:
-    return winner.hotspot.problem.op in FUSIONS
-
-
-def _share_apart(winner: Winner, own: Mapping[str, Winner]) -> float:
-    """The part of a GEMM's calls that no merged winner takes."""
-    merged = [
-        calls
-        for key, calls in zip(winner.hotspot.rivals, winner.hotspot.rival_calls, strict=False)
-        if key in own and own[key].hotspot.problem.op == "merged_mm"
-    ]
-    taken = 0 if winner.hotspot.problem.op == "merged_mm" or _is_fusion(winner) else max(merged, default=0)
-    return 1 - taken / winner.hotspot.num_calls
-
-
-def _saved_us(winner: Winner) -> float:
-    return (winner.baseline_us - winner.winner_us) * winner.hotspot.num_calls
+    contest.rounds += 1
+    if contest.rounds < _ROUNDS:
+        contest.challengers = contest.study.next(contest.best)
 
 
 def judge(scenario: str, best: Plan, challengers: Sequence[Plan], timing: ScenarioTiming) -> tuple[Plan, list[PlanTrial]]:
@@ -221,9 +136,7 @@ def judge(scenario: str, best: Plan, challengers: Sequence[Plan], timing: Scenar
         speedup = timing.speedups.get(_named(plan))
         reason = timing.failures.get(_named(plan), "")
         if not reason and speedup is not None:
-            reason = (
-                f"{speedup.ratio:.3f} times as fast as the plan that should save most [{speedup.low:.3f}, {speedup.high:.3f}]"
-            )
+            reason = f"{speedup.ratio:.3f} times as fast as the plan to beat [{speedup.low:.3f}, {speedup.high:.3f}]"
         trials.append(_trial(scenario, plan, timing, accepted=plan is chosen, reason=reason))
     return chosen, trials
 
@@ -231,23 +144,32 @@ def judge(scenario: str, best: Plan, challengers: Sequence[Plan], timing: Scenar
 def _trial(scenario: str, plan: Plan, timing: ScenarioTiming | None, *, accepted: bool, reason: str) -> PlanTrial:
     speedup = timing.speedups.get(_named(plan)) if timing is not None else None
     return PlanTrial(
-        scenario=scenario, keys=plan.keys, saved_us=plan.saved_us, speedup=speedup, accepted=accepted, reason=reason
+        scenario=scenario,
+        keys=plan.keys,
+        saved_us=plan.saved_us,
+        speedup=speedup,
+        accepted=accepted,
+        reason=reason,
+        configs=dict(plan.configs),
+        origin=plan.origin,
     )
 
 
 def _named(plan: Plan) -> str:
-    return " + ".join(plan.keys)
+    configs = dict(plan.configs)
+    return " + ".join(f"{key} as {configs[key]}" if key in configs else key for key in plan.keys)
 
 
 def _graph_options_of_others(
     context: RunContext, contests: Sequence[_Contest], winners: Sequence[Winner]
 ) -> list[tuple[str, str, TimeScenario]]:
     """Jobs of the next stage that wait for no plan: they compile while plans do."""
-    contested = {contest.scenario: contest for contest in contests}
-    kept = [winner for winner in winners if winner.hotspot.scenario not in contested]
-    for name, contest in contested.items():
-        kept += _kept(name, contest.best, contest.parts, winners)
-    return jobs_ahead(context, make_bundle(context, [entry_of(winner) for winner in kept], {}), contested)
+    with_plans = {contest.scenario for contest in contests}
+    kept = [winner for winner in winners if winner.hotspot.scenario not in with_plans]
+    for contest in contests:
+        kept += _kept(contest.scenario, contest.best, contest.parts, winners)
+    undecided = {contest.scenario for contest in contests if contest.challengers}
+    return jobs_ahead(context, make_bundle(context, [entry_of(winner) for winner in kept], {}), undecided)
 
 
 def _time(
@@ -311,10 +233,17 @@ def _time(
 
 
 def _kept(scenario: str, plan: Plan, parts: Sequence[Part], winners: Sequence[Winner]) -> list[Winner]:
-    """The plan's winners, with all of the scenario that exclude nothing."""
-    rivals = {part.key for part in parts}
+    """The plan's winners, each with its config there, with all of the scenario that are no parts."""
+    contested = {part.key for part in parts}
     own = [winner for winner in winners if winner.hotspot.scenario == scenario]
-    return [w for w in own if w.hotspot.problem.key in plan.keys or w.hotspot.problem.key not in rivals]
+    kept = [w for w in own if w.hotspot.problem.key in plan.keys or w.hotspot.problem.key not in contested]
+    return _configured(kept, dict(plan.configs))
+
+
+def _configured(winners: Sequence[Winner], configs: Mapping[str, str]) -> list[Winner]:
+    """Winners with the runners-up of these ids in the place of those of these problems."""
+    keys = [winner.hotspot.problem.key for winner in winners]
+    return [winner.instead(configs[key]) if key in configs else winner for key, winner in zip(keys, winners, strict=True)]
 
 
 def _contender(context: RunContext, contest: _Contest, plan: Plan, winners: Sequence[Winner]) -> Contender:
@@ -325,15 +254,17 @@ def _contender(context: RunContext, contest: _Contest, plan: Plan, winners: Sequ
 def _decided(
     winners: Sequence[Winner], by_scenario: Mapping[str, Sequence[Part]], trials: Sequence[PlanTrial]
 ) -> tuple[list[Winner], dict[str, str]]:
-    """What the accepted plans leave, and why the rest goes."""
+    """What the accepted plans leave, with the configs that it has there, and why the rest goes."""
     dropped: dict[str, str] = {}
+    configs: dict[str, str] = {}
     for scenario, parts in by_scenario.items():
         accepted = [trial for trial in trials if trial.scenario == scenario and trial.accepted]
         if not accepted:
             continue
         kept = set(accepted[-1].keys)
+        configs |= accepted[-1].configs
         for part in parts:
             if part.key not in kept:
                 takers = [key for key in accepted[-1].keys if key in rivals_of(part.key, parts)]
                 dropped[part.key] = f"its nodes go to {' and '.join(takers) or 'others'}, with which {scenario} is faster"
-    return [winner for winner in winners if winner.hotspot.problem.key not in dropped], dropped
+    return _configured([winner for winner in winners if winner.hotspot.problem.key not in dropped], configs), dropped

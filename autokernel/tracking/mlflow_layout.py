@@ -16,9 +16,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from autokernel.events import EvalResult, Evaluated, Event, GraphTrial, ModelValidated, Profiled, Proved, RunStarted
+from autokernel.events import EvalResult, Evaluated, Event, GraphTrial, ModelValidated, PlanTrial, Profiled, Proved, RunStarted
 from autokernel.records import ConfigValue, Problem, Speedup, Status, digest_of
 from autokernel.tracking.backends import backend_summaries, best_of_each
+from autokernel.tracking.plans import plan_lines
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us, rounded
 from autokernel.tracking.titles import config_title, problem_title
 from autokernel.tracking.views import ChartedTrials
@@ -299,6 +300,9 @@ def campaign_note(run: RunSummary) -> str:
     rows = [(b.backend, b.num_timed, b.num_used, _behind(b.lead), _behind(b.behind)) for b in backend_summaries(run)]
     head_of_backends = ("backend", "problems timed", "used for", "runner-up takes", "elsewhere it takes")
     parts += ["#### Backends", _table(head_of_backends, rows)] if len(rows) > 1 else []
+    rows = [_plan_row(run, trial) for trial in run.plan_trials]
+    head_of_plans = ("scenario", "plan", "proposed by", "should save µs", "over the one to beat [95 %]", "chosen")
+    parts += ["#### Plans", _table(head_of_plans, rows)] if rows else []
     if run.validated is not None:
         scenarios = run.validated.scenarios
         modes = list(dict.fromkeys(m.mode for s in scenarios for m in s.modes))
@@ -316,6 +320,12 @@ def campaign_note(run: RunSummary) -> str:
     if run.exported is not None:
         parts.append(f"Bundle `{run.exported.folder}`, {run.exported.num_entries} entries, digest `{run.exported.digest}`.")
     return "\n\n".join(parts)
+
+
+def _plan_row(run: RunSummary, trial: PlanTrial) -> tuple[object, ...]:
+    gain = _interval(trial.speedup) if trial.speedup is not None else "–"
+    chosen = "yes" if trial.accepted else ""
+    return trial.scenario, "; ".join(plan_lines(run, trial)), trial.origin, f"{trial.saved_us:.4g}", gain, chosen
 
 
 def hotspot_note(p: ProblemSummary) -> str:

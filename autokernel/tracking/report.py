@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 from autokernel.events import Event
 from autokernel.records import Speedup
+from autokernel.tracking.plans import plan_lines
 from autokernel.tracking.plots import parameter_importance, svg_plots
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us, summarize
 from autokernel.tracking.titles import config_title
@@ -56,9 +58,11 @@ def render_report(run: RunSummary) -> str:
     environment.filters |= {
         "us": format_us,
         "interval": format_interval,
+        "interval3": functools.partial(format_interval, digits=3),
         "pct": format_pct,
         "dur": format_seconds,
         "config": config_title,
+        "plan": lambda trial: plan_lines(run, trial),
     }
     template = environment.get_template("report.html")
     return template.render(
@@ -171,9 +175,9 @@ def format_us(value: float | None, digits: int = 4) -> str:
     return f"{f'{number:#.{digits}g}'.rstrip('.')}\u00a0{unit}"
 
 
-def format_interval(speedup: Speedup) -> str:
+def format_interval(speedup: Speedup, digits: int = 2) -> str:
     """`1.31× [1.29, 1.33]`."""
-    return f"{speedup.ratio:.2f}× [{speedup.low:.2f}, {speedup.high:.2f}]"
+    return f"{speedup.ratio:.{digits}f}× [{speedup.low:.{digits}f}, {speedup.high:.{digits}f}]"
 
 
 def format_pct(value: float, digits: int = 1) -> str:

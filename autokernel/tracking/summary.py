@@ -27,6 +27,7 @@ from autokernel.events import (
 )
 from autokernel.export.matching import gemm_of
 from autokernel.records import Hotspot, Problem, Speedup, Status, Winner
+from autokernel.tracking.planned import as_planned
 from autokernel.tracking.titles import problem_title, with_titles
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ class ProblemSummary:
 
     @property
     def winner(self) -> Winner | None:
-        """The confirmed winner, also if it was dropped later; with several, the one that gains most."""
+        """The confirmed winner, or what a plan has instead, also if it was dropped later; of several that which gains most."""
         winners = [c.winner for c in self.confirmed if c.accepted and c.winner is not None]
         return max(winners, key=lambda w: w.speedup.ratio, default=None)
 
@@ -344,7 +345,7 @@ def summarize(events: Iterable[Event]) -> RunSummary:
         search_device_s=search_device_s,
         timed=timed,
     )
-    return replace(summary, problems=_problems(summary, trials.values(), confirmed.values()))
+    return replace(summary, problems=_problems(summary, trials.values(), as_planned(confirmed.values(), plan_trials)))
 
 
 def _get(last: Mapping[str, Event], kind: type[T]) -> T | None:

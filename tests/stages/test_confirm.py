@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from autokernel.errors import JobCrashed, JobLost, StorageError
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates, Contender
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.evaluate.timing import Comparison
-from autokernel.events import Confirmed, Event, Profiled, RunStarted, StageFinished
+from autokernel.events import Confirmed, Event, Profiled, RunStarted, StageFinished, event_from_json, event_to_json
 from autokernel.records import (
     Candidate,
     Check,
@@ -190,6 +191,33 @@ def raced(rounds: dict[str, list[float]], problem: Problem = MM) -> Confirmation
 def test_a_kernel_to_bring_along_has_to_beat_the_librarys_own(rounds: dict[str, list[float]], winner: str) -> None:
     accepted = [event for event in _judge(hotspot(MM), raced(rounds), 0.005) if event.accepted]
     assert [event.candidate.backend for event in accepted] == [winner]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "runners_up"),
+    [
+        ({"triton": [9.6, 9.7, 9.8], "inductor": [9.7, 9.8, 9.9]}, ["inductor"]),
+        ({"triton": [9.6, 9.7, 9.8], "inductor": [10.0, 10.1, 10.2]}, ["inductor"]),  # 4 % behind
+        ({"triton": [9.6, 9.7, 9.8], "inductor": [10.3, 10.4, 10.5]}, []),  # 7 %
+        ({"triton": [9.6, 9.7, 9.8], "inductor": [9.6, 10.5, 10.6]}, ["inductor"]),  # in one round it was as fast
+        ({"triton": [9.6, 9.7, 9.8], "inductor": [19.9, 20.1, 19.9]}, []),  # it is no faster than stock
+        ({"aten": [10.0, 10.1, 10.2], "triton": [9.98, 10.06, 10.17]}, ["triton"]),  # the library's is preferred
+        (
+            {"triton": [9.6, 9.7, 9.8], "inductor": [9.9, 9.9, 9.9], "cutedsl": [9.8, 9.8, 9.8], "aten": [10.0, 10.0, 10.0]},
+            ["cutedsl", "inductor"],
+        ),
+    ],
+)
+def test_who_lost_by_little_may_be_tried_in_the_model(rounds: dict[str, list[float]], runners_up: list[str]) -> None:
+    confirmation = raced(rounds)
+    (accepted,) = [event for event in _judge(hotspot(MM), confirmation, 0.005) if event.accepted]
+    assert accepted.winner is not None
+    assert [one.evaluation.candidate.backend for one in accepted.winner.runners_up] == runners_up
+    for one in accepted.winner.runners_up:
+        (finalist,) = [found for found in confirmation.finalists if found.candidate == one.evaluation.candidate]
+        assert (one.speedup, one.evaluation.measurement) == (finalist.speedup, finalist.measurement)
+        assert one.evaluation.verdict == finalist.verdict
+    assert event_from_json(json.loads(json.dumps(event_to_json(accepted)))) == accepted
 
 
 def test_a_library_kernel_need_not_be_a_winner_to_be_as_fast() -> None:
