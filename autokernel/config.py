@@ -211,6 +211,12 @@ class Experiment(Section):
             raise ValueError(
                 f"validation.eval.metric: {metric} is for language models; a model of your own class needs `module:function`"
             )
+        for name, scenario in self.scenarios.items():
+            if getattr(scenario, "rows", None) is not None and "triton" not in self.backends:
+                raise ValueError(
+                    f"scenarios.{name}.rows: only kernels of backend triton hold for a range of rows, and backends are "
+                    f"{', '.join(self.backends)}: add triton to `backends`, or leave `rows` out"
+                )
         for name in self.graph.scenarios:
             if name not in self.scenarios:
                 known = ", ".join(self.scenarios)

@@ -32,7 +32,7 @@ class RunStarted(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageStarted(Record):
-    """Stages: profile, search, confirm, graph, validate, export, prove."""
+    """Stages: profile, search, confirm, graph, validate, export, prove; in some runs rows and plan, too."""
 
     stage: str
     total: int = 0  # steps, if known
@@ -101,6 +101,44 @@ class Confirmed(Record):
     reason: str
     winner: Winner | None = None
     conditions: Mapping[str, float] = field(default_factory=dict)  # clock, power, temperature and load, before_ and after_
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRow(Record):
+    """A winner at m rows instead of those that it was tuned for: its speed-up over the strongest stock choice there.
+
+    None where it was not compared, and `message` says why: it did not pass its checks, or nothing can be claimed.
+    """
+
+    m: int
+    speedup: Speedup | None = None
+    message: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is right there, and no slower than stock within its interval."""
+        return self.speedup is not None and self.speedup.high >= 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowMeasured(Record):
+    """A winner was measured at another number of rows; a resumed run does not do it again."""
+
+    candidate: Candidate  # the winner
+    row: MeasuredRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsHeld(Record):
+    """For which rows a winner is used: the widest run of measured ones around its own in which it holds.
+
+    `wanted` and `held` are the first and the last; `measured` are all that were, but its own.
+    """
+
+    candidate: Candidate
+    wanted: tuple[int, int]
+    held: tuple[int, int]
+    measured: tuple[MeasuredRow, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +297,7 @@ class Proved(Record):
     scenario_us: Mapping[str, float] = field(default_factory=dict)
     scenarios: tuple[str, ...] = ()  # that it compiled: all that have entries
     constant_bytes: int = 0
+    rows: tuple[str, ...] = ()  # what it saw of entries for a range of rows, at other batches than their scenario's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +311,7 @@ class RunFinished(Record):
 
 Event = (
     RunStarted | StageStarted | StageProgress | StageFinished | Profiled | SearchPlanned | Evaluated | Confirmed
+    | RowMeasured | RowsHeld
     | ContendersTimed | PlanTrial | GraphTrial | Ablated | ScenarioTimed | ModelValidated | Exported | Proved | RunFinished
 )  # fmt: skip
 

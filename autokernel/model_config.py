@@ -280,6 +280,10 @@ _Inputs = Annotated[
 ]
 
 
+MOST_ROWS = 128  # of a kernel of ours that holds for a range of them (`kernels.config.MAX_M`)
+_Row = Annotated[int, BeforeValidator(_no_boolean)]
+
+
 class _ScenarioSection(Section):
     """A scenario: pydantic reads `kind` before anything else, and takes no validator for all fields there."""
 
@@ -287,6 +291,14 @@ class _ScenarioSection(Section):
     @classmethod
     def _numbers_are_no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         return _no_boolean(value)
+
+    @field_validator("rows", check_fields=False)
+    @classmethod
+    def _rows_are_a_range(cls, rows: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if rows is not None and (len(rows) != 2 or not 1 <= rows[0] <= rows[1] <= MOST_ROWS):
+            said = f"from 1 to {MOST_ROWS}, as many as kernels that hold for a range take"
+            raise ValueError(f"{list(rows)} must be the first and the last number of rows, {said}: e.g. [9, 16]")
+        return rows
 
 
 class PrefillScenario(_ScenarioSection):
@@ -315,6 +327,12 @@ class DecodeScenario(_ScenarioSection):
         "likeliest ones and their logits, which a sampler draws from",
     )
     top_k: PositiveInt | None = Field(None, description="how many tokens `sample: top_k` keeps; 50 if it is not given")
+    rows: tuple[_Row, ...] | None = Field(
+        None,
+        description="batches that its winners are to hold for, besides its own: `[9, 16]`, the first and the last. Those of "
+        "backend triton for plain products are measured there, and used as far as they are right and no slower than stock; all "
+        "else holds for the scenario's batch alone",
+    )
 
     @property
     def num_sampled(self) -> int:
@@ -325,6 +343,12 @@ class DecodeScenario(_ScenarioSection):
     def _top_k_is_sampled(self) -> DecodeScenario:
         if self.top_k is not None and self.sample != "top_k":
             raise ValueError(f"top_k: {self.top_k} is for `sample: top_k`, not `sample: {self.sample}`")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_hold_the_batch(self) -> DecodeScenario:
+        if self.rows is not None and not self.rows[0] <= self.batch <= self.rows[1]:
+            raise ValueError(f"rows: {list(self.rows)} must hold the batch, {self.batch}: a range lies around what is tuned")
         return self
 
 
@@ -343,6 +367,10 @@ class CallScenario(_ScenarioSection):
         "default: all of it, a tensor or a tuple of them",
     )
     batch: PositiveInt = Field(1, description="samples, or sequences, in one call")
+    rows: tuple[_Row, ...] | None = Field(
+        None,
+        description="as of decode, in rows of the products themselves: `[9, 16]` is for winners of 9 to 16 rows",
+    )
 
     @property
     def inputs_function(self) -> str | None:

@@ -81,6 +81,7 @@ def _run_stages(context: RunContext, until: str) -> RunOutcome:
     from autokernel.stages.plan import choose_plans
     from autokernel.stages.production import export_bundle, make_bundle, prove
     from autokernel.stages.profile import profile
+    from autokernel.stages.rows import evidence_of, hold_rows
     from autokernel.stages.search import search
 
     profiled = profile(context)
@@ -93,16 +94,18 @@ def _run_stages(context: RunContext, until: str) -> RunOutcome:
     winners, excluded = choose_plans(context, profiled, winners)
     winners, too_large = within_memory(context, winners)
     dropped |= excluded | too_large
+    rows = hold_rows(context, profiled, winners)
     if until == "confirm":
         return _stopped(context, until)
-    bundle = make_bundle(context, [entry_of(winner) for winner in winners], {})
+    bundle = make_bundle(context, [entry_of(winner, rows.get(winner.hotspot.problem.key)) for winner in winners], {})
     bundle = make_bundle(context, bundle.entries, *search_graph_options(context, bundle))
     if until == "graph":
         return _stopped(context, until)
     validated, bundle = validate(context, bundle, dropped)
     if until == "validate":
         return _stopped(context, until)
-    bundle = make_bundle(context, bundle.entries, bundle.graph_options, bundle.scenario_options, validated)
+    evidence = evidence_of(rows, bundle)
+    bundle = make_bundle(context, bundle.entries, bundle.graph_options, bundle.scenario_options, validated, evidence)
     export_bundle(context, bundle, validated)
     proved = prove(context, bundle, validated) if until != "export" else None
     if proved is not None and not proved.passed:

@@ -15,11 +15,14 @@ from autokernel.events import (
     Event,
     Exported,
     GraphTrial,
+    MeasuredRow,
     ModelValidated,
     ModeTiming,
     PlanTrial,
     Profiled,
     Proved,
+    RowMeasured,
+    RowsHeld,
     RunFinished,
     RunStarted,
     ScenarioResult,
@@ -248,12 +251,18 @@ def search_events() -> list[Event]:
 def confirm_events() -> list[Event]:
     profiled = next(e for e in profile_events() if isinstance(e, Profiled))
     spots = {h.problem.key: h for h in profiled.hotspots}
+    qkv, rows = (
+        TRIALS[7].evaluation.candidate,
+        (MeasuredRow(m=2, speedup=above(1.2)), MeasuredRow(m=3, message="WRONG: invented")),
+    )
     return [
         StageStarted(stage="confirm", total=3),
         confirmation(spots[UP.key], TRIALS[2], TRIALS[0], above(1.47)),
         confirmation(spots[DOWN.key], TRIALS[5], TRIALS[4], above(0.99)),
         confirmation(spots[QKV.key], TRIALS[7], TRIALS[6], above(1.48)),
         StageFinished(stage="confirm", seconds=21.0),
+        *(RowMeasured(candidate=qkv, row=row) for row in rows),
+        RowsHeld(candidate=qkv, wanted=(1, 3), held=(1, 2), measured=rows),
     ]
 
 

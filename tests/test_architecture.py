@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     # the whole model
     (("profiling", "evaluate.modes", "evaluate.end_to_end", "evaluate.quality"),),
     (("search",), ("tracking",)),
-    (("export.prove",), ("export.verify",)),  # a bundle, looked at from outside
+    (("export.proof", "export.prove"), ("export.verify",)),  # a bundle, looked at from outside
     (("stages",),),
     (("pipeline",),),
     (("doctor",),),

@@ -161,6 +161,12 @@ def test_a_dry_run_says_what_would_be_done(experiment: Path, runs: Path) -> None
     assert not runs.exists()
 
 
+def test_a_dry_run_says_for_which_rows_winners_are_measured(experiment: Path, runs: Path) -> None:
+    rows = ("--set", "device=auto", "--set", "backends=[aten, triton]", "--set", "scenarios.one.rows=[9, 16]")
+    done = call("run", experiment, "--runs", runs, "--dry-run", *rows)
+    assert "; winners of backend triton are measured for 9 to 16 rows" in " ".join(done.stdout.split())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -212,6 +212,23 @@ def test_mistakes(write: Any, changes: dict[str, Any], said: str) -> None:
         ({"validation.eval": {}}, "validation.eval.data: metric bits_per_byte needs text to be measured on"),
         ({"scenarios.prefill.length": None}, "scenarios.prefill.length: is missing: tokens per sequence"),
         ({"scenarios.prefill.length": -3}, "scenarios.prefill.length: -3 must be above 0"),
+        ({"scenarios.prefill.rows": [9, 16]}, "scenarios.prefill.rows: unknown key; known keys: batch, kind, length, logits"),
+        *(
+            ({"scenarios.step": {"kind": "decode", "batch": 16, "context": 16, "rows": rows}}, f"scenarios.step{message}")
+            for rows, message in (
+                ([9], ".rows: [9] must be the first and the last number of rows, from 1 to 128, as many as kernels that hold"),
+                ([16, 9], ".rows: [16, 9] must be the first and the last number of rows"),
+                ([0, 16], ".rows: [0, 16] must be the first and the last number of rows"),
+                ([1, 129], ".rows: [1, 129] must be the first and the last number of rows"),
+                ([True, 16], ".rows.0: true must be a whole number"),
+                (16, ".rows: 16 must be a list: [16]"),
+                ([17, 32], ": rows: [17, 32] must hold the batch, 16: a range lies around what is tuned"),
+                (
+                    [9, 16],
+                    ".rows: only kernels of backend triton hold for a range of rows, and backends are aten, inductor: add",
+                ),
+            )
+        ),
         (
             {"scenarios.step": {"kind": "decode", "context": 16, "sample": "argmax", "top_k": 8}},
             "scenarios.step: top_k: 8 is for `sample: top_k`, not `sample: argmax`",

@@ -151,7 +151,12 @@ def _scenario(scenario: PrefillScenario | DecodeScenario | CallScenario) -> str:
             return f"prefill, batch {scenario.batch}, {scenario.length} tokens"
         case DecodeScenario():
             end = {"none": "", "argmax": ", greedy sampling", "top_k": f", the {scenario.num_sampled} likeliest tokens"}
-            return f"decode, batch {scenario.batch}, {scenario.context} tokens in the cache{end[scenario.sample]}"
+            context = f"{scenario.context} tokens in the cache{end[scenario.sample]}"
+            return f"decode, batch {scenario.batch}, {context}{_rows(scenario.rows)}"
         case CallScenario():
             inputs = f"from {scenario.inputs}" if isinstance(scenario.inputs, str) else ", ".join(scenario.inputs)
-            return f"call, batch {scenario.batch}, inputs {inputs}"
+            return f"call, batch {scenario.batch}, inputs {inputs}{_rows(scenario.rows)}"
+
+
+def _rows(rows: tuple[int, ...] | None) -> str:
+    return f"; winners of backend triton are measured for {rows[0]} to {rows[1]} rows" if rows is not None else ""

@@ -19,8 +19,18 @@ from rich.text import Text
 from autokernel.display.layout import Row, detailed_table
 from autokernel.display.state import SOMETIMES, STAGES, HotspotProgress, ProgressState
 from autokernel.display.words import duration, failures, microseconds, one_line
-from autokernel.events import Evaluated, Event, RunFinished, RunStarted, ScenarioTimed, StageFinished, StageStarted
-from autokernel.tracking.titles import config_title
+from autokernel.events import (
+    Evaluated,
+    Event,
+    MeasuredRow,
+    RowsHeld,
+    RunFinished,
+    RunStarted,
+    ScenarioTimed,
+    StageFinished,
+    StageStarted,
+)
+from autokernel.tracking.titles import config_title, problem_title
 
 QUIET_S = 10.0  # a plain display says something at least this often
 _MAX_ROWS = 8
@@ -165,6 +175,8 @@ def event_lines(state: ProgressState, event: Event, new_best: bool) -> list[str]
             return [f"{event.stage} done in {duration(event.seconds)}{f'; failed: {failed}' if failed else ''}"]
         case Evaluated() if new_best:
             return [best_line(state.hotspots[state.current])]
+        case RowsHeld():
+            return [rows_line(event)]
         case ScenarioTimed():
             return [scenario_line(event)]
         case RunFinished():
@@ -180,6 +192,21 @@ def best_line(hotspot: HotspotProgress) -> str:
     against = f", {hotspot.ratio:.2f}× stock" if hotspot.ratio is not None else ""
     where = f"{hotspot.scenario} {hotspot.title}".strip()
     return f"  {where}: {microseconds(hotspot.best_us)} us{against} ({config_title(hotspot.best)})"
+
+
+def rows_line(event: RowsHeld) -> str:
+    """`mm 16×4096×4096 bf16: holds for 9 to 16 rows of 5 to 16; at 8 it does not: 0.91× stock [0.90, 0.92]`."""
+    (first, last), measured = event.held, {row.m: row for row in event.measured}
+    ends = [max((m for m in measured if m < first), default=None), min((m for m in measured if m > last), default=None)]
+    why = [f"; at {m} it does not: {_row(measured[m])}" for m in ends if m is not None and not measured[m].holds]
+    title = problem_title(event.candidate.problem)
+    return f"  {title}: holds for {first} to {last} rows of {event.wanted[0]} to {event.wanted[1]}{''.join(why)}"
+
+
+def _row(row: MeasuredRow) -> str:
+    if row.speedup is None:
+        return one_line(row.message)
+    return f"{row.speedup.ratio:.2f}× stock [{row.speedup.low:.2f}, {row.speedup.high:.2f}]"
 
 
 def scenario_line(event: ScenarioTimed) -> str:
@@ -224,8 +251,8 @@ def panel(state: ProgressState) -> RenderableType:
 def _stages(state: ProgressState) -> Text:
     """`✓ profile 0:12  ▶ search  · confirm ...`."""
     text = Text(no_wrap=True, overflow="ellipsis")
-    seen = {behind: stage for stage, behind in SOMETIMES.items() if stage == state.stage or stage in state.finished}
-    for stage in [name for usual in STAGES for name in (usual, seen.get(usual)) if name is not None]:
+    seen = [stage for stage in SOMETIMES if stage == state.stage or stage in state.finished]
+    for stage in [name for usual in STAGES for name in (usual, *(rare for rare in seen if SOMETIMES[rare] == usual))]:
         if stage == state.stage:
             text.append(f"▶ {stage}  ", "bold cyan")
         elif stage in state.finished:

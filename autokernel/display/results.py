@@ -36,6 +36,8 @@ class HotspotRow:
     why: str
     roofline: tuple[float | None, float | None]  # the part of it that stock reaches, and that the candidate does
     by_backend: Mapping[str, float]  # time of each backend's fastest, as screened, in us
+    rows: tuple[int, int] | None  # that the winner holds for, where other rows than its own were asked for
+    rows_held: str  # the same in words
     runner_up: tuple[str, float] | None  # the best other backend, and its time over that of the one that is used
 
 
@@ -75,6 +77,8 @@ def _row(problem: ProblemSummary, judged: bool) -> HotspotRow:
         why=why,
         roofline=(problem.roofline_part(baseline_us), problem.roofline_part(candidate_us)),
         by_backend={name: latency_us(trial) for name, trial in problem.by_backend.items()},
+        rows=problem.rows.held if problem.rows is not None and problem.verdict == "won" else None,
+        rows_held=problem.rows_held,
         runner_up=(second[0].evaluation.candidate.backend, second[1]) if second is not None else None,
     )
 
@@ -120,6 +124,7 @@ def hotspot_json(row: HotspotRow) -> dict[str, Any]:
         "screened_ratio": row.screened,
         "verdict": row.verdict,
         "why": row.why,
+        "rows": list(row.rows) if row.rows is not None else None,
         "roofline_stock": row.roofline[0],
         "roofline": row.roofline[1],
         "by_backend_us": dict(row.by_backend),

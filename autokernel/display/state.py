@@ -22,7 +22,7 @@ from autokernel.records import Candidate, Status
 from autokernel.tracking.titles import problem_title
 
 STAGES = ("profile", "search", "confirm", "graph", "validate", "export", "prove")
-SOMETIMES = {"plan": "confirm"}  # stages that only some runs have -> behind which one
+SOMETIMES = {"plan": "confirm", "rows": "confirm"}  # stages that only some runs have, in order -> behind which one
 
 
 @dataclass(slots=True, kw_only=True)

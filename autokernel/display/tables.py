@@ -212,6 +212,8 @@ def _detail(row: HotspotRow) -> Text:
     text = Text(", ".join(row.scenarios), "dim")
     if row.candidate is not None:
         text.append(f": {config_title(row.candidate)}", "default" if row.verdict in ("won", "searched") else "dim")
+    if row.rows_held:
+        text.append(f"; {row.rows_held}", "dim")
     if row.why and row.verdict != "won":
         text.append(f"; {row.why}", "yellow" if row.verdict == "dropped" else "dim")
     return text

@@ -17,6 +17,7 @@ from autokernel.evaluate.roofline import Ceilings, sound_physics_check
 from autokernel.evaluate.room import raise_if_full
 from autokernel.evaluate.timing import Comparison, Step, compare, describe_regime, make_step
 from autokernel.evaluate.turns import Turns, leave, wake
+from autokernel.events import MeasuredRow
 from autokernel.ops import Op
 from autokernel.records import Candidate, Evaluation, Measurement, Problem, Record, Speedup, Status, Verdict
 
@@ -52,6 +53,16 @@ class Confirmation(Record):
     finalists: tuple[Contender, ...] = ()
     failures: tuple[Evaluation, ...] = ()
     comparison: Comparison | None = None
+
+
+def measured_row(m: int, confirmation: Confirmation) -> MeasuredRow:
+    """What the confirmation of one finalist at m rows says of it there."""
+    contender = next(iter(confirmation.finalists), None)
+    if contender is not None and contender.speedup is not None:
+        return MeasuredRow(m=m, speedup=contender.speedup)
+    if confirmation.baseline is None:
+        return MeasuredRow(m=m, message="no stock choice passed its checks; nothing is claimed")
+    return MeasuredRow(m=m, message="; ".join(f"{failure.status}: {failure.message}" for failure in confirmation.failures))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

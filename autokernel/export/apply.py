@@ -39,6 +39,7 @@ from autokernel.export.freezing import (
     weights_to_freeze,
 )
 from autokernel.export.isa_probes import built_ahead
+from autokernel.export.matching import Gemm
 from autokernel.export.one_row import ALL, OPTION, OneRowPass
 from autokernel.export.passes import MergePass, SitePass
 from autokernel.export.pins import install
@@ -85,6 +86,7 @@ class BundleBackend:
         files = read_objects(where, bundle, Path(unpacked.name)) if unpacked and where else {}
         self.plan = Plan(bundle, why_not, files, unpacked)
         self.graphs: list[tuple[str, ...]] = []  # the products of each graph that was compiled
+        self.gemms: set[Gemm] = set()  # of all of them
         self._lenient = on_mismatch == "apply"
         self._fall_back = fall_back
         self._made_of = (bundle, on_mismatch, where, fall_back)
@@ -125,6 +127,7 @@ class BundleBackend:
         products = graph_products(gm, inputs)
         names = names_of(products)
         self.graphs.append(names)
+        self.gemms.update(product.gemm for product in products)
         unfit = self._unfit(inputs) if self.plan.active else None
         if unfit is not None:
             self.plan.skip_all(unfit)

@@ -28,6 +28,7 @@ FORMAT = "autokernel-bundle"
 FORMAT_VERSION = 3
 DOCUMENT = "bundle.json"
 OBJECTS = "objects"  # folder of compiled kernels, each with its record beside it
+RANGE = ("m_min", "m_max")  # in the config of an entry that holds for more rows than its problem has
 OWN_OPTIONS = ("freezing", "blas_library", "one_row", "pdl")  # graph options that are autokernel's own, not Inductor's
 
 
@@ -46,9 +47,22 @@ class Entry(Record):
     regime: str = ""
     deterministic: bool = True
 
+    def __post_init__(self) -> None:
+        said = [self.config.get(name) for name in RANGE]
+        if said == [None, None]:
+            return
+        if not all(type(value) is int for value in said) or not 1 <= said[0] <= said[1]:  # type: ignore[operator]
+            raise ValueError(f"config: m_min and m_max are whole numbers, 1 <= m_min <= m_max, not {said[0]!r} and {said[1]!r}")
+
     @property
     def key(self) -> str:
         return self.problem.key
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """(first, last) of the numbers of rows that it was measured for; None: for those of its problem alone."""
+        first, last = (self.config.get(name) for name in RANGE)
+        return None if first is None or last is None else (int(first), int(last))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

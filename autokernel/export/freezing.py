@@ -55,6 +55,11 @@ class Product:
     k: int
     bias: bool
 
+    @property
+    def gemm(self) -> Gemm:
+        """As entries are found by."""
+        return Gemm(self.dtype, 1, self.m, (self.n,), self.k, self.bias)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frozen:
@@ -79,7 +84,7 @@ def weights_to_freeze(products: Iterable[Product], inputs: Sequence[Any], plan: 
     copied: list[tuple[Entry, int]] = []
     by_input: dict[Any, list[Product]] = {}  # by shared input
     for product in products:
-        entry = plan.find(Gemm(product.dtype, 1, product.m, (product.n,), product.k, product.bias))
+        entry = plan.find(product.gemm)
         if entry is not None and needs_constant(entry):
             chosen.update(product.constants)
             copied.append((entry, _num_bytes(inputs, product.constants)))

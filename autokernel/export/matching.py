@@ -82,6 +82,32 @@ def gemm_of(problem: Problem) -> Gemm | None:
     return None
 
 
+def with_rows(problem: Problem, m: int) -> Problem:
+    """The problem of an `mm`, `addmm` or `merged_mm` with another number of rows.
+
+    Matrices that have its rows keep the distance between them where they are dense along the columns, if there was more than
+    one row to tell it.
+
+    Raises:
+        ValueError: the op is none of these.
+    """
+    gemm = gemm_of(problem)
+    if gemm is None or problem.op not in ("mm", "addmm", "merged_mm"):
+        raise ValueError(f"only plain products have rows to change; this is {problem.key}")
+    weights = {"mm": (1,), "addmm": (2,), "merged_mm": range(1, len(problem.inputs))}[problem.op]
+    inputs = tuple(
+        spec if i in weights or len(spec.shape) != 2 else _with_rows(spec, m) for i, spec in enumerate(problem.inputs)
+    )
+    return replace(problem, inputs=inputs)
+
+
+def _with_rows(spec: TensorSpec, m: int) -> TensorSpec:
+    (rows, columns), (step, inner) = spec.shape, spec.stride
+    if rows > 1 and inner == 1 and (step >= columns or step == 0):
+        return replace(spec, shape=(m, columns), stride=(step, 1))
+    return TensorSpec.contiguous((m, columns), spec.dtype)
+
+
 def weights_of_merged(problem: Problem) -> tuple[TensorSpec, ...]:
     """The weights of a `merged_mm`; behind them its inputs may hold one bias for each."""
     return tuple(spec for spec in problem.inputs[1:] if len(spec.shape) == 2)

@@ -32,7 +32,7 @@ class MergePass(CustomGraphPass):
         self.min_rows = min_rows
 
     def uuid(self) -> str:
-        return f"autokernel-merge-1-{self.min_rows}-{self.plan.digest}"
+        return f"autokernel-merge-2-{self.min_rows}-{self.plan.digest}"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         if not self.plan.active:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from autokernel.environment import Environment
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.matching import Gemm, gemm_of, index_entries
+from autokernel.kernels.config import KERNEL
 from autokernel.ops import FUSIONS
 from autokernel.ops.matching import settled
 from autokernel.records import Problem, TensorSpec
@@ -96,6 +97,7 @@ class Plan:
             for gemm, entry in self._index.items()
             if entry.config.get("merge") == "concat"
         }
+        self._ranged = _by_sizes(self._index)
         self._regions: dict[str, Entry] = {}
         self._regions_of_any_layout: dict[str, Entry] = {}
         for entry in () if why_not else bundle.entries:
@@ -131,6 +133,24 @@ class Plan:
         """The entry for a GEMM that may itself be the concatenation of several."""
         return self._index.get(gemm) or self._concatenated.get(gemm)
 
+    def find_for_rows(self, gemm: Gemm) -> Entry | None:
+        """The entry for a GEMM that may be a concatenation, or one that was measured for a range of rows around it.
+
+        One of the very shape comes first, whatever it says. Of several ranges that of the nearest tuned number of rows counts,
+        of two as near that of the larger one: its tiles hold all rows.
+        """
+        return self.find_or_merged(gemm) or _nearest(self._ranged.get(replace(gemm, m=0), ()), gemm.m)
+
+    def serves(self, entry: Entry, m: int) -> bool:
+        """Whether products of an entry's sizes, but m rows, get that entry."""
+        gemm = gemm_of(entry.problem)
+        if gemm is None:
+            return False
+        if entry.config.get("merge") != "concat":
+            return self.find_for_rows(replace(gemm, m=m)) is entry
+        merged = any(found is entry for found, _ in self.groups(gemm.dtype, m, gemm.k))
+        return merged and self.find_for_rows(replace(gemm, m=m, ns=(sum(gemm.ns),))) is entry
+
     @property
     def region_ops(self) -> frozenset[str]:
         """Fusions that have entries."""
@@ -145,17 +165,24 @@ class Plan:
         return self._regions.get(region_key(problem)) or self._regions_of_any_layout.get(_sizes_key(problem))
 
     def groups(self, dtype: str, m: int, k: int) -> list[tuple[Entry, Gemm]]:
-        """Entries that merge GEMMs of this input, with what they merge; most GEMMs first."""
-        found = [
+        """Entries that merge GEMMs of this input, with what they merge; most GEMMs first.
+
+        Behind them those that were measured for a range of rows, where none of the GEMMs has an entry for its very shape.
+        """
+        merged = [
             (entry, gemm)
             for gemm, entry in self._index.items()
-            if entry.problem.op == "merged_mm" and (gemm.dtype, gemm.m, gemm.k) == (dtype, m, k)
+            if entry.problem.op == "merged_mm" and (gemm.dtype, gemm.k) == (dtype, k)
         ]
-        return sorted(found, key=lambda item: -len(item[1].ns))
+        exact = [(entry, gemm) for entry, gemm in merged if gemm.m == m]
+        ranged = [(entry, replace(gemm, m=m)) for entry, gemm in merged if gemm.m != m and self._merges_at(entry, gemm, m)]
+        return [*sorted(exact, key=_most_first), *sorted(ranged, key=_most_first)]
 
-    def ranged(self) -> list[tuple[Entry, Gemm]]:
-        """Entries that were measured for a range of rows, with the GEMM that they were tuned for."""
-        return [(entry, gemm) for gemm, entry in self._index.items() if {"m_min", "m_max"} <= set(entry.config)]
+    def _merges_at(self, entry: Entry, gemm: Gemm, m: int) -> bool:
+        """Whether an entry that merges GEMMs is for them at m rows, too, and nothing is for any of them at just these."""
+        here = replace(gemm, m=m)
+        apart = (replace(here, ns=(n,)) in self._index for n in gemm.ns)
+        return self.find_for_rows(replace(here, ns=(sum(gemm.ns),))) is entry and not any(apart)
 
     def hit(self, entry: Entry) -> None:
         with self._lock:
@@ -203,6 +230,29 @@ class Plan:
 
 
 __all__ = ["Gemm", "Plan", "Usage", "gemm_of", "minor", "mismatch"]
+
+
+def _most_first(item: tuple[Entry, Gemm]) -> int:
+    return -len(item[1].ns)
+
+
+def _by_sizes(index: Mapping[Gemm, Entry]) -> dict[Gemm, list[tuple[int, Entry]]]:
+    """Entries of our own kernels that were measured for a range of rows, with the rows that they were tuned for.
+
+    By the GEMM that they replace, merged ones by their concatenation, without its number of rows.
+    """
+    found: dict[Gemm, list[tuple[int, Entry]]] = {}
+    for gemm, entry in index.items():
+        if entry.rows is not None and entry.backend == "triton" and entry.config.get("kernel") == KERNEL:
+            ns = (sum(gemm.ns),) if entry.config.get("merge") == "concat" else gemm.ns
+            found.setdefault(replace(gemm, m=0, ns=ns), []).append((gemm.m, entry))
+    return found
+
+
+def _nearest(ranged: Iterable[tuple[int, Entry]], m: int) -> Entry | None:
+    """Of the entries whose range holds m, that of the nearest tuned number of rows."""
+    held = [(tuned, entry) for tuned, entry in ranged if entry.rows is not None and entry.rows[0] <= m <= entry.rows[1]]
+    return min(held, key=lambda item: (abs(item[0] - m), -item[0]))[1] if held else None
 
 
 def _in_short(key: str) -> str:

@@ -17,14 +17,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
 from autokernel.errors import JobCrashed, JobTimeout
 from autokernel.export.bundle import Bundle, write_bundle
-from autokernel.records import Record, Speedup
+from autokernel.export.proof import Proof, RowsProof, ScenarioProof, own_rows, rows_among
 
 if TYPE_CHECKING:
     import torch
@@ -42,57 +42,10 @@ _ROUNDS = 21
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScenarioProof(Record):
-    """One scenario, compiled. `difference` is of its outputs from eager, relative to their norm, over all draws together; of
-    tokens it is what eager's logits of them lack to the largest.
-    """
-
-    scenario: str
-    compile_s: float
-    difference: float
-    problem: str = ""  # what is wrong with its outputs; empty if nothing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proof(Record):
-    """What the fresh process saw.
-
-    `compile_s` holds seconds with empty caches of the scenario that was compared, by mode ("default", "bundle"), each with what
-    the first compilation of a process takes besides; `step_us` the medians of its step, and `speedup` the bundle's over the
-    default.
-    """
-
-    scenarios: tuple[ScenarioProof, ...]
-    num_benchmarks: int
-    hits: Mapping[str, int] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    constant_bytes: int = 0
-    modules: tuple[str, ...] = ()  # parts of the search stack that were imported: must be none
-    compile_s: Mapping[str, float] = field(default_factory=dict)
-    step_us: Mapping[str, float] = field(default_factory=dict)
-    speedup: Speedup | None = None
-
-
-def together(proofs: Sequence[Proof], order: Sequence[str]) -> Proof:
-    """What several processes saw, each of scenarios of its own, as if it were one; scenarios in the order given."""
-    found = {scenario.scenario: scenario for proof in proofs for scenario in proof.scenarios}
-    keys = dict.fromkeys(key for proof in proofs for key in proof.hits)
-    compared = next((proof for proof in proofs if proof.compile_s), proofs[0])
-    return replace(
-        compared,
-        scenarios=tuple(found[name] for name in order),
-        num_benchmarks=sum(proof.num_benchmarks for proof in proofs),
-        hits={key: sum(proof.hits.get(key, 0) for proof in proofs) for key in keys},
-        reasons={key: why for proof in proofs for key, why in proof.reasons.items()},
-        constant_bytes=sum(proof.constant_bytes for proof in proofs),
-        modules=tuple(dict.fromkeys(module for proof in proofs for module in proof.modules)),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Prove:
     """Job: scenarios in a fresh process, with the bundle or (`bundle=None`) with Inductor's default.
 
+    `rows` has, per scenario, other batches to compile it at (see `RowsProof`); hits there are not among `Proof.hits`.
     `limits` has, per scenario, the largest difference from eager (see `ScenarioProof`). `compare` names the scenario on which
     the default is compiled as well; the bundle may take `max_compile_ratio` times as long before both have another turn.
     `cold` gives the whole process an empty compiler cache; without it, kernels that this machine built already are taken
@@ -104,6 +57,7 @@ class Prove:
     device: str
     threads: int
     bundle: Bundle | None
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
     compare: str | None = None
     max_compile_ratio: float = 1.2
@@ -131,6 +85,7 @@ class Prove:
                 "device": self.device,
                 "threads": self.threads,
                 "bundle": str(folder / "bundle") if self.bundle is not None else None,
+                "rows": dict(self.rows),
                 "limits": dict(self.limits),
                 "compare": self.compare,
                 "max_compile_ratio": self.max_compile_ratio,
@@ -197,11 +152,14 @@ class _Process:
         for name in self.request["scenarios"]:
             if name != compared:
                 proofs[name], _ = self._scenario(name, self._program(name))
+        hits = {key: item.hits for key, item in self.backend.usage().items()} if self.backend is not None else {}
+        rows = [self._at(name, batch) for name, batches in self.request["rows"].items() for batch in batches]
         usage = self.backend.usage() if self.backend is not None else {}
         return Proof(
+            rows=tuple(rows),
             scenarios=tuple(proofs[name] for name in self.request["scenarios"]),
             num_benchmarks=counters["inductor"]["select_algorithm_autotune"],
-            hits={key: item.hits for key, item in usage.items()},
+            hits=hits,
             reasons={key: "; ".join(item.reasons) for key, item in usage.items() if item.reasons},
             constant_bytes=sum(item.constant_bytes for item in usage.values()),
             modules=tuple(module for module in SEARCH_STACK if module in sys.modules),
@@ -210,11 +168,35 @@ class _Process:
             speedup=comparison.speedups[BUNDLE] if comparison is not None else None,
         )
 
-    def _program(self, name: str) -> ScenarioProgram:
+    def _at(self, name: str, batch: int) -> RowsProof:
+        """A scenario at another batch: entries for ranges are used where the plan says so, and nowhere else."""
+        assert self.backend is not None
+        plan, gemms = self.backend.plan, self.backend.gemms
+        before = {key: item.hits for key, item in self.backend.usage().items()}
+        gemms.clear()
+        proof, _ = self._scenario(name, self._program(name, batch))
+        used: list[str] = []
+        stock: list[str] = []
+        problems = [proof.problem] if proof.problem else []
+        for entry in plan.bundle.entries:
+            found = rows_among(gemms, entry) if entry.rows is not None and entry.scenario == name else ()
+            if not found or own_rows(entry) in found:
+                continue  # its products do not grow with the batch
+            usage = plan.usage[entry.key]
+            hit = usage.hits > before[entry.key]
+            (used if hit else stock).append(entry.key)
+            if hit != any(plan.serves(entry, m) for m in found):
+                instead = "it was used" if hit else f"stock code was used: {'; '.join(usage.reasons) or 'nobody knows why'}"
+                problems.append(f"{entry.key} is for {entry.rows} rows, and where there are {found} {instead}")
+        return RowsProof(scenario=name, batch=batch, used=tuple(used), stock=tuple(stock), problem="; ".join(problems))
+
+    def _program(self, name: str, batch: int | None = None) -> ScenarioProgram:
         from autokernel.profiling.workload import build_scenario
         from autokernel.workers.device_lock import device_lock
 
         scenario, section, seed = self.loaded.experiment.scenarios[name], self.loaded.experiment.model, self.request["seed"]
+        if batch is not None:
+            scenario = scenario.model_copy(update={"batch": batch})
         with device_lock(self.device, exclusive=False):
             return build_scenario(self.model, scenario, name, seed, self.device, section.dtype, loaded=self.loaded)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class SubstitutionPass(CustomGraphPass):
         self.plan = plan
 
     def uuid(self) -> str:
-        return f"autokernel-substitution-1-{self.plan.digest}"
+        return f"autokernel-substitution-2-{self.plan.digest}"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         if not self.plan.active or not any(is_substituted(entry) for entry in self.plan.bundle.entries):
@@ -118,16 +118,8 @@ def is_substituted(entry: Entry) -> bool:
 
 def find_entry(plan: Plan, gemm: Gemm) -> Entry | None:
     """The entry of ours for a GEMM: the one of its shape, or one that was measured for a range of rows around it."""
-    exact = plan.find_or_merged(gemm)
-    if exact is not None:
-        return exact if is_substituted(exact) else None
-    for entry, known in plan.ranged():
-        n = (sum(known.ns),) if entry.config.get("merge") == "concat" else known.ns
-        first, last = int(entry.config["m_min"]), int(entry.config["m_max"])
-        same = replace(known, m=gemm.m, ns=n) == gemm
-        if same and first <= gemm.m <= last and is_substituted(entry):
-            return entry
-    return None
+    entry = plan.find_for_rows(gemm)
+    return entry if entry is not None and is_substituted(entry) else None
 
 
 def _counters(graph: torch.fx.Graph, length: int, device: torch.device) -> torch.fx.Node:

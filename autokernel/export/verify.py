@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autokernel.backends.aten import stock_config
 from autokernel.config import ClusterSection, LoadedExperiment
 from autokernel.environment import current_environment, physical_cores
 from autokernel.errors import WorkerError
-from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
+from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates, measured_row
 from autokernel.evaluate.end_to_end import BUNDLE, STOCK_MODES, TimeScenario, against_stock, result_with
-from autokernel.events import ScenarioResult
-from autokernel.export.bundle import Bundle, Entry, read_bundle
+from autokernel.events import MeasuredRow, ScenarioResult
+from autokernel.export.bundle import RANGE, Bundle, Entry, read_bundle
+from autokernel.export.matching import gemm_of, with_rows
 from autokernel.export.plan import mismatch
 from autokernel.records import Candidate, Record, Speedup
 from autokernel.workers.pool import Pool
@@ -37,6 +38,7 @@ class EntryCheck(Record):
     promised: float
     holds: bool
     message: str
+    rows: tuple[MeasuredRow, ...] = ()  # of an entry for a range of rows: its ends, measured again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,12 +109,19 @@ def _verify(bundle: Bundle, where: str, loaded: LoadedExperiment, rounds: int, p
         for name in loaded.experiment.scenarios
     }
     entry_jobs = {entry.key: pool.submit(_confirmation(entry, rounds, threads), _TIMEOUT_S) for entry in bundle.entries}
+    end_jobs = {
+        entry.key: {m: pool.submit(_confirmation(at_rows(entry, m), rounds, threads), _TIMEOUT_S) for m in other_ends(entry)}
+        for entry in bundle.entries
+    }
     timings = [future.result() for future in timing_jobs.values()]
     hits: dict[str, int] = {}
     for timing in timings:
         for key, count in timing.hits.get(BUNDLE, {}).items():
             hits[key] = hits.get(key, 0) + count
-    checks = tuple(_check(entry, hits.get(entry.key, 0), None, entry_jobs[entry.key]) for entry in bundle.entries)
+    checks = tuple(
+        _with_ends(_check(entry, hits.get(entry.key, 0), None, entry_jobs[entry.key]), end_jobs[entry.key])
+        for entry in bundle.entries
+    )
     scenarios = tuple(result_with(bundle, timing) for timing in timings if BUNDLE not in timing.failures)
     failed = [timing for timing in timings if BUNDLE in timing.failures]
     for timing in failed:
@@ -137,6 +146,37 @@ def _confirmation(entry: Entry, rounds: int, threads: int) -> Callable[[], Confi
         threads=threads,
         max_copies=8,
     )
+
+
+def other_ends(entry: Entry) -> tuple[int, ...]:
+    """The first and the last number of rows that an entry is for, but those of its problem."""
+    own = gemm_of(entry.problem)
+    if entry.rows is None or own is None or entry.problem.op not in ("mm", "addmm", "merged_mm"):
+        return ()
+    return tuple(m for m in dict.fromkeys(entry.rows) if m != own.m)
+
+
+def at_rows(entry: Entry, m: int) -> Entry:
+    """The entry as one for just so many rows."""
+    config = {name: value for name, value in entry.config.items() if name not in RANGE}
+    return replace(entry, problem=with_rows(entry.problem, m), config=config)
+
+
+def _with_ends(check: EntryCheck, ends: Mapping[int, Future[Confirmation]]) -> EntryCheck:
+    """With the ends of its range: it holds only if they do, too."""
+    rows = tuple(_end(m, future) for m, future in ends.items())
+    said = [f"at {row.m} rows: {row.message or 'slower than stock'}" for row in rows if not row.holds]
+    if rows and not said:
+        said = [f"no slower at {' and '.join(str(row.m) for row in rows)} rows"]
+    message = "; ".join(filter(None, [check.message, *said]))
+    return replace(check, rows=rows, holds=check.holds and all(row.holds for row in rows), message=message)
+
+
+def _end(m: int, future: Future[Confirmation]) -> MeasuredRow:
+    try:
+        return measured_row(m, future.result())
+    except WorkerError as error:
+        return MeasuredRow(m=m, message=f"could not be checked: {error}")
 
 
 def _check(entry: Entry, hits: int, reason: str | None, future: Future[Confirmation] | None) -> EntryCheck:

@@ -7,14 +7,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
+from typing import TypeVar
 
 from autokernel.backends.aten import is_stock as is_stock_config
 from autokernel.errors import JobLost, WorkerError
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates, Contender
 from autokernel.evaluate.roofline import Ceilings, roofline_us
 from autokernel.evaluate.timing import Comparison
-from autokernel.events import Confirmed, Profiled
-from autokernel.export.bundle import Entry
+from autokernel.events import Confirmed, Profiled, RowsHeld
+from autokernel.export.bundle import RANGE, Entry
 from autokernel.export.freezing import needs_constant
 from autokernel.export.matching import Gemm, gemm_of, parts_of_merged
 from autokernel.ops import get_op
@@ -25,6 +26,8 @@ from autokernel.stages.context import RunContext
 from autokernel.tracking.titles import problem_title
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _TIMEOUT_S = 900
 _LIBRARY = "aten"  # whose kernels no bundle has to bring along
@@ -122,7 +125,7 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
         elif (why := _without_stock(found)) is not None:
             log.warning("%s stays with stock code, for that was not measured: %s", problem_title(hotspots[key].problem), why)
     with context.stage("confirm", total=len(jobs)):
-        for hotspot, confirmation in _confirmations(context, jobs):
+        for hotspot, confirmation in confirmations(context, jobs):
             # the winner first: whoever resumes takes a problem for decided by any line of it, and the next one may be lost
             for event in sorted(_judge(hotspot, confirmation, settings.min_gain), key=lambda event: not event.accepted):
                 context.emit(event)
@@ -132,33 +135,39 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
     return _by_weight(winners, evaluations)
 
 
-def _confirmations(
-    context: RunContext, jobs: Sequence[tuple[Hotspot, ConfirmCandidates]]
-) -> Iterator[tuple[Hotspot, Confirmation]]:
-    """Each as soon as it is there. What was lost, for want of room on the device or of a worker, gets a second try alone."""
-    running = {context.pool.submit(job, _TIMEOUT_S): (hotspot, job) for hotspot, job in jobs}
-    lost: list[tuple[Hotspot, ConfirmCandidates]] = []
+def confirmations(
+    context: RunContext, jobs: Sequence[tuple[T, ConfirmCandidates]], stage: str = "confirm"
+) -> Iterator[tuple[T, Confirmation]]:
+    """Each as soon as it is there. What was lost, for want of room on the device or of a worker, gets a second try alone.
+
+    Args:
+        context: whose pool runs them.
+        jobs: with what their results are told apart by.
+        stage: that is told how far they are.
+    """
+    running = {context.pool.submit(job, _TIMEOUT_S): (tag, job) for tag, job in jobs}
+    lost: list[tuple[T, ConfirmCandidates]] = []
     while running:
-        oldest, _ = next(iter(running.values()))
-        context.progress("confirm", len(jobs) - len(running) - len(lost), len(jobs), problem_title(oldest.problem))
+        _, oldest = next(iter(running.values()))
+        context.progress(stage, len(jobs) - len(running) - len(lost), len(jobs), problem_title(oldest.problem))
         wait(running, return_when=FIRST_COMPLETED)
         for future in [future for future in running if future.done()]:
-            hotspot, job = running.pop(future)
+            tag, job = running.pop(future)
             try:
-                yield hotspot, future.result()
+                yield tag, future.result()
             except JobLost as error:
-                log.info("%s is confirmed later: %s", hotspot.problem.key, error)
-                lost.append((hotspot, job))
+                log.info("%s is confirmed later: %s", job.problem.key, error)
+                lost.append((tag, job))
             except WorkerError as error:
-                log.warning("%s was not confirmed: %s", hotspot.problem.key, error)
+                log.warning("%s was not confirmed: %s", job.problem.key, error)
     if lost:
         context.pool.renew()  # idle workers hold memory, too
-    for done, (hotspot, job) in enumerate(lost, start=len(jobs) - len(lost)):
-        context.progress("confirm", done, len(jobs), hotspot.problem.key)
+    for done, (tag, job) in enumerate(lost, start=len(jobs) - len(lost)):
+        context.progress(stage, done, len(jobs), job.problem.key)
         try:
-            yield hotspot, context.pool.submit(replace(job, alone=True), _TIMEOUT_S).result()
+            yield tag, context.pool.submit(replace(job, alone=True), _TIMEOUT_S).result()
         except WorkerError as error:
-            log.warning("%s was not confirmed: %s", hotspot.problem.key, error)
+            log.warning("%s was not confirmed: %s", job.problem.key, error)
 
 
 def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> list[Confirmed]:
@@ -260,15 +269,20 @@ def _by_weight(winners: Sequence[Winner], searched: Iterable[str]) -> list[Winne
     return sorted(winners, key=lambda w: (-w.hotspot.weight, position.get(w.hotspot.problem.key, len(position))))
 
 
-def entry_of(winner: Winner) -> Entry:
-    """What the bundle says about a winner."""
+def entry_of(winner: Winner, rows: RowsHeld | None = None) -> Entry:
+    """What the bundle says about a winner.
+
+    Args:
+        winner: to be exported.
+        rows: what it holds for; default: the rows of its problem alone.
+    """
     from autokernel.backends import get_backend
 
     candidate = winner.evaluation.candidate
     return Entry(
         problem=candidate.problem,
         backend=candidate.backend,
-        config=get_backend(candidate.backend).export(candidate),
+        config={**get_backend(candidate.backend).export(candidate), **_range(rows)},
         scenario=winner.hotspot.scenario,
         baseline=winner.baseline.label,
         baseline_us=winner.baseline_us,
@@ -277,6 +291,10 @@ def entry_of(winner: Winner) -> Entry:
         regime=winner.evaluation.measurement.regime if winner.evaluation.measurement else "",
         deterministic=winner.evaluation.deterministic,
     )
+
+
+def _range(rows: RowsHeld | None) -> dict[str, int]:
+    return dict(zip(RANGE, rows.held, strict=True)) if rows is not None and rows.held[0] < rows.held[1] else {}
 
 
 def within_memory(context: RunContext, winners: Sequence[Winner]) -> tuple[list[Winner], dict[str, str]]:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import autokernel
+from autokernel.config import Scenario
 from autokernel.errors import AutokernelError, WorkerError
 from autokernel.events import Exported, ModelValidated, Proved
 from autokernel.export.bundle import Bundle, Entry, ScenarioOptions, write_bundle
-from autokernel.export.prove import BUNDLE, DEFAULT, Proof, Prove, together
+from autokernel.export.matching import gemm_of
+from autokernel.export.proof import Proof, together
+from autokernel.export.prove import BUNDLE, DEFAULT, Prove
 from autokernel.records import ConfigValue
 from autokernel.stages.context import RunContext
 from autokernel.stages.whole_model import footprint_of, run_on_model, with_layers
@@ -28,9 +31,12 @@ def make_bundle(
     graph_options: Mapping[str, ConfigValue],
     scenario_options: Sequence[ScenarioOptions] = (),
     validated: ModelValidated | None = None,
+    rows: Mapping[str, Any] | None = None,
 ) -> Bundle:
-    """A bundle of this run; with its evidence once the model was validated."""
+    """A bundle of this run; with its evidence once the model was validated: that of the model, and of ranges of `rows`."""
     results: dict[str, Any] = validated.to_json() if validated is not None else {}
+    if rows:
+        results["rows"] = dict(rows)
     return Bundle(
         name=context.experiment.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -97,6 +103,7 @@ def prove(context: RunContext, bundle: Bundle, validated: ModelValidated) -> Pro
             device=context.device,
             threads=context.threads,
             bundle=bundle,
+            rows={name: batches_to_show(bundle, name, context.experiment.scenarios[name]) for name in own},
             limits=difference_limits(validated, own),
             compare=best if best in own else None,
             max_compile_ratio=_MAX_COMPILE_RATIO[context.device],
@@ -122,6 +129,30 @@ def prove(context: RunContext, bundle: Bundle, validated: ModelValidated) -> Pro
             proved = _verdict(proof, [entry.key for entry in bundle.entries])
         context.emit(proved)
     return proved
+
+
+def batches_to_show(bundle: Bundle, name: str, scenario: Scenario) -> tuple[int, ...]:
+    """Other batches of a scenario at which its entries for ranges of rows are to be seen: some inside, one beyond all of them.
+
+    As few as reach each range, where there is one that does: rows of products go with the batch, but one range may end before
+    the rows that the next batch makes.
+    """
+    spans = []
+    for entry in bundle.entries:
+        gemm = gemm_of(entry.problem)
+        if entry.rows is not None and entry.scenario == name and gemm is not None and gemm.m % scenario.batch == 0:
+            each = gemm.m // scenario.batch  # rows that one sample makes
+            spans.append((-(-entry.rows[0] // each), entry.rows[1] // each))
+    if not spans:
+        return ()
+    beyond = max(last for _, last in spans) + 1
+    left, chosen = {(first, last) for first, last in spans if first < last}, []
+    while left:
+        others = [batch for batch in range(1, beyond) if batch != scenario.batch]
+        best = max(others, key=lambda batch: (sum(first <= batch <= last for first, last in left), abs(batch - scenario.batch)))
+        chosen.append(best)
+        left = {(first, last) for first, last in left if not first <= best <= last}
+    return (*chosen, beyond)
 
 
 def _shares(scenarios: Sequence[str], best: str) -> list[tuple[str, ...]]:
@@ -162,6 +193,7 @@ def _verdict(proof: Proof, expected: Sequence[str]) -> Proved:
         why = proof.reasons.get(missed[0], "the compiled model has nothing like it")
         problems.append(f"{len(missed)} entries were not hit, e.g. {missed[0]}: {why}")
     problems += [f"{scenario.scenario}: {scenario.problem}" for scenario in proof.scenarios if scenario.problem]
+    problems += [f"{rows.scenario} at batch {rows.batch}: {rows.problem}" for rows in proof.rows if rows.problem]
     if proof.num_benchmarks:
         problems.append(f"Inductor benchmarked {proof.num_benchmarks} kernels")
     if proof.modules:
@@ -179,6 +211,10 @@ def _verdict(proof: Proof, expected: Sequence[str]) -> Proved:
         scenario_us=dict(proof.step_us),
         scenarios=tuple(scenario.scenario for scenario in proof.scenarios),
         constant_bytes=proof.constant_bytes,
+        rows=tuple(
+            f"{rows.scenario} at batch {rows.batch}: {len(rows.used)} entries for ranges of rows used, {len(rows.stock)} not"
+            for rows in proof.rows
+        ),
     )
 
 

@@ -25,6 +25,7 @@ from autokernel.events import (
     Evaluated,
     Event,
     Exported,
+    RowMeasured,
     RunFinished,
     RunStarted,
     StageProgress,
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 JOURNAL_NAME = "journal.jsonl"
 _LOCK_NAME = "journal.lock"
 _TORN_NAME = "journal.torn"
-_SYNCED = (RunStarted, Evaluated, Confirmed, Exported, RunFinished)  # these survive a power cut, too
+_SYNCED = (RunStarted, Evaluated, Confirmed, RowMeasured, Exported, RunFinished)  # these survive a power cut, too
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -157,6 +157,8 @@ def hotspot_result(summary: ProblemSummary) -> tuple[dict[str, float], dict[str,
         if part is not None:
             values[name] = 100 * part
     tags = {"ak.status": summary.verdict, "ak.used": summary.backend}
+    if summary.rows is not None and summary.verdict == "won":
+        values |= {"rows_min": float(summary.rows.held[0]), "rows_max": float(summary.rows.held[1])}
     if summary.runner_up is not None:
         other, factor = summary.runner_up
         values["runner_up_pct"] = 100 * (factor - 1)
@@ -331,6 +333,8 @@ def _plan_row(run: RunSummary, trial: PlanTrial) -> tuple[object, ...]:
 def hotspot_note(p: ProblemSummary) -> str:
     """What was found about one problem, as Markdown."""
     parts = [f"`{p.problem.key}`", f"**{p.verdict}**" + (f": {p.reason}" if p.reason else "")]
+    if p.rows_held:
+        parts.append(f"The winner {p.rows_held}.")
     if p.hotspots:
         head = ("scenario", "calls", "µs a step", "share", "roofline µs", "sites")
         rows: list[tuple[object, ...]] = [

@@ -20,10 +20,13 @@ from autokernel.events import (
     Event,
     Exported,
     GraphTrial,
+    MeasuredRow,
     ModelValidated,
     PlanTrial,
     Profiled,
     Proved,
+    RowMeasured,
+    RowsHeld,
     RunFinished,
     RunStarted,
     ScenarioTimed,
@@ -65,6 +68,8 @@ class RunState:
     timed: tuple[ScenarioTimed, ...] = ()
     ablated: Ablated | None = None
     contenders: Mapping[str, ContendersTimed] = field(default_factory=dict)  # plans and graph options, by what was asked
+    rows: Mapping[str, Mapping[int, MeasuredRow]] = field(default_factory=dict)  # by id of the winner, then number of rows
+    rows_held: Mapping[str, RowsHeld] = field(default_factory=dict)  # by id of the winner
     stage_seconds: Mapping[str, float] = field(default_factory=dict)  # spent in each stage, by all processes together
 
     @property
@@ -110,6 +115,8 @@ class RunState:
         plan_trials: list[PlanTrial] = []
         timed: list[ScenarioTimed] = []
         contenders: dict[str, ContendersTimed] = {}
+        rows: dict[str, dict[int, MeasuredRow]] = {}
+        rows_held: dict[str, RowsHeld] = {}
         stages: set[str] = set()
         num_trials = 0
         for event in events:
@@ -134,6 +141,10 @@ class RunState:
                 timed.append(event)
             elif isinstance(event, ContendersTimed):
                 contenders[event.asked] = event
+            elif isinstance(event, RowMeasured):
+                rows.setdefault(event.candidate.id, {})[event.row.m] = event.row
+            elif isinstance(event, RowsHeld):
+                rows_held[event.candidate.id] = event
             elif isinstance(event, StageFinished):
                 stages.add(event.stage)
             else:
@@ -157,6 +168,8 @@ class RunState:
             timed=tuple(timed),
             ablated=_last(last, Ablated),
             contenders=contenders,
+            rows=rows,
+            rows_held=rows_held,
         )
 
 

@@ -15,7 +15,8 @@ from autokernel.errors import JobCrashed
 from autokernel.evaluate.outputs import Trio, compare_outputs
 from autokernel.events import ModelValidated
 from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.prove import BUNDLE, DEFAULT, Proof, Prove, ScenarioProof, together
+from autokernel.export.proof import Proof, ScenarioProof, together
+from autokernel.export.prove import BUNDLE, DEFAULT, Prove
 from autokernel.profiling.language import likeliest
 from autokernel.records import Problem, Speedup, TensorSpec
 from autokernel.stages.production import _shares, _verdict, difference_limits

@@ -33,10 +33,10 @@ from autokernel.records import (
     Winner,
 )
 from autokernel.stages.confirm import (
-    _confirmations,
     _judge,
     compatible,
     confirm,
+    confirmations,
     copied_bytes,
     entry_of,
     finalists_of,
@@ -442,14 +442,14 @@ def test_what_had_no_room_is_confirmed_alone_behind_the_others(caplog: pytest.Lo
         (hotspot(problem), ConfirmCandidates(problem=problem, finalists=(), baselines=(evaluation(problem, 1).candidate,)))
         for problem in (MERGED, OTHER, MM)
     ]
-    found = [(one.problem, confirmation.problem) for one, confirmation in _confirmations(context, jobs)]
+    found = [(one.problem, confirmation.problem) for one, confirmation in confirmations(context, jobs)]
     assert found == [(MM, MM), (MERGED, MERGED)]
     assert [(job.problem, job.alone) for job in pool.asked[3:]] == [(MERGED, True), (OTHER, True)]
     assert pool.renewed == 1
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
         f"{OTHER.key} was not confirmed: signal 11"
     ]
-    assert list(_confirmations(context, [])) == []
+    assert list(confirmations(context, [])) == []
     assert pool.renewed == 1
 
 

@@ -17,7 +17,8 @@ from autokernel.errors import JobCrashed, JobLost
 from autokernel.evaluate.end_to_end import ScenarioTiming, TimeScenario
 from autokernel.events import ModelValidated, RunStarted, ScenarioResult
 from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.prove import Proof, Prove, ScenarioProof
+from autokernel.export.proof import Proof, ScenarioProof
+from autokernel.export.prove import Prove
 from autokernel.profiling.footprint import Footprint, MeasureFootprints
 from autokernel.profiling.workload import load_model
 from autokernel.records import Problem, Speedup, TensorSpec, Verdict
