@@ -306,8 +306,8 @@ def result_view(summary: RunSummary, folder: Path, runs_folder: Path) -> Rendera
 def plan_table(summary: RunSummary) -> RenderableType:
     """Which fusions were tried together where they exclude each other, and with which configs."""
     shown = table(
-        ("scenario", "fold"), ("plan", "fold"), ("proposed by", "fold"), ("should save us", "right"),
-        ("over the one to beat [95 %]", "right"), ("verdict", "fold"), title="Plans",
+        ("scenario", "fold"), ("plan", "fold"), ("by", "fold"), ("should save us", "right"), ("over the best [95 %]", "right"),
+        ("verdict", "fold"), title="Plans",
     )  # fmt: skip
     for trial in summary.plan_trials:
         speedup = ratio(trial.speedup) if trial.speedup is not None else ""
