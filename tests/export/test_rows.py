@@ -107,6 +107,9 @@ def test_the_very_shape_comes_first_then_the_nearest_range() -> None:
 def test_ranges_of_other_kernels_are_none() -> None:
     for other in (entry(mm(16), (9, 16), kernel="other"), entry(mm(16), (9, 16), backend="cutedsl")):
         assert find_entry(Plan(bundle_of(other)), gemm(12)) is None
+    cute = entry(merged(16), (9, 16), backend="cutedsl")
+    assert groups(Plan(bundle_of(cute)), 16) == [(cute, (N, N), 16)]
+    assert groups(Plan(bundle_of(cute)), 12) == [], "nothing would take the place of the merged product"
 
 
 def groups(plan: Plan, m: int) -> list[tuple[Entry, tuple[int, ...], int]]:
