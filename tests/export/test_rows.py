@@ -164,7 +164,7 @@ def test_problems_with_other_rows() -> None:
     added = replace(mm(16), inputs=(spec(16, K), WEIGHT, columns), epilogue=("add",))
     assert with_rows(added, 9).inputs == (spec(9, K), WEIGHT, replace(columns, shape=(9, N)))
     assert with_rows(added, 16) == added
-    one = replace(mm(1), inputs=(TensorSpec(shape=(1, K), dtype="bfloat16", stride=(7, 1)), WEIGHT))
+    one = replace(mm(1), inputs=(TensorSpec(shape=(1, K), dtype="bfloat16", stride=(7 * K, 1)), WEIGHT))
     assert with_rows(one, 9) == mm(9), "the distance between rows of which there was one says nothing"
     square = replace(mm(K), inputs=(spec(K, K), replace(WEIGHT, shape=(K, K))))
     assert with_rows(square, 9).inputs[1] == square.inputs[1], "a weight has no such rows"
