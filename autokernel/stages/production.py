@@ -135,20 +135,22 @@ def batches_to_show(bundle: Bundle, name: str, scenario: Scenario) -> tuple[int,
     """Other batches of a scenario at which its entries for ranges of rows are to be seen: some inside, one beyond all of them.
 
     As few as reach each range, where there is one that does: rows of products go with the batch, but one range may end before
-    the rows that the next batch makes.
+    the rows that the next batch makes. None of one row where graph options make something else of those products.
     """
+    least = 2 if bundle.graph_options.get("one_row") == "all" else 1
     spans = []
     for entry in bundle.entries:
         gemm = gemm_of(entry.problem)
         if entry.rows is not None and entry.scenario == name and gemm is not None and gemm.m % scenario.batch == 0:
             each = gemm.m // scenario.batch  # rows that one sample makes
-            spans.append((-(-entry.rows[0] // each), entry.rows[1] // each))
+            spans.append((max(least, -(-entry.rows[0] // each)), entry.rows[1] // each))
     if not spans:
         return ()
     beyond = max(last for _, last in spans) + 1
-    left, chosen = {(first, last) for first, last in spans if first < last}, []
+    left = {(first, last) for first, last in spans if first <= last and not first == last == scenario.batch}
+    chosen: list[int] = []
     while left:
-        others = [batch for batch in range(1, beyond) if batch != scenario.batch]
+        others = [batch for batch in range(least, beyond) if batch != scenario.batch]
         best = max(others, key=lambda batch: (sum(first <= batch <= last for first, last in left), abs(batch - scenario.batch)))
         chosen.append(best)
         left = {(first, last) for first, last in left if not first <= best <= last}

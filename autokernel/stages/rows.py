@@ -39,7 +39,7 @@ def hold_rows(context: RunContext, profiled: Profiled, winners: Sequence[Winner]
     _say_where_nothing_is_asked(context, profiled, asked)
     if left:
         jobs = [job for winner in left for job in _jobs(context, profiled, winner, wanted[winner.evaluation.candidate.id])]
-        with context.stage("rows", total=len(jobs), note=f"{len(left)} winners at other numbers of rows"):
+        with context.stage("rows", total=len(jobs), note="winners at other numbers of rows"):
             found = _measure(context, jobs)
             for winner in left:
                 candidate = winner.evaluation.candidate

@@ -107,6 +107,9 @@ def test_the_very_shape_comes_first_then_the_nearest_range() -> None:
 def test_ranges_of_other_kernels_are_none() -> None:
     for other in (entry(mm(16), (9, 16), kernel="other"), entry(mm(16), (9, 16), backend="cutedsl")):
         assert find_entry(Plan(bundle_of(other)), gemm(12)) is None
+    cute = entry(merged(16), (9, 16), backend="cutedsl")
+    assert groups(Plan(bundle_of(cute)), 16) == [(cute, (N, N), 16)]
+    assert groups(Plan(bundle_of(cute)), 12) == [], "nothing would take the place of the merged product"
 
 
 def groups(plan: Plan, m: int) -> list[tuple[Entry, tuple[int, ...], int]]:
@@ -161,7 +164,7 @@ def test_problems_with_other_rows() -> None:
     added = replace(mm(16), inputs=(spec(16, K), WEIGHT, columns), epilogue=("add",))
     assert with_rows(added, 9).inputs == (spec(9, K), WEIGHT, replace(columns, shape=(9, N)))
     assert with_rows(added, 16) == added
-    one = replace(mm(1), inputs=(TensorSpec(shape=(1, K), dtype="bfloat16", stride=(7, 1)), WEIGHT))
+    one = replace(mm(1), inputs=(TensorSpec(shape=(1, K), dtype="bfloat16", stride=(7 * K, 1)), WEIGHT))
     assert with_rows(one, 9) == mm(9), "the distance between rows of which there was one says nothing"
     square = replace(mm(K), inputs=(spec(K, K), replace(WEIGHT, shape=(K, K))))
     assert with_rows(square, 9).inputs[1] == square.inputs[1], "a weight has no such rows"

@@ -168,6 +168,11 @@ def test_long_ranges_are_measured_at_ends_and_edges_and_nowhere_far_apart(
     assert len(known) < last - first
 
 
+def test_what_is_measured_of_a_long_range() -> None:
+    chosen = rows_to_measure(1, 70, 48, 32)
+    assert chosen == [1, 8, 16, 23, 31, 32, 33, 40, 47, 49, 56, 63, 64, 65, 70]
+
+
 def test_a_range_ends_before_the_first_rows_that_do_not_hold() -> None:
     asked = [9, 10, 11, 13, 14, 20, 28]
     assert widest(12, asked, set(asked)) == (9, 28)
@@ -377,6 +382,9 @@ def test_batches_that_show_ranges_are_few_and_one_lies_beyond() -> None:
     assert batches_to_show(bundle_of((wide, (9, 16)), (above, (16, 20))), "decode-b16", scenario) == (9, 20, 21)
     assert batches_to_show(bundle_of((wide, (9, 16))), "decode-b1", scenario) == ()
     assert batches_to_show(bundle_of((wide, (16, 16))), "decode-b16", scenario) == ()
+    reduced = replace(bundle_of((wide, (1, 16))), graph_options={"one_row": "all"})  # one row goes into a reduction there
+    assert batches_to_show(reduced, "decode-b16", scenario) == (2, 17)
+    assert batches_to_show(bundle_of((wide, (1, 16))), "decode-b16", scenario) == (1, 17)
     each = DecodeScenario(kind="decode", batch=4, context=8)  # four rows a sample
     assert batches_to_show(bundle_of((wide, (9, 23))), "decode-b16", each) == (3, 6)
     assert batches_to_show(bundle_of((wide, (14, 19))), "decode-b16", each) == (5,), "no other batch makes rows of that range"

@@ -386,3 +386,14 @@ def test_a_proof_of_a_few_layers_is_shared_among_processes() -> None:
     on_cpu = Proofs()
     prove(context_of(on_cpu, "cpu"), bundle, validated)
     assert [job.scenarios for job in on_cpu.jobs] == [tuple(names)], "where the whole model is compiled, one by one"
+    assert not any(batches for job in (*pool.jobs, *on_cpu.jobs) for batches in job.rows.values())
+
+
+def test_the_proof_compiles_scenarios_with_ranges_of_rows_at_other_batches_too() -> None:
+    ranged = replace(entry(16, "decode-b16"), config={"m_min": 9, "m_max": 16})
+    bundle = Bundle(name="t", created="", version="", environment=ENVIRONMENT, entries=(ranged, entry(64, "decode-b64")))
+    speedup = Speedup(ratio=1.0, low=1, high=1, num_rounds=11)
+    result = ScenarioResult(scenario="decode-b64", modes=(), best_stock="default", passed=True, speedup=speedup)
+    pool = Proofs()
+    prove(context_of(pool), bundle, ModelValidated(verdict=Verdict(checks=()), evals=(), scenarios=(result,)))
+    assert {name: job.rows[name] for job in pool.jobs for name in job.scenarios} == {"decode-b16": (9, 17), "decode-b64": ()}
