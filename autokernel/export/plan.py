@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -157,6 +157,10 @@ class Plan:
         """Entries that were measured for a range of rows, with the GEMM that they were tuned for."""
         return [(entry, gemm) for gemm, entry in self._index.items() if {"m_min", "m_max"} <= set(entry.config)]
 
+    def sizes_of_results(self, which: Callable[[Entry], bool]) -> set[tuple[str, int]]:
+        """(dtype, number of elements) of what the products of such entries give."""
+        return {(gemm.dtype, gemm.m * n) for gemm, entry in self._index.items() if which(entry) for n in gemm.ns}
+
     def hit(self, entry: Entry) -> None:
         with self._lock:
             self.usage[entry.key].hits += 1
@@ -176,6 +180,12 @@ class Plan:
         with self._lock:
             for key, (hits, constant_bytes) in before.items():
                 self.usage[key].hits, self.usage[key].constant_bytes = hits, constant_bytes
+
+    def missed(self, entry: Entry, before: Mapping[str, tuple[int, int]], reason: str) -> None:
+        """`skip`, if nothing was built from the entry since `before`, and nothing said why."""
+        usage = self.usage[entry.key]
+        if usage.hits == before[entry.key][0] and not usage.reasons:
+            self.skip(entry, reason)
 
     def skip(self, entry: Entry, reason: str) -> None:
         """Stock code serves this entry's problem here; said once per entry and reason."""

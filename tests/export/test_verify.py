@@ -11,6 +11,10 @@ import pytest
 
 from autokernel.config import LoadedExperiment, load_experiment
 from autokernel.environment import current_environment, physical_cores
+from autokernel.errors import JobCrashed
+from autokernel.evaluate.end_to_end import ScenarioTiming, TimeScenario
+from autokernel.evaluate.modes import BUNDLE
+from autokernel.events import ModeTiming
 from autokernel.export.bundle import Bundle, Entry, write_bundle
 from autokernel.export.verify import verify
 from autokernel.records import Problem, Speedup, TensorSpec
@@ -76,6 +80,39 @@ def test_a_bundle_of_this_machine_is_measured_entry_by_entry(loaded: LoadedExper
     assert known.holds == (known.speedup.low > 1)
     assert (other.hits, other.holds, other.message) == (0, False, other.message)
     assert other.reason == "the compiled model has nothing like it"
+    assert not report.passed
+
+
+class Answers:
+    """A pool whose models have no place for an entry, and say why; nothing else can be checked."""
+
+    def submit(self, job: Any, timeout_s: float) -> Future[Any]:
+        answer: Future[Any] = Future()
+        if isinstance(job, TimeScenario):
+            (contender,) = (item for item in job.contenders if item.bundle is not None)
+            (key,) = (entry.key for entry in contender.bundle.entries)
+            same = Speedup(ratio=1.0, low=1.0, high=1.0, num_rounds=5)
+            modes = tuple(ModeTiming(mode=mode, median_us=1.0, spread_us=0.0) for mode in ("default", BUNDLE))
+            answer.set_result(
+                ScenarioTiming(
+                    scenario=job.scenario,
+                    baseline="default",
+                    modes=modes,
+                    speedups={BUNDLE: same},
+                    hits={BUNDLE: {key: 0}},
+                    reasons={key: "it is written as an einsum"} if job.scenario == "four" else {},
+                )
+            )
+        else:
+            answer.set_exception(JobCrashed("no kernels today"))
+        return answer
+
+
+def test_why_an_entry_is_not_hit_is_said(loaded: LoadedExperiment, tmp_path: Path) -> None:
+    write_bundle(bundle_for(loaded), tmp_path / "bundle")
+    report = verify(tmp_path / "bundle", loaded, pool=Answers())  # type: ignore[arg-type]
+    (check,) = report.entries
+    assert (check.hits, check.reason, check.holds) == (0, "it is written as an einsum", False)
     assert not report.passed
 
 
