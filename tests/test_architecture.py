@@ -82,6 +82,7 @@ HOMES = {
         "export.dependent_launch",
         "export.one_row",
         "export.passes",
+        "export.missed",
         "export.region_kernels",
         "export.regions",
         "export.pins",

@@ -23,7 +23,7 @@ from autokernel.evaluate.call_graphs import CaptureError
 from autokernel.evaluate.disk import raise_if_disk
 from autokernel.evaluate.numerics import Checker, Expectation, expect, num_references
 from autokernel.evaluate.probes import MAX_COPIES, derived_seed, free_bytes, is_cold, make_constants, num_copies_for
-from autokernel.evaluate.roofline import Ceilings, sound_physics_check
+from autokernel.evaluate.roofline import Ceilings, may_split_fp32, sound_physics_check
 from autokernel.evaluate.room import raise_if_full
 from autokernel.evaluate.timing import measure, pin_threads
 from autokernel.evaluate.turns import Turns, leave, return_spare_memory, wake
@@ -135,7 +135,15 @@ class EvaluateCandidate:
                 measurement = self._measure(built, checker, num_copies)
                 if self.ceilings is not None:
                     checker.add(
-                        sound_physics_check(measurement, self.candidate.problem, op, self.ceilings, num_copies, self.threads)
+                        sound_physics_check(
+                            measurement,
+                            self.candidate.problem,
+                            op,
+                            self.ceilings,
+                            num_copies,
+                            self.threads,
+                            split=may_split_fp32(self.candidate),
+                        )
                     )
                 checker.after_timing()
         except Exception as error:  # the candidate's own code, at the boundary of the child process

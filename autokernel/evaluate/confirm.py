@@ -13,7 +13,7 @@ from autokernel.evaluate.caches import cache_bytes
 from autokernel.evaluate.candidate import build_or_fail, describe_failures, lost_without_room, one_line, prepare, start_clean
 from autokernel.evaluate.numerics import Checker
 from autokernel.evaluate.probes import MAX_COPIES, derived_seed, is_cold
-from autokernel.evaluate.roofline import Ceilings, sound_physics_check
+from autokernel.evaluate.roofline import Ceilings, may_split_fp32, sound_physics_check
 from autokernel.evaluate.room import raise_if_full
 from autokernel.evaluate.timing import Comparison, Step, compare, describe_regime, make_step
 from autokernel.evaluate.turns import Turns, leave, wake
@@ -205,7 +205,10 @@ class ConfirmCandidates:
             name = runner.candidate.id
             measurement = self._measurement(runner, medians[name], spreads[name], num_copies)
             if self.ceilings is not None:
-                runner.checker.add(sound_physics_check(measurement, self.problem, op, self.ceilings, num_copies, self.threads))
+                split = may_split_fp32(runner.candidate)
+                runner.checker.add(
+                    sound_physics_check(measurement, self.problem, op, self.ceilings, num_copies, self.threads, split=split)
+                )
             runner.checker.after_timing()
             contenders[name] = Contender(
                 candidate=runner.candidate,

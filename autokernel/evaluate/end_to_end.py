@@ -61,6 +61,7 @@ class ScenarioTiming(Record):
     modes: tuple[ModeTiming, ...]
     speedups: Mapping[str, Speedup]
     hits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # contender -> problem key -> sites
+    reasons: Mapping[str, str] = field(default_factory=dict)  # problem key -> why the bundle's entry did not apply somewhere
     failures: Mapping[str, str] = field(default_factory=dict)  # contender -> why it could not run
     benchmarks: Mapping[str, int] = field(default_factory=dict)  # bundle -> kernels Inductor timed to build it: must be 0
     check: ScenarioCheck | None = None  # of the bundle, if it was asked for
@@ -104,6 +105,7 @@ class _Found:
     calls: dict[str, Callable[[], object]] = field(default_factory=dict)
     compile_s: dict[str, float] = field(default_factory=dict)
     hits: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     medians: dict[str, float] = field(default_factory=dict)
     spreads: dict[str, float] = field(default_factory=dict)
@@ -117,6 +119,8 @@ class _Found:
         self.compile_s[contender.name] = prepared.compile_s
         if contender.bundle is not None:
             self.hits[contender.name] = prepared.hits
+            if contender.name == BUNDLE:
+                self.reasons = prepared.reasons
             self.benchmarks[contender.name] = prepared.num_benchmarks
             self.products = prepared.products
 
@@ -299,6 +303,7 @@ class TimeScenario(ModelJob):
             modes=modes,
             speedups=found.speedups,
             hits=found.hits,
+            reasons=found.reasons,
             failures=found.failures,
             benchmarks=found.benchmarks,
             check=found.check,

@@ -17,7 +17,7 @@ from autokernel.evaluate.timing import pin_threads, quiet, timer
 from autokernel.evaluate.turns import leave
 from autokernel.ops import Op
 from autokernel.ops.base import compute_dtype
-from autokernel.records import DTYPE_BYTES, Check, ConfigValue, Measurement, Problem, Record, TensorSpec
+from autokernel.records import DTYPE_BYTES, Candidate, Check, ConfigValue, Measurement, Problem, Record, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,8 @@ _READING_COLUMNS = 4096
 # Of products of one row, those that read memory fastest, by what was measured on an H200.
 _READING_TILES = ((2048, 1, 4, 1), (2048, 2, 4, 1), (1024, 4, 2, 4))  # block_k, block_n, num_warps, num_stages
 _EIGHT_OVER_SIXTEEN = {"cuda": 2}  # peak of 8 bits over that of 16
+# Peak of fp32 as three TF32 products over that of dtypes so wide, in bytes: on NVIDIA's, TF32 has half the peak of 16 bits.
+_SPLIT_FP32 = {"cuda": {2: 1 / 6, 1: 1 / 12}}
 EIGHT_BIT_DTYPES = ("float8_e4m3fn", "int8")  # what quantized models multiply in, on a GPU with twice the peak
 
 
@@ -71,13 +73,16 @@ class Ceilings(Record):
             speed = max(speed, self.l2_gb_per_s)
         return speed
 
-    def peak_tflops(self, dtype: str) -> float:
+    def peak_tflops(self, dtype: str, *, split: bool = False) -> float:
         """TFLOP/s of a dtype; for one that was not measured, the best of those as wide, or else of all.
 
         So little is called too fast by mistake, and looked at again before it is (`sound_physics_check`). 8 bits may be
         multiplied as what is wider: where the device knows no such product, that is faster. On a GPU all 8-bit dtypes have
         the peak of the fastest of them, and twice that of 16 bits at least, as the matrix units of NVIDIA's do: torch's own
         product of int8 reaches 0.6 of what other kernels do on an H200.
+
+        fp32 has the peak of torch's own product, as the process that measured it lets torch multiply (in TF32 too, if that is
+        allowed there). With `split`, numbers may be split in two, and multiplied as three TF32 products.
         """
         width = DTYPE_BYTES[dtype]
         if width == 1:
@@ -86,7 +91,11 @@ class Ceilings(Record):
                 (peak * (faster if DTYPE_BYTES[name] == 2 else 1) for name, peak in self.tflops.items()), default=math.inf
             )
         alike = [dtype] if dtype in self.tflops else [name for name in self.tflops if DTYPE_BYTES[name] == width]
-        return max((self.tflops[name] for name in alike or self.tflops), default=math.inf)
+        peak = max((self.tflops[name] for name in alike or self.tflops), default=math.inf)
+        if split and dtype == "float32":
+            shares = _SPLIT_FP32.get(self.device, {})
+            peak = max([peak, *(shares.get(DTYPE_BYTES[name], 0) * other for name, other in self.tflops.items())])
+        return peak
 
     def best_with(self, other: Ceilings) -> Ceilings:
         """The higher of each pair: whatever either measurement saw is possible. Sizes stay."""
@@ -123,7 +132,14 @@ def roofline_us(flops: int, num_bytes: int, dtype: str, ceilings: Ceilings) -> f
     return max(num_bytes / (ceilings.read_gb_per_s * 1e3), flops / (ceilings.peak_tflops(dtype) * 1e6))
 
 
-def physics_check(measurement: Measurement, problem: Problem, op: Op, ceilings: Ceilings, num_copies: int = 1) -> Check:
+def may_split_fp32(candidate: Candidate) -> bool:
+    """Whether a candidate may multiply fp32 as three TF32 products: our kernels say so, libraries may (attention's does)."""
+    return candidate.config.get("precision", "ieee" if candidate.backend == "triton" else "") != "ieee"
+
+
+def physics_check(
+    measurement: Measurement, problem: Problem, op: Op, ceilings: Ceilings, num_copies: int = 1, *, split: bool = False
+) -> Check:
     """Whether a measurement is possible: the roofline's time over the measured one must not exceed 1.1.
 
     Args:
@@ -132,33 +148,42 @@ def physics_check(measurement: Measurement, problem: Problem, op: Op, ceilings: 
         op: says its operations, what dtype they have, and its least traffic.
         ceilings: of this machine, with the same number of threads.
         num_copies: sets of inputs that the timing rotated among; what they take together decides which cache could hold it.
+        split: fp32 may be multiplied as three TF32 products (`may_split_fp32`).
     """
     num_bytes, flops = op.num_bytes(problem), op.flops(problem)
     speed = ceilings.read_ceiling(num_copies * sum(spec.num_bytes for spec in problem.inputs))
-    dtype = compute_dtype(op, problem)
-    least_us = max(num_bytes / (speed * 1e3), flops / (ceilings.peak_tflops(dtype) * 1e6))
+    peak = ceilings.peak_tflops(compute_dtype(op, problem), split=split)
+    least_us = max(num_bytes / (speed * 1e3), flops / (peak * 1e6))
     ratio = least_us / measurement.median_us
     note = (
         f"least possible {least_us:.3g} us ({num_bytes} bytes at {speed:.3g} GB/s, {flops} operations at "
-        f"{ceilings.peak_tflops(dtype):.3g} TFLOP/s), measured {measurement.median_us:.3g} us"
+        f"{peak:.3g} TFLOP/s), measured {measurement.median_us:.3g} us"
     )
     return Check(name="physics", value=ratio, limit=_MARGIN, passed=ratio <= _MARGIN, note=note)
 
 
 def sound_physics_check(
-    measurement: Measurement, problem: Problem, op: Op, ceilings: Ceilings, num_copies: int, threads: int | None
+    measurement: Measurement,
+    problem: Problem,
+    op: Op,
+    ceilings: Ceilings,
+    num_copies: int,
+    threads: int | None,
+    *,
+    split: bool = False,
 ) -> Check:
     """`physics_check`, but before a kernel is called impossible, the ceilings themselves are measured once more.
 
     On a machine that was busy when they were taken, it may be they that are wrong.
     """
-    check = physics_check(measurement, problem, op, ceilings, num_copies)
+    check = physics_check(measurement, problem, op, ceilings, num_copies, split=split)
     if check.passed:
         return check
     dtype = compute_dtype(op, problem)
-    deciding = (dtype, "bfloat16") if DTYPE_BYTES[dtype] == 1 else (dtype,)
+    with_sixteen = DTYPE_BYTES[dtype] == 1 or (split and (dtype, problem.device) == ("float32", "cuda"))
+    deciding = (dtype, "bfloat16") if with_sixteen else (dtype,)
     again = measure_ceilings(problem.device, threads, deciding, budget_s=_SECOND_LOOK_S)
-    return physics_check(measurement, problem, op, ceilings.best_with(again), num_copies)
+    return physics_check(measurement, problem, op, ceilings.best_with(again), num_copies, split=split)
 
 
 def measure_ceilings(

@@ -29,21 +29,21 @@ from autokernel.export.cutedsl import CutePass, is_cute
 from autokernel.export.dependent_launch import OPTION as PDL
 from autokernel.export.dependent_launch import dependent_launches
 from autokernel.export.freezing import (
+    Frozen,
     FrozenGraph,
-    Product,
     freeze_inputs,
-    graph_products,
-    names_of,
     needs_constant,
     sizes_change,
     weights_to_freeze,
 )
 from autokernel.export.isa_probes import built_ahead
 from autokernel.export.matching import Gemm
+from autokernel.export.missed import MissedPass
 from autokernel.export.one_row import ALL, OPTION, OneRowPass
 from autokernel.export.passes import MergePass, SitePass
 from autokernel.export.pins import install
 from autokernel.export.plan import Plan, Usage, mismatch
+from autokernel.export.products import Product, graph_products, held_parameters, may_hold, names_of, take_in
 from autokernel.export.regions import RegionPass
 from autokernel.export.substitution import SubstitutionPass, is_substituted
 from autokernel.export.templates import TemplatePass, has_template
@@ -124,7 +124,9 @@ class BundleBackend:
                 f"torch.compile(backend=autokernel.backend(...)) takes no {named}: graph options belong in the bundle, "
                 "and CUDA graphs are captured by hand"
             )
-        products = graph_products(gm, inputs)
+        held = held_parameters(gm)
+        values = [*inputs, *(getattr(gm, name) for name in held)]
+        products = graph_products(gm, values)
         names = names_of(products)
         self.graphs.append(names)
         self.gemms.update(product.gemm for product in products)
@@ -135,7 +137,7 @@ class BundleBackend:
             return _inductor(gm, inputs, {}, {})
         chosen = self.plan.bundle.options_of(names)
         with built_ahead() if self.plan.bundle.environment.device == "cpu" else contextlib.nullcontext():
-            compiled = self._attempt(lambda: self._compile(gm, inputs, products, chosen))
+            compiled = self._attempt(lambda: self._compile(gm, values, held, products, chosen))
         if compiled is None:
             return _inductor(gm, inputs, {}, {})
         library = chosen.get("blas_library")
@@ -157,41 +159,75 @@ class BundleBackend:
             return None
 
     def _compile(
-        self, gm: torch.fx.GraphModule, inputs: Sequence[Any], products: Sequence[Product], chosen: Mapping[str, ConfigValue]
+        self,
+        gm: torch.fx.GraphModule,
+        values: Sequence[Any],
+        held: Sequence[str],
+        products: Sequence[Product],
+        chosen: Mapping[str, ConfigValue],
     ) -> Callable[..., Any]:
+        """A graph with the bundle; `values` are its inputs, and behind them its parameters of the names `held`."""
         plan = self.plan
         install()
-
-        def compile_stock(args: Sequence[Any]) -> Callable[..., Any]:
-            return _inductor(gm, args, inductor_options(plan, chosen, frozen=False), chosen)
-
-        frozen = weights_to_freeze(products, inputs, plan, everything=chosen.get("freezing") == "all")
-        positions = frozen.positions
-        changing = bool(positions) and sizes_change(gm, inputs)
+        inputs = values[: len(values) - len(held)]
+        frozen = weights_to_freeze(products, values, plan, everything=chosen.get("freezing") == "all")
+        changing = bool(frozen.positions) and sizes_change(gm, inputs)
         if changing:
             for entry, _ in frozen.copied:
                 plan.skip(
                     entry, "its weights are constants of graphs of fixed sizes, and this one is for several: dynamic=False"
                 )
-        if changing or not positions:
-            return compile_stock(inputs)
+        if changing or not frozen.positions:
+            options = inductor_options(plan, chosen, frozen=False, explain=not changing)
+            if may_hold(gm, plan.sizes_of_results(needs_constant)):
+                options["fx_graph_cache"] = False  # of a graph from the cache nobody says why an entry is not in it
+            return _inductor(gm, inputs, options, chosen)
+        return self._freeze(gm, values, held, frozen, chosen)
+
+    def _freeze(
+        self,
+        gm: torch.fx.GraphModule,
+        values: Sequence[Any],
+        held: Sequence[str],
+        frozen: Frozen,
+        chosen: Mapping[str, ConfigValue],
+    ) -> Callable[..., Any]:
+        plan, num_inputs = self.plan, len(values) - len(held)
+        # what torch's own freezing keeps within the graph is looked at at each call as well, where an entry needs it
+        taken = [name for i, name in enumerate(held, start=num_inputs) if i in frozen.positions]
+        whole = take_in(gm, taken)
+        order = [*range(num_inputs), *(i for i in frozen.positions if i >= num_inputs)]
+        positions = [order.index(i) for i in frozen.positions]
 
         # given what a call has: nothing of the first one is kept
         def compile_frozen(args: Sequence[Any]) -> Callable[..., Any]:
+            before = plan.counted()
             for entry, num_bytes in frozen.copied:
                 plan.copied(entry, num_bytes)
-            module = freeze_inputs(gm, args, positions)
+            module = freeze_inputs(whole, args, positions)
             rest = [value for i, value in enumerate(args) if i not in set(positions)]
-            return _inductor(module, rest, inductor_options(plan, chosen, frozen=True), chosen)
+            compiled = _inductor(module, rest, inductor_options(plan, chosen, frozen=True), chosen)
+            for entry, _ in frozen.copied:
+                plan.missed(entry, before, "its weights are constants, and Inductor built no product from it")
+            return compiled
+
+        def compile_stock(args: Sequence[Any]) -> Callable[..., Any]:
+            return _inductor(whole, args, inductor_options(plan, chosen, frozen=False, explain=False), chosen)
 
         def compile_plain(args: Sequence[Any]) -> Callable[..., Any]:
-            return _inductor(gm, args, {}, {})
+            return _inductor(whole, args, {}, {})
 
         graph = FrozenGraph(
-            compile_frozen, compile_stock, compile_plain, self._attempt, positions, num_inputs=len(inputs), inputs=inputs
+            compile_frozen,
+            compile_stock,
+            compile_plain,
+            self._attempt,
+            positions,
+            num_inputs=len(order),
+            inputs=[values[i] for i in order],
         )
         self._frozen.add(graph)
-        return graph
+        return graph if not taken else lambda *args: graph(*args, *(getattr(gm, name) for name in taken))
 
     def _unfit(self, inputs: Sequence[Any]) -> str | None:
         """Why nothing of the bundle is for a graph of these inputs, as things are when it is compiled."""
@@ -240,7 +276,7 @@ def _device_there(device: str) -> bool:
 
 
 def inductor_options(
-    plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: bool, merges: bool | None = None
+    plan: Plan, chosen: Mapping[str, ConfigValue], *, frozen: bool, merges: bool | None = None, explain: bool = True
 ) -> dict[str, Any]:
     """Inductor's configuration for a compilation with this plan and these graph options.
 
@@ -249,12 +285,13 @@ def inductor_options(
         chosen: the graph options.
         frozen: whether weights are constants, and folded.
         merges: whether weights may be put side by side; default: where they are folded. Else each call would do it again.
+        explain: say why products with an entry that needs constant weights get stock code; not where that was said already.
 
     The lookup table carries the plan's digest: its contents are part of the cache key of compiled graphs in every
     version of torch, which our hooks are not.
     """
     options: dict[str, Any] = {
-        "post_grad_custom_pre_pass": SitePass(plan),
+        "post_grad_custom_pre_pass": PassChain(plan, [SitePass(plan), *([MissedPass(plan)] if explain else [])]),
         "lookup_table.table": {"autokernel": [{"digest": plan.digest}]},
     }
     on_cpu = plan.bundle.environment.device == "cpu"
@@ -341,7 +378,10 @@ def options(bundle: Bundle | Path | str, *, on_mismatch: OnMismatch = "stock") -
     install()
     for part in plan.bundle.scenario_options:
         log.warning("autokernel: options() leaves out what helps %s alone: %s", part.scenario, dict(part.options))
-    return inductor_options(plan, plan.bundle.graph_options, frozen=torch._dynamo.config.prepare_freezing)
+    frozen = torch._dynamo.config.prepare_freezing or torch._inductor.config.freezing
+    for entry in () if frozen else filter(needs_constant, plan.bundle.entries):
+        plan.skip(entry, "options() has constant weights only with torch._dynamo.config.prepare_freezing, and backend() always")
+    return inductor_options(plan, plan.bundle.graph_options, frozen=frozen, explain=frozen)
 
 
 def stock_backend(gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

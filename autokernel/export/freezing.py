@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import operator
 import threading
 import weakref
@@ -23,12 +22,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autokernel.export.bundle import Entry
 from autokernel.export.matching import Gemm
-from autokernel.export.pins import dtype_name
 from autokernel.export.plan import Plan
+from autokernel.export.products import Product, can_be_constant
 
 log = logging.getLogger(__name__)
 
@@ -44,24 +42,6 @@ def needs_constant(entry: Entry) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Product:
-    """A product by a weight: of what, and the positions of the weight and, if that is an input too, of the bias."""
-
-    x: torch.fx.Node
-    constants: tuple[int, ...]
-    dtype: str
-    m: int
-    n: int
-    k: int
-    bias: bool
-
-    @property
-    def gemm(self) -> Gemm:
-        """As entries are found by."""
-        return Gemm(self.dtype, 1, self.m, (self.n,), self.k, self.bias)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Frozen:
     """Positions of the inputs to freeze, and for which entry how many bytes of them are copied."""
 
@@ -69,14 +49,14 @@ class Frozen:
     copied: tuple[tuple[Entry, int], ...]
 
 
-def weights_to_freeze(products: Iterable[Product], inputs: Sequence[Any], plan: Plan, *, everything: bool = False) -> Frozen:
+def weights_to_freeze(products: Iterable[Product], values: Sequence[Any], plan: Plan, *, everything: bool = False) -> Frozen:
     """The inputs that are parameters used by a GEMM with an entry that needs them constant; or every parameter.
 
     Only for graphs without gradients: a constant takes none.
 
     Args:
         products: of the graph, from `graph_products`.
-        inputs: of the graph.
+        values: inputs of the graph, and behind them its `held_parameters`.
         plan: the entries.
         everything: every parameter.
     """
@@ -87,19 +67,22 @@ def weights_to_freeze(products: Iterable[Product], inputs: Sequence[Any], plan: 
         entry = plan.find(product.gemm)
         if entry is not None and needs_constant(entry):
             chosen.update(product.constants)
-            copied.append((entry, _num_bytes(inputs, product.constants)))
+            copied.append((entry, product.num_bytes))
         by_input.setdefault(product.x, []).append(product)
     for members in by_input.values():
         for entry, gemm in plan.groups(members[0].dtype, members[0].m, members[0].k):
             fitting = [product for product in members if product.bias == gemm.bias and product.n in gemm.ns]
             if needs_constant(entry) and _covers(fitting, gemm.ns):
-                constants = [index for product in fitting for index in product.constants]
-                chosen.update(constants)
-                copied.append((entry, _num_bytes(inputs, constants)))
+                chosen.update(index for product in fitting for index in product.constants)
+                copied.append((entry, sum(product.num_bytes for product in fitting)))
     if everything:
-        parameters = (i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter))
-        chosen.update(i for i in parameters if not is_traceable_wrapper_subclass(inputs[i]))
+        chosen.update(i for i, value in enumerate(values) if can_be_constant(value))
     return Frozen(positions=tuple(sorted(chosen)), copied=tuple(copied))
+
+
+def _covers(members: list[Product], ns: tuple[int, ...]) -> bool:
+    have = [product.n for product in members]
+    return all(have.count(n) >= ns.count(n) for n in ns)
 
 
 def sizes_change(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> bool:
@@ -112,94 +95,6 @@ def _is_symbolic(value: object) -> bool:
     if isinstance(value, torch.Tensor):
         return any(isinstance(number, torch.SymInt) for number in (*value.shape, *value.stride()))
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
-
-
-def names_of(products: Iterable[Product]) -> tuple[str, ...]:
-    """Products as "dtype MxNxK", each once, sorted: what tells the graph of one scenario from another's."""
-    return tuple(sorted({f"{p.dtype} {p.m}x{p.n}x{p.k}" for p in products}))
-
-
-def graph_products(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> list[Product]:
-    """The graph's products by a weight, in the order in which they are computed."""
-    products: list[Product] = []
-    position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    for node in gm.graph.nodes:
-        linear = _linear(node)
-        if linear is None:
-            continue
-        x, weight, bias, n_axis = linear
-        index = position.get(weight)
-        if index is None or not _is_plain_weight(inputs[index]):
-            continue
-        value = x.meta.get("example_value")
-        if not isinstance(value, torch.Tensor) or not all(isinstance(n, int) for n in value.shape):
-            continue
-        bias_index = position.get(bias) if isinstance(bias, torch.fx.Node) else None
-        product = Product(
-            x=x,
-            constants=(index, *(() if bias_index is None else (bias_index,))),
-            dtype=dtype_name(value.dtype),
-            m=math.prod(int(s) for s in value.shape[:-1]),
-            n=int(inputs[index].shape[n_axis]),
-            k=int(value.shape[-1]),
-            bias=bias is not None,
-        )
-        products.append(product)
-    return products
-
-
-def _is_plain_weight(value: object) -> bool:
-    """A matrix of its own numbers: what changes within a wrapper, as of quantized weights, nobody sees."""
-    return isinstance(value, torch.nn.Parameter) and value.dim() == 2 and not is_traceable_wrapper_subclass(value)
-
-
-def _num_bytes(inputs: Sequence[Any], positions: Sequence[int]) -> int:
-    return sum(inputs[i].numel() * inputs[i].element_size() for i in positions)
-
-
-def _covers(members: list[Product], ns: tuple[int, ...]) -> bool:
-    have = [product.n for product in members]
-    return all(have.count(n) >= ns.count(n) for n in ns)
-
-
-def _linear(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node, Any, int] | None:
-    """(x, weight, bias, axis of N in the weight) of a Dynamo node that multiplies by a weight."""
-    if node.op != "call_function":
-        return None
-    args: list[Any] = [*node.args, *node.kwargs.values()]
-    if node.target is torch._C._nn.linear or node.target is torch.nn.functional.linear:
-        given: dict[str, Any] = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
-        x, weight, bias, n_axis = given["input"], given["weight"], given.get("bias"), 0
-    elif node.target in (torch.matmul, torch.mm, operator.matmul) and len(args) == 2:
-        x, weight, bias, n_axis = args[0], args[1], None, 1
-    elif node.target is torch.addmm and len(args) == 3:
-        x, weight, bias, n_axis = args[1], args[2], args[0], 1
-    else:
-        return None
-    if not isinstance(x, torch.fx.Node) or not isinstance(weight, torch.fx.Node):
-        return None
-    source = _transposed(weight)
-    return (x, weight, bias, n_axis) if source is None else (x, source, bias, 1 - n_axis)
-
-
-_TRANSPOSES = {  # target -> the dims that make it a transpose of a matrix; () where there are none to give
-    "t": ((),),
-    torch.t: ((),),
-    torch.Tensor.t: ((),),
-    "transpose": ((0, 1), (1, 0), (-2, -1), (-1, -2)),
-    torch.transpose: ((0, 1), (1, 0), (-2, -1), (-1, -2)),
-    "permute": ((1, 0), (-1, -2), (-1, 0), (1, -2)),
-    torch.permute: ((1, 0), (-1, -2), (-1, 0), (1, -2)),
-}
-
-
-def _transposed(node: torch.fx.Node) -> torch.fx.Node | None:
-    """What a node is the transpose of, None if it is none."""
-    if node.target not in _TRANSPOSES or not isinstance(node.args[0], torch.fx.Node):
-        return None
-    dims = node.args[1:]
-    flat = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
-    return node.args[0] if flat in _TRANSPOSES[node.target] else None  # type: ignore[index]
 
 
 def freeze_inputs(gm: torch.fx.GraphModule, inputs: Sequence[Any], frozen: Sequence[int]) -> torch.fx.GraphModule:

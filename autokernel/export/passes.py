@@ -8,6 +8,7 @@ counts the entries whose choice is made by packing alone.
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from autokernel.export.pins import dtype_name
 from autokernel.export.plan import Plan
 
 aten = torch.ops.aten
+prims = torch.ops.prims
 
 
 class MergePass(CustomGraphPass):
@@ -45,7 +47,7 @@ class MergePass(CustomGraphPass):
             for entry, gemm in self.plan.groups(dtype_name(shared.meta["val"].dtype), int(m), int(k)):
                 if entry.config.get("merge") != "concat":
                     continue
-                members = _pick([node for node in left if _has_bias(node) == gemm.bias], gemm.ns)
+                members = pick([node for node in left if _has_bias(node) == gemm.bias], gemm.ns)
                 if members is None:
                     continue
                 _concatenate(graph, shared, members)
@@ -57,23 +59,41 @@ class MergePass(CustomGraphPass):
 
 def _gemms_by_input(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
     groups: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    constants = _constants(graph)
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
             continue
         *bias, x, w = node.args
-        if _static_2d(x) and _static_2d(w) and _is_weight(w) and all(_is_bias(b, node) for b in bias):
+        if _static_2d(x) and _static_2d(w) and _is_weight(w, constants) and all(_is_bias(b, node, constants) for b in bias):
             groups.setdefault(_canonical(x), []).append(node)
     return groups
+
+
+def _constants(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """What stands for a constant: attributes, and the inputs that AOTAutograd made of parameters, which come first.
+
+    Where it does not say how many these are (packages), any input may be a weight.
+    """
+    context = torch._guards.TracingContext.try_get()
+    parameters = context.params_flat if context is not None else None
+    inputs = graph.find_nodes(op="placeholder")
+    return {*graph.find_nodes(op="get_attr"), *(inputs[: len(parameters)] if parameters else inputs)}
 
 
 def _has_bias(node: torch.fx.Node) -> bool:
     return node.target is aten.addmm.default
 
 
-def _is_bias(node: Any, product: torch.fx.Node) -> bool:
+def _is_bias(node: Any, product: torch.fx.Node, constants: Collection[torch.fx.Node]) -> bool:
     """Whether a bias of a product can lie beside others: a constant with an element for each column."""
-    constant = isinstance(node, torch.fx.Node) and node.op in ("placeholder", "get_attr")
-    return constant and tuple(node.meta["val"].shape) == tuple(product.meta["val"].shape[-1:])
+    return _is_constant(node, constants) and tuple(node.meta["val"].shape) == tuple(product.meta["val"].shape[-1:])
+
+
+def _is_constant(node: Any, constants: Collection[torch.fx.Node]) -> bool:
+    """Whether it is one of the constants, or one in another dtype, as autocast multiplies."""
+    while isinstance(node, torch.fx.Node) and node.target in (prims.convert_element_type.default, aten._to_copy.default):
+        node = node.args[0]
+    return node in constants
 
 
 def _canonical(x: torch.fx.Node) -> torch.fx.Node:
@@ -89,15 +109,16 @@ def _static_2d(node: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 2 and all(isinstance(n, int) for n in value.shape)
 
 
-def _is_weight(node: torch.fx.Node) -> bool:
-    """A transposed placeholder, as `nn.Linear` leaves it: the only form whose rows can be concatenated."""
-    if node.op != "call_function" or node.target not in (aten.permute.default, aten.t.default):
-        return False
-    source = node.args[0]
-    return isinstance(source, torch.fx.Node) and source.op in ("placeholder", "get_attr")
+def _is_weight(node: torch.fx.Node, constants: Collection[torch.fx.Node]) -> bool:
+    """A transposed constant, as `nn.Linear` leaves it: the only form whose rows can be concatenated."""
+    return (
+        node.op == "call_function"
+        and node.target in (aten.permute.default, aten.t.default)
+        and _is_constant(node.args[0], constants)
+    )
 
 
-def _pick(users: list[torch.fx.Node], ns: tuple[int, ...]) -> list[torch.fx.Node] | None:
+def pick(users: list[torch.fx.Node], ns: tuple[int, ...]) -> list[torch.fx.Node] | None:
     """Users with these Ns, in graph order; None if there are not enough."""
     left, members = list(ns), []
     for user in users:
@@ -142,11 +163,12 @@ class SitePass(CustomGraphPass):
         self.plan = plan
 
     def uuid(self) -> str:
-        return f"autokernel-sites-1-{self.plan.digest}"
+        return f"autokernel-sites-2-{self.plan.digest}"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         if not self.plan.active:
             return
+        _separate_constants(graph)
         self._group(graph)
         for node in graph.nodes:
             gemm = packed_gemm(node)
@@ -169,7 +191,7 @@ class SitePass(CustomGraphPass):
     def _group_one(self, graph: torch.fx.Graph, users: list[torch.fx.Node], entry: Entry, ns: tuple[int, ...]) -> None:
         from torch._inductor.mkldnn_lowerings import grouped_gemm_lowering
 
-        members = _pick(users, ns)
+        members = pick(users, ns)
         if members is None:
             return  # other GEMMs of this input
         if len(set(ns)) != 1:
@@ -189,6 +211,17 @@ class SitePass(CustomGraphPass):
             part.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(part)
             graph.erase_node(node)
+
+
+def _separate_constants(graph: torch.fx.Graph) -> None:
+    """Give constants that are parts of others, as of a fused weight, a storage of their own.
+
+    Inductor's C++ template packs what lies at the beginning of a constant's storage (torch 2.13), which is another part.
+    """
+    for node in graph.find_nodes(op="get_attr"):
+        value = getattr(graph.owning_module, str(node.target), None)
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.storage_offset():
+            setattr(graph.owning_module, str(node.target), torch.nn.Parameter(value.detach().clone(), requires_grad=False))
 
 
 def packed_gemm(node: torch.fx.Node) -> Gemm | None:

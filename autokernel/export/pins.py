@@ -57,7 +57,8 @@ def pin(choices: list[Any]) -> list[Any]:
     if entry is None and gemm is not None and not gemm.bias:
         # MKL's packed GEMM adds the bias behind the template
         entry = plan.find_or_merged(replace(gemm, bias=True))
-    if entry is None or entry.config.get("template") not in CPP_TEMPLATES:
+    # batches have a template of their own; a product of one batch (as of einsum) is not what an entry of packed weights is for
+    if entry is None or entry.config.get("template") != CPP_TEMPLATES[_is_of_batches(templates[0])]:
         return stock
     try:
         set_blocking(templates[0].template, entry)
@@ -74,6 +75,12 @@ def _is_cpp_gemm(choice: Any) -> bool:
     from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate
 
     return isinstance(getattr(choice, "template", None), CppGemmTemplate)
+
+
+def _is_of_batches(choice: Any) -> bool:
+    from torch._inductor.codegen.cpp_bmm_template import CppBmmTemplate
+
+    return isinstance(choice.template, CppBmmTemplate)
 
 
 def _gemm_of_template(choice: Any) -> Gemm | None:

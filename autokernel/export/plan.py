@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -184,6 +184,11 @@ class Plan:
         apart = (replace(here, ns=(n,)) in self._index for n in gemm.ns)
         return self.find_for_rows(replace(here, ns=(sum(gemm.ns),))) is entry and not any(apart)
 
+    def sizes_of_results(self, which: Callable[[Entry], bool]) -> set[tuple[str, int]]:
+        """(dtype, number of elements) of what the products of such entries give."""
+        held = ((gemm, entry.rows or (gemm.m, gemm.m)) for gemm, entry in self._index.items() if which(entry))
+        return {(gemm.dtype, m * n) for gemm, (first, last) in held for m in range(first, last + 1) for n in gemm.ns}
+
     def hit(self, entry: Entry) -> None:
         with self._lock:
             self.usage[entry.key].hits += 1
@@ -203,6 +208,12 @@ class Plan:
         with self._lock:
             for key, (hits, constant_bytes) in before.items():
                 self.usage[key].hits, self.usage[key].constant_bytes = hits, constant_bytes
+
+    def missed(self, entry: Entry, before: Mapping[str, tuple[int, int]], reason: str) -> None:
+        """`skip`, if nothing was built from the entry since `before`, and nothing said why."""
+        usage = self.usage[entry.key]
+        if usage.hits == before[entry.key][0] and not usage.reasons:
+            self.skip(entry, reason)
 
     def skip(self, entry: Entry, reason: str) -> None:
         """Stock code serves this entry's problem here; said once per entry and reason."""

@@ -118,8 +118,9 @@ def _verify(bundle: Bundle, where: str, loaded: LoadedExperiment, rounds: int, p
     for timing in timings:
         for key, count in timing.hits.get(BUNDLE, {}).items():
             hits[key] = hits.get(key, 0) + count
+    said = {key: why for timing in timings for key, why in timing.reasons.items()}
     checks = tuple(
-        _with_ends(_check(entry, hits.get(entry.key, 0), None, entry_jobs[entry.key]), end_jobs[entry.key])
+        _with_ends(_check(entry, hits.get(entry.key, 0), said.get(entry.key), entry_jobs[entry.key]), end_jobs[entry.key])
         for entry in bundle.entries
     )
     scenarios = tuple(result_with(bundle, timing) for timing in timings if BUNDLE not in timing.failures)

@@ -114,12 +114,12 @@ def rounded(text: str, op: str, dtype: str) -> str:
 
 
 def number(value: float, dtype: str) -> str:
-    """A number as a tile of one element."""
+    """A number as a tile of one element, as its dtype holds it."""
     if dtype == "bool":
         return f"tl.full([1, 1], {int(value)}, tl.int1)"
     value = float(value)
     text = repr(value) if math.isfinite(value) else f'float("{value}")'
-    return f"tl.full([1, 1], {text}, tl.float32)"
+    return rounded(f"tl.full([1, 1], {text}, tl.float32)", "full", dtype)
 
 
 def helpers_of(source: str) -> str:

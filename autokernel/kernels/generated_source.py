@@ -128,7 +128,9 @@ class Writer:
                 wants_float = line.op in COMPARISONS or (dtype != "bool" and not (line.op == "where" and not operands))
                 operands.append(f"{tile}.to(tl.float32)" if own == "bool" and wants_float else tile)
             elif not isinstance(argument, (str, tuple)) and line.op != "pow":
-                operands.append(number(argument, "float32"))
+                # torch compares with a number as the other operand's dtype holds it, and computes with it as it is
+                compared = self.results[line.operands[0]].dtype if line.op in COMPARISONS and line.operands else "float32"
+                operands.append(number(argument, "float32" if compared == "bool" else compared))
         if line.op == "convert" and dtype == "bool":
             return f"{operands[0]} != 0"
         if dtype == "bool" and line.op not in (*_TRUTHS, "where", "reshape", "clone"):

@@ -174,9 +174,10 @@ def _unused(bundle: Bundle, timings: Sequence[ScenarioTiming]) -> dict[str, str]
     own = [name for part in bundle.scenario_options for name in part.options]
     names = ", ".join(dict.fromkeys([*bundle.graph_options, *own]))
     options = f", or the graph options ({names}) turn them into something else" if names else ""
+    said = {key: why for timing in timings for key, why in timing.reasons.items()}
+    otherwise = f"its GEMMs are merged with others, or spelled differently{options}"
     return {
-        entry.key: f"nothing in the compiled model is built from it: its GEMMs are merged with others, or "
-        f"spelled differently{options}"
+        entry.key: f"nothing in the compiled model is built from it: {said.get(entry.key, otherwise)}"
         for entry in bundle.entries
         if entry.scenario in timed and not hits.get(entry.key)
     }

@@ -42,6 +42,22 @@ def test_ok(dtype: str, backend: Any, linear: Any) -> None:
     assert Evaluation.from_json(evaluation.to_json()) == evaluation
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+def test_it_is_held_against_what_its_own_products_allow(
+    precision: str, backend: Any, linear: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def physics(*given: Any, split: bool) -> Check:
+        asked.append(split)
+        return Check(name="physics", value=0, limit=1, passed=True)
+
+    monkeypatch.setattr(candidate_module, "sound_physics_check", physics)
+    job = job_for(linear(), ceilings=Ceilings(read_gb_per_s=5000, tflops={"float32": 100}))
+    assert replace(job, candidate=replace(job.candidate, config={"precision": precision}))().status is Status.OK
+    assert asked == [precision == "tf32x3"]
+
+
 def test_job_survives_pickling(linear: Any) -> None:
     job = job_for(linear(), ceilings=Ceilings(read_gb_per_s=1, tflops={"float32": 1.0}))
     again = pickle.loads(pickle.dumps(job))

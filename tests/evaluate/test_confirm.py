@@ -15,7 +15,7 @@ from autokernel.evaluate import candidate as candidate_module
 from autokernel.evaluate import confirm as confirm_module
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates
 from autokernel.evaluate.roofline import Ceilings
-from autokernel.records import Candidate, Status
+from autokernel.records import Candidate, Check, Status
 
 pytestmark = pytest.mark.clock
 
@@ -67,6 +67,21 @@ def confirm(candidate: Any, finalists: list[Any], baselines: list[Any], **option
     return ConfirmCandidates(
         problem=problem, finalists=tuple(finalists), baselines=tuple(baselines), rounds=15, threads=1, max_copies=2, **options
     )()
+
+
+def test_each_is_held_against_what_its_own_products_allow(candidate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def physics(*given: Any, split: bool) -> Check:
+        asked.append(split)
+        return Check(name="physics", value=0, limit=1, passed=True)
+
+    monkeypatch.setattr(confirm_module, "sound_physics_check", physics)
+    exact = replace(candidate("fast"), config={**candidate("fast").config, "precision": "ieee"})
+    ceilings = Ceilings(read_gb_per_s=5000, tflops={"float32": 100})
+    result = confirm(candidate, [exact], [candidate("slow")], ceilings=ceilings)
+    assert len(result.finalists) == 1
+    assert sorted(asked) == [False, True]
 
 
 def test_a_candidate_without_room_is_to_blame_only_where_it_is_alone(candidate: Any) -> None:

@@ -13,6 +13,7 @@ from kernels.for_hopper import ptx_of
 from autokernel.evaluate.roofline import (
     Ceilings,
     MeasureCeilings,
+    may_split_fp32,
     measure_ceilings,
     physics_check,
     reading_product,
@@ -21,7 +22,7 @@ from autokernel.evaluate.roofline import (
 )
 from autokernel.kernels.plans import plan_of
 from autokernel.ops import get_op
-from autokernel.records import Measurement, Problem, TensorSpec
+from autokernel.records import Candidate, Measurement, Problem, TensorSpec
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 
@@ -70,6 +71,69 @@ def test_8_bits_have_one_peak_on_a_gpu_and_twice_that_of_16() -> None:
     check = physics_check(taking(1_300), problem, get_op("int_mm"), gpu)
     assert check.passed, check.note
     assert not physics_check(taking(1_000), problem, get_op("int_mm"), gpu).passed
+
+
+def product(dtype: str) -> Problem:
+    """1.07 GFLOP."""
+    shapes = (512, 1024), (1024, 1024)
+    return Problem(op="mm", inputs=tuple(TensorSpec.contiguous(shape, dtype) for shape in shapes), device="cuda")
+
+
+GPU = dataclasses.replace(CEILINGS, device="cuda", read_gb_per_s=1000, tflops={"float32": 0.06, "bfloat16": 0.9})
+
+
+def test_fp32_may_be_three_products_of_tf32_on_a_gpu() -> None:
+    """On an H200 these are faster than fp32 itself; no more than that is possible."""
+    op, problem = get_op("mm"), product("float32")
+    check = physics_check(taking(7_200), problem, op, GPU, split=True)
+    assert check.passed
+    assert "0.15 TFLOP/s" in check.note
+    assert not physics_check(taking(6_000), problem, op, GPU, split=True).passed, "one product of tf32 is no fp32"
+    assert not physics_check(taking(7_200), problem, op, GPU).passed, "nor are these for what multiplies in fp32"
+    # where models are of fp32, 16 bits are not measured
+    wide = dataclasses.replace(GPU, tflops={"float32": 0.06, "int8": 1.2, "float8_e4m3fn": 1.8})
+    assert wide.peak_tflops("float32", split=True) == pytest.approx(0.15)
+    # where torch itself may multiply in tf32, that is what was measured
+    allowed = dataclasses.replace(GPU, tflops={"float32": 0.45, "bfloat16": 0.9})
+    for split in (False, True):
+        assert physics_check(taking(2_400), problem, op, allowed, split=split).passed
+        assert not physics_check(taking(2_000), problem, op, allowed, split=split).passed
+    assert dataclasses.replace(GPU, device="cpu").peak_tflops("float32", split=True) == 0.06
+    assert GPU.peak_tflops("bfloat16", split=True) == 0.9
+
+
+@pytest.mark.parametrize(
+    ("backend_name", "config", "split"),
+    [
+        ("triton", {"kernel": "generated_mm", "precision": "tf32x3"}, True),
+        ("triton", {"kernel": "generated_mm", "precision": "ieee"}, False),
+        ("triton", {"kernel": "generated_rows"}, False),
+        ("aten", {}, True),
+        ("inductor", {"implementation": "library"}, True),
+    ],
+)
+def test_who_may_split_fp32(backend_name: str, config: dict[str, Any], split: bool) -> None:
+    assert may_split_fp32(Candidate(problem=product("float32"), backend=backend_name, config=config)) is split
+
+
+@pytest.mark.parametrize(
+    ("dtype", "split", "measured"),
+    [("float32", True, ("float32", "bfloat16")), ("float32", False, ("float32",)), ("bfloat16", True, ("bfloat16",))],
+)
+def test_what_decides_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, split: bool, measured: tuple[str, ...]
+) -> None:
+    low = dataclasses.replace(GPU, tflops={"float32": 0.06})
+    asked: list[tuple[str, ...]] = []
+
+    def measure(device: str, threads: int | None, dtypes: tuple[str, ...], budget_s: float) -> Ceilings:
+        asked.append(tuple(dtypes))
+        return dataclasses.replace(GPU, tflops={name: GPU.tflops[name] for name in dtypes})
+
+    monkeypatch.setattr("autokernel.evaluate.roofline.measure_ceilings", measure)
+    check = sound_physics_check(taking(7_200), product(dtype), get_op("mm"), low, 1, None, split=split)
+    assert check.passed == (split or dtype == "bfloat16")
+    assert asked == [measured]
 
 
 def test_faster_than_possible_fails_with_a_margin(linear: Any, ops: Any) -> None:

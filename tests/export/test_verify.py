@@ -12,9 +12,10 @@ import pytest
 
 from autokernel.config import LoadedExperiment, load_experiment
 from autokernel.environment import current_environment, physical_cores
+from autokernel.errors import JobCrashed
 from autokernel.evaluate.confirm import Confirmation, Contender
-from autokernel.evaluate.end_to_end import BUNDLE, TimeScenario
-from autokernel.events import ScenarioResult
+from autokernel.evaluate.end_to_end import BUNDLE, ScenarioTiming, TimeScenario
+from autokernel.events import ModeTiming, ScenarioResult
 from autokernel.export.bundle import Bundle, Entry, write_bundle
 from autokernel.export.verify import at_rows, other_ends, verify
 from autokernel.records import Candidate, Check, Evaluation, Measurement, Problem, Speedup, Status, TensorSpec, Verdict
@@ -100,7 +101,7 @@ class Answering:
                 contender for contender in job.contenders if contender.bundle is not None and contender.bundle.entries
             ]
             hits = {entry.key: 2 for entry in contender.bundle.entries}
-            future.set_result(SimpleNamespace(scenario=job.scenario, hits={BUNDLE: hits}, failures={}))
+            future.set_result(SimpleNamespace(scenario=job.scenario, hits={BUNDLE: hits}, failures={}, reasons={}))
             return future
         (finalist,), (stock,) = job.finalists, job.baselines
         self.asked.append(finalist)
@@ -154,6 +155,39 @@ def test_an_end_that_was_tuned_itself_is_not_measured_twice(loaded: LoadedExperi
     assert other_ends(ranged) == (2,)
     assert other_ends(replace(ranged, config={})) == ()
     assert at_rows(ranged, 2).problem.inputs[0].shape == (2, 1024)
+
+
+class Answers:
+    """A pool whose models have no place for an entry, and say why; nothing else can be checked."""
+
+    def submit(self, job: Any, timeout_s: float) -> Future[Any]:
+        answer: Future[Any] = Future()
+        if isinstance(job, TimeScenario):
+            (contender,) = (item for item in job.contenders if item.bundle is not None)
+            (key,) = (entry.key for entry in contender.bundle.entries)
+            same = Speedup(ratio=1.0, low=1.0, high=1.0, num_rounds=5)
+            modes = tuple(ModeTiming(mode=mode, median_us=1.0, spread_us=0.0) for mode in ("default", BUNDLE))
+            answer.set_result(
+                ScenarioTiming(
+                    scenario=job.scenario,
+                    baseline="default",
+                    modes=modes,
+                    speedups={BUNDLE: same},
+                    hits={BUNDLE: {key: 0}},
+                    reasons={key: "it is written as an einsum"} if job.scenario == "four" else {},
+                )
+            )
+        else:
+            answer.set_exception(JobCrashed("no kernels today"))
+        return answer
+
+
+def test_why_an_entry_is_not_hit_is_said(loaded: LoadedExperiment, tmp_path: Path) -> None:
+    write_bundle(bundle_for(loaded), tmp_path / "bundle")
+    report = verify(tmp_path / "bundle", loaded, pool=Answers())  # type: ignore[arg-type]
+    (check,) = report.entries
+    assert (check.hits, check.reason, check.holds) == (0, "it is written as an einsum", False)
+    assert not report.passed
 
 
 def _wider(problem: Problem) -> tuple[TensorSpec, ...]:
