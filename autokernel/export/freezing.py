@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from autokernel.export.bundle import Entry
-from autokernel.export.matching import Gemm
 from autokernel.export.plan import Plan
 from autokernel.export.products import Product, can_be_constant
 
