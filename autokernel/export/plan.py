@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from autokernel.environment import Environment
+from autokernel.errors import shortened
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.matching import Gemm, gemm_of, index_entries
 from autokernel.ops import FUSIONS
@@ -17,7 +18,7 @@ from autokernel.records import Problem, TensorSpec
 
 log = logging.getLogger(__name__)
 
-_KEY_IN_LOG = 120  # characters
+_KEY_IN_LOG = 120  # characters: the key of a generated kernel is its whole program
 
 
 def mismatch(made: Environment, here: Environment) -> str | None:
@@ -190,7 +191,9 @@ class Plan:
     def skip(self, entry: Entry, reason: str) -> None:
         """Stock code serves this entry's problem here; said once per entry and reason."""
         if self._noted(entry, reason):
-            log.warning("autokernel: stock code instead of the tuned entry for %s: %s", _in_short(entry.key), reason)
+            log.warning(
+                "autokernel: stock code instead of the tuned entry for %s: %s", shortened(entry.key, _KEY_IN_LOG), reason
+            )
 
     def skip_all(self, reason: str) -> None:
         """Stock code serves all of the bundle's problems here; said once per reason."""
@@ -213,8 +216,3 @@ class Plan:
 
 
 __all__ = ["Gemm", "Plan", "Usage", "gemm_of", "minor", "mismatch"]
-
-
-def _in_short(key: str) -> str:
-    """A problem's key for a log: that of a generated kernel is its whole program."""
-    return key if len(key) <= _KEY_IN_LOG else f"{key[:_KEY_IN_LOG]}..."
