@@ -20,7 +20,7 @@ from autokernel.config_messages import (
     without_passwords,
 )
 from autokernel.config_yaml import parse_yaml_mapping, set_value
-from autokernel.errors import ConfigError
+from autokernel.errors import ConfigError, shortened
 from autokernel.model_config import (
     CallScenario,
     DecodeScenario,
@@ -30,7 +30,6 @@ from autokernel.model_config import (
     Section,
     Seed,
     TensorInput,
-    shortened,
     written_as_json,
 )
 

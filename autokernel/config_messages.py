@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from autokernel.errors import shortened
 from autokernel.model_config import (
     FUNCTION,
     NOT_JSON,
@@ -19,7 +20,6 @@ from autokernel.model_config import (
     DecodeScenario,
     PrefillScenario,
     TensorInput,
-    shortened,
 )
 
 NAME_PATTERN = r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$"

@@ -9,8 +9,7 @@ from typing import Any
 import yaml
 
 from autokernel.config_messages import without_passwords
-from autokernel.errors import ConfigError
-from autokernel.model_config import shortened
+from autokernel.errors import ConfigError, shortened
 
 # What PyYAML raises, besides its own errors, for values that are not what they look like or are tagged as.
 _UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)

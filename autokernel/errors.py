@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def shortened(text: str, length: int = 80) -> str:
+    """A text as a message shows it: all of it, or its beginning, `length` characters in all."""
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 class AutokernelError(Exception):
     """Base of every error that autokernel raises on purpose. The command line prints it without a traceback."""
 

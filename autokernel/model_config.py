@@ -22,6 +22,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
+from autokernel.errors import shortened
+
 # Kinds of inputs: pydantic puts them into the path of an error, where `config_messages` takes them out again.
 TENSOR, LIST, VALUE, DECLARED, FUNCTION = "<tensor>", "<list>", "<value>", "<declared>", "<function>"
 
@@ -39,11 +41,6 @@ class Section(BaseModel):
             if bool not in kinds and (int in kinds or float in kinds):
                 raise PydanticKnownError("int_type" if int in kinds else "float_type")
         return value
-
-
-def shortened(text: str, length: int = 80) -> str:
-    """A text, or its beginning."""
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _kinds(annotation: Any) -> list[Any]:

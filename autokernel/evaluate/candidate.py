@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from autokernel.backends import Backend, BuildError, Built, Refused
 from autokernel.environment import current_environment
-from autokernel.errors import DeviceFull, JobCrashed, JobLost, JobTimeout, NoRoomError
+from autokernel.errors import DeviceFull, JobCrashed, JobLost, JobTimeout, NoRoomError, shortened
 from autokernel.evaluate.budget import expectation_bytes
 from autokernel.evaluate.caches import cache_bytes
 from autokernel.evaluate.call_graphs import CaptureError
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _MAX_LOG_CHARS = 4000
+_MAX_LINE_CHARS = 500
 _MAX_NAMED_CHECKS = 4
 
 
@@ -302,12 +303,11 @@ def describe_failures(failures: Iterable[Check]) -> str:
 
 def one_line(error: BaseException) -> str:
     """The error's own first line, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return (
-        f"{type(error).__name__}: {lines[0][:500]}"
-        if lines and not isinstance(error, (Refused, BuildError))
-        else (lines[0][:500] if lines else type(error).__name__)
-    )
+    name, lines = type(error).__name__, str(error).strip().splitlines()
+    if not lines:
+        return name
+    said = shortened(lines[0], _MAX_LINE_CHARS)
+    return said if isinstance(error, (Refused, BuildError)) else f"{name}: {said}"
 
 
 def _failed(

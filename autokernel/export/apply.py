@@ -21,7 +21,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from autokernel.environment import current_environment
-from autokernel.errors import BundleError
+from autokernel.errors import BundleError, shortened
 from autokernel.export.blas import with_blas_library
 from autokernel.export.bundle import OWN_OPTIONS, Bundle, read_bundle, read_objects
 from autokernel.export.chain import PassChain
@@ -154,7 +154,8 @@ class BundleBackend:
             if not self._fall_back:
                 raise
             self.plan.uncount(before)
-            self.plan.skip_all(f"a graph could not be compiled with it: {type(error).__name__}: {_in_short(error)}")
+            said = shortened(" ".join(str(error).split()) or "no message", _ERROR_IN_LOG)
+            self.plan.skip_all(f"a graph could not be compiled with it: {type(error).__name__}: {said}")
             log.info("autokernel: why", exc_info=True)
             return None
 
@@ -264,11 +265,6 @@ def _inductor(
     with dependent_launches(chosen[PDL], inputs) if chosen.get(PDL) else contextlib.nullcontext():
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
     return cast("Callable[..., Any]", compiled)
-
-
-def _in_short(error: Exception) -> str:
-    said = " ".join(str(error).split()) or "no message"
-    return said if len(said) <= _ERROR_IN_LOG else f"{said[:_ERROR_IN_LOG]}..."
 
 
 def _device_there(device: str) -> bool:

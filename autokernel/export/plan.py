@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from autokernel.environment import Environment
+from autokernel.errors import shortened
 from autokernel.export.bundle import Bundle, Entry
 from autokernel.export.matching import Gemm, gemm_of, index_entries
 from autokernel.kernels.config import KERNEL
@@ -18,7 +19,7 @@ from autokernel.records import Problem, TensorSpec
 
 log = logging.getLogger(__name__)
 
-_KEY_IN_LOG = 120  # characters
+_KEY_IN_LOG = 120  # characters: the key of a generated kernel is its whole program
 
 
 def mismatch(made: Environment, here: Environment) -> str | None:
@@ -218,7 +219,9 @@ class Plan:
     def skip(self, entry: Entry, reason: str) -> None:
         """Stock code serves this entry's problem here; said once per entry and reason."""
         if self._noted(entry, reason):
-            log.warning("autokernel: stock code instead of the tuned entry for %s: %s", _in_short(entry.key), reason)
+            log.warning(
+                "autokernel: stock code instead of the tuned entry for %s: %s", shortened(entry.key, _KEY_IN_LOG), reason
+            )
 
     def skip_all(self, reason: str) -> None:
         """Stock code serves all of the bundle's problems here; said once per reason."""
@@ -264,8 +267,3 @@ def _nearest(ranged: Iterable[tuple[int, Entry]], m: int) -> Entry | None:
     """Of the entries whose range holds m, that of the nearest tuned number of rows."""
     held = [(tuned, entry) for tuned, entry in ranged if entry.rows is not None and entry.rows[0] <= m <= entry.rows[1]]
     return min(held, key=lambda item: (abs(item[0] - m), -item[0]))[1] if held else None
-
-
-def _in_short(key: str) -> str:
-    """A problem's key for a log: that of a generated kernel is its whole program."""
-    return key if len(key) <= _KEY_IN_LOG else f"{key[:_KEY_IN_LOG]}..."

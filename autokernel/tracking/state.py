@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from autokernel.config import LoadedExperiment, parse_experiment
 from autokernel.config_messages import without_passwords
-from autokernel.errors import ConfigError, StorageError
+from autokernel.errors import ConfigError, StorageError, shortened
 from autokernel.events import (
     Ablated,
     Confirmed,
@@ -294,4 +294,4 @@ def _shown(value: Any) -> str:
             text = f"{value:g}"
         case _:
             text = without_passwords(str(value))
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+    return shortened(text, _MAX_SHOWN)

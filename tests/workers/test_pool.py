@@ -321,22 +321,33 @@ def test_no_pool_without_workers() -> None:
         open_pool(ClusterSection(address="inline"), device="cpu", num_workers=0, env={})
 
 
-def test_ctrl_c_ends_quickly(tmp_path: Path, eventually: Callable[..., None], all_gone: Callable[[list[int]], None]) -> None:
-    """As a terminal sends it: to the whole process group of the driver."""
-    begun = tmp_path / "begun"
+def driver_of(pool: str, begun: Path) -> subprocess.Popen[bytes]:
+    """A process whose pool runs a job that never ends, and writes into `begun` where it runs. Interrupted, it ends with 130.
+
+    Args:
+        pool: lines that make `pool`.
+        begun: a file.
+    """
     code = f"""
-import sys
+import signal, sys
 sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]!r}
 import worker_jobs
-from autokernel.workers.pool import LocalPool
-pool = LocalPool(1)
+from autokernel.config import ClusterSection
+from autokernel.workers.pool import LocalPool, open_pool
+{pool}
 try:
     pool.submit(worker_jobs.Touch({str(begun)!r}, 600), 600).result()
 except KeyboardInterrupt:
     pool.close()
     sys.exit(130)
 """
-    driver = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+
+
+def test_ctrl_c_ends_quickly(tmp_path: Path, eventually: Callable[..., None], all_gone: Callable[[list[int]], None]) -> None:
+    """As a terminal sends it: to the whole process group of the driver."""
+    begun = tmp_path / "begun"
+    driver = driver_of("pool = LocalPool(1)", begun)
     eventually(lambda: begun.exists() and begun.read_text(), 30)
     driver.send_signal(signal.SIGINT)
     assert driver.wait(5) == 130
@@ -348,21 +359,8 @@ def test_a_schedulers_signal_reaches_the_handler_that_was_there_before_ray(
     tmp_path: Path, eventually: Callable[..., None], all_gone: Callable[[list[int]], None]
 ) -> None:
     begun = tmp_path / "begun"
-    code = f"""
-import signal, sys
-sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]!r}
-import worker_jobs
-from autokernel.config import ClusterSection
-from autokernel.workers.pool import open_pool
-signal.signal(signal.SIGTERM, signal.default_int_handler)
-pool = open_pool(ClusterSection(address="local"), device="cpu", num_workers=1, env={{}})
-try:
-    pool.submit(worker_jobs.Touch({str(begun)!r}, 600), 600).result()
-except KeyboardInterrupt:
-    pool.close()
-    sys.exit(130)
-"""
-    driver = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    local = 'pool = open_pool(ClusterSection(address="local"), device="cpu", num_workers=1, env={})'
+    driver = driver_of(f"signal.signal(signal.SIGTERM, signal.default_int_handler)\n{local}", begun)
     try:
         eventually(lambda: begun.exists() and begun.read_text(), GENEROUS_S)
         driver.terminate()
