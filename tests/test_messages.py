@@ -285,7 +285,7 @@ def test_a_bundle_that_does_not_hold_in_a_fresh_process_fails_the_run(tmp_path: 
     stages = {
         "profile.profile": SimpleNamespace(read_gb_per_s=1.0), "search.search": {}, "confirm.confirm": [],
         "confirm.compatible": ([], {}),
-        "plan.choose_plans": ([], {}), "confirm.within_memory": ([], {}),
+        "plan.choose_plans": ([], {}), "confirm.within_memory": ([], {}), "rows.hold_rows": {},
         "graph.search_graph_options": ({}, ()), "model.validate": (None, Anything()), "production.make_bundle": Anything(),
         "production.export_bundle": None, "production.prove": proved, "whole_model.measure_ahead": None,
     }  # fmt: skip
