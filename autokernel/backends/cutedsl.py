@@ -13,7 +13,7 @@ import torch
 
 from autokernel.backends import BuildError, Built, Refused
 from autokernel.backends.compiled import build, expanded, refuse_without_constant_weight
-from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig
+from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig, multiplies
 from autokernel.cutedsl.spec import KernelSpec
 from autokernel.errors import CompileError
 from autokernel.export.bundle import Entry
@@ -21,6 +21,7 @@ from autokernel.export.cute_specs import arch_of, expected_epilogue, has_aligned
 from autokernel.export.cutedsl import compiled_object
 from autokernel.export.matching import weights_of_merged
 from autokernel.ops.linear_rms_norm import LinearRmsNorm, as_matrix
+from autokernel.ops.scaled_mm import ScaledMm
 from autokernel.records import DTYPE_BYTES, Candidate, ConfigValue, Problem, TensorSpec
 
 _OPS = ("mm", "addmm", "bmm", "merged_mm", "scaled_mm", "int_mm", LinearRmsNorm.name)
@@ -56,9 +57,11 @@ class CuteDslBackend:
             return f"the CuTe DSL kernels do not scale: {', '.join(scaled)}"
         factors = list(_factors(problem))
         dtypes = {spec.dtype for _, spec in factors}
-        if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        mixed = len(dtypes) > 1 and problem.op != ScaledMm.name
+        if mixed or not multiplies(min(dtypes), max(dtypes)):
             return (
-                f"the CuTe DSL kernels multiply two matrices of one of {', '.join(DTYPES)}, not {' and '.join(sorted(dtypes))}"
+                f"the CuTe DSL kernels multiply two matrices of one of {', '.join(DTYPES)}, or of both kinds of 8-bit floating "
+                f"point, not {' and '.join(sorted(dtypes))}"
             )
         return next((f"the {name} {wrong}" for name, spec in factors if (wrong := _layout_problem(name, spec))), None)
 

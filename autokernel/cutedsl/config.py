@@ -13,6 +13,7 @@ DEFAULT_SWIZZLE = 8
 AT_CALLS: Mapping[str, tuple[str, ...]] = {QUACK: ("swizzle",)}  # source -> see `CuteConfig.at_calls`
 ALIGNMENT_BYTES = 16  # of what is contiguous: TMA reads and writes nothing narrower
 DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # either may be multiplied by the other
 
 # tiles (M, N) of quack's two kinds of kernel on SM90: one tile by two warpgroups, or one by each in turns
 COOPERATIVE_TILES = (
@@ -184,6 +185,11 @@ class CuteConfig:
 _FLAGS = ("pingpong", "swap", "ordered", "separate", "fuse", "fast_accum")
 _HINTS = "stream"  # in entries of earlier versions: false says nothing
 _OF_ENTRIES = ("merge",)  # what a config says beside the kernel's parameters
+
+
+def multiplies(left: str, right: str) -> bool:
+    """Whether there are kernels for factors of these dtypes."""
+    return left in DTYPES and (left == right or {left, right} <= set(FLOAT8))
 
 
 def _listed(tiles: tuple[tuple[int, int], ...]) -> str:

@@ -111,10 +111,11 @@ def _compiled_parts(spec: KernelSpec) -> Any:
     a_major, b_major, d_major = spec.a_major, spec.b_major, "n"
     if config.swap:
         a_major, b_major, d_major = ("k" if spec.b_major == "k" else "m"), ("k" if spec.a_major == "k" else "n"), "m"
-    dtype = torch2cute_dtype_map[getattr(torch, spec.dtype)]
+    dtypes = [torch2cute_dtype_map[getattr(torch, name)] for name in spec.dtypes]
+    a_dtype, b_dtype = reversed(dtypes) if config.swap else dtypes
     given = {
         **dict.fromkeys(inspect.signature(inspect.unwrap(_compile_gemm)).parameters),
-        **{"a_dtype": dtype, "b_dtype": dtype, "d_dtype": torch2cute_dtype_map[torch.float32]},
+        **{"a_dtype": a_dtype, "b_dtype": b_dtype, "d_dtype": torch2cute_dtype_map[torch.float32]},
         **{"a_major": a_major, "b_major": b_major, "d_major": d_major, "b_kn": True, "batched": False, "sf_batched": True},
         "tile_shape_mn": (config.tile_m, config.tile_n, *((config.tile_k,) if config.tile_k else ())),
         "cluster_shape_mnk": (config.cluster_m, config.cluster_n, 1),

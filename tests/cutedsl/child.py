@@ -77,9 +77,9 @@ def bind(path: str, sizes: list[int]) -> None:
 
 
 def matrices(spec: KernelSpec, lead: tuple[int, ...], m: int, n: int, k: int) -> tuple[torch.Tensor, ...]:
-    dtype, out_dtype = getattr(torch, spec.dtype), getattr(torch, spec.out_dtype)
-    a = torch.empty(*lead, m, k, dtype=dtype) if spec.a_major == "k" else torch.empty(*lead, k, m, dtype=dtype).mT
-    b = torch.empty(*lead, k, n, dtype=dtype) if spec.b_major == "n" else torch.empty(*lead, n, k, dtype=dtype).mT
+    a_dtype, b_dtype, out_dtype = (getattr(torch, name) for name in (*spec.dtypes, spec.out_dtype))
+    a = torch.empty(*lead, m, k, dtype=a_dtype) if spec.a_major == "k" else torch.empty(*lead, k, m, dtype=a_dtype).mT
+    b = torch.empty(*lead, k, n, dtype=b_dtype) if spec.b_major == "n" else torch.empty(*lead, n, k, dtype=b_dtype).mT
     return a, b, torch.empty(*lead, m, n, dtype=out_dtype)
 
 

@@ -24,12 +24,11 @@ from autokernel.cutedsl.compiler import unavailable
 from autokernel.cutedsl.objects import Kernel, load
 from autokernel.cutedsl.spec import KernelSpec
 from autokernel.environment import current_environment
-from autokernel.evaluate.candidate import EvaluateCandidate
 from autokernel.export.apply import BundleBackend, backend
 from autokernel.export.bundle import Bundle, Entry, write_bundle
 from autokernel.export.cutedsl import with_objects
 from autokernel.ops.epilogue import apply_epilogue, apply_gated
-from autokernel.records import Candidate, ConfigValue, Problem, Status
+from autokernel.records import ConfigValue, Problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -339,35 +338,6 @@ def bundle_of(merged: bool, fuse: bool, config: dict[str, ConfigValue]) -> Bundl
 @pytest.fixture
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("AUTOKERNEL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cute-cache"))
-
-
-EVALUATED: dict[str, tuple[Problem, dict[str, ConfigValue]]] = {
-    "mm": (GATE, PINGPONG),
-    "mm by operators": (GATE, {**OPERATORS, "swap": True}),
-    "mm with a residual": (replace(GATE, inputs=(*GATE.inputs, contiguous(16, 2048)), epilogue=("add",)), PINGPONG),
-    "fused residual": (replace(GATE, inputs=(*GATE.inputs, contiguous(16, 2048)), epilogue=("add",)), {**SWAP, "fuse": True}),
-    "bias and residual": (DOWN, {**PINGPONG, "fuse": True}),
-    "addmm of a matrix": (
-        replace(GATE, op="addmm", inputs=(contiguous(16, 2048), *GATE.inputs), constants=(2,)),
-        {**PINGPONG, "fuse": True},
-    ),
-    "merged": (MERGED, {**PINGPONG, "merge": "concat"}),
-    "apart": (MERGED, {**SWAP, "merge": "none"}),
-    "gated": (replace(MERGED, epilogue=("gated_silu",)), {**PINGPONG, "merge": "concat", "fuse": True}),
-    "gate and up, plain": (replace(MERGED, epilogue=("gated_silu",)), {**PINGPONG, "merge": "concat"}),
-    "split_k": (GATE, {**SWAP, "split_k": 4}),
-    "parts and bias": (DOWN, {**SWAP, "split_k": 4, "separate": True}),
-}
-
-
-@pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize("name", EVALUATED)
-def test_candidates_are_evaluated(name: str) -> None:
-    problem, config = EVALUATED[name]
-    candidate = Candidate(problem=problem, backend="cutedsl", config=config)
-    evaluation = EvaluateCandidate(candidate=candidate, seed=1)()
-    assert evaluation.status is Status.OK, evaluation.message
-    assert evaluation.deterministic
 
 
 def layer_and_input() -> tuple[torch.nn.Module, torch.Tensor]:
