@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from autokernel.cutedsl.config import CLUSTER, DTYPES, OPERATORS, QUACK, multiplies
 from autokernel.cutedsl.spec import BIAS, SQUARES, KernelSpec, Launch, ObjectInfo
 from autokernel.errors import CompileError
-from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, scalar_step
+from autokernel.ops.epilogue import FUNCTION_EPILOGUES, MATRIX_EPILOGUES, UNARY_EPILOGUES, scalar_step
 from autokernel.requirements import declared_ranges, installed_version, out_of_range
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ _SHIM = "launch_errors.c"
 _RUNTIME = "libcuda_dialect_runtime_static.a"
 _LINK_TIMEOUT_S = 120
 _EXAMPLE = (512, 768, 1024)  # M, N, K of the matrices that stand for all sizes
+_FUNCTIONS = (*UNARY_EPILOGUES, *FUNCTION_EPILOGUES)
 _EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
 _WIDE_ROWS, _SHARED_COLUMNS = 192, 128  # quack shares wider tiles of so many rows out by columns
 _ALLOWED = re.compile(r"(cuda[A-Z]|TVMFFI)\w*$|\w+@(@)?GLIBC_[0-9.]+$")
@@ -118,10 +119,10 @@ def refusal(spec: KernelSpec) -> str | None:
         return reason
     if spec.squares and (reason := _squares_refusal(spec)) is not None:
         return reason
-    known = (*spec.operands().values(), *UNARY_EPILOGUES, SQUARES, *(spec.epilogue if spec.gated else ()))
+    known = (*spec.operands().values(), *_FUNCTIONS, SQUARES, *(spec.epilogue if spec.gated else ()))
     if unknown := [name for name in spec.epilogue if name not in known and scalar_step(name) is None]:
-        names = ", ".join((BIAS, *UNARY_EPILOGUES, *BINARY_EPILOGUES))
-        return f"an epilogue is made of scales, sums with and products by numbers, and {names}, not {', '.join(unknown)}"
+        names = ", ".join((BIAS, *_FUNCTIONS, *MATRIX_EPILOGUES))
+        return f"an epilogue is made of scales, steps with numbers, rows or columns, and {names}, not {', '.join(unknown)}"
     if config.source == OPERATORS:
         outputs: tuple[str, ...] = ("int32", "float32", "int8") if spec.dtype == "int8" else (*DTYPES[:4], "float32")
         if spec.epilogue:

@@ -35,6 +35,8 @@ CLUSTER_BLOCKS = 8
 TILES_K = (0, 64, 128, 256, 512)
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of a multiprocessor of sm_90, and by CUDA for each block
 BARRIERS_BYTES = 1024
+BLACKWELL_PROBLEMS = ("dense", "mxfp8", "nvfp4", "grouped")  # what SM100's operators are listed for, by `blackwell.py`
+BLACKWELL_GROUPS = 4  # products of one grouped problem, which share its rows
 OPERATORS_TILES = ((64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256))
 
 

@@ -31,6 +31,7 @@ from autokernel.cutedsl.spec import (
     KernelSpec,
     Launch,
 )
+from autokernel.ops.epilogue import PER_COLUMN, PER_ROW, operand_kind
 
 
 def compile_spec(
@@ -134,8 +135,10 @@ def _operands(spec: KernelSpec, out: torch.Tensor, transposed: bool) -> dict[str
     for operand, name in spec.operands().items():
         if name in MATRICES:
             made[operand] = torch.empty_like(out.mT if transposed else out)
-        elif name == BIAS:
+        elif name == BIAS or operand_kind(name) == PER_COLUMN:
             made[operand] = torch.empty(out.shape[-1], dtype=out.dtype)
+        elif operand_kind(name) == PER_ROW:
+            made[operand] = torch.empty(out.shape[-2], dtype=out.dtype)
         else:
             size = {SCALE_A: out.shape[-2], "scale_b": out.shape[-1]}.get(name, 1)
             made[operand] = torch.empty(size, dtype=torch.float32)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autokernel.cutedsl.config import AT_CALLS, CuteConfig
-from autokernel.ops.epilogue import GATED_EPILOGUES
+from autokernel.ops.epilogue import BINARY_EPILOGUES, GATED_EPILOGUES, MATRIX_EPILOGUES
 from autokernel.records import ConfigValue, Record, canonical_json, digest_of
 
 REVISION = 5  # of our own part in a shared object: raised, every one is compiled again
 BIAS = "bias"  # a vector of N elements, added to each row
 SCALE_A, SCALE_B = "scale_a", "scale_b"  # fp32 vectors of M and of N elements, by which rows and columns are multiplied
 TENSOR_SCALE_A, TENSOR_SCALE_B = "tensor_scale_a", "tensor_scale_b"  # fp32 tensors of one element, [1]
-MATRICES = ("add", "mul")  # names of `ops.epilogue` with an operand like the result
+MATRICES = MATRIX_EPILOGUES  # with an operand like the result
 SQUARES = "squares"  # the last step: sums of squares of each row, one for each tile of columns, as a second result
 TRANSPOSED = "^T"  # behind a tensor's name in a `Launch`
 AT_A_CALL = "swizzle"  # in a `Launch`: a number that the caller chooses
@@ -50,7 +50,7 @@ class KernelSpec(Record):
 
     def operands(self) -> dict[str, str]:
         """What the epilogue's operands are called in a `Launch` -> the epilogue's name that takes it, in order."""
-        takers = (BIAS, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, *MATRICES)
+        takers = (BIAS, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, *BINARY_EPILOGUES)
         return {f"operand{i}": name for i, name in enumerate(name for name in self.epilogue if name in takers)}
 
     @property

@@ -143,6 +143,15 @@ def test_strides_of_one_row_say_nothing() -> None:
         ),
         (replace(ADDMM, inputs=(spec(M, 1), *ADDMM.inputs[1:])), {**PLAIN, "fuse": True}, "fuse reads vectors"),
         (
+            replace(
+                RESIDUAL,
+                inputs=(*MM.inputs, TensorSpec(shape=(M, 1), dtype="bfloat16", stride=(N, 1))),
+                epilogue=("mul_per_row",),
+            ),
+            {**PLAIN, "fuse": True},
+            "numbers of rows, .16, 1., that follow each other",
+        ),
+        (
             replace(RESIDUAL, inputs=(*MM.inputs, TensorSpec(shape=(M, N), dtype="bfloat16", stride=(0, 1)))),
             {**PLAIN, "fuse": True},
             "none twice",

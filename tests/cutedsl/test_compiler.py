@@ -53,6 +53,16 @@ SPECS = {
     "parts of fp8 of both kinds, swapped": spec(
         {**PARTS, "swap": True}, dtype="float8_e4m3fn", b_dtype="float8_e5m2", out_dtype="float32"
     ),
+    "functions": spec(PINGPONG, epilogue=("abs", "exp", "neg", "sqrt", "rsqrt", "reciprocal", "square", "cube")),
+    "numbers": spec(COOPERATIVE, epilogue=("clamp_min(-1.0)", "clamp_max(6.0)", "div_by(3.0)", "add(1.0)", "mul(2.0)")),
+    "operands of every kind": spec(
+        {**PINGPONG, "swap": True}, epilogue=("bias", "mul_per_row", "sub_per_column", "rsub", "div", "maximum", "minimum")
+    ),
+    "rows and columns, parts of K, swapped": spec(
+        {**COOPERATIVE, "split_k": 2, "swap": True},
+        epilogue=("div_per_row", "rdiv_per_column", "rdiv", "silu", "maximum_per_row"),
+    ),
+    "columns of a batch": spec(COOPERATIVE, batched=True, dtype="float16", out_dtype="float16", epilogue=("mul_per_column",)),
     "gated, fp8, batched": spec(COOPERATIVE, **FP8, batched=True, epilogue=("gated_gelu_tanh",)),
     "columns for a row of multiprocessors": spec({**COOPERATIVE, "tile_m": 64, "tile_n": 48, "fuse": True}, epilogue=("add",)),
     "a few rows, swapped": spec({**COOPERATIVE, "tile_m": 64, "tile_n": 16, "swap": True, "split_k": 4}),

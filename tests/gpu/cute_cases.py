@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from autokernel.cutedsl.config import CLUSTER, OPERATORS, QUACK
+from autokernel.ops.epilogue import BINARY_EPILOGUES, PER_COLUMN, PER_ROW, operand_kind
 from autokernel.ops.scaled_mm import ROW_WISE, TENSOR_WISE
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
@@ -24,6 +25,13 @@ CONFIGS: dict[str, Config] = {
     QUACK: PINGPONG,
     OPERATORS: {"source": OPERATORS, "tile_m": 128, "tile_n": 128, "cluster_m": 2},
     CLUSTER: {"source": CLUSTER, "tile_m": 128, "tile_n": 16, "split_k": 2, "swap": True},
+}
+# none is steep near zero, where the order of a product's sums would decide the result
+STEPS: dict[str, tuple[str, ...]] = {
+    "numbers": ("add(-1.0)", "neg", "div_by(3.0)", "clamp_min(-0.5)", "clamp_max(2.0)"),
+    "functions": ("abs", "sqrt", "exp", "square"),
+    "matrices": ("sub", "maximum", "rsub", "minimum"),
+    "rows and columns": ("mul_per_row", "sub_per_column", "maximum_per_row", "add_per_column"),
 }
 EPS = (("eps", 1e-5),)
 
@@ -71,11 +79,12 @@ def product(
     """
     right, wide = right or dtype, out if op == "scaled_mm" else dtype
     x, w, vector = TensorSpec.contiguous((m, K), dtype), weight(right), TensorSpec.contiguous((N,), wide)
-    behind = [TensorSpec.contiguous((m, N), wide) for name in follows if name in ("add", "mul")]
+    shapes = {PER_ROW: (m, 1), PER_COLUMN: (N,), "": (m, N)}
+    behind = [TensorSpec.contiguous(shapes[operand_kind(name)], wide) for name in follows if name in BINARY_EPILOGUES]
     if op == "addmm":
         return Problem(op=op, inputs=(vector, x, w, *behind), device="cuda", constants=(0, 2), epilogue=follows)
     if op == "bmm":
-        lead = [TensorSpec.contiguous((3, *spec.shape), spec.dtype) for spec in behind]
+        lead = [TensorSpec.contiguous((3, *s.shape), s.dtype) if len(s.shape) == 2 else s for s in behind]
         left, stack = TensorSpec.contiguous((3, m, K), dtype), TensorSpec(shape=(3, K, N), dtype=right, stride=(N * K, 1, K))
         return Problem(op=op, inputs=(left, stack, *lead), device="cuda", epilogue=follows)
     if op == "merged_mm":
@@ -148,6 +157,12 @@ def _configs() -> Iterator[tuple[str, Case]]:
     yield "fused residual", (residual, {**SWAP, "fuse": True})
     yield "bias and residual", (down, {**PINGPONG, "fuse": True})
     yield "addmm of a matrix", (matrix, {**PINGPONG, "fuse": True})
+    for name, follows in STEPS.items():
+        yield f"fused {name}", (product("mm", follows=follows), {**PINGPONG, "fuse": True})
+        yield f"fused {name}, swapped", (product("mm", m=16, follows=follows), {**SWAP, "fuse": True})
+    half = product("mm", "float16", m=17, follows=STEPS["rows and columns"])
+    yield "fused rows, an odd number of them", (half, {**PINGPONG, "fuse": True})
+    yield "fused columns of a batch", (product("bmm", follows=("mul_per_column", "sub")), {**PINGPONG, "fuse": True})
     yield "apart", (merged, {**SWAP, "merge": "none"})
     yield "gate and up, plain", (gated, {**PINGPONG, "merge": "concat"})
     yield "split_k", (product("mm", m=16), {**SWAP, "split_k": 4})
