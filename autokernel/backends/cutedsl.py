@@ -13,14 +13,16 @@ import torch
 
 from autokernel.backends import BuildError, Built, Refused
 from autokernel.backends.compiled import build, expanded, refuse_without_constant_weight
-from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig
+from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig, multiplies
 from autokernel.cutedsl.spec import KernelSpec
 from autokernel.errors import CompileError
 from autokernel.export.bundle import Entry
 from autokernel.export.cute_specs import arch_of, expected_epilogue, has_aligned_rows, matrices, out_dtype_of, specs_of
 from autokernel.export.cutedsl import compiled_object
 from autokernel.export.matching import weights_of_merged
+from autokernel.ops.epilogue import BINARY_EPILOGUES, PER_ROW, operand_kind
 from autokernel.ops.linear_rms_norm import LinearRmsNorm, as_matrix
+from autokernel.ops.scaled_mm import ScaledMm
 from autokernel.records import DTYPE_BYTES, Candidate, ConfigValue, Problem, TensorSpec
 
 _OPS = ("mm", "addmm", "bmm", "merged_mm", "scaled_mm", "int_mm", LinearRmsNorm.name)
@@ -56,9 +58,11 @@ class CuteDslBackend:
             return f"the CuTe DSL kernels do not scale: {', '.join(scaled)}"
         factors = list(_factors(problem))
         dtypes = {spec.dtype for _, spec in factors}
-        if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        mixed = len(dtypes) > 1 and problem.op != ScaledMm.name
+        if mixed or not multiplies(min(dtypes), max(dtypes)):
             return (
-                f"the CuTe DSL kernels multiply two matrices of one of {', '.join(DTYPES)}, not {' and '.join(sorted(dtypes))}"
+                f"the CuTe DSL kernels multiply two matrices of one of {', '.join(DTYPES)}, or of both kinds of 8-bit floating "
+                f"point, not {' and '.join(sorted(dtypes))}"
             )
         return next((f"the {name} {wrong}" for name, spec in factors if (wrong := _layout_problem(name, spec))), None)
 
@@ -167,7 +171,13 @@ def _refuse_unreadable(problem: Problem, reads: str, cure: str) -> None:
     """Raises Refused if a kernel cannot read what else it computes with. The sentence begins and ends with these words."""
     x, w = matrices(problem)
     m, n = x.shape[-2], w.shape[-1]
-    for spec in _operands(problem):
+    operands = _operands(problem)
+    kinds = [operand_kind(name) for name in problem.epilogue if name in BINARY_EPILOGUES]
+    for kind, spec in zip([*[""] * (len(operands) - len(kinds)), *kinds], operands, strict=True):
+        if kind == PER_ROW:
+            if m > 1 and spec.stride[0] != 1:
+                raise Refused(f"{reads} numbers of rows, [{m}, 1], that follow each other in memory, not {spec}: {cure}")
+            continue
         vector = spec.shape == (n,)
         if not (vector or spec.shape[-2:] == (m, n)) or spec.stride[-1] != 1:
             raise Refused(f"{reads} vectors [{n}] and matrices [{m}, {n}] row by row, not {spec}: {cure}")

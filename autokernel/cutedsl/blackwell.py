@@ -6,25 +6,26 @@ them all. Import this with `compiler.environment` set.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from cutlass import operators
 from cutlass.operators.heuristics import NvMatmulHeuristics
 
+from autokernel.cutedsl.config import BLACKWELL_GROUPS, BLACKWELL_PROBLEMS
 from autokernel.errors import CompileError
 
 ARCH = "sm_100a"
 NUM_UNITS = 148  # multiprocessors of a B200
-PROBLEMS = ("dense", "mxfp8", "nvfp4", "grouped")
-_NUM_GROUPS = 4
 
 
 def offered(problem: str, shape: tuple[int, int, int]) -> tuple[str, ...]:
     """Names of all operators for a problem.
 
     Args:
-        problem: of `PROBLEMS`.
+        problem: of `BLACKWELL_PROBLEMS`.
         shape: M, N, K; with groups M is that of all together.
     """
     return tuple(_name(operator) for operator in _listed(arguments_of(problem, shape)))
@@ -36,6 +37,38 @@ def seeded(shape: tuple[int, int, int], limit: int) -> tuple[str, ...]:
         arguments_of("dense", shape), target_sm=_target(), heuristic=NvMatmulHeuristics("B200"), limit=limit
     )
     return tuple(_name(operator) for operator in ranked)
+
+
+def named(problem: str, shape: tuple[int, int, int], wanted: Sequence[tuple[int, int, int, int]]) -> tuple[str, ...]:
+    """The operators that are nearest to what is wanted, in its order, each once.
+
+    Tiles have to be equal. Of clusters the nearest is taken: block-scaled operators have none of fewer than two blocks along M.
+
+    Args:
+        problem: of `BLACKWELL_PROBLEMS`.
+        shape: as of `offered`.
+        wanted: tile of one block, M and N, and blocks of a cluster, M and N.
+    """
+    found: list[str] = []
+    operators_of = _listed(arguments_of(problem, shape))
+    for tile_m, tile_n, *cluster in wanted:
+        fitting = [operator for operator in operators_of if _tile_of_block(operator) == (tile_m, tile_n)]
+        if fitting:
+            found.append(_name(min(fitting, key=lambda operator: _distance(operator, cluster))))
+    return tuple(dict.fromkeys(found))
+
+
+def _tile_of_block(operator: Any) -> tuple[int, int]:
+    """Its part of the tile: two blocks that multiply together share the rows."""
+    tile_m, tile_n = operator.metadata.design.tile_shape[:2]
+    return tile_m // (2 if operator.metadata.design.use_2cta_mma else 1), tile_n
+
+
+def _distance(operator: Any, cluster: Sequence[int]) -> tuple[float, bool]:
+    """Between clusters, in doublings; the same cluster with its blocks multiplying in pairs is nearer than without."""
+    blocks = operator.metadata.design.cluster_shape[:2]
+    pairs = bool(operator.metadata.design.use_2cta_mma)
+    return sum(abs(math.log2(a / b)) for a, b in zip(blocks, cluster, strict=True)), pairs != (cluster[0] % 2 == 0)
 
 
 def compile_operator(name: str, problem: str, shape: tuple[int, int, int]) -> Any:
@@ -63,8 +96,8 @@ def arguments_of(problem: str, shape: tuple[int, int, int]) -> Any:
         a, b = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(n, k, dtype=torch.bfloat16).mT
         return operators.GemmArguments(a, b, out, accumulator_type=torch.float32)
     if problem == "grouped":
-        a, b = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(_NUM_GROUPS, n, k, dtype=torch.bfloat16).mT
-        ends = torch.arange(1, _NUM_GROUPS + 1, dtype=torch.int32) * (m // _NUM_GROUPS)
+        a, b = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(BLACKWELL_GROUPS, n, k, dtype=torch.bfloat16).mT
+        ends = torch.arange(1, BLACKWELL_GROUPS + 1, dtype=torch.int32) * (m // BLACKWELL_GROUPS)
         return operators.IndexPtrGroupedGemmArguments(
             a, b, out, accumulator_type=torch.float32, offsets=ends, offsets_along="m"
         )
@@ -76,7 +109,7 @@ def arguments_of(problem: str, shape: tuple[int, int, int]) -> Any:
         a = torch.empty(m, k // 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
         b = torch.empty(n, k // 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).mT
     else:
-        raise CompileError(f"problems for SM100 are {', '.join(PROBLEMS)}, not {problem}")
+        raise CompileError(f"problems for SM100 are {', '.join(BLACKWELL_PROBLEMS)}, not {problem}")
     layout = operators.ScaleSwizzleMode.Swizzle32x4x4
     scaled = []
     for matrix, rows in ((a, m), (b, n)):

@@ -24,10 +24,10 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autokernel.cutedsl.config import CLUSTER, DTYPES, OPERATORS, QUACK
+from autokernel.cutedsl.config import CLUSTER, DTYPES, OPERATORS, QUACK, multiplies
 from autokernel.cutedsl.spec import BIAS, SQUARES, KernelSpec, Launch, ObjectInfo
 from autokernel.errors import CompileError
-from autokernel.ops.epilogue import BINARY_EPILOGUES, UNARY_EPILOGUES, scalar_step
+from autokernel.ops.epilogue import FUNCTION_EPILOGUES, MATRIX_EPILOGUES, UNARY_EPILOGUES, scalar_step
 from autokernel.requirements import declared_ranges, installed_version, out_of_range
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ _SHIM = "launch_errors.c"
 _RUNTIME = "libcuda_dialect_runtime_static.a"
 _LINK_TIMEOUT_S = 120
 _EXAMPLE = (512, 768, 1024)  # M, N, K of the matrices that stand for all sizes
+_FUNCTIONS = (*UNARY_EPILOGUES, *FUNCTION_EPILOGUES)
 _EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
 _WIDE_ROWS, _SHARED_COLUMNS = 192, 128  # quack shares wider tiles of so many rows out by columns
 _ALLOWED = re.compile(r"(cuda[A-Z]|TVMFFI)\w*$|\w+@(@)?GLIBC_[0-9.]+$")
@@ -103,8 +104,9 @@ def refusal(spec: KernelSpec) -> str | None:
         return str(error)
     if re.fullmatch(r"sm_(90|100)a", spec.arch) is None:
         return f"there are kernels for sm_90a and sm_100a, not {spec.arch}"
-    if spec.dtype not in DTYPES:
-        return f"CuTe DSL kernels take {', '.join(DTYPES)}, not {spec.dtype}"
+    if not multiplies(*spec.dtypes):
+        given = " and ".join(dict.fromkeys(spec.dtypes))
+        return f"CuTe DSL kernels take {', '.join(DTYPES)}, and both kinds of 8-bit floating point together, not {given}"
     if spec.dtype in _EIGHT_BITS and (spec.a_major, spec.b_major) != ("k", "k"):
         return f"8-bit operands must be contiguous along K: A is {spec.a_major}-major, B {spec.b_major}-major"
     if config.fast_accum and not spec.dtype.startswith("float8"):
@@ -117,14 +119,16 @@ def refusal(spec: KernelSpec) -> str | None:
         return reason
     if spec.squares and (reason := _squares_refusal(spec)) is not None:
         return reason
-    known = (*spec.operands().values(), *UNARY_EPILOGUES, SQUARES, *(spec.epilogue if spec.gated else ()))
+    known = (*spec.operands().values(), *_FUNCTIONS, SQUARES, *(spec.epilogue if spec.gated else ()))
     if unknown := [name for name in spec.epilogue if name not in known and scalar_step(name) is None]:
-        names = ", ".join((BIAS, *UNARY_EPILOGUES, *BINARY_EPILOGUES))
-        return f"an epilogue is made of scales, sums with and products by numbers, and {names}, not {', '.join(unknown)}"
+        names = ", ".join((BIAS, *_FUNCTIONS, *MATRIX_EPILOGUES))
+        return f"an epilogue is made of scales, steps with numbers, rows or columns, and {names}, not {', '.join(unknown)}"
     if config.source == OPERATORS:
         outputs: tuple[str, ...] = ("int32", "float32", "int8") if spec.dtype == "int8" else (*DTYPES[:4], "float32")
         if spec.epilogue:
             return f"operators computes no epilogue, spec has {', '.join(spec.epilogue)}: use quack, or leave it to the graph"
+        if len(set(spec.dtypes)) > 1:
+            return f"operators multiplies matrices of one dtype, not {' and '.join(spec.dtypes)}: use quack"
     else:
         outputs = ("bfloat16", "float16", "float32")
         if config.source == CLUSTER and (reason := _cluster_refusal(spec)) is not None:
@@ -229,9 +233,9 @@ def example(spec: KernelSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
     m, n, k = _EXAMPLE
     lead = (2,) if spec.batched else ()
-    dtype, out_dtype = getattr(torch, spec.dtype), getattr(torch, spec.out_dtype)
-    a = torch.empty((*lead, m, k) if spec.a_major == "k" else (*lead, k, m), dtype=dtype)
-    b = torch.empty((*lead, k, n) if spec.b_major == "n" else (*lead, n, k), dtype=dtype)
+    a_dtype, b_dtype, out_dtype = (getattr(torch, name) for name in (*spec.dtypes, spec.out_dtype))
+    a = torch.empty((*lead, m, k) if spec.a_major == "k" else (*lead, k, m), dtype=a_dtype)
+    b = torch.empty((*lead, k, n) if spec.b_major == "n" else (*lead, n, k), dtype=b_dtype)
     out = torch.empty((*lead, m, spec.num_columns(n)), dtype=out_dtype)
     return a if spec.a_major == "k" else a.mT, b if spec.b_major == "n" else b.mT, out
 

@@ -13,6 +13,7 @@ DEFAULT_SWIZZLE = 8
 AT_CALLS: Mapping[str, tuple[str, ...]] = {QUACK: ("swizzle",)}  # source -> see `CuteConfig.at_calls`
 ALIGNMENT_BYTES = 16  # of what is contiguous: TMA reads and writes nothing narrower
 DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # either may be multiplied by the other
 
 # tiles (M, N) of quack's two kinds of kernel on SM90: one tile by two warpgroups, or one by each in turns
 COOPERATIVE_TILES = (
@@ -34,6 +35,8 @@ CLUSTER_BLOCKS = 8
 TILES_K = (0, 64, 128, 256, 512)
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of a multiprocessor of sm_90, and by CUDA for each block
 BARRIERS_BYTES = 1024
+BLACKWELL_PROBLEMS = ("dense", "mxfp8", "nvfp4", "grouped")  # what SM100's operators are listed for, by `blackwell.py`
+BLACKWELL_GROUPS = 4  # products of one grouped problem, which share its rows
 OPERATORS_TILES = ((64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256))
 
 
@@ -184,6 +187,11 @@ class CuteConfig:
 _FLAGS = ("pingpong", "swap", "ordered", "separate", "fuse", "fast_accum")
 _HINTS = "stream"  # in entries of earlier versions: false says nothing
 _OF_ENTRIES = ("merge",)  # what a config says beside the kernel's parameters
+
+
+def multiplies(left: str, right: str) -> bool:
+    """Whether there are kernels for factors of these dtypes."""
+    return left in DTYPES and (left == right or {left, right} <= set(FLOAT8))
 
 
 def _listed(tiles: tuple[tuple[int, int], ...]) -> str:

@@ -19,11 +19,9 @@ from quack.epilogue.math import F2, unpack
 from quack.epilogue.ops import ColVecLoad, ColVecReduce, EpiOp, RowVecLoad, RowVecReduce, TileLoad
 
 from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, SQUARES, TENSOR_SCALE_A, TENSOR_SCALE_B, KernelSpec
-from autokernel.ops.epilogue import scalar_step
+from autokernel.ops.epilogue import PER_COLUMN, operand_kind, scalar_step
 
 GATED_RESULT = "gated"  # what quack calls the result, which is not the product's D
-_SUMS = (BIAS, "add")
-_VECTORS = {BIAS: RowVecLoad, SCALE_A: ColVecLoad, SCALE_B: RowVecLoad}
 
 
 class OneElement(EpiOp):  # type: ignore[misc]
@@ -68,35 +66,34 @@ def epilogue_of(spec: KernelSpec, *, swapped: bool = False) -> Any:
             pins[operand] = TileLoad(operand)  # which quack would not recognise in a kernel that swaps
         elif name in (TENSOR_SCALE_A, TENSOR_SCALE_B):
             pins[operand] = OneElement(operand)
-        elif name in _VECTORS:
-            along_n = (_VECTORS[name] is RowVecLoad) != swapped
+        else:
+            along_n = (name in (BIAS, SCALE_B) or operand_kind(name) == PER_COLUMN) != swapped
             pins[operand] = (RowVecLoad if along_n else ColVecLoad)(operand)
     sums: dict[str, Any] = {}
     if spec.squares:  # of the caller's rows; `scaled` multiplies and adds in one instruction
         sums[SQUARES] = (TransposedSums if swapped else ColVecReduce)(SQUARES, scaled=True)
-    return gemm_epilogue(ops=pins, reduces=sums)(composed(spec, ACTIVATIONS))
+    return gemm_epilogue(ops=pins, reduces=sums)(composed(spec, {**ACTIVATIONS, **FUNCTIONS}))
 
 
-def composed(spec: KernelSpec, activations: Mapping[str, Callable[[Any], Any]]) -> Callable[..., dict[str, Any]]:
+def composed(spec: KernelSpec, functions: Mapping[str, Callable[..., Any]]) -> Callable[..., dict[str, Any]]:
     """The function of the accumulator and, by name, the operands that quack traces.
 
     Args:
         spec: whose epilogue is asked for.
-        activations: what the names without an operand do.
+        functions: what the names do that are no plain arithmetic.
     """
-    unnamed = iter(spec.operands())
-    names = [name for name in spec.epilogue if name != SQUARES]
-    steps = tuple(scalar_step(name) or (name, activations.get(name) or next(unnamed)) for name in names)
+    takers = {name: iter([o for o, taker in spec.operands().items() if taker == name]) for name in spec.operands().values()}
+    known, steps = {**ARITHMETIC, **functions}, []
+    for name in (name for name in spec.epilogue if name != SQUARES):
+        step, number = scalar_step(name) or (name, None)
+        function_of = known[_PRODUCTS.get(step) or step.removesuffix(operand_kind(name))]
+        steps.append((function_of, number if number is not None else next(takers[name]) if name in takers else None))
     squares = spec.squares
 
     def function(acc: Any, **operands: Any) -> dict[str, Any]:
         value = acc
-        for name, step in steps:
-            if callable(step):
-                value = step(value)
-            else:
-                other = step if isinstance(step, float) else operands[step]
-                value = value + other if name in _SUMS else value * other
+        for step, other in steps:
+            value = step(value) if other is None else step(value, operands[other] if isinstance(other, str) else other)
         return {"D": value, SQUARES: (value, value)} if squares else {"D": value}
 
     # quack asks the signature for operands
@@ -170,6 +167,56 @@ def _lanes(value: Any) -> Any:
     return F2(*value) if isinstance(value, tuple) else value
 
 
+def _lanewise(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of pairs, as values are on SM100, lane by lane."""
+
+    def of_lanes(*values: Any) -> Any:
+        if not any(isinstance(value, tuple) for value in values):
+            return function(*values)
+        return F2(*(function(*(v[lane] if isinstance(v, tuple) else v for v in values)) for lane in range(2)))
+
+    return of_lanes
+
+
+def _larger(x: Any, other: Any) -> Any:
+    """As torch's it hands NaN on."""
+    return Float32(arith.maximumf(Float32(x).ir_value(), Float32(other).ir_value()))
+
+
+def _smaller(x: Any, other: Any) -> Any:
+    return Float32(arith.minimumf(Float32(x).ir_value(), Float32(other).ir_value()))
+
+
+def _quotient(x: Any, other: Any) -> Any:
+    """Rounded once: neither an approximation nor a product by a reciprocal."""
+    return Float32(x) / Float32(other)
+
+
+# whatever has operators: fp32 values, pairs of them, and tensors in tests
+ARITHMETIC: Mapping[str, Callable[..., Any]] = {
+    "add": lambda x, other: x + other,
+    "sub": lambda x, other: x - other,
+    "rsub": lambda x, other: other - x,
+    "mul": lambda x, other: x * other,
+    "neg": lambda x: -x,
+    "square": lambda x: x * x,
+    "cube": lambda x: x * x * x,
+}
+_PRODUCTS = {BIAS: "add", **dict.fromkeys((SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B), "mul")}
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "abs": _lanewise(cute.math.absf),
+    "exp": _lanewise(cute.math.exp),
+    "sqrt": _lanewise(cute.math.sqrt),
+    "rsqrt": _lanewise(cute.math.rsqrt),
+    "reciprocal": _lanewise(lambda x: _quotient(1.0, x)),
+    "div": _lanewise(_quotient),
+    "rdiv": _lanewise(lambda x, other: _quotient(other, x)),
+    "div_by": _lanewise(_quotient),
+    "maximum": _lanewise(_larger),
+    "minimum": _lanewise(_smaller),
+    "clamp_min": _lanewise(_larger),
+    "clamp_max": _lanewise(_smaller),
+}
 ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
     "relu": _relu,
     "gelu": _gelu,

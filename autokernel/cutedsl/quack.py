@@ -31,6 +31,7 @@ from autokernel.cutedsl.spec import (
     KernelSpec,
     Launch,
 )
+from autokernel.ops.epilogue import PER_COLUMN, PER_ROW, operand_kind
 
 
 def compile_spec(
@@ -111,10 +112,11 @@ def _compiled_parts(spec: KernelSpec) -> Any:
     a_major, b_major, d_major = spec.a_major, spec.b_major, "n"
     if config.swap:
         a_major, b_major, d_major = ("k" if spec.b_major == "k" else "m"), ("k" if spec.a_major == "k" else "n"), "m"
-    dtype = torch2cute_dtype_map[getattr(torch, spec.dtype)]
+    dtypes = [torch2cute_dtype_map[getattr(torch, name)] for name in spec.dtypes]
+    a_dtype, b_dtype = reversed(dtypes) if config.swap else dtypes
     given = {
         **dict.fromkeys(inspect.signature(inspect.unwrap(_compile_gemm)).parameters),
-        **{"a_dtype": dtype, "b_dtype": dtype, "d_dtype": torch2cute_dtype_map[torch.float32]},
+        **{"a_dtype": a_dtype, "b_dtype": b_dtype, "d_dtype": torch2cute_dtype_map[torch.float32]},
         **{"a_major": a_major, "b_major": b_major, "d_major": d_major, "b_kn": True, "batched": False, "sf_batched": True},
         "tile_shape_mn": (config.tile_m, config.tile_n, *((config.tile_k,) if config.tile_k else ())),
         "cluster_shape_mnk": (config.cluster_m, config.cluster_n, 1),
@@ -133,8 +135,10 @@ def _operands(spec: KernelSpec, out: torch.Tensor, transposed: bool) -> dict[str
     for operand, name in spec.operands().items():
         if name in MATRICES:
             made[operand] = torch.empty_like(out.mT if transposed else out)
-        elif name == BIAS:
+        elif name == BIAS or operand_kind(name) == PER_COLUMN:
             made[operand] = torch.empty(out.shape[-1], dtype=out.dtype)
+        elif operand_kind(name) == PER_ROW:
+            made[operand] = torch.empty(out.shape[-2], dtype=out.dtype)
         else:
             size = {SCALE_A: out.shape[-2], "scale_b": out.shape[-1]}.get(name, 1)
             made[operand] = torch.empty(size, dtype=torch.float32)

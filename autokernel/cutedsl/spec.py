@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autokernel.cutedsl.config import AT_CALLS, CuteConfig
-from autokernel.ops.epilogue import GATED_EPILOGUES
+from autokernel.ops.epilogue import BINARY_EPILOGUES, GATED_EPILOGUES, MATRIX_EPILOGUES
 from autokernel.records import ConfigValue, Record, canonical_json, digest_of
 
 REVISION = 5  # of our own part in a shared object: raised, every one is compiled again
 BIAS = "bias"  # a vector of N elements, added to each row
 SCALE_A, SCALE_B = "scale_a", "scale_b"  # fp32 vectors of M and of N elements, by which rows and columns are multiplied
 TENSOR_SCALE_A, TENSOR_SCALE_B = "tensor_scale_a", "tensor_scale_b"  # fp32 tensors of one element, [1]
-MATRICES = ("add", "mul")  # names of `ops.epilogue` with an operand like the result
+MATRICES = MATRIX_EPILOGUES  # with an operand like the result
 SQUARES = "squares"  # the last step: sums of squares of each row, one for each tile of columns, as a second result
 TRANSPOSED = "^T"  # behind a tensor's name in a `Launch`
 AT_A_CALL = "swizzle"  # in a `Launch`: a number that the caller chooses
@@ -23,12 +23,12 @@ AT_A_CALL = "swizzle"  # in a `Launch`: a number that the caller chooses
 class KernelSpec(Record):
     """A kernel for every problem with these dtypes, majors, config and epilogue; the sizes are its arguments.
 
-    A is [M, K], B [K, N], the result [M, N] row by row; batched ones have a dimension in front. `a_major` and `b_major` name
-    the dimension that is contiguous. `epilogue` names the steps between accumulator and result in order: scales first if
-    there are any, then "bias", then names of `ops.epilogue`. Operands have the result's dtype, scales are fp32. One of its
-    `GATED_EPILOGUES` stands alone: B is two weights side by side, and the result [M, N / 2]. Parts of K that the kernel does
-    not sum are a dimension in front of the result, in fp32. "squares" comes last: a second result, fp32 [M, tiles of N], has
-    the sums of squares of what the first one has before it is rounded.
+    A is [M, K], B [K, N], of one dtype or of two of 8-bit floating point, the result [M, N] row by row; batched ones have a
+    dimension in front. `a_major` and `b_major` name the dimension that is contiguous. `epilogue` names the steps between
+    accumulator and result in order: scales first if there are any, then "bias", then names of `ops.epilogue`. Operands have
+    the result's dtype, scales are fp32. One of its `GATED_EPILOGUES` stands alone: B is two weights side by side, and the
+    result [M, N / 2]. Parts of K that the kernel does not sum are a dimension in front of the result, in fp32. "squares" comes
+    last: a second result, fp32 [M, tiles of N], has the sums of squares of what the first one has before it is rounded.
     """
 
     config: Mapping[str, ConfigValue]  # of `CuteConfig.from_entry`
@@ -40,6 +40,7 @@ class KernelSpec(Record):
     epilogue: tuple[str, ...] = ()
     arch: str = "sm_90a"
     num_units: int = 132  # multiprocessors: some kernels keep in their code how many tiles run at once
+    b_dtype: str = ""  # of B where it is not A's
     pdl: bool = False  # programmatic dependent launch: its blocks come while the kernel in front ends, if that one lets them
 
     @property
@@ -49,8 +50,13 @@ class KernelSpec(Record):
 
     def operands(self) -> dict[str, str]:
         """What the epilogue's operands are called in a `Launch` -> the epilogue's name that takes it, in order."""
-        takers = (BIAS, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, *MATRICES)
+        takers = (BIAS, SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B, *BINARY_EPILOGUES)
         return {f"operand{i}": name for i, name in enumerate(name for name in self.epilogue if name in takers)}
+
+    @property
+    def dtypes(self) -> tuple[str, str]:
+        """Of A and B."""
+        return self.dtype, self.b_dtype or self.dtype
 
     @property
     def num_parts(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig
+from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig, multiplies
 from autokernel.cutedsl.spec import BIAS, SCALE_A, SCALE_B, SQUARES, TENSOR_SCALE_A, TENSOR_SCALE_B, KernelSpec
 from autokernel.export.bundle import Entry
 from autokernel.export.matching import is_transposed, weights_of_merged
@@ -97,9 +97,10 @@ def spec_for(
         ValueError: the config or the layout is not one that a kernel has; the message says which rule.
     """
     parameters = CuteConfig.from_entry(config)
-    if x.dtype != w.dtype or x.dtype not in DTYPES:
+    if not multiplies(x.dtype, w.dtype):
         raise ValueError(
-            f"CuTe DSL kernels multiply two matrices of one dtype of {', '.join(DTYPES)}, not {x.dtype} and {w.dtype}"
+            f"CuTe DSL kernels multiply two matrices of one dtype of {', '.join(DTYPES)}, or of two of 8-bit floating point, "
+            f"not {x.dtype} and {w.dtype}"
         )
     for name, spec in (("left", x), ("right", w)):
         if wrong := layout_problem(spec):
@@ -109,6 +110,7 @@ def spec_for(
     return KernelSpec(
         config={name: config[name] for name in _KERNEL_PARAMETERS if name in config and name not in parameters.at_calls},
         dtype=x.dtype,
+        b_dtype=w.dtype if w.dtype != x.dtype else "",
         out_dtype="float32" if parameters.separate else out_dtype,
         a_major="k" if x.stride[-1] == 1 else "m",
         b_major="n" if w.stride[-1] == 1 else "k",

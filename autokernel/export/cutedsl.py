@@ -37,7 +37,15 @@ from autokernel.export.cute_specs import (
 from autokernel.export.pins import dtype_name
 from autokernel.export.plan import Plan
 from autokernel.export.templates import gemm_of_node
-from autokernel.ops.epilogue import GATED_EPILOGUES, Epilogue, find_epilogue, find_gated
+from autokernel.ops.epilogue import (
+    BINARY_EPILOGUES,
+    GATED_EPILOGUES,
+    PER_COLUMN,
+    Epilogue,
+    find_epilogue,
+    find_gated,
+    operand_kind,
+)
 from autokernel.ops.scaled_mm import ScaledCall
 from autokernel.records import digest_of
 
@@ -184,6 +192,7 @@ class CutePass(CustomGraphPass):
             node=node,
             product=product,
             operands=() if fused is None else (*product.added, *fused.operands),
+            kinds=() if fused is None else _kinds(product, fused),
             added=product.added if fused is None else (),
             last=node if fused is None else fused.last,
             path=path,
@@ -204,8 +213,21 @@ class CutePass(CustomGraphPass):
         found = find_epilogue(node, order)
         own = tuple(BIAS if argument.meta["val"].dim() == 1 else ADD for argument in product.added)
         values = [argument.meta["val"] for argument in (*product.added, *found.operands)]
-        readable = all(v.storage_offset() % ALIGNMENT_BYTES == 0 and has_aligned_rows(spec_of_value(v)) for v in values)
+        readable = all(map(_is_readable, values, _kinds(product, found)))
         return found if (*own, *found.names) == expected and readable else None
+
+
+def _kinds(product: Product, found: Epilogue) -> tuple[str, ...]:
+    """Of the operands of what is fused: what the product adds itself, then those of the steps behind it."""
+    own = [PER_COLUMN if argument.meta["val"].dim() == 1 else "" for argument in product.added]
+    return (*own, *(operand_kind(name) for name in found.names if name in BINARY_EPILOGUES))
+
+
+def _is_readable(value: torch.Tensor, kind: str) -> bool:
+    """Whether a kernel can read an operand of this kind: see `ops.epilogue.operand_kind`."""
+    if value.storage_offset() % ALIGNMENT_BYTES:
+        return False
+    return value.is_contiguous() if kind else has_aligned_rows(spec_of_value(value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,13 +260,14 @@ class Product:
 class Site:
     """A GEMM of the graph that a compiled kernel takes over, from its node to the last that is fused into it.
 
-    `operands` go into the kernel, which leaves `parts` of K to be summed, or none; `added` is what the GEMM's own node adds,
-    where that is left to Inductor.
+    `operands` of `kinds` (see `ops.epilogue.operand_kind`) go into the kernel, which leaves `parts` of K to be
+    summed, or none; `added` is what the GEMM's own node adds, where that is left to Inductor.
     """
 
     node: torch.fx.Node
     product: Product
     operands: tuple[torch.fx.Node, ...]
+    kinds: tuple[str, ...]
     added: tuple[torch.fx.Node, ...]
     last: torch.fx.Node
     path: str
@@ -256,9 +279,9 @@ class Site:
         value, before = self.node.meta["val"], self.node.prev
         with graph.inserting_before(self.node):
             operands = [viewed(graph, scale, (scale.meta["val"].numel(),)) for scale in self.product.scales]
-            for operand in self.operands:
-                vector = operand.meta["val"].dim() == 1
-                operands.append(operand if vector else viewed(graph, operand, tuple(value.shape)))
+            for operand, kind in zip(self.operands, self.kinds, strict=True):
+                shape = (operand.meta["val"].numel(),) if kind else tuple(value.shape)
+                operands.append(viewed(graph, operand, shape))
             target, arguments = op.call_arguments(self.product.x, self.product.w, operands, self.path, self.swizzle)
             result = called(graph, target, *arguments)
             if self.parts:
@@ -285,7 +308,7 @@ def _gated_halves(node: torch.fx.Node) -> Epilogue | None:
     if len(split.users) != 2 or set(halves) != {0, 1} or len(set(sizes)) != 1:
         return None
     found = find_gated(halves[0], halves[1])
-    return None if found is None else Epilogue(names=(found[0],), operands=(), operand_specs=(), last=found[1])
+    return None if found is None else Epilogue(names=(found[0],), operands=(), operand_specs=(), last=found[1], end="")
 
 
 def viewed(graph: torch.fx.Graph, node: torch.fx.Node, shape: tuple[int, ...]) -> torch.fx.Node:

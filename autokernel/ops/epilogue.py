@@ -1,7 +1,7 @@
 """The pointwise ops behind a GEMM that a backend may fuse into it: what they compute, and how a graph spells them.
 
-Inductor decomposes activations and, for 16-bit dtypes, computes them in fp32 between two conversions. The finder
-therefore renders what follows a value as an expression of it, conversions and reshapes left out, and looks that up.
+A step is a name: a function of the value, or one of it and a number, a matrix, or an element for each row or column.
+`activations.py` finds those that a graph spells in several nodes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from autokernel.ops.activations import activation_of, dtype_of, keeps, size_of
 from autokernel.ops.matching import is_reshape, op_name, spec_of, tensor_spec
 from autokernel.records import TensorSpec
 
@@ -20,44 +21,46 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
 UNARY_EPILOGUES: tuple[str, ...] = ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
-BINARY_EPILOGUES: tuple[str, ...] = ("add", "mul")
+FUNCTION_EPILOGUES: tuple[str, ...] = ("neg", "abs", "exp", "sqrt", "rsqrt", "reciprocal", "square", "cube")
+MATRIX_EPILOGUES: tuple[str, ...] = ("add", "mul", "sub", "rsub", "div", "rdiv", "maximum", "minimum")  # "r": operand first
+PER_ROW, PER_COLUMN = "_per_row", "_per_column"  # behind such a name: one element of the operand for each row, [M, 1], or [N]
+BINARY_EPILOGUES: tuple[str, ...] = tuple(f"{name}{kind}" for kind in ("", PER_ROW, PER_COLUMN) for name in MATRIX_EPILOGUES)
 GATED_EPILOGUES: tuple[str, ...] = tuple(f"gated_{name}" for name in UNARY_EPILOGUES)  # of two products: f(first) * second
 
-_SCALAR = re.compile(r"(add|mul)\((.+)\)")  # "mul(0.125)": with a number in place of an operand
-_LARGEST_ACTIVATION = 14  # nodes; gelu_tanh has eleven and two conversions
-_POINTWISE = frozenset(
-    f"aten.{name}" for name in ("add", "div", "erf", "exp", "gelu", "mul", "neg", "relu", "sigmoid", "silu", "tanh")
-)
+_SCALAR = re.compile(r"(add|mul|div_by|clamp_min|clamp_max)\((.+)\)")  # "mul(0.125)": with a number in place of an operand
+_POWERS = {2: "square", 3: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epilogue:
-    """What follows a GEMM: the names in order, the operands of the binary ones, and the node of the final result."""
+    """What follows a GEMM: the names in order, the binary ones' operands, the node of the final result, and why it ends."""
 
     names: tuple[str, ...]
     operands: tuple[Node, ...]
     operand_specs: tuple[TensorSpec, ...]
     last: Node
+    end: str  # why it is no longer
 
 
 def apply_epilogue(names: Sequence[str], value: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     """The epilogue in plain torch.
 
     Args:
-        names: of `UNARY_EPILOGUES` and `BINARY_EPILOGUES`, or the latter with a number (`scalar_step`), in order.
+        names: of `UNARY_EPILOGUES`, `FUNCTION_EPILOGUES` and `BINARY_EPILOGUES`, or with a number (`scalar_step`), in order.
         value: the GEMM's result.
-        operands: one per binary name, in order, each of the shape of `value`.
+        operands: one per binary name, in order, each of the shape of `value`, or [M, 1], or [N], as its name says.
 
     Raises:
         ValueError: an unknown name, or the number of operands does not fit the names.
     """
     functions = _functions()
-    unknown = [name for name in names if name not in functions and scalar_step(name) is None]
+    known = (*UNARY_EPILOGUES, *FUNCTION_EPILOGUES, *BINARY_EPILOGUES)
+    unknown = [name for name in names if name not in known and scalar_step(name) is None]
     num_binary = sum(name in BINARY_EPILOGUES for name in names)
     if unknown or num_binary != len(operands):
         raise ValueError(
-            f"epilogue {tuple(names)} with {len(operands)} operands: names must be of {', '.join(functions)}, "
-            f"and each of {', '.join(BINARY_EPILOGUES)} takes one operand"
+            f"epilogue {tuple(names)} with {len(operands)} operands: names must be of {', '.join(known)}, "
+            f"and each of {', '.join(MATRIX_EPILOGUES)}, {PER_ROW} and {PER_COLUMN} too, takes one operand"
         )
     rest = iter(operands)
     for name in names:
@@ -69,13 +72,20 @@ def apply_epilogue(names: Sequence[str], value: torch.Tensor, operands: Sequence
 
 
 def scalar_step(name: str) -> tuple[str, float] | None:
-    """("mul", 0.125) of the name "mul(0.125)", likewise with "add"; None for any other."""
+    """("mul", 0.125) of the name "mul(0.125)", likewise "add", "div_by", "clamp_min", "clamp_max"; None for any other."""
     parsed = _SCALAR.fullmatch(name)
     try:
         number = float(parsed[2]) if parsed is not None else math.nan
     except ValueError:
         return None
-    return None if parsed is None or not math.isfinite(number) else (parsed[1], number)
+    if parsed is None or not math.isfinite(number) or (parsed[1] == "div_by" and number == 0):
+        return None
+    return parsed[1], number
+
+
+def operand_kind(name: str) -> str:
+    """What a step of `BINARY_EPILOGUES` reads: `PER_ROW`, `PER_COLUMN`, or "" for a matrix like the result."""
+    return next((kind for kind in (PER_ROW, PER_COLUMN) if name.endswith(kind)), "")
 
 
 def apply_gated(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -87,6 +97,16 @@ def _functions() -> Mapping[str, Callable[..., torch.Tensor]]:
     import torch
     from torch.nn import functional
 
+    binary: dict[str, Callable[..., torch.Tensor]] = {
+        "add": torch.add,
+        "mul": torch.mul,
+        "sub": torch.sub,
+        "rsub": lambda x, operand: operand - x,
+        "div": torch.div,
+        "rdiv": lambda x, operand: operand / x,
+        "maximum": torch.maximum,
+        "minimum": torch.minimum,
+    }
     return {
         "relu": torch.relu,
         "gelu": functional.gelu,
@@ -94,8 +114,18 @@ def _functions() -> Mapping[str, Callable[..., torch.Tensor]]:
         "silu": functional.silu,
         "sigmoid": torch.sigmoid,
         "tanh": torch.tanh,
-        "add": torch.add,
-        "mul": torch.mul,
+        "neg": torch.neg,
+        "abs": torch.abs,
+        "exp": torch.exp,
+        "sqrt": torch.sqrt,
+        "rsqrt": torch.rsqrt,
+        "reciprocal": torch.reciprocal,
+        "square": lambda x: torch.pow(x, 2),
+        "cube": lambda x: torch.pow(x, 3),
+        "div_by": torch.div,
+        "clamp_min": torch.clamp_min,
+        "clamp_max": torch.clamp_max,
+        **{f"{name}{kind}": function for kind in ("", PER_ROW, PER_COLUMN) for name, function in binary.items()},
     }
 
 
@@ -114,20 +144,42 @@ def find_epilogue(gemm: Node, order: Mapping[Node, int]) -> Epilogue:
     specs: list[TensorSpec] = []
     value = _past_reshapes(gemm)
     while True:
-        if (unary := _activation(value)) is not None:
-            name, value = unary
-            names.append(name)
+        if (alone := _alone(value) or _in_fp32(value)) is not None:
+            more, value = alone
+            names += more
         elif (binary := _binary(value, gemm, order)) is not None:
             name, value, operand, spec = binary
             names.append(name)
             operands.append(operand)
             specs.append(spec)
-        elif (scaled := _scalar(value)) is not None:
-            name, value = scaled
-            names.append(name)
         else:
-            return Epilogue(names=tuple(names), operands=tuple(operands), operand_specs=tuple(specs), last=value)
+            end = _why(value, gemm, order)
+            return Epilogue(names=tuple(names), operands=tuple(operands), operand_specs=tuple(specs), last=value, end=end)
         value = _past_reshapes(value)
+
+
+def _why(value: Node, gemm: Node, order: Mapping[Node, int]) -> str:
+    """Why nothing that follows a value is a step."""
+    user = _only_user(value)
+    if user is None:
+        return f"{value.name} is read by {len(value.users)} nodes"
+    name, short = op_name(user), op_name(user).removeprefix("aten.")
+    if user.op == "output":
+        return "it is a result of the graph"
+    if short not in (*MATRIX_EPILOGUES, *FUNCTION_EPILOGUES, "pow", "clamp_min", "clamp_max"):
+        return f"{name} is no step of an epilogue"
+    if user.kwargs:
+        return f"{user.name} says {', '.join(user.kwargs)}, which no step has"
+    if dtype_of(user) != dtype_of(gemm) or size_of(user) != size_of(gemm):
+        return f"{user.name} changes dtype or size"
+    others = [node for node in user.all_input_nodes if node is not value]
+    if any(order[node] > order[gemm] for node in others):
+        return f"{user.name} reads {', '.join(node.name for node in others)}, which is computed behind the product"
+    if others:
+        return (
+            f"{user.name} reads {others[0].name}, neither a matrix like the result nor one element for each row or column of it"
+        )
+    return f"{user.name} is {name} with numbers that no step has"
 
 
 def find_gated(gate: Node, up: Node) -> tuple[str, Node] | None:
@@ -137,7 +189,7 @@ def find_gated(gate: Node, up: Node) -> tuple[str, Node] | None:
         gate: the node of the first product.
         up: of the second.
     """
-    found = _activation(_past_reshapes(gate))
+    found = activation_of(_past_reshapes(gate))
     if found is None:
         return None
     (name, value), other = (found[0], _past_reshapes(found[1])), _past_reshapes(up)
@@ -145,14 +197,9 @@ def find_gated(gate: Node, up: Node) -> tuple[str, Node] | None:
     if users != set(other.users) or len(users) != 1:
         return None
     (product,) = users
-    if op_name(product) != "aten.mul" or set(product.all_input_nodes) != {value, other} or _dtype(product) != _dtype(gate):
+    if op_name(product) != "aten.mul" or set(product.all_input_nodes) != {value, other} or dtype_of(product) != dtype_of(gate):
         return None
-    return (f"gated_{name}", product) if _size(value) == _size(other) == _size(product) else None
-
-
-def _size(node: Node) -> int:
-    """Elements: more than an operand has where shapes broadcast, which reshapes that are passed over can make them do."""
-    return int(node.meta["val"].numel())
+    return (f"gated_{name}", product) if size_of(value) == size_of(other) == size_of(product) else None
 
 
 def _past_reshapes(node: Node) -> Node:
@@ -161,34 +208,117 @@ def _past_reshapes(node: Node) -> Node:
     return node
 
 
-def _binary(value: Node, gemm: Node, order: Mapping[Node, int]) -> tuple[str, Node, Node, TensorSpec] | None:
-    """(name, result, operand, the operand's spec in the GEMM's own shape) if the only user is a fusible add or mul."""
-    if len(value.users) != 1:
+def _alone(value: Node) -> tuple[list[str], Node] | None:
+    """(names, result) of steps that read nothing else."""
+    found = activation_of(value) or _function(value)
+    return ([found[0]], found[1]) if found is not None else _scalar(value)
+
+
+def _in_fp32(value: Node) -> tuple[list[str], Node] | None:
+    """(names, result) of such steps between a conversion to fp32 and the one back: none of them is rounded in the graph."""
+    node = _only_user(value)
+    if node is None or op_name(node) != "prims.convert_element_type" or not keeps(node, value):
         return None
-    user = next(iter(value.users))
+    names: list[str] = []
+    while (step := _function(node) or _scalar(node)) is not None:
+        names += [step[0]] if isinstance(step[0], str) else step[0]
+        node = step[1]
+    back = _only_user(node)
+    if back is None or op_name(back) != "prims.convert_element_type" or dtype_of(back) != dtype_of(value) or not names:
+        return None
+    return (names, back) if size_of(back) == size_of(value) else None
+
+
+def _only_user(value: Node) -> Node | None:
+    return next(iter(value.users)) if len(value.users) == 1 else None
+
+
+def _function(value: Node) -> tuple[str, Node] | None:
+    """(name, result) if the only user is one of `FUNCTION_EPILOGUES` of the value alone."""
+    user = _only_user(value)
+    if user is None or user.kwargs or dtype_of(user) != dtype_of(value) or size_of(user) != size_of(value):
+        return None
     name = op_name(user).removeprefix("aten.")
-    # kwargs: an `alpha`; one input node: a scalar operand, or the value with itself.
-    if op_name(user) != f"aten.{name}" or name not in BINARY_EPILOGUES or user.kwargs or len(user.all_input_nodes) != 2:
+    if op_name(user) == "aten.pow" and user.args[0] is value and isinstance(user.args[1], (int, float)):
+        name = _POWERS.get(user.args[1], "")
+    elif op_name(user) == "aten.mul" and tuple(user.args) == (value, value):
+        name = "square"
+    elif op_name(user) != f"aten.{name}" or len(user.args) != 1:
+        return None
+    return (name, user) if name in FUNCTION_EPILOGUES else None
+
+
+def _binary(value: Node, gemm: Node, order: Mapping[Node, int]) -> tuple[str, Node, Node, TensorSpec] | None:
+    """(name, result, operand, the operand's spec as its name says) if the only user combines the value with another."""
+    user = _only_user(value)
+    if user is None:
+        return None
+    name = op_name(user).removeprefix("aten.")
+    # kwargs: an `alpha`, or how a quotient is rounded; one input node: a scalar operand, or the value with itself.
+    if op_name(user) != f"aten.{name}" or name not in MATRIX_EPILOGUES or user.kwargs or len(user.all_input_nodes) != 2:
         return None
     operand = next(node for node in user.all_input_nodes if node is not value)
-    spec = _as_shape_of(operand, gemm)
-    if spec is None or order[operand] > order[gemm] or _dtype(user) != _dtype(gemm) or _size(user) != _size(gemm):
+    if order[operand] > order[gemm] or dtype_of(user) != dtype_of(gemm) or size_of(user) != size_of(gemm):
         return None
-    return name, user, operand, spec
+    if name in ("sub", "div") and user.args[0] is operand:
+        name = f"r{name}"
+    if (spec := _as_shape_of(operand, gemm)) is not None:
+        return name, user, operand, spec
+    kind = _vector_kind(operand, user, gemm)
+    spec = _as_vector(operand, kind) if kind else None
+    return None if spec is None else (f"{name}{kind}", user, operand, spec)
 
 
-def _scalar(value: Node) -> tuple[str, Node] | None:
-    """(name, result) if the only user adds a number, or multiplies by one."""
-    if len(value.users) != 1:
+def _vector_kind(operand: Node, user: Node, gemm: Node) -> str:
+    """`PER_ROW` or `PER_COLUMN` if the operand has one element for each of those of the GEMM's result; else ""."""
+    shape, result = operand.meta["val"].shape, gemm.meta["val"]
+    whole, sizes = user.meta["val"].shape, result.shape
+    # where rows were split, or columns, an operand's last dimension counts something else
+    if operand.meta["val"].dtype != result.dtype or whole[-1] != sizes[-1] or not shape:
+        return ""
+    if shape[-1] == sizes[-1] == operand.meta["val"].numel() and shape[-1] > 1:
+        return PER_COLUMN
+    rows = tuple(shape[:-1]) == tuple(whole[:-1])[len(whole) - len(shape) :] and operand.meta["val"].numel() == sizes[-2]
+    return PER_ROW if shape[-1] == 1 and rows and len(sizes) == 2 else ""
+
+
+def _as_vector(operand: Node, kind: str) -> TensorSpec | None:
+    """The spec of an operand as [M, 1] or [N]; None where its strides have no such view."""
+    import torch
+
+    spec = tensor_spec(operand)
+    if spec is None:
         return None
-    user = next(iter(value.users))
+    shape = (spec.num_elements, 1) if kind == PER_ROW else (spec.num_elements,)
+    try:
+        view = torch.empty_strided(spec.shape, spec.stride, dtype=getattr(torch, spec.dtype), device="meta").view(shape)
+    except RuntimeError:
+        return None
+    return spec_of(view)
+
+
+def _scalar(value: Node) -> tuple[list[str], Node] | None:
+    """(names, result) if the only user combines the value with a number."""
+    user = _only_user(value)
+    if user is None:
+        return None
     name = op_name(user).removeprefix("aten.")
     numbers = [argument for argument in user.args if type(argument) in (int, float)]
-    if name not in BINARY_EPILOGUES or user.kwargs or len(user.args) != 2 or len(numbers) != 1:
+    if op_name(user) != f"aten.{name}" or user.kwargs or len(user.args) != 2 or len(numbers) != 1:
         return None
-    if _dtype(user) != _dtype(value) or not math.isfinite(numbers[0]):  # type: ignore[arg-type]
+    number = float(numbers[0])  # type: ignore[arg-type]
+    if dtype_of(user) != dtype_of(value) or not math.isfinite(number):
         return None
-    return f"{name}({float(numbers[0])!r})", user  # type: ignore[arg-type]
+    first = user.args[0] is value
+    steps = {
+        "add": [f"add({number!r})"],
+        "mul": [f"mul({number!r})"],
+        "sub": [f"add({-number!r})"] if first else ["neg", f"add({number!r})"],
+        "div": [f"div_by({number!r})"] if first and number != 0 else [],
+        "clamp_min": [f"clamp_min({number!r})"],
+        "clamp_max": [f"clamp_max({number!r})"],
+    }.get(name, [])
+    return (steps, user) if steps else None
 
 
 def _as_shape_of(operand: Node, gemm: Node) -> TensorSpec | None:
@@ -203,90 +333,3 @@ def _as_shape_of(operand: Node, gemm: Node) -> TensorSpec | None:
     except RuntimeError:  # strides that no view of that shape has
         return None
     return spec_of(view)
-
-
-def _activation(value: Node) -> tuple[str, Node] | None:
-    """(name, result) if all that uses the value is one activation function of it."""
-    expressions: dict[Node, str] = {value: "x"}
-    node = value
-    while len(expressions) <= _LARGEST_ACTIVATION:
-        pending = {user for seen in expressions for user in seen.users if user not in expressions}
-        if not pending:
-            return None
-        while node not in pending:
-            node = node.next
-        expression = _render(node, expressions)
-        if expression is None:
-            return None
-        expressions[node] = expression
-        closed = all(user in expressions for seen in expressions if seen is not node for user in seen.users)
-        same = _dtype(node) == _dtype(value) and _size(node) == _size(value)
-        if closed and same and expression in _ACTIVATIONS:
-            return _ACTIVATIONS[expression], node
-    return None
-
-
-def _render(node: Node, expressions: Mapping[Node, str]) -> str | None:
-    if any(source not in expressions for source in node.all_input_nodes):
-        return None
-    name = op_name(node)
-    if is_reshape(node) or (name == "prims.convert_element_type" and _keeps(node, next(iter(expressions)))):
-        return expressions[node.all_input_nodes[0]]
-    if name not in _POINTWISE:
-        return None
-    import torch.fx
-
-    arguments = [expressions[a] if isinstance(a, torch.fx.Node) else spell_number(a) for a in node.args]
-    arguments += [f"{key}={value}" for key, value in node.kwargs.items() if value != "none"]
-    return spell_call(name.removeprefix("aten."), *arguments)
-
-
-def _keeps(conversion: Node, value: Node) -> bool:
-    """Whether a conversion loses nothing that the value's own dtype has: others (to 8 bits, to integers) are meant."""
-    import torch
-
-    to, own = conversion.meta["val"].dtype, value.meta["val"].dtype
-    return to == own or (own in (torch.bfloat16, torch.float16, torch.float32) and to in (torch.float32, torch.float64))
-
-
-def spell_number(value: object) -> str:
-    """A number in an expression of an activation; anything else as it is."""
-    return f"{float(value):.6g}" if isinstance(value, (int, float)) else str(value)
-
-
-def spell_call(name: str, *arguments: str) -> str:
-    """A call in such an expression, where the order of a sum's or a product's operands says nothing."""
-    return f"{name}({','.join(sorted(arguments) if name in ('add', 'mul') else arguments)})"
-
-
-def activation_named(expression: str) -> str | None:
-    """The activation function that an expression of `x` is, spelled by `spell_call` and `spell_number`."""
-    return _ACTIVATIONS.get(expression)
-
-
-def _cube_term() -> str:
-    return spell_call("mul", "0.044715", spell_call("mul", spell_call("mul", "x", "x"), "x"))
-
-
-_ACTIVATIONS: Mapping[str, str] = {
-    "relu(x)": "relu",
-    "sigmoid(x)": "sigmoid",
-    "tanh(x)": "tanh",
-    "gelu(x)": "gelu",
-    "gelu(x,approximate=tanh)": "gelu_tanh",
-    "silu(x)": "silu",
-    spell_call("mul", "x", "sigmoid(x)"): "silu",
-    spell_call("div", "x", spell_call("add", "1", "exp(neg(x))")): "silu",
-    spell_call(
-        "mul", spell_call("mul", "x", "0.5"), spell_call("add", "1", f"erf({spell_call('mul', 'x', '0.707107')})")
-    ): "gelu",
-    spell_call(
-        "mul",
-        spell_call("mul", "x", "0.5"),
-        spell_call("add", "1", f"tanh({spell_call('mul', '0.797885', spell_call('add', 'x', _cube_term()))})"),
-    ): "gelu_tanh",
-}
-
-
-def _dtype(node: Node) -> object:
-    return getattr(node.meta.get("val"), "dtype", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from autokernel.ops.base import Site
 from autokernel.ops.epilogue import apply_epilogue, find_epilogue
 from autokernel.ops.matching import consumers_of, is_constant, op_name, producers_of, site_name, tensor_spec
 from autokernel.records import DTYPE_BYTES, ConfigValue, Problem, TensorSpec
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +98,7 @@ def make_site(
         device: "cpu" or "cuda".
     """
     epilogue = find_epilogue(node, order)
+    log.debug("autokernel: behind %s, %s can be fused: %s", node.name, list(epilogue.names) or "nothing", epilogue.end)
     specs = [tensor_spec(operand) for operand in operands]
     known = [spec for spec in specs if spec is not None]
     if len(known) != len(specs) or tensor_spec(node) is None:

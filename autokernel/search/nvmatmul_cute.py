@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from autokernel.cutedsl.config import COLUMNS, COOPERATIVE_TILES, OPERATORS, OPERATORS_TILES, PINGPONG_TILES, QUACK, ROWS
+from autokernel.cutedsl.config import (
+    BLACKWELL_GROUPS,
+    BLACKWELL_PROBLEMS,
+    COLUMNS,
+    COOPERATIVE_TILES,
+    OPERATORS,
+    OPERATORS_TILES,
+    PINGPONG_TILES,
+    QUACK,
+    ROWS,
+)
 from autokernel.records import ConfigValue
 from autokernel.search.nvmatmul_library import Query, ask, gpu_for
 from autokernel.search.space import BoundSpace, Config
@@ -23,6 +33,14 @@ _TILES = {OPERATORS: OPERATORS_TILES, QUACK: (*COOPERATIVE_TILES, *PINGPONG_TILE
 # of one block on sm_100; a pair of blocks that computes together (clusters of two along M) has a tile of twice the rows
 BLACKWELL_TILES = tuple((m, n) for m in (64, 128) for n in (16, 32, 64, 128, 160, 192, 224, 256))
 _BLACKWELL = "sm_100"
+# what the library is asked of each kind of problem, and tiles of one block that its operators have. It knows nothing of scales
+# of blocks: mxfp8 is asked as plain e4m3, nvfp4 as plain fp4; nor of groups: as a batch of products with as many rows each
+_BLACKWELL_ASKED = {
+    "dense": ("TST", BLACKWELL_TILES),
+    "mxfp8": ("QQTST", tuple((m, n) for m in (64, 128) for n in (64, 128, 192))),
+    "nvfp4": ("OOTST", tuple((m, n) for m in (64, 128) for n in (64, 128, 192))),
+    "grouped": ("TST", ((64, 128), (128, 128), (128, 256))),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +114,37 @@ def blackwell_rows(m: int, n: int, k: int, dtype_letters: str, device_name: str 
     gpu = gpu_for(device_name, _BLACKWELL)
     assert gpu is not None
     return ask_cute(Query(m=m, n=n, k=k, precision=dtype_letters, gpu=gpu), BLACKWELL_TILES)
+
+
+def blackwell_seeds(problem: str, shape: tuple[int, int, int], limit: int = MAX_SEEDS) -> list[tuple[int, int, int, int]]:
+    """What is proposed for one of `BLACKWELL_PROBLEMS` on a B200, for `cutedsl.blackwell.named`: distinct, the best first.
+
+    Args:
+        problem: its kind.
+        shape: M, N, K; with groups M is that of all together.
+        limit: most proposals.
+
+    Returns:
+        Tile of one block, M and N, and blocks of a cluster, M and N.
+
+    Raises:
+        ImportError, OSError: the library is not installed.
+        RuntimeError: it refused the question.
+        ValueError: no such kind of problem, or rows that groups cannot share evenly.
+    """
+    if problem not in _BLACKWELL_ASKED:
+        raise ValueError(f"problems for SM100 are {', '.join(BLACKWELL_PROBLEMS)}, not {problem}")
+    letters, tiles = _BLACKWELL_ASKED[problem]
+    groups = BLACKWELL_GROUPS if problem == "grouped" else 1
+    m, n, k = shape
+    if m % groups:
+        raise ValueError(f"{groups} groups share {m} rows evenly: give a multiple of {groups}")
+    gpu = gpu_for("NVIDIA B200", _BLACKWELL)
+    assert gpu is not None
+    query = Query(m=m // groups, n=n, k=k, batch=groups, precision=letters, gpu=gpu)
+    rows = [row for row in ask_cute(query, tiles, split=False) if not row.swap]  # operands lie as they lie
+    found = dict.fromkeys((row.tile_m, row.tile_n, row.cluster_m, row.cluster_n) for row in rows)
+    return list(found)[:limit]
 
 
 def cute_configs(query: Query, space: BoundSpace) -> list[Config]:

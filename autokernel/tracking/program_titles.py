@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from autokernel.ops.epilogue import activation_named, spell_call, spell_number
+from autokernel.ops.activations import activation_named, spell_call, spell_number
 from autokernel.ops.program import BINARY, COMPARISONS, GEMMS, REDUCTIONS, Argument, Line, Program, is_operand, program_of
 from autokernel.records import Problem
 

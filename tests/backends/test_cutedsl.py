@@ -51,6 +51,7 @@ SCALED = replace(
     constants=(1, 3, 4),
     scalars=(("out_dtype", "bfloat16"), ("use_fast_accum", True)),
 )
+MIXED = replace(SCALED, inputs=(spec(M, K, dtype="float8_e5m2"), *SCALED.inputs[1:]))
 INTEGER = replace(MM, op="int_mm", inputs=(spec(M, K, dtype="int8"), weight(dtype="int8")))
 NORM = Problem(
     op="linear_rms_norm",
@@ -66,7 +67,7 @@ def build(problem: Problem, config: Mapping[str, ConfigValue], constants: list[l
     get_backend("cutedsl").build(Candidate(problem=problem, backend="cutedsl", config=config), constants or [[]])
 
 
-@pytest.mark.parametrize("problem", [MM, ADDMM, RESIDUAL, BMM, MERGED, FP8, SCALED, INTEGER, NORM], ids=str)
+@pytest.mark.parametrize("problem", [MM, ADDMM, RESIDUAL, BMM, MERGED, FP8, SCALED, MIXED, INTEGER, NORM], ids=str)
 def test_it_takes_products_that_tma_can_read(problem: Problem) -> None:
     assert get_backend("cutedsl").supports(problem) is None
 
@@ -79,6 +80,8 @@ def test_it_takes_products_that_tma_can_read(problem: Problem) -> None:
         (replace(ADDMM, scalars=(("alpha", 2),)), "alpha is 2"),
         (replace(MM, inputs=(spec(M, K, dtype="float32"), weight(dtype="float32"))), "not float32"),
         (replace(MM, inputs=(spec(M, K, dtype="float16"), weight())), "not bfloat16 and float16"),
+        (replace(FP8, inputs=(spec(M, K, dtype="float8_e5m2"), FP8.inputs[1])), "not float8_e4m3fn and float8_e5m2"),
+        (replace(SCALED, inputs=(spec(M, K, dtype="int8"), *SCALED.inputs[1:])), "not float8_e4m3fn and int8"),
         (replace(MM, inputs=(spec(M, 4100), weight(k=4100))), "left matrix has 4100 contiguous .* 16 bytes"),
         (replace(MM, inputs=(spec(M, K), spec(K, 100))), "right matrix has 100 contiguous .* 16 bytes"),
         (replace(MM, inputs=(TensorSpec(shape=(M, K), dtype="bfloat16", stride=(4100, 1)), weight())), r"strides \(4100, 1\)"),
@@ -139,6 +142,15 @@ def test_strides_of_one_row_say_nothing() -> None:
             "rows that begin at multiples of 16",
         ),
         (replace(ADDMM, inputs=(spec(M, 1), *ADDMM.inputs[1:])), {**PLAIN, "fuse": True}, "fuse reads vectors"),
+        (
+            replace(
+                RESIDUAL,
+                inputs=(*MM.inputs, TensorSpec(shape=(M, 1), dtype="bfloat16", stride=(N, 1))),
+                epilogue=("mul_per_row",),
+            ),
+            {**PLAIN, "fuse": True},
+            "numbers of rows, .16, 1., that follow each other",
+        ),
         (
             replace(RESIDUAL, inputs=(*MM.inputs, TensorSpec(shape=(M, N), dtype="bfloat16", stride=(0, 1)))),
             {**PLAIN, "fuse": True},

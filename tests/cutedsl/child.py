@@ -25,9 +25,18 @@ from autokernel.cutedsl import compiler
 from autokernel.cutedsl.cache import ObjectCache
 from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, SQUARES, KernelSpec
 from autokernel.errors import CompileError
-from autokernel.ops.epilogue import apply_epilogue, apply_gated
+from autokernel.ops.epilogue import (
+    BINARY_EPILOGUES,
+    PER_COLUMN,
+    PER_ROW,
+    apply_epilogue,
+    apply_gated,
+    operand_kind,
+)
 
 SHAPE = (512, 768, 1024)
+SEEDED = (4096, 14336, 4096)
+_TORCH = {"rdiv": lambda x, other: other / x, "div_by": torch.div, "clamp_min": torch.clamp_min, "clamp_max": torch.clamp_max}
 
 
 def compile_all(folder: str, specs: Any = None) -> None:
@@ -77,9 +86,9 @@ def bind(path: str, sizes: list[int]) -> None:
 
 
 def matrices(spec: KernelSpec, lead: tuple[int, ...], m: int, n: int, k: int) -> tuple[torch.Tensor, ...]:
-    dtype, out_dtype = getattr(torch, spec.dtype), getattr(torch, spec.out_dtype)
-    a = torch.empty(*lead, m, k, dtype=dtype) if spec.a_major == "k" else torch.empty(*lead, k, m, dtype=dtype).mT
-    b = torch.empty(*lead, k, n, dtype=dtype) if spec.b_major == "n" else torch.empty(*lead, n, k, dtype=dtype).mT
+    a_dtype, b_dtype, out_dtype = (getattr(torch, name) for name in (*spec.dtypes, spec.out_dtype))
+    a = torch.empty(*lead, m, k, dtype=a_dtype) if spec.a_major == "k" else torch.empty(*lead, k, m, dtype=a_dtype).mT
+    b = torch.empty(*lead, k, n, dtype=b_dtype) if spec.b_major == "n" else torch.empty(*lead, n, k, dtype=b_dtype).mT
     return a, b, torch.empty(*lead, m, n, dtype=out_dtype)
 
 
@@ -87,8 +96,10 @@ def example(name: str, out: torch.Tensor) -> torch.Tensor:
     """An operand of an epilogue's name."""
     if name in MATRICES:
         return torch.rand_like(out)
-    if name == BIAS:
+    if name == BIAS or operand_kind(name) == PER_COLUMN:
         return torch.rand(out.shape[-1]).to(out.dtype)
+    if operand_kind(name) == PER_ROW:
+        return torch.rand(out.shape[-2]).to(out.dtype)
     return torch.rand({SCALE_A: out.shape[-2], SCALE_B: out.shape[-1]}.get(name, 1))
 
 
@@ -98,11 +109,22 @@ def epilogues() -> None:
         from quack.epilogue.math import Pair
         from quack.gemm_runtime import identity
 
-        from autokernel.cutedsl.epilogue_source import ACTIVATIONS, GATED_RESULT, composed, epilogue_of, gated, gelu_tanh
+        from autokernel.cutedsl.epilogue_source import (
+            ACTIVATIONS,
+            ARITHMETIC,
+            FUNCTIONS,
+            GATED_RESULT,
+            composed,
+            epilogue_of,
+            gated,
+            gelu_tanh,
+        )
 
         by_torch = {name: lambda x, name=name: apply_epilogue((name,), x, ()) for name in ACTIVATIONS}
         by_torch["gelu_tanh"] = lambda x: gelu_tanh(x, torch.sigmoid)
-        answer: dict[str, Any] = {"activations": sorted(ACTIVATIONS), "errors": [], "digests": [], "by_name": []}
+        by_torch |= {name: _TORCH.get(name) or getattr(torch, name) for name in FUNCTIONS}
+        known = {"activations": sorted(ACTIVATIONS), "functions": sorted({*ARITHMETIC, *FUNCTIONS})}
+        answer: dict[str, Any] = {**known, "errors": [], "digests": [], "by_name": []}
         for spec in specs:
             acc = torch.randn(64, 96, dtype=torch.float64) * 4
             answer["digests"].append(epilogue_of(spec).semantic_digest)
@@ -123,7 +145,7 @@ def epilogues() -> None:
 
 
 def as_rows(name: str, operand: torch.Tensor) -> torch.Tensor:
-    return operand[:, None] if name == SCALE_A else operand
+    return operand[:, None] if name == SCALE_A or operand_kind(name) == PER_ROW else operand
 
 
 def expected(spec: KernelSpec, acc: torch.Tensor, operands: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -131,11 +153,12 @@ def expected(spec: KernelSpec, acc: torch.Tensor, operands: dict[str, torch.Tens
     takers = spec.operands()
     value = acc
     for operand, name in takers.items():
-        if name not in MATRICES:
+        if name not in BINARY_EPILOGUES:
             rows = as_rows(name, operands[operand])
             value = value + rows if name == BIAS else value * rows
-    rest = [name for name in spec.epilogue if name in MATRICES or name not in (*takers.values(), SQUARES)]
-    return apply_epilogue(rest, value, [operands[o] for o, name in takers.items() if name in MATRICES])
+    rest = [name for name in spec.epilogue if name in BINARY_EPILOGUES or name not in (*takers.values(), SQUARES)]
+    given = [as_rows(name, operands[operand]) for operand, name in takers.items() if name in BINARY_EPILOGUES]
+    return apply_epilogue(rest, value, given)
 
 
 def preload() -> None:
@@ -153,12 +176,17 @@ def blackwell(cache_folder: str) -> None:
     asked, specs = json.load(sys.stdin)
     with compiler.environment("sm_100a", 148), tempfile.TemporaryDirectory() as folder:
         from autokernel.cutedsl import blackwell as sm100
+        from autokernel.cutedsl.config import BLACKWELL_PROBLEMS
+        from autokernel.search.nvmatmul_cute import blackwell_seeds
 
         answer: dict[str, Any] = {"offered": {}, "compiled": [], "seeded": sm100.seeded((4096, 14336, 4096), 5)}
-        for problem, position in asked:
-            names = sm100.offered(problem, SHAPE)
+        answer["named"] = {name: sm100.named(name, SEEDED, blackwell_seeds(name, SEEDED)) for name in BLACKWELL_PROBLEMS}
+        chosen = [(problem, SHAPE, sm100.offered(problem, SHAPE), position) for problem, position in asked]
+        for problem, _, names, _ in chosen:
             answer["offered"][problem] = len(names)
-            content = compiler.link(sm100.compile_operator(names[position], problem, SHAPE), "kernel", Path(folder))
+        chosen += [(problem, SEEDED, names, 0) for problem, names in answer["named"].items() if problem != "dense"]
+        for problem, shape, names, position in chosen:
+            content = compiler.link(sm100.compile_operator(names[position], problem, shape), "kernel", Path(folder))
             answer["compiled"].append([names[position], len(content)])
     compile_all(cache_folder, specs)
     print(json.dumps(answer))

@@ -47,6 +47,22 @@ SPECS = {
     ),
     "fp8, sums in fp32": spec(COOPERATIVE, **FP8, epilogue=("scale_a", "scale_b")),
     "fp8, sums in the matrix units": spec({**COOPERATIVE, "fast_accum": True}, **FP8, epilogue=("scale_a", "scale_b")),
+    "fp8 of both kinds, swapped": spec(
+        {**PINGPONG, "swap": True}, dtype="float8_e5m2", b_dtype="float8_e4m3fn", epilogue=("scale_a", "scale_b", "bias")
+    ),
+    "parts of fp8 of both kinds, swapped": spec(
+        {**PARTS, "swap": True}, dtype="float8_e4m3fn", b_dtype="float8_e5m2", out_dtype="float32"
+    ),
+    "functions": spec(PINGPONG, epilogue=("abs", "exp", "neg", "sqrt", "rsqrt", "reciprocal", "square", "cube")),
+    "numbers": spec(COOPERATIVE, epilogue=("clamp_min(-1.0)", "clamp_max(6.0)", "div_by(3.0)", "add(1.0)", "mul(2.0)")),
+    "operands of every kind": spec(
+        {**PINGPONG, "swap": True}, epilogue=("bias", "mul_per_row", "sub_per_column", "rsub", "div", "maximum", "minimum")
+    ),
+    "rows and columns, parts of K, swapped": spec(
+        {**COOPERATIVE, "split_k": 2, "swap": True},
+        epilogue=("div_per_row", "rdiv_per_column", "rdiv", "silu", "maximum_per_row"),
+    ),
+    "columns of a batch": spec(COOPERATIVE, batched=True, dtype="float16", out_dtype="float16", epilogue=("mul_per_column",)),
     "gated, fp8, batched": spec(COOPERATIVE, **FP8, batched=True, epilogue=("gated_gelu_tanh",)),
     "columns for a row of multiprocessors": spec({**COOPERATIVE, "tile_m": 64, "tile_n": 48, "fuse": True}, epilogue=("add",)),
     "a few rows, swapped": spec({**COOPERATIVE, "tile_m": 64, "tile_n": 16, "swap": True, "split_k": 4}),
@@ -132,6 +148,8 @@ def test_scratch_memory_is_told_to_the_caller(kernels: Kernels) -> None:
     [
         ({"config": {**OPERATORS, "tile_n": 192}}, "operators has tiles"),
         ({"dtype": "float32"}, "CuTe DSL kernels take bfloat16"),
+        ({"b_dtype": "float16"}, "not bfloat16 and float16"),
+        ({**FP8, "b_dtype": "float8_e5m2"}, "operators multiplies matrices of one dtype"),
         ({"arch": "sm_80"}, "sm_90a and sm_100a, not sm_80"),
         ({**FP8, "b_major": "n"}, "contiguous along K: A is k-major, B n-major"),
         ({"epilogue": ("bias",)}, "operators computes no epilogue"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from autokernel.cutedsl.spec import KernelSpec
-from autokernel.ops.epilogue import UNARY_EPILOGUES
+from autokernel.ops.epilogue import FUNCTION_EPILOGUES, MATRIX_EPILOGUES, UNARY_EPILOGUES
 
 CONFIG = {"source": "quack", "tile_m": 128, "tile_n": 128}
 EPILOGUES = [
@@ -30,6 +30,16 @@ EPILOGUES = [
     ("add",),
     ("add", "squares"),
     ("squares",),
+    ("sub", "rsub"),
+    ("rsub", "sub"),
+    ("rsub_per_row", "neg", "square"),
+    ("sub_per_row", "neg", "square"),
+    ("sigmoid", "cube", "mul_per_column", "sub_per_row"),
+    ("abs", "sqrt", "rdiv"),
+    ("clamp_min(-1.0)", "clamp_max(2.0)", "exp", "div_by(3.0)"),
+    ("clamp_min(-1.0)", "clamp_max(2.5)", "exp", "div_by(3.0)"),
+    ("exp", "rsqrt", "maximum_per_row", "minimum_per_column", "reciprocal"),
+    ("bias", "div", "add_per_row", "div_per_column", "silu", "maximum", "minimum"),
 ]
 
 
@@ -52,6 +62,11 @@ def test_the_function_is_what_its_names_say(answer: dict[str, Any], position: in
 
 def test_all_activations_are_there(answer: dict[str, Any]) -> None:
     assert answer["activations"] == sorted(UNARY_EPILOGUES)
+
+
+def test_all_steps_are_there(answer: dict[str, Any]) -> None:
+    numbers = ("div_by", "clamp_min", "clamp_max")
+    assert answer["functions"] == sorted((*FUNCTION_EPILOGUES, *MATRIX_EPILOGUES, *numbers))
 
 
 def test_no_two_epilogues_are_taken_for_one(answer: dict[str, Any]) -> None:

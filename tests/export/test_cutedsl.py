@@ -92,6 +92,37 @@ def test_what_follows_is_fused_with_its_operands(tmp_path: Path) -> None:
     assert targets(module) == ["aten.t.default", "autokernel.cute_gemm.fused"]
 
 
+VECTORS = replace(SILU_ADD, inputs=(spec(M, K), WEIGHT, spec(M, 1), spec(N)), epilogue=("div_per_row", "rsub_per_column"))
+
+
+def over_rows_from_columns(x: torch.Tensor, w: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return columns - (x @ w.t()).view(2, M // 2, N) / rows
+
+
+def test_operands_for_rows_and_columns_are_vectors_for_the_kernel(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path, entry(VECTORS, FUSED))
+    module = traced(over_rows_from_columns, (M, K), (N, K), (2, M // 2, 1), (1, N))
+    CutePass(plan)(module.graph)
+    module.graph.lint()
+    (call,) = calls(module)
+    assert epilogue_of(plan, call) == ("div_per_row", "rsub_per_column")
+    assert [tuple(node.meta["val"].shape) for node in call.args[2]] == [(M,), (N,)]  # type: ignore[union-attr]
+    assert not {"aten.div.Tensor", "aten.sub.Tensor"} & set(targets(module))
+
+
+def test_rows_that_do_not_follow_each_other_in_memory_stay_behind_the_kernel(tmp_path: Path) -> None:
+    plan = with_objects(tmp_path, entry(VECTORS, FUSED))
+
+    def apart(x: torch.Tensor, w: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return over_rows_from_columns(x, w, torch.as_strided(rows, (2, M // 2, 1), (4 * M, 8, 1)), columns)
+
+    module = traced(apart, (M, K), (N, K), (2, M // 2, 8), (1, N))
+    CutePass(plan)(module.graph)
+    (call,) = calls(module)
+    assert epilogue_of(plan, call) == ()
+    assert "aten.div.Tensor" in targets(module)
+
+
 @pytest.mark.parametrize("strides", [(1, M), (N + 4, 1), (0, 1)], ids=str)
 def test_what_lies_as_the_kernel_cannot_read_it_is_not_fused(tmp_path: Path, strides: tuple[int, int]) -> None:
     """Entries are found without their epilogue: its operands may lie differently here."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from autokernel.cutedsl.config import BLACKWELL_PROBLEMS
 from autokernel.ops import get_op
 from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Problem, Status, TensorSpec
 from autokernel.search import inductor_lists, nvmatmul, nvmatmul_cute, nvmatmul_library
@@ -343,3 +344,30 @@ def test_seeds_come_in_the_order_asked_for_and_once(evaluate: Evaluate) -> None:
     assert [s.origin for s in seeds][:2] == ["history", "stock"]
     assert seeds[-1].origin == "nvmatmul"
     assert len({s.candidate.id for s in seeds}) == len(seeds)
+
+
+@pytest.mark.parametrize("problem", BLACKWELL_PROBLEMS)
+@pytest.mark.parametrize("shape", [(64, 4096, 4096), (4096, 4096, 14336)], ids=str)
+def test_every_kind_of_problem_for_blackwell_has_seeds(problem: str, shape: tuple[int, int, int]) -> None:
+    pytest.importorskip("nvMatmulHeuristics", reason="pip install nvidia-matmul-heuristics")
+    found = nvmatmul_cute.blackwell_seeds(problem, shape)
+    assert 1 <= len(found) == len(set(found)) <= nvmatmul_cute.MAX_SEEDS
+    assert {seed[:2] for seed in found} <= set(nvmatmul_cute._BLACKWELL_ASKED[problem][1])
+    assert nvmatmul_cute.blackwell_seeds(problem, shape, limit=1) == found[:1]
+
+
+def test_precisions_that_blackwell_is_asked_about_are_understood_and_faster() -> None:
+    """Letters that the library does not know would all be answered alike."""
+    pytest.importorskip("nvMatmulHeuristics", reason="pip install nvidia-matmul-heuristics")
+    times = [
+        nvmatmul_cute.blackwell_rows(4096, 14336, 4096, nvmatmul_cute._BLACKWELL_ASKED[problem][0])[0].runtime_s
+        for problem in ("dense", "mxfp8", "nvfp4")
+    ]
+    assert times[0] > 1.5 * times[1] > 2 * times[2], times
+
+
+def test_problems_for_blackwell_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match="are dense, mxfp8, nvfp4, grouped, not sparse"):
+        nvmatmul_cute.blackwell_seeds("sparse", (64, 64, 64))
+    with pytest.raises(ValueError, match="share 66 rows evenly"):
+        nvmatmul_cute.blackwell_seeds("grouped", (66, 64, 64))
