@@ -310,6 +310,8 @@ class _Section:
                 text = f"{text} + {self.writer.tile(str(line.arguments[0]), (self.rows,), scope)}"
             scope.lines.append(f"p{number} = {rounded(text, line.op, self.results[line.name].dtype)}")
             self.writer.fixed[line.name] = f"p{number}"
+        if self.writer.program.row_epilogue:
+            self.writer.at_once(set(self.group.outputs), scope)
         for output in self.group.outputs:
             self.writer.store(output, scope)
         return scope.lines

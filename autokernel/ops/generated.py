@@ -20,6 +20,7 @@ from autokernel.ops.product_regions import PRODUCTS, ProductRegions
 from autokernel.ops.program import GEMMS, REDUCTIONS, VIEWS, Argument, Line, Program, program_of, results_of, run
 from autokernel.ops.row_regions import RowRegions
 from autokernel.ops.row_scale import row_scale
+from autokernel.ops.whole_rows import WholeRowRegions
 from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
 
 if TYPE_CHECKING:
@@ -60,18 +61,20 @@ class Generated:
 
     def dims(self, problem: Problem) -> Mapping[str, int]:
         """`has_gemm`; `m` rows; `n` columns of all products together, `k` their depth (rows alone: `n` columns, `k` 0);
-        `num_products`, `num_reductions`, `num_outputs`; `dtype_bytes` of the widest matrix, `out_bytes` of the first result;
-        `scaled`, whether the left matrix has a scale for each row that can be taken out (`row_scale`).
+        `num_products`, `num_outputs`; `num_reductions`, with products those in front of them; `whole_rows`, whether rows of the
+        result are reduced behind products; `dtype_bytes` of the widest matrix, `out_bytes` of the first result; `scaled`,
+        whether the left matrix has a scale for each row that can be taken out (`row_scale`).
         """
         program, results = program_of(problem), results_of(problem)
         products = [line for line in program.lines if line.op in GEMMS]
-        reductions = sum(line.op in REDUCTIONS for line in program.lines)
+        behind = len(program.row_epilogue)
+        reductions = sum(line.op in REDUCTIONS for line in program.lines) - behind
         m, n, k, widest = _sizes(program, results)
         return {
             "has_gemm": int(bool(products)), "m": m, "n": n, "k": k,
             "num_products": len(products), "num_reductions": reductions, "num_outputs": len(program.outputs),
             "dtype_bytes": widest, "out_bytes": DTYPE_BYTES[results["o0"].dtype],
-            "scaled": int(row_scale(program, results) is not None),
+            "whole_rows": int(behind > 0), "scaled": int(row_scale(program, results) is not None),
         }  # fmt: skip
 
     def flops(self, problem: Problem) -> int:
@@ -127,7 +130,9 @@ def count_rules(explained: Sequence[Explained]) -> Counter[str]:
 def _regions(growth: Growth) -> list[Found]:
     """All regions of a graph, each once: around products first."""
     found: dict[tuple[frozenset[Node], tuple[Node, ...]], Found] = {}
-    for region in (*ProductRegions(growth).regions(), *RowRegions(growth).regions()):
+    products, rows = ProductRegions(growth), RowRegions(growth)
+    apart = (*products.regions(), *rows.regions())
+    for region in (*WholeRowRegions(growth, products, rows).regions(), *apart):
         found.setdefault((region.inner, region.outputs), region)
     return list(found.values())
 

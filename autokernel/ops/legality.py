@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16", "bool")
 MATRIX_DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
+MAX_ROW_BYTES = 4096  # of a block that holds whole rows of products: two steps of 16 along K fill half of the shared memory
 _RESHAPES = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.squeeze", "aten.unsqueeze")
 _POWERS = (2, 3, 0.5, -0.5, -1)  # 2.0 is 2
 _OF_TRUTHS = (*COMPARISONS, "isnan", "logical_not", "where", "convert", "full", "reshape", "clone")
@@ -112,6 +113,11 @@ def fits(shape: tuple[int, ...], rows: int, columns: int) -> bool:
     if not shape:
         return True
     return shape[-1] in (1, columns) and rows % max(1, math.prod(shape[:-1])) == 0
+
+
+def row_bytes(columns: int, products: int, dtype_bytes: int) -> int:
+    """What each step along K reads for a block that holds whole rows of so many products, filled up to a power of two."""
+    return products * dtype_bytes * max(16, 1 << (columns - 1).bit_length())
 
 
 def is_full(shape: tuple[int, ...], rows: int, columns: int) -> bool:

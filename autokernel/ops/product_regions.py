@@ -1,12 +1,12 @@
 """Regions around matrix products: a prologue, products that share their left matrix, and epilogues.
 
 The prologue is what makes the left matrix and serves nothing else. An epilogue is what follows one product, or all of them,
-up to the last value that alone is used by others.
+up to the last value that alone is used by others; one that reduces rows is in `whole_rows.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autokernel.ops.growth import (
@@ -21,9 +21,22 @@ from autokernel.ops.growth import (
     weight_view,
     without_last_views,
 )
-from autokernel.ops.legality import MATRIX_DTYPES, Broken, Rule, call_of, fits, is_free, is_full, refusal, shape_of
+from autokernel.ops.legality import (
+    MATRIX_DTYPES,
+    MAX_ROW_BYTES,
+    Broken,
+    Rule,
+    call_of,
+    fits,
+    is_free,
+    is_full,
+    refusal,
+    row_bytes,
+    shape_of,
+)
 from autokernel.ops.matching import op_name, source_of, tensor_spec
 from autokernel.ops.program import REDUCTIONS
+from autokernel.records import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -55,7 +68,9 @@ class ProductRegions:
     def _around(self, products: list[Node]) -> Iterable[Found]:
         """Regions of products that share their left matrix."""
         bare = frozenset(products) | {right for node in products if (right := weight_view(node)) is not None}
-        prologue = self._prologue(products)
+        prologue, ends = self.prologue(products)
+        for node in products:
+            self.notes[node].before = ends
         parts = [self._epilogue([node]) for node in products]
         joint = self._epilogue(products) if len(products) > 1 else frozenset()
         whole = joint or frozenset().union(*parts)
@@ -63,13 +78,13 @@ class ProductRegions:
         if computes(prologue):
             wanted += [bare | prologue | whole, bare | prologue]
         if joint:
-            wanted.append(bare | joint | self._shared_views(products))
+            wanted.append(bare | joint | self.shared_views(products))
         for node, part in zip(products, parts, strict=True):
             if computes(part):
                 alone = frozenset({node}) | ({right} if (right := weight_view(node)) is not None else frozenset())
-                wanted.append(alone | part | self._shared_views([node]))
+                wanted.append(alone | part | self.shared_views([node]))
         if not joint and not any(map(computes, parts)) and _lacks_kernels(products[0]):
-            wanted.append(bare | self._shared_views(products))
+            wanted.append(bare | self.shared_views(products))
         any_legal = False
         for inner in dict.fromkeys(wanted):
             wrong = self._growth.problem_of(inner)
@@ -85,7 +100,7 @@ class ProductRegions:
             if self.notes[node].num_regions:
                 self.notes[node].whole = None
 
-    def _shared_views(self, products: list[Node]) -> frozenset[Node]:
+    def shared_views(self, products: list[Node]) -> frozenset[Node]:
         """The reshapes between the value that products share and themselves, where nothing else uses them."""
         found: set[Node] = set()
         for node in products:
@@ -95,8 +110,8 @@ class ProductRegions:
                 view = view.all_input_nodes[0]
         return frozenset(found)
 
-    def _prologue(self, products: list[Node]) -> frozenset[Node]:
-        """What makes the left matrix and serves nothing else."""
+    def prologue(self, products: list[Node]) -> tuple[frozenset[Node], list[Broken]]:
+        """What makes the left matrix and serves nothing else, and what ended it."""
         rows, columns = shape_of(left_of(products[0]))
         held: set[Node] = set()
         ends: dict[Node, Broken] = {}
@@ -116,10 +131,7 @@ class ProductRegions:
             held.add(node)
             # a value may have been refused for a user that has been taken in since
             pending += [*node.all_input_nodes, *(other for other in ends if ends[other].rule is Rule.USER)]
-        last = [wrong for node, wrong in ends.items() if set(node.users) & (held | set(products))]
-        for product in products:
-            self.notes[product].before = last
-        return frozenset(held)
+        return frozenset(held), [wrong for node, wrong in ends.items() if set(node.users) & (held | set(products))]
 
     def _epilogue(self, products: list[Node]) -> frozenset[Node]:
         """The lines behind products up to the last value that alone is used by others; empty if there are none."""
@@ -134,7 +146,7 @@ class ProductRegions:
         for node in self.nodes[min(map(self.order.__getitem__, products)) :]:
             if node not in follow or node in held:
                 continue
-            wrong = self._refused_behind(node, held, rows, columns)
+            wrong = self._refused_behind(node, held, products)
             if wrong is not None:
                 ends[node] = wrong
                 continue
@@ -164,14 +176,15 @@ class ProductRegions:
         first = sorted((node for node in seen if node in ends), key=self.order.__getitem__)
         return [ends[node] for node in first[:_NUM_REASONS]] or [Broken(Rule.USER, node.name) for node in seen]
 
-    def _refused_behind(self, node: Node, held: set[Node], rows: int, columns: int) -> Broken | None:
+    def _refused_behind(self, node: Node, held: set[Node], products: list[Node]) -> Broken | None:
+        rows, columns = shape_of(products[0])
         wrong = refusal(node, rows, columns)
         if wrong is not None:
             return wrong
         call = call_of(node)
         assert call is not None
         if call.op in REDUCTIONS or call.op == "getitem":
-            return Broken(Rule.BEHIND_PRODUCT, node.name)
+            return Broken(Rule.BEHIND_PRODUCT, node.name, why_no_whole_rows(products))
         if shape_of(node)[-1:] != (columns,) or not is_full(shape_of(node), rows, columns):
             return Broken(Rule.BROADCAST, node.name, f"{list(shape_of(node))}")
         for operand in node.all_input_nodes:
@@ -185,6 +198,15 @@ def _lacks_kernels(product: Node) -> bool:
     """Whether nothing but the library serves the product itself: Inductor's templates are too inexact in fp32."""
     spec = tensor_spec(product)
     return spec is not None and spec.dtype == "float32"
+
+
+def why_no_whole_rows(products: Sequence[Node]) -> str:
+    """Why no program holds whole rows of the results of products; empty if one can."""
+    columns, several = shape_of(products[0])[-1], f" of {len(products)} products" if len(products) > 1 else ""
+    spec = tensor_spec(products[0])
+    if spec is not None and row_bytes(columns, len(products), DTYPE_BYTES[spec.dtype]) <= MAX_ROW_BYTES:
+        return ""
+    return f"rows of {columns}{several} do not fit into a block"
 
 
 def why_not_product(node: Node) -> Broken | None:

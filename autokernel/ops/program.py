@@ -85,6 +85,13 @@ class Program:
         """The line that makes a value."""
         return next(line for line in self.lines if line.name == name)
 
+    @property
+    def row_epilogue(self) -> tuple[Line, ...]:
+        """Reductions that no product waits for, in a program with products: they are of rows of the result."""
+        products = [line for line in self.lines if line.op in GEMMS]
+        before = {line.name for product in products for line in self.behind(product.name)}
+        return tuple(line for line in self.lines if products and line.op in REDUCTIONS and line.name not in before)
+
     def behind(self, name: str) -> tuple[Line, ...]:
         """All lines that a value depends on, its own included, in order."""
         needed = {name}
