@@ -72,10 +72,13 @@ class Scope:
 class Writer:
     """Writes tiles of a program's values into scopes, each when it is first needed."""
 
-    def __init__(self, program: Program, results: Mapping[str, TensorSpec], rows: int, block_m: int) -> None:
+    def __init__(
+        self, program: Program, results: Mapping[str, TensorSpec], rows: int, block_m: int, batch: int = 1
+    ) -> None:  # fmt: skip
         self.program = program
         self.results = results
-        self.rows = rows
+        self.rows = rows  # of all of the batch, numbered by `row`; those of one part of it by `m`
+        self.batch = batch
         self.block_m = block_m
         self.fixed: dict[str, str] = {}  # known everywhere: statistics and products
         self._centers: dict[str, str] = {}  # means that are subtracted for a variance: in fp32, whatever the line's dtype is
@@ -152,11 +155,12 @@ class Writer:
         """Write an output's tile to memory."""
         spec = self.results[name]
         tile = self.tile(name, spec.shape[:-1], scope)
-        rows = row_terms(spec, spec.shape[:-1], "m") or ["m * 0"]
+        rows = row_terms(spec, spec.shape[:-1], "m" if self.batch == 1 else "row") or ["m * 0"]
         columns = column_terms(spec, scope.columns)
         guards = []
-        if self.rows % self.block_m:
-            guards.append(f"(m < {self.rows})")
+        count = self.rows // self.batch
+        if count % self.block_m:
+            guards.append(f"(m < {count})")
         if scope.columns.ragged and columns:
             guards.append(f"({scope.columns.inside})")
         width = scope.columns.block if columns else 1

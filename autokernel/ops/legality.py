@@ -135,6 +135,12 @@ def shape_of(node: Any) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def extent_of(node: Any) -> tuple[int, int]:
+    """Rows and columns of a node's value."""
+    *lead, columns = shape_of(node)
+    return math.prod(lead), columns
+
+
 def _wrong_operands(node: Node, call: Call, rows: int, columns: int) -> Broken | None:
     """What is wrong with what the line reads: dtypes, and whole rows where it needs them."""
     for operand in node.all_input_nodes:
@@ -172,6 +178,12 @@ def _is_plain(argument: object) -> bool:
 
 def _reshape(node: Node) -> Call | None:
     return Call("reshape", (node.all_input_nodes[0], shape_of(node)))
+
+
+def _expand(node: Node) -> Call | None:
+    """One that changes nothing, as in front of a batch of products."""
+    source = node.all_input_nodes[0]
+    return Call("reshape", (source, shape_of(node))) if shape_of(source) == shape_of(node) else None
 
 
 def _convert(node: Node) -> Call | None:
@@ -228,6 +240,7 @@ def _getitem(node: Node) -> Call | None:
 _SPECIAL: dict[str, Any] = {
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(("aten.sum", "aten.mean", "aten.amax", "aten.var_mean"), _reduction),
+    "aten.expand": _expand,
     "prims.convert_element_type": _convert,
     "aten.full": _full,
     "aten.pow": _pow,

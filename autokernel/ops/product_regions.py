@@ -18,6 +18,7 @@ from autokernel.ops.growth import (
     computes,
     is_row_reshape,
     left_of,
+    shared_left,
     weight_view,
     without_last_views,
 )
@@ -27,6 +28,7 @@ from autokernel.ops.legality import (
     Broken,
     Rule,
     call_of,
+    extent_of,
     fits,
     is_free,
     is_full,
@@ -41,7 +43,7 @@ from autokernel.records import DTYPE_BYTES
 if TYPE_CHECKING:
     from torch.fx import Node
 
-PRODUCTS = ("aten.mm", "aten.addmm")
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 _NUM_REASONS = 3  # of what ended an epilogue: the nearest
 
 
@@ -54,14 +56,14 @@ class ProductRegions:
 
     def regions(self) -> Iterable[Found]:
         """Those that hold more before their parts; what became of each product is noted."""
-        groups: dict[Node, list[Node]] = {}
+        groups: dict[tuple[Node, tuple[int, ...]], list[Node]] = {}
         for node in self.nodes:
             if op_name(node) not in PRODUCTS:
                 continue
             self.notes[node] = Notes(node)
             self.notes[node].whole = why_not_product(node)
             if self.notes[node].whole is None:
-                groups.setdefault(behind_reshapes(left_of(node)), []).append(node)
+                groups.setdefault(shared_left(node), []).append(node)
         for products in groups.values():
             yield from self._around(products)
 
@@ -112,7 +114,7 @@ class ProductRegions:
 
     def prologue(self, products: list[Node]) -> tuple[frozenset[Node], list[Broken]]:
         """What makes the left matrix and serves nothing else, and what ended it."""
-        rows, columns = shape_of(left_of(products[0]))
+        rows, columns = extent_of(left_of(products[0]))
         held: set[Node] = set()
         ends: dict[Node, Broken] = {}
         pending = [left_of(node) for node in products]
@@ -135,8 +137,8 @@ class ProductRegions:
 
     def _epilogue(self, products: list[Node]) -> frozenset[Node]:
         """The lines behind products up to the last value that alone is used by others; empty if there are none."""
-        rows, columns = shape_of(products[0])
-        if any(shape_of(node) != (rows, columns) for node in products):
+        rows, columns = extent_of(products[0])
+        if any(shape_of(node) != shape_of(products[0]) for node in products):
             return frozenset()
         held: set[Node] = set(products)
         cuts: list[tuple[Node, frozenset[Node]]] = []
@@ -177,7 +179,7 @@ class ProductRegions:
         return [ends[node] for node in first[:_NUM_REASONS]] or [Broken(Rule.USER, node.name) for node in seen]
 
     def _refused_behind(self, node: Node, held: set[Node], products: list[Node]) -> Broken | None:
-        rows, columns = shape_of(products[0])
+        rows, columns = extent_of(products[0])
         wrong = refusal(node, rows, columns)
         if wrong is not None:
             return wrong
@@ -217,14 +219,14 @@ def why_not_product(node: Node) -> Broken | None:
         return Broken(Rule.SHAPE, node.name)
     if left.dtype not in MATRIX_DTYPES or not left.dtype == right.dtype == result.dtype:
         return Broken(Rule.DTYPE, node.name, f"{left.dtype} x {right.dtype}")
-    if node.kwargs or len(node.args) != (2 if op_name(node) == "aten.mm" else 3):
+    if node.kwargs or len(node.args) != (2 if op_name(node) in ("aten.mm", "aten.bmm") else 3):
         return Broken(Rule.NO_CODE, node.name, "a scaled product")
-    if 0 in (*left.shape, *right.shape) or left.shape[1] == 1:
+    if 0 in (*left.shape, *right.shape) or left.shape[-1] == 1:
         return Broken(Rule.NO_CODE, node.name, "an outer product")
     if behind_reshapes(left_of(node)) is source_of(node.args[-1]):  # type: ignore[arg-type]
         return Broken(Rule.NO_CODE, node.name, "a matrix times itself")
     bias = tensor_spec(node.args[0]) if len(node.args) == 3 else None  # type: ignore[arg-type]
-    if bias is not None and (bias.dtype != left.dtype or not fits(bias.shape, *result.shape)):
+    if bias is not None and (bias.dtype != left.dtype or not fits(bias.shape, *extent_of(node))):
         return Broken(Rule.BROADCAST, node.name, "what is added to the product")
     return None
 

@@ -33,13 +33,13 @@ UNARY: tuple[str, ...] = (
 COMPARISONS: tuple[str, ...] = ("eq", "ne", "lt", "le", "gt", "ge")
 BINARY: tuple[str, ...] = ("add", "sub", "mul", "div", "maximum", "minimum", *COMPARISONS)
 REDUCTIONS: tuple[str, ...] = ("sum", "mean", "amax", "var_mean")
-GEMMS: tuple[str, ...] = ("mm", "addmm")
+GEMMS: tuple[str, ...] = ("mm", "addmm", "bmm", "baddbmm")
 VIEWS: tuple[str, ...] = ("reshape", "t", "getitem")
 # name -> numbers of arguments
 ARITY: Mapping[str, int] = {
     **dict.fromkeys((*UNARY, "clone", "t", "sum", "mean", "amax"), 1),
-    **dict.fromkeys((*BINARY, "pow", "gelu", "convert", "var_mean", "mm", "reshape", "getitem"), 2),
-    **dict.fromkeys(("where", "addmm", "full"), 3),
+    **dict.fromkeys((*BINARY, "pow", "gelu", "convert", "var_mean", "mm", "bmm", "reshape", "getitem"), 2),
+    **dict.fromkeys(("where", "addmm", "baddbmm", "full"), 3),
 }
 
 

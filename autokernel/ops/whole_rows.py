@@ -6,12 +6,11 @@ program holds whole rows of the result, so these are limited. What others use, t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from autokernel.ops.growth import Found, Growth, behind_reshapes, computes, is_row_reshape, left_of, weight_view
-from autokernel.ops.legality import Broken, Rule, is_free, shape_of
+from autokernel.ops.growth import Found, Growth, behind_reshapes, computes, is_row_reshape, shared_left, weight_view
+from autokernel.ops.legality import Broken, Rule, extent_of, is_free
 from autokernel.ops.matching import op_name
 from autokernel.ops.product_regions import PRODUCTS, ProductRegions, why_no_whole_rows, why_not_product
 from autokernel.ops.program import REDUCTIONS
@@ -45,17 +44,15 @@ class WholeRowRegions:
 
     def _products_before(self, seed: Node, tail: frozenset[Node]) -> list[list[Node]]:
         """The products that a region of rows reads, by their left matrix, the last ones first."""
-        source = shape_of(seed.args[0])
-        groups: dict[Node, list[Node]] = {}
+        groups: dict[tuple[Node, tuple[int, ...]], list[Node]] = {}
         for node in sorted(self._growth.inputs_of(tail), key=self.order.__getitem__):
             product = node
             while is_row_reshape(product):
                 product = product.all_input_nodes[0]
             if op_name(product) not in PRODUCTS or why_not_product(product) is not None:
                 continue
-            shape = shape_of(product)
-            if shape[-1] == source[-1] and math.prod(shape) == math.prod(source):
-                groups.setdefault(behind_reshapes(left_of(product)), []).append(product)
+            if extent_of(product) == extent_of(seed.args[0]):
+                groups.setdefault(shared_left(product), []).append(product)
         found = [list(dict.fromkeys(products)) for products in groups.values()]
         return sorted(found, key=lambda products: -self.order[products[-1]])
 

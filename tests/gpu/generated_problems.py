@@ -47,6 +47,21 @@ PROGRAMS: dict[str, tuple[str, list[tuple[int, ...]]]] = {
         "o1 = mul(i3, t9)",
         [(0, 1, S), (0, 1, H), (S, H), (S,)],
     ),
+    # batches: 12 heads of a ViT-Base whose attention is spelled out
+    "scores_softmax": (
+        "t0 = bmm(i0, i1); t1 = mul(t0, 0.125); t2 = add(t1, i2); t3 = convert(t2, float32); t4 = amax(t3); t5 = sub(t3, t4); "
+        "t6 = exp(t5); t7 = sum(t6); t8 = div(t6, t7); o0 = convert(t8, bfloat16)",
+        [(12, 0, 64), (12, 64, 197), (12, 1, 197)],
+    ),
+    "scores_mask": (
+        "t0 = bmm(i0, i1); t1 = mul(t0, 0.125); o0 = add(t1, i2)",
+        [(12, 0, 64), (12, 64, 197), (12, 1, 197)],
+    ),
+    "softmax_values": (
+        "t0 = convert(i0, float32); t1 = amax(t0); t2 = sub(t0, t1); t3 = exp(t2); t4 = sum(t3); t5 = div(t3, t4); "
+        "t6 = convert(t5, bfloat16); o0 = bmm(t6, i1)",
+        [(12, 0, 197), (12, 197, 64)],
+    ),
 }
 FP32 = frozenset({"relu_down_sum_norm"})  # the others are bf16
 

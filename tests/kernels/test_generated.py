@@ -83,11 +83,14 @@ def compiled(problem: Problem, plan: KernelPlan, stage: str = "ptx") -> tuple[st
     return str(kernel.asm[stage]), int(kernel.metadata.shared)
 
 
-@pytest.mark.parametrize("name", ["interpreted_generated.py", "interpreted_epilogues.py"])
-def test_kernels_compute_what_their_programs_do(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "script", ["interpreted_generated", "interpreted_epilogues whole_rows", "interpreted_epilogues batches"]
+)
+def test_kernels_compute_what_their_programs_do(script: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent.parent), "AUTOKERNEL_CACHE_DIR": str(tmp_path)}
-    script = str(FOLDER / name)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    name, *what = script.split()
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *what]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.splitlines() == ["done"], done.stdout + done.stderr[-2000:]
 
 
@@ -247,6 +250,38 @@ def test_a_program_without_whole_rows_is_refused(changes: dict[str, Any], said: 
         plan_of(problem, config)
     space = load_space("generated")["triton"]
     assert space.violations(config, names_for(Generated().dims(problem), H200))
+
+
+def scores(batch: int, m: int, n: int, k: int, softmax: bool) -> Problem:
+    """Scaled scores of a batch with a mask, of matrices that are seen the other way round."""
+    text = "t0 = bmm(i0, i1); t1 = mul(t0, 0.125); " + (
+        "t2 = add(t1, i2); t3 = convert(t2, float32); t4 = amax(t3); t5 = sub(t3, t4); t6 = exp(t5); t7 = sum(t6); "
+        "t8 = div(t6, t7); o0 = convert(t8, bfloat16)"
+        if softmax
+        else "o0 = add(t1, i2)"
+    )
+    keys = TensorSpec(shape=(batch, k, n), dtype="bfloat16", stride=(n * k, 1, k))
+    operands = (spec(batch, m, k), keys, spec(batch, 1, n))
+    return Problem(op="generated", inputs=operands, device="cuda", scalars=(("program", text),))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "softmax", "programs", "instruction"),
+    [
+        (197, 197, False, 12 * 4 * 4, "m64n64k16.f32.bf16"),
+        (197, 197, True, 12 * 13, "m64n16k16.f32.bf16"),
+        (512, 512, True, 12 * 32, "m64n16k16.f32.bf16"),
+        (1, 512, False, 12 * 128, "fma.rn.f32"),
+    ],
+)
+def test_batches_compile_for_hopper(m: int, n: int, softmax: bool, programs: int, instruction: str, tmp_path: Path) -> None:
+    problem = scores(12, m, n, 64, softmax)
+    config = default(problem)
+    (launch,) = plan_of(problem, config).launches
+    assert launch.grid == (programs, 1, 1)
+    ptx = ptx_of(problem, plan_of(problem, config))
+    assert instruction in ptx
+    assert for_hopper.bytes_of_stack(ptx, tmp_path) == 0
 
 
 def test_statistics_of_rows_are_read_ahead() -> None:
