@@ -11,6 +11,7 @@ the profiler measured in stock's step: library calls alone, so for attention wit
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -52,8 +53,8 @@ def products_of(problem: Problem) -> Counter[Shape]:
         results = results_of(problem)
         for line in program_of(problem).lines:
             if line.op in GEMMS:
-                m, k = results[line.operands[-2]].shape
-                found[(1, m, results[line.name].shape[1], k)] += 1
+                *batch, m, k = results[line.operands[-2]].shape
+                found[(math.prod(batch), m, results[line.name].shape[-1], k)] += 1
     return found
 
 

@@ -62,7 +62,8 @@ def plan_products(problem: Problem, config: Mapping[str, ConfigValue]) -> Kernel
         raise ValueError("generated_mm is for programs with matrix products: use generated_rows")
     dims = Generated().dims(problem)
     rows, depth = dims["m"], dims["k"]
-    _refuse(chosen.problem(rows, depth), problem.inputs, results, program)
+    whole_row = dims["n"] // dims["num_products"] if dims["whole_rows"] else 0
+    _refuse(chosen.problem(rows, depth, whole_row), problem.inputs, results, program)
     made = products_source(program, results, rows, depth, chosen)
     scratch: tuple[Buffer, ...] = ()
     if chosen.split_k > 1:

@@ -64,8 +64,13 @@ class ProductsConfig(Parameters):
     split_k: int = 1
     precision: Precision = "ieee"
 
-    def problem(self, rows: int, depth: int) -> str | None:
-        """The rule that products of so many rows and such a depth break, None if there is none."""
+    def problem(self, rows: int, depth: int, whole_row: int = 0) -> str | None:
+        """The rule that products of so many rows and such a depth break, None if there is none.
+
+        Args:
+            rows, depth: of the left matrix.
+            whole_row: columns of a result whose rows are reduced behind the product, 0 without that.
+        """
         if self.mode not in MODES:
             return f"mode must be one of {', '.join(MODES)}; it is {self.mode}"
         if wrong := precision_problem(self.precision):
@@ -78,6 +83,11 @@ class ProductsConfig(Parameters):
             return f"mode vector is for one row and block_m of 1; there are {rows} rows, block_m is {self.block_m}"
         if self.mode != "vector" and min(self.block_m, self.block_n, self.block_k) < _MIN_TILE:
             return f"tiles of matrix instructions are at least 16; this is {self.block_m}x{self.block_n}x{self.block_k}"
+        if whole_row and (self.mode == "vector" or self.block_n < whole_row):
+            return (
+                f"a program holds whole rows of {whole_row} columns where these are reduced behind the product: "
+                f"block_n must be as many, in mode rows or swap; it is {self.block_n} in mode {self.mode}"
+            )
         if not 1 <= self.split_k <= max(1, -(-depth // self.block_k)):
             return f"K has {-(-depth // self.block_k)} blocks of {self.block_k}; split_k is {self.split_k}"
         return None

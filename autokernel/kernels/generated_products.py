@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,11 +34,12 @@ class ProductsSource:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Products that are tiles of one program: they end in common outputs."""
+    """Products that are tiles of one program: they end in common outputs. Of batches, all are as large."""
 
     products: tuple[Line, ...]
     outputs: tuple[str, ...]
     columns: int
+    batch: int
 
 
 def products_source(
@@ -55,7 +57,7 @@ def products_source(
     weights: list[str] = []
     before = part_before = 0
     for number, group in enumerate(groups):
-        tiles = tiles_m * -(-group.columns // config.block_n)
+        tiles = group.batch * tiles_m * -(-group.columns // config.block_n)
         section = _Section(program, results, rows, depth, config, group, tiles_m, ahead)
         lines = section.lines(before, part_before)
         parts.append(f"@triton.jit\ndef _part{number}(program, {', '.join(parameters)}):\n{indented(lines)}")
@@ -89,7 +91,8 @@ def groups_of(program: Program, results: Mapping[str, TensorSpec]) -> list[Group
         outputs = tuple(output for output in program.outputs if behind[output] & members)
         if not lines:
             raise ValueError(f"every output of generated_mm comes from a product; {', '.join(outputs)} does not")
-        found.append(Group(lines, outputs, results[lines[0].name].shape[1]))
+        *batch, _, columns = results[lines[0].name].shape
+        found.append(Group(lines, outputs, columns, math.prod(batch)))
     return found
 
 
@@ -112,7 +115,7 @@ class _Section:
         tiles_m: int,
         ahead: bool,
     ) -> None:
-        self.writer = Writer(program, results, rows, config.block_m)
+        self.writer = Writer(program, results, group.batch * rows, config.block_m, group.batch)
         self.results, self.config, self.group, self.tiles_m = results, config, group, tiles_m
         self.rows, self.depth, self.ahead = rows, depth, ahead
         self.left = str(group.products[0].arguments[-2])
@@ -127,12 +130,17 @@ class _Section:
 
     def lines(self, tiles_before: int, parts_before: int) -> list[str]:
         """The body of the function that computes a tile."""
-        config = self.config
-        lines = [
-            f"tile = program // {config.split_k}" if config.split_k > 1 else "tile = program",
-            f"m = (tile % {self.tiles_m}) * {config.block_m} + tl.arange(0, {config.block_m})[:, None]",
-            f"row = tl.minimum(m, {self.rows - 1})" if self.rows % config.block_m else "row = m",
-            f"n_at = (tile // {self.tiles_m}) * {config.block_n} + tl.arange(0, {config.block_n})",
+        config, at = self.config, "tile"
+        lines = [f"tile = program // {config.split_k}" if config.split_k > 1 else "tile = program"]
+        row = f"tl.minimum(m, {self.rows - 1})" if self.rows % config.block_m else "m"
+        if self.group.batch > 1:
+            tiles = self.tiles_m * -(-self.group.columns // config.block_n)
+            lines += [f"batch = tile // {tiles}", f"at = tile % {tiles}"]
+            at, row = "at", f"batch * {self.rows} + {row}"
+        lines += [
+            f"m = ({at} % {self.tiles_m}) * {config.block_m} + tl.arange(0, {config.block_m})[:, None]",
+            f"row = {row}",
+            f"n_at = ({at} // {self.tiles_m}) * {config.block_n} + tl.arange(0, {config.block_n})",
             # columns that are not there are read from the last one, and never stored
             f"n_read = tl.minimum(n_at, {self.group.columns - 1})" if self.n.ragged else "n_read = n_at",
         ]
@@ -241,7 +249,7 @@ class _Section:
         lines, products = scope.lines, list(enumerate(self.group.products))
         lines += [f"acc{number} = acc{number} * {by}" for number, _ in products]
         lines.append(f'if tl.max((({by} == 0) | (tl.abs({by}) == float("inf"))).to(tl.int32)) > 0:')
-        plain = Writer(self.writer.program, self.results, self.rows, self.config.block_m)
+        plain = Writer(self.writer.program, self.results, self.writer.rows, self.config.block_m, self.writer.batch)
         plain.fixed[scale.number] = by
         again = Scope(self.k, prefix="z_")
         tile = self._inside(plain.tile(self.left, (), again))
@@ -262,17 +270,18 @@ class _Section:
 
     def _along_k(self, line: Line) -> bool:
         """Whether the right matrix is contiguous along K: its tile is read as [block_n, block_k] then."""
-        stride = self.results[str(line.arguments[-1])].stride
-        return stride[0] <= stride[1]
+        step_k, step_n = self.results[str(line.arguments[-1])].stride[-2:]
+        return step_k <= step_n
 
     def _weight(self, line: Line, columns: str) -> str:
         """The load of a tile of a right matrix, at these numbers of K: [1, block_k], and without the first dimension `_at`."""
         right = str(line.arguments[-1])
-        step_k, step_n = self.results[right].stride
+        *step_batch, step_k, step_n = self.results[right].stride
         source = self._source(right)
         along = self._along_k(line)
         n, k = ("n_read[:, None]", columns) if along else ("n_read[None, :]", f"{columns}_at[:, None]")
         where = " + ".join(text if step == 1 else f"{text} * {step}" for text, step in ((n, step_n), (k, step_k)))
+        where += f" + batch * {step_batch[0]}" if self.group.batch > 1 and step_batch[0] else ""
         guard = f", mask={k} < {self.depth}, other=0.0" if self.k.ragged else ""
         return f'tl.load({source} + {where}{guard}, eviction_policy="evict_first")'
 
@@ -306,10 +315,13 @@ class _Section:
         scope = Scope(self.n)
         for number, line in enumerate(self.group.products):
             text = f"acc{number}"
-            if line.op == "addmm":
-                text = f"{text} + {self.writer.tile(str(line.arguments[0]), (self.rows,), scope)}"
+            if line.op in ("addmm", "baddbmm"):
+                frame = self.results[line.name].shape[:-1]
+                text = f"{text} + {self.writer.tile(str(line.arguments[0]), frame, scope)}"
             scope.lines.append(f"p{number} = {rounded(text, line.op, self.results[line.name].dtype)}")
             self.writer.fixed[line.name] = f"p{number}"
+        if self.writer.program.row_epilogue:
+            self.writer.at_once(set(self.group.outputs), scope)
         for output in self.group.outputs:
             self.writer.store(output, scope)
         return scope.lines

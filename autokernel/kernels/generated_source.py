@@ -4,8 +4,8 @@ A program of rows has one Triton program per block of rows, which holds whole ro
 every reduction that needs another's result and once for the outputs. A program with matrix products has one per tile of a
 result: it walks over its rows of the left matrix for the statistics that the prologue needs, then over K, where it makes
 every tile of the left matrix in registers, exactly rounded as the graph rounds it; the epilogue is computed on the tile of
-the product, and what is stored is the region's result. Products that share the left matrix share the launch; those that
-share an output share the tile as well.
+the product, and what is stored is the region's result. Where the epilogue reduces rows, the tile has whole ones. Products
+that share the left matrix share the launch; those that share an output share the tile as well.
 """
 
 from __future__ import annotations
@@ -72,14 +72,18 @@ class Scope:
 class Writer:
     """Writes tiles of a program's values into scopes, each when it is first needed."""
 
-    def __init__(self, program: Program, results: Mapping[str, TensorSpec], rows: int, block_m: int) -> None:
+    def __init__(
+        self, program: Program, results: Mapping[str, TensorSpec], rows: int, block_m: int, batch: int = 1
+    ) -> None:  # fmt: skip
         self.program = program
         self.results = results
-        self.rows = rows
+        self.rows = rows  # of all of the batch, numbered by `row`; those of one part of it by `m`
+        self.batch = batch
         self.block_m = block_m
         self.fixed: dict[str, str] = {}  # known everywhere: statistics and products
         self._centers: dict[str, str] = {}  # means that are subtracted for a variance: in fp32, whatever the line's dtype is
         self._lines = {line.name: line for line in program.lines}
+        self._wide = _wide_values(program, results)
         self._exact: frozenset[str] = frozenset()  # lines that are not rounded
 
     def leave_out(self, scale: RowScale) -> None:
@@ -153,11 +157,12 @@ class Writer:
         """Write an output's tile to memory."""
         spec = self.results[name]
         tile = self.tile(name, spec.shape[:-1], scope)
-        rows = row_terms(spec, spec.shape[:-1], "m") or ["m * 0"]
+        rows = row_terms(spec, spec.shape[:-1], "m" if self.batch == 1 else "row") or ["m * 0"]
         columns = column_terms(spec, scope.columns)
         guards = []
-        if self.rows % self.block_m:
-            guards.append(f"(m < {self.rows})")
+        count = self.rows // self.batch
+        if count % self.block_m:
+            guards.append(f"(m < {count})")
         if scope.columns.ragged and columns:
             guards.append(f"({scope.columns.inside})")
         width = scope.columns.block if columns else 1
@@ -233,8 +238,10 @@ class Writer:
         return min(3, smem_bytes // size) if size else 0
 
     def at_once(self, names: set[str], scope: Scope) -> None:
-        """Find the statistics of rows that a tile holds whole."""
+        """Find the statistics of rows that a tile holds whole, without those that are known."""
         for statistic in self.statistics(names):
+            if statistic.name in self.fixed:
+                continue
             value = self._guarded(statistic, scope)
             self._finish(statistic, value, scope.lines)
 
@@ -246,6 +253,8 @@ class Writer:
             value = f"{value} * {value}"
         if scope.columns.ragged:
             value = f"tl.where({scope.columns.inside}, {value}, {reduction_of(statistic).start})"
+        elif statistic.source not in self._wide:
+            value = f"{value} + tl.zeros([1, {scope.columns.block}], tl.float32)"
         return f"({value})"
 
     def _finish(self, statistic: Statistic, running: str, lines: list[str]) -> None:
@@ -319,6 +328,15 @@ def indented(lines: list[str], by: int = 1) -> str:
 def products_of(program: Program) -> list[Line]:
     """The matrix products, in order."""
     return [line for line in program.lines if line.op in GEMMS]
+
+
+def _wide_values(program: Program, results: Mapping[str, TensorSpec]) -> frozenset[str]:
+    """Those whose tiles have an element for each column, and not one that stands for all of a row."""
+    found = {name for name in program.inputs if column_terms(results[name], Columns("c", 0, 1))}
+    for line in program.lines:
+        if line.op in GEMMS or (line.op not in REDUCTIONS and found.intersection(line.operands)):
+            found.add(line.name)
+    return frozenset(found)
 
 
 def _no_rows(shape: tuple[int, ...]) -> bool:

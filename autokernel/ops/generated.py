@@ -7,6 +7,7 @@ around a product, its prologue alone, its epilogue alone and the rows of a norm 
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from autokernel.ops.product_regions import PRODUCTS, ProductRegions
 from autokernel.ops.program import GEMMS, REDUCTIONS, VIEWS, Argument, Line, Program, program_of, results_of, run
 from autokernel.ops.row_regions import RowRegions
 from autokernel.ops.row_scale import row_scale
+from autokernel.ops.whole_rows import WholeRowRegions
 from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
 
 if TYPE_CHECKING:
@@ -59,19 +61,21 @@ class Generated:
         return run(problem, *inputs)
 
     def dims(self, problem: Problem) -> Mapping[str, int]:
-        """`has_gemm`; `m` rows; `n` columns of all products together, `k` their depth (rows alone: `n` columns, `k` 0);
-        `num_products`, `num_reductions`, `num_outputs`; `dtype_bytes` of the widest matrix, `out_bytes` of the first result;
-        `scaled`, whether the left matrix has a scale for each row that can be taken out (`row_scale`).
+        """`has_gemm`; `batch` of products, `m` rows of each; `n` columns of all products together, `k` their depth (rows alone:
+        `n` columns, `k` 0); `num_products`, `num_outputs`; `num_reductions`, with products those in front of them;
+        `whole_rows`, whether rows of the result are reduced behind products; `dtype_bytes` of the widest matrix, `out_bytes` of
+        the first result; `scaled`, whether the left matrix has a scale for each row that can be taken out (`row_scale`).
         """
         program, results = program_of(problem), results_of(problem)
         products = [line for line in program.lines if line.op in GEMMS]
-        reductions = sum(line.op in REDUCTIONS for line in program.lines)
-        m, n, k, widest = _sizes(program, results)
+        behind = len(program.row_epilogue)
+        reductions = sum(line.op in REDUCTIONS for line in program.lines) - behind
+        batch, m, n, k, widest = _sizes(program, results)
         return {
-            "has_gemm": int(bool(products)), "m": m, "n": n, "k": k,
+            "has_gemm": int(bool(products)), "batch": batch, "m": m, "n": n, "k": k,
             "num_products": len(products), "num_reductions": reductions, "num_outputs": len(program.outputs),
             "dtype_bytes": widest, "out_bytes": DTYPE_BYTES[results["o0"].dtype],
-            "scaled": int(row_scale(program, results) is not None),
+            "whole_rows": int(behind > 0), "scaled": int(row_scale(program, results) is not None),
         }  # fmt: skip
 
     def flops(self, problem: Problem) -> int:
@@ -105,10 +109,7 @@ def explain(graph: Graph) -> list[Explained]:
     _regions(growth)
     found = []
     for node in growth.nodes:
-        if op_name(node) in ("aten.bmm", "aten.baddbmm"):
-            no = Broken(Rule.NO_CODE, node.name, "a batch of products")
-            found.append(Explained(node.name, op_name(node), 0, (), (), no))
-        elif node in growth.notes:
+        if node in growth.notes:
             notes = growth.notes[node]
             whole = notes.whole
             if notes.num_regions == 0 and whole is None:
@@ -127,7 +128,9 @@ def count_rules(explained: Sequence[Explained]) -> Counter[str]:
 def _regions(growth: Growth) -> list[Found]:
     """All regions of a graph, each once: around products first."""
     found: dict[tuple[frozenset[Node], tuple[Node, ...]], Found] = {}
-    for region in (*ProductRegions(growth).regions(), *RowRegions(growth).regions()):
+    products, rows = ProductRegions(growth), RowRegions(growth)
+    apart = (*products.regions(), *rows.regions())
+    for region in (*WholeRowRegions(growth, products, rows).regions(), *apart):
         found.setdefault((region.inner, region.outputs), region)
     return list(found.values())
 
@@ -166,6 +169,9 @@ def written(outputs: Sequence[Node], inner: frozenset[Node]) -> tuple[Program, t
             inputs.append(node)
             names[node] = f"i{len(inputs) - 1}"
             return names[node]
+        if op_name(node) == "aten.expand" and node not in positions:  # the same value
+            names[node] = visit(node.all_input_nodes[0])
+            return names[node]
         op, given = _line_of(node)
         arguments = tuple(visit(a) if not isinstance(a, (str, int, float, tuple)) else a for a in given)
         seen = known.get((op, arguments))
@@ -194,23 +200,23 @@ def _line_of(node: Node) -> tuple[str, tuple[Node | Argument, ...]]:
     return call.op, call.arguments
 
 
-def _sizes(program: Program, results: Mapping[str, TensorSpec]) -> tuple[int, int, int, int]:
-    """m, n, k and the bytes of an element of the widest matrix."""
+def _sizes(program: Program, results: Mapping[str, TensorSpec]) -> tuple[int, int, int, int, int]:
+    """batch, m, n, k and the bytes of an element of the widest matrix."""
     products = [line for line in program.lines if line.op in GEMMS]
     if products:
         left = results[str(products[0].arguments[-2])]
-        n = sum(results[line.name].shape[1] for line in products)
-        return left.shape[0], n, left.shape[1], DTYPE_BYTES[left.dtype]
+        n = sum(results[line.name].shape[-1] for line in products)
+        *batch, m, k = left.shape
+        return math.prod(batch), m, n, k, DTYPE_BYTES[left.dtype]
     reduced = next(results[str(line.arguments[0])] for line in program.lines if line.op in REDUCTIONS)
     rows = reduced.num_elements // reduced.shape[-1]
     widest = max(DTYPE_BYTES[results[name].dtype] for name in (*program.inputs, *program.outputs))
-    return rows, reduced.shape[-1], 0, widest
+    return 1, rows, reduced.shape[-1], 0, widest
 
 
 def _flops(line: Line, results: Mapping[str, TensorSpec]) -> int:
     if line.op in GEMMS:
-        (m, k), n = results[str(line.arguments[-2])].shape, results[line.name].shape[1]
-        return 2 * m * n * k
+        return 2 * results[str(line.arguments[-2])].num_elements * results[line.name].shape[-1]
     return results[line.name].num_elements
 
 

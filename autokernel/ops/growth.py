@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
 MAX_LINES, MAX_INPUTS, MAX_OUTPUTS = 64, 16, 4
-_LAYOUT = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.unsqueeze", "aten.squeeze", "aten.full", "aten.permute")
+_LAYOUT = (
+    "aten.view",
+    "aten.reshape",
+    "aten._unsafe_view",
+    "aten.unsqueeze",
+    "aten.squeeze",
+    "aten.full",
+    "aten.permute",
+    "aten.expand",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +107,11 @@ class Growth:
 
 def left_of(node: Node) -> Node:
     return node.args[-2]  # type: ignore[return-value]
+
+
+def shared_left(node: Node) -> tuple[Node, tuple[int, ...]]:
+    """What products have in common that share their left matrix: where it comes from, and how it is cut into a batch."""
+    return behind_reshapes(left_of(node)), shape_of(left_of(node))[:-2]
 
 
 def weight_view(product: Node) -> Node | None:

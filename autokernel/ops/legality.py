@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16", "bool")
 MATRIX_DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
+MAX_ROW_BYTES = 4096  # of a block that holds whole rows of products: two steps of 16 along K fill half of the shared memory
 _RESHAPES = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.squeeze", "aten.unsqueeze")
 _POWERS = (2, 3, 0.5, -0.5, -1)  # 2.0 is 2
 _OF_TRUTHS = (*COMPARISONS, "isnan", "logical_not", "where", "convert", "full", "reshape", "clone")
@@ -114,6 +115,11 @@ def fits(shape: tuple[int, ...], rows: int, columns: int) -> bool:
     return shape[-1] in (1, columns) and rows % max(1, math.prod(shape[:-1])) == 0
 
 
+def row_bytes(columns: int, products: int, dtype_bytes: int) -> int:
+    """What each step along K reads for a block that holds whole rows of so many products, filled up to a power of two."""
+    return products * dtype_bytes * max(16, 1 << (columns - 1).bit_length())
+
+
 def is_full(shape: tuple[int, ...], rows: int, columns: int) -> bool:
     """Whether it has an element for each row: for each column as well, or one."""
     return bool(shape) and shape[-1] in (1, columns) and math.prod(shape[:-1]) == rows
@@ -127,6 +133,12 @@ def is_free(node: Node) -> bool:
 def shape_of(node: Any) -> tuple[int, ...]:
     """Sizes of a node's value."""
     return tuple(node.meta["val"].shape)
+
+
+def extent_of(node: Any) -> tuple[int, int]:
+    """Rows and columns of a node's value."""
+    *lead, columns = shape_of(node)
+    return math.prod(lead), columns
 
 
 def _wrong_operands(node: Node, call: Call, rows: int, columns: int) -> Broken | None:
@@ -166,6 +178,12 @@ def _is_plain(argument: object) -> bool:
 
 def _reshape(node: Node) -> Call | None:
     return Call("reshape", (node.all_input_nodes[0], shape_of(node)))
+
+
+def _expand(node: Node) -> Call | None:
+    """One that changes nothing, as in front of a batch of products."""
+    source = node.all_input_nodes[0]
+    return Call("reshape", (source, shape_of(node))) if shape_of(source) == shape_of(node) else None
 
 
 def _convert(node: Node) -> Call | None:
@@ -222,6 +240,7 @@ def _getitem(node: Node) -> Call | None:
 _SPECIAL: dict[str, Any] = {
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(("aten.sum", "aten.mean", "aten.amax", "aten.var_mean"), _reduction),
+    "aten.expand": _expand,
     "prims.convert_element_type": _convert,
     "aten.full": _full,
     "aten.pow": _pow,

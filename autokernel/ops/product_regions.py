@@ -1,12 +1,12 @@
 """Regions around matrix products: a prologue, products that share their left matrix, and epilogues.
 
 The prologue is what makes the left matrix and serves nothing else. An epilogue is what follows one product, or all of them,
-up to the last value that alone is used by others.
+up to the last value that alone is used by others; one that reduces rows is in `whole_rows.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autokernel.ops.growth import (
@@ -18,17 +18,32 @@ from autokernel.ops.growth import (
     computes,
     is_row_reshape,
     left_of,
+    shared_left,
     weight_view,
     without_last_views,
 )
-from autokernel.ops.legality import MATRIX_DTYPES, Broken, Rule, call_of, fits, is_free, is_full, refusal, shape_of
+from autokernel.ops.legality import (
+    MATRIX_DTYPES,
+    MAX_ROW_BYTES,
+    Broken,
+    Rule,
+    call_of,
+    extent_of,
+    fits,
+    is_free,
+    is_full,
+    refusal,
+    row_bytes,
+    shape_of,
+)
 from autokernel.ops.matching import op_name, source_of, tensor_spec
 from autokernel.ops.program import REDUCTIONS
+from autokernel.records import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
-PRODUCTS = ("aten.mm", "aten.addmm")
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 _NUM_REASONS = 3  # of what ended an epilogue: the nearest
 
 
@@ -41,21 +56,23 @@ class ProductRegions:
 
     def regions(self) -> Iterable[Found]:
         """Those that hold more before their parts; what became of each product is noted."""
-        groups: dict[Node, list[Node]] = {}
+        groups: dict[tuple[Node, tuple[int, ...]], list[Node]] = {}
         for node in self.nodes:
             if op_name(node) not in PRODUCTS:
                 continue
             self.notes[node] = Notes(node)
             self.notes[node].whole = why_not_product(node)
             if self.notes[node].whole is None:
-                groups.setdefault(behind_reshapes(left_of(node)), []).append(node)
+                groups.setdefault(shared_left(node), []).append(node)
         for products in groups.values():
             yield from self._around(products)
 
     def _around(self, products: list[Node]) -> Iterable[Found]:
         """Regions of products that share their left matrix."""
         bare = frozenset(products) | {right for node in products if (right := weight_view(node)) is not None}
-        prologue = self._prologue(products)
+        prologue, ends = self.prologue(products)
+        for node in products:
+            self.notes[node].before = ends
         parts = [self._epilogue([node]) for node in products]
         joint = self._epilogue(products) if len(products) > 1 else frozenset()
         whole = joint or frozenset().union(*parts)
@@ -63,13 +80,13 @@ class ProductRegions:
         if computes(prologue):
             wanted += [bare | prologue | whole, bare | prologue]
         if joint:
-            wanted.append(bare | joint | self._shared_views(products))
+            wanted.append(bare | joint | self.shared_views(products))
         for node, part in zip(products, parts, strict=True):
             if computes(part):
                 alone = frozenset({node}) | ({right} if (right := weight_view(node)) is not None else frozenset())
-                wanted.append(alone | part | self._shared_views([node]))
+                wanted.append(alone | part | self.shared_views([node]))
         if not joint and not any(map(computes, parts)) and _lacks_kernels(products[0]):
-            wanted.append(bare | self._shared_views(products))
+            wanted.append(bare | self.shared_views(products))
         any_legal = False
         for inner in dict.fromkeys(wanted):
             wrong = self._growth.problem_of(inner)
@@ -85,7 +102,7 @@ class ProductRegions:
             if self.notes[node].num_regions:
                 self.notes[node].whole = None
 
-    def _shared_views(self, products: list[Node]) -> frozenset[Node]:
+    def shared_views(self, products: list[Node]) -> frozenset[Node]:
         """The reshapes between the value that products share and themselves, where nothing else uses them."""
         found: set[Node] = set()
         for node in products:
@@ -95,9 +112,9 @@ class ProductRegions:
                 view = view.all_input_nodes[0]
         return frozenset(found)
 
-    def _prologue(self, products: list[Node]) -> frozenset[Node]:
-        """What makes the left matrix and serves nothing else."""
-        rows, columns = shape_of(left_of(products[0]))
+    def prologue(self, products: list[Node]) -> tuple[frozenset[Node], list[Broken]]:
+        """What makes the left matrix and serves nothing else, and what ended it."""
+        rows, columns = extent_of(left_of(products[0]))
         held: set[Node] = set()
         ends: dict[Node, Broken] = {}
         pending = [left_of(node) for node in products]
@@ -116,15 +133,12 @@ class ProductRegions:
             held.add(node)
             # a value may have been refused for a user that has been taken in since
             pending += [*node.all_input_nodes, *(other for other in ends if ends[other].rule is Rule.USER)]
-        last = [wrong for node, wrong in ends.items() if set(node.users) & (held | set(products))]
-        for product in products:
-            self.notes[product].before = last
-        return frozenset(held)
+        return frozenset(held), [wrong for node, wrong in ends.items() if set(node.users) & (held | set(products))]
 
     def _epilogue(self, products: list[Node]) -> frozenset[Node]:
         """The lines behind products up to the last value that alone is used by others; empty if there are none."""
-        rows, columns = shape_of(products[0])
-        if any(shape_of(node) != (rows, columns) for node in products):
+        rows, columns = extent_of(products[0])
+        if any(shape_of(node) != shape_of(products[0]) for node in products):
             return frozenset()
         held: set[Node] = set(products)
         cuts: list[tuple[Node, frozenset[Node]]] = []
@@ -134,7 +148,7 @@ class ProductRegions:
         for node in self.nodes[min(map(self.order.__getitem__, products)) :]:
             if node not in follow or node in held:
                 continue
-            wrong = self._refused_behind(node, held, rows, columns)
+            wrong = self._refused_behind(node, held, products)
             if wrong is not None:
                 ends[node] = wrong
                 continue
@@ -164,14 +178,15 @@ class ProductRegions:
         first = sorted((node for node in seen if node in ends), key=self.order.__getitem__)
         return [ends[node] for node in first[:_NUM_REASONS]] or [Broken(Rule.USER, node.name) for node in seen]
 
-    def _refused_behind(self, node: Node, held: set[Node], rows: int, columns: int) -> Broken | None:
+    def _refused_behind(self, node: Node, held: set[Node], products: list[Node]) -> Broken | None:
+        rows, columns = extent_of(products[0])
         wrong = refusal(node, rows, columns)
         if wrong is not None:
             return wrong
         call = call_of(node)
         assert call is not None
         if call.op in REDUCTIONS or call.op == "getitem":
-            return Broken(Rule.BEHIND_PRODUCT, node.name)
+            return Broken(Rule.BEHIND_PRODUCT, node.name, why_no_whole_rows(products))
         if shape_of(node)[-1:] != (columns,) or not is_full(shape_of(node), rows, columns):
             return Broken(Rule.BROADCAST, node.name, f"{list(shape_of(node))}")
         for operand in node.all_input_nodes:
@@ -187,6 +202,15 @@ def _lacks_kernels(product: Node) -> bool:
     return spec is not None and spec.dtype == "float32"
 
 
+def why_no_whole_rows(products: Sequence[Node]) -> str:
+    """Why no program holds whole rows of the results of products; empty if one can."""
+    columns, several = shape_of(products[0])[-1], f" of {len(products)} products" if len(products) > 1 else ""
+    spec = tensor_spec(products[0])
+    if spec is not None and row_bytes(columns, len(products), DTYPE_BYTES[spec.dtype]) <= MAX_ROW_BYTES:
+        return ""
+    return f"rows of {columns}{several} do not fit into a block"
+
+
 def why_not_product(node: Node) -> Broken | None:
     """The rule that keeps a matrix product out of a generated kernel."""
     left, right = tensor_spec(left_of(node)), tensor_spec(node.args[-1])  # type: ignore[arg-type]
@@ -195,14 +219,14 @@ def why_not_product(node: Node) -> Broken | None:
         return Broken(Rule.SHAPE, node.name)
     if left.dtype not in MATRIX_DTYPES or not left.dtype == right.dtype == result.dtype:
         return Broken(Rule.DTYPE, node.name, f"{left.dtype} x {right.dtype}")
-    if node.kwargs or len(node.args) != (2 if op_name(node) == "aten.mm" else 3):
+    if node.kwargs or len(node.args) != (2 if op_name(node) in ("aten.mm", "aten.bmm") else 3):
         return Broken(Rule.NO_CODE, node.name, "a scaled product")
-    if 0 in (*left.shape, *right.shape) or left.shape[1] == 1:
+    if 0 in (*left.shape, *right.shape) or left.shape[-1] == 1:
         return Broken(Rule.NO_CODE, node.name, "an outer product")
     if behind_reshapes(left_of(node)) is source_of(node.args[-1]):  # type: ignore[arg-type]
         return Broken(Rule.NO_CODE, node.name, "a matrix times itself")
     bias = tensor_spec(node.args[0]) if len(node.args) == 3 else None  # type: ignore[arg-type]
-    if bias is not None and (bias.dtype != left.dtype or not fits(bias.shape, *result.shape)):
+    if bias is not None and (bias.dtype != left.dtype or not fits(bias.shape, *extent_of(node))):
         return Broken(Rule.BROADCAST, node.name, "what is added to the product")
     return None
 

@@ -33,13 +33,13 @@ UNARY: tuple[str, ...] = (
 COMPARISONS: tuple[str, ...] = ("eq", "ne", "lt", "le", "gt", "ge")
 BINARY: tuple[str, ...] = ("add", "sub", "mul", "div", "maximum", "minimum", *COMPARISONS)
 REDUCTIONS: tuple[str, ...] = ("sum", "mean", "amax", "var_mean")
-GEMMS: tuple[str, ...] = ("mm", "addmm")
+GEMMS: tuple[str, ...] = ("mm", "addmm", "bmm", "baddbmm")
 VIEWS: tuple[str, ...] = ("reshape", "t", "getitem")
 # name -> numbers of arguments
 ARITY: Mapping[str, int] = {
     **dict.fromkeys((*UNARY, "clone", "t", "sum", "mean", "amax"), 1),
-    **dict.fromkeys((*BINARY, "pow", "gelu", "convert", "var_mean", "mm", "reshape", "getitem"), 2),
-    **dict.fromkeys(("where", "addmm", "full"), 3),
+    **dict.fromkeys((*BINARY, "pow", "gelu", "convert", "var_mean", "mm", "bmm", "reshape", "getitem"), 2),
+    **dict.fromkeys(("where", "addmm", "baddbmm", "full"), 3),
 }
 
 
@@ -84,6 +84,13 @@ class Program:
     def line(self, name: str) -> Line:
         """The line that makes a value."""
         return next(line for line in self.lines if line.name == name)
+
+    @property
+    def row_epilogue(self) -> tuple[Line, ...]:
+        """Reductions that no product waits for, in a program with products: they are of rows of the result."""
+        products = [line for line in self.lines if line.op in GEMMS]
+        before = {line.name for product in products for line in self.behind(product.name)}
+        return tuple(line for line in self.lines if products and line.op in REDUCTIONS and line.name not in before)
 
     def behind(self, name: str) -> tuple[Line, ...]:
         """All lines that a value depends on, its own included, in order."""

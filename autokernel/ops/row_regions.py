@@ -21,6 +21,7 @@ class RowRegions:
     def __init__(self, growth: Growth) -> None:
         self._growth = growth
         self.nodes, self.order, self.notes = growth.nodes, growth.order, growth.notes
+        self.grown: dict[Node, frozenset[Node]] = {}  # reduction -> what is legal with it, were it alone
 
     def regions(self) -> Iterable[Found]:
         """One for each row of reductions; what became of each reduction is noted."""
@@ -73,6 +74,8 @@ class RowRegions:
         notes.before = [refused[n] for n in self._growth.inputs_of(inner) if n in refused]
         notes.behind = [refused[user] for n in inner for user in n.users if user in refused and user not in inner]
         notes.whole = self._growth.problem_of(inner)
+        if notes.whole is None:
+            self.grown[seed] = inner
         if notes.whole is None and sum(is_work(node) for node in inner) < 2:
             notes.whole = next(iter((*notes.behind, *notes.before)), Broken(Rule.USER, seed.name))
         return frozenset() if notes.whole is not None else inner

@@ -124,13 +124,15 @@ def is_predicted(op: str, names: Names) -> bool:
     Generated products are taken for the skinny kernel's, as long as the reading of weights is what they do: for 14 to 23
     configs of Llama's regions with one row, predicted and measured times on an H200 have rank correlations of 0.66 to 0.85; in
     fp32, and with 197 rows, often none. Where rows are reduced first there are parameters that the features do not know; one
-    row whose scale is taken out of the products is read like any other.
+    row whose scale is taken out of the products is read like any other. Tiles of whole rows were never recorded,
+    nor were batches.
     """
     if op != "generated":
         return op in _PREDICTED_OPS
     reads = names["dtype_bytes"] == _RECORDED_BYTES and float(names["m"]) <= _GENERATED_MAX_M
     on_the_way = names["num_reductions"] == 0 or (names["m"] == 1 and bool(names.get("scaled")))
-    return bool(names["has_gemm"]) and on_the_way and reads
+    alone = names.get("batch", 1) == 1 and not names.get("whole_rows")
+    return bool(names["has_gemm"]) and on_the_way and reads and alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

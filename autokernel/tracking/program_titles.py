@@ -25,7 +25,10 @@ _SOFTMAX = ("max", "sub", "exp", "sum", "div")
 
 @dataclass(frozen=True, slots=True)
 class ProgramTitle:
-    """`words` say what is done, `shape` is M×N×K of the products (N in brackets, if several), or rows×columns."""
+    """`words` say what is done, `shape` is M×N×K of the products, or rows×columns.
+
+    N is in brackets, if there are several, and a batch is in front.
+    """
 
     words: str
     shape: str
@@ -69,8 +72,9 @@ class _Reading:
             widest = max((self.shapes[line.operands[0]] for line in self._reductions()), key=math.prod, default=())
             return f"{math.prod(widest[:-1])}×{widest[-1]}" if widest else ""
         columns = "+".join(str(self.shapes[line.name][-1]) for line in products)
-        m, k = self.shapes[products[0].operands[-2]]
-        return f"{m}×({columns})×{k}" if len(products) > 1 else f"{m}×{columns}×{k}"
+        *batch, m, k = self.shapes[products[0].operands[-2]]
+        rows = "".join(f"{size}·" for size in batch) + str(m)
+        return f"{rows}×({columns})×{k}" if len(products) > 1 else f"{rows}×{columns}×{k}"
 
     def words(self) -> str:
         """See `ProgramTitle`."""
@@ -85,7 +89,9 @@ class _Reading:
         text = "product" if len(products) == 1 else f"{len(products)} products"
         if prologue := _joined(word for name, word in said.items() if name in before and name not in behind):
             text = f"{prologue} → {text}"
-        biases = [self._operand_word("add", line.operands[0], said) for line in self.products if line.op == "addmm"]
+        biases = [
+            self._operand_word("add", line.operands[0], said) for line in self.products if line.op in ("addmm", "baddbmm")
+        ]
         words = [*dict.fromkeys(biases), *(word for name, word in said.items() if name in behind)]
         text = _with_epilogue(text, words)
         return f"{text} ({outputs} results)" if outputs not in (1, len(products)) else text
@@ -238,7 +244,7 @@ def _shape(line: Line, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]
     if line.op == "t":
         return given[0][::-1]
     if line.op in GEMMS:
-        return (given[-2][0], given[-1][1])
+        return (*given[-2][:-1], given[-1][-1])
     if line.op in REDUCTIONS:
         return (*given[0][:-1], 1)
     backwards = itertools.zip_longest(*(shape[::-1] for shape in given), fillvalue=1)

@@ -141,6 +141,8 @@ def test_products_of_a_program() -> None:
     problem = _problem("generated", (8, 16), (32, 16), (64, 16), program=program)
     assert run_where.products_of(problem) == {(1, 8, 32, 16): 1, (1, 8, 64, 16): 1}
     assert run_where.products_of(synthetic.merged(8, (32, 32), 16)) == {(1, 8, 32, 16): 2}
+    batch = _problem("generated", (2, 3, 8, 16), (6, 16, 32), program="t0 = reshape(i0, [6, 8, 16]); o0 = bmm(t0, i1)")
+    assert run_where.products_of(batch) == {(6, 8, 32, 16): 1}
 
 
 def test_tables(run: dict[str, Any]) -> None:

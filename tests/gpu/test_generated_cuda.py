@@ -1,4 +1,4 @@
-"""Generated kernels on the card: Llama's regions right by the error budget, timed against stock, captured and replayed."""
+"""Generated kernels on the card: regions of models right by the error budget, timed against stock, captured and replayed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def ceilings() -> Ceilings:
-    return measure_ceilings("cuda", dtypes=("bfloat16",), budget_s=1.0)
+    return measure_ceilings("cuda", dtypes=("bfloat16", "float32"), budget_s=1.0)
 
 
 def default(case: Problem) -> dict[str, ConfigValue]:
@@ -47,7 +47,7 @@ def default(case: Problem) -> dict[str, ConfigValue]:
 
 @pytest.mark.parametrize("m", [1, 16, 64])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_llamas_regions_pass_every_check(name: str, m: int, ceilings: Ceilings, record_property: Any) -> None:
+def test_regions_of_models_pass_every_check(name: str, m: int, ceilings: Ceilings, record_property: Any) -> None:
     case, times = problem(name, m), {}
     for backend, config in (("aten", {"implementation": "stock"}), ("triton", default(case))):
         candidate = Candidate(problem=case, backend=backend, config=config)
@@ -71,6 +71,28 @@ def test_programs_that_share_a_tile_leave_zero_counters_and_the_same_bits(mode: 
         assert all(torch.equal(a, b) for a, b in zip(first, launch(plan, *inputs), strict=True))
     for out, expected in zip(first, run(case, *[x.double() for x in inputs]), strict=True):
         assert (out.double() - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.parametrize("m", [1, 37, 197])
+@pytest.mark.parametrize(
+    "name", ["projection_sum_layer_norm", "relu_down_sum_norm", "scores_softmax", "scores_mask", "softmax_values"]
+)
+def test_whole_rows_and_batches_are_right_in_both_modes_and_in_parts_of_k(name: str, m: int) -> None:
+    case = problem(name, m)
+    torch.manual_seed(0)
+    inputs = [torch.randn(s.shape, device="cuda", dtype=getattr(torch, s.dtype)) * s.shape[-1] ** -0.5 for s in case.inputs]
+    exact = run(case, *[x.double() for x in inputs])
+    limits = [(own.double() - e).norm() / e.norm() for own, e in zip(run(case, *inputs), exact, strict=True)]
+    whole = Generated().dims(case)["whole_rows"]
+    columns = default(case)["block_n"] if whole else 64
+    for mode, block_m, num_warps, split_k in (("rows", 16, 8, 1), ("swap", 16, 8, 2), ("rows", 32, 16, 2), ("swap", 32, 16, 1)):
+        sizes = {"block_m": block_m, "block_n": columns, "num_stages": 2, "num_warps": num_warps if whole else 4}
+        depth = {"block_k": min(int(default(case)["block_k"]), 32)}
+        plan = plan_of(case, {**default(case), **sizes, **depth, "mode": mode, "split_k": split_k})
+        first = launch(plan, *inputs)
+        assert all(torch.equal(a, b) for a, b in zip(first, launch(plan, *inputs), strict=True)), "the same bits"
+        for out, expected, limit in zip(first, exact, limits, strict=True):
+            assert (out.double() - expected).norm() / expected.norm() < 2 * limit + 1e-6, (mode, block_m, split_k)
 
 
 class Layer(torch.nn.Module):

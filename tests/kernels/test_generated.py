@@ -83,10 +83,14 @@ def compiled(problem: Problem, plan: KernelPlan, stage: str = "ptx") -> tuple[st
     return str(kernel.asm[stage]), int(kernel.metadata.shared)
 
 
-def test_kernels_compute_what_their_programs_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "script", ["interpreted_generated", "interpreted_epilogues whole_rows", "interpreted_epilogues batches"]
+)
+def test_kernels_compute_what_their_programs_do(script: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent.parent), "AUTOKERNEL_CACHE_DIR": str(tmp_path)}
-    script = str(FOLDER / "interpreted_generated.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    name, *what = script.split()
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *what]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.splitlines() == ["done"], done.stdout + done.stderr[-2000:]
 
 
@@ -176,6 +180,108 @@ def test_parts_of_k_fill_the_device_once(problem: Problem, split_k: int, program
     assert (config["split_k"], launch.grid[0]) == (split_k, programs)
     _, shared = compiled(problem, plan_of(problem, config))
     assert shared * -(-programs // H200.num_units) <= H200.smem_bytes, "all of them run at once"
+
+
+def sum_and_norm(m: int, n: int, k: int, dtype: str) -> Problem:
+    """A product, what is added to it, and the layer norm of the sum, both results."""
+    text = (
+        "t0 = t(i1); t1 = mm(i0, t0); o0 = add(i2, t1); t2 = convert(o0, float32); t3 = var_mean(t2, 0); t4 = getitem(t3, 0); "
+        "t5 = getitem(t3, 1); t6 = sub(t2, t5); t7 = add(t4, 1e-06); t8 = rsqrt(t7); t9 = mul(t6, t8); t10 = mul(t9, i3); "
+        f"t11 = add(t10, i4); o1 = convert(t11, {dtype})"
+    )
+    operands = tuple(TensorSpec.contiguous(shape, dtype) for shape in ((m, k), (n, k), (m, n), (n,), (n,)))
+    return Problem(op="generated", inputs=operands, device="cuda", scalars=(("program", text),))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "dtype", "instruction", "programs"),
+    [
+        (197, 768, 768, "bfloat16", "m64n16k16.f32.bf16", 13 * 6),  # a ViT-Base's projection
+        (37, 768, 3072, "float32", "m16n8k8.row.col.f32.tf32", 3 * 6),  # Chronos-2's second layer
+        (1, 768, 768, "bfloat16", "m64n16k16.f32.bf16", 6),
+        (2048, 1024, 1024, "bfloat16", "m64n16k16.f32.bf16", 128),
+        (64, 2048, 2048, "bfloat16", "m64n16k16.f32.bf16", 4 * 6),
+        (64, 40, 64, "bfloat16", "m64n16k16.f32.bf16", 4),
+    ],
+)
+def test_whole_rows_lie_in_the_registers_of_a_program(
+    m: int, n: int, k: int, dtype: str, instruction: str, programs: int, tmp_path: Path
+) -> None:
+    problem = sum_and_norm(m, n, k, dtype)
+    config = default(problem)
+    assert config["block_n"] == 1 << (n - 1).bit_length()
+    (launch,) = plan_of(problem, config).launches
+    assert launch.grid[0] == programs
+    ptx = ptx_of(problem, plan_of(problem, config))
+    assert instruction in ptx
+    assert ("cp.async.cg.shared.global" in ptx) is (k > 64), "tiles are read ahead, if there are several"
+    assert for_hopper.bytes_of_stack(ptx, tmp_path) <= 64, "16 numbers of a thread at most"
+
+
+@pytest.mark.parametrize(("m", "n", "dtype"), [(197, 768, "bfloat16"), (37, 768, "float32"), (64, 2048, "bfloat16")])
+def test_the_largest_blocks_of_whole_rows_have_registers(m: int, n: int, dtype: str) -> None:
+    """A program of 16 warps has 128 registers a thread: the assembler refuses what cannot lie in them."""
+    problem = sum_and_norm(m, n, 768, dtype)
+    space = load_space("generated")["triton"].bind(names_for(Generated().dims(problem), H200))
+    largest: dict[ConfigValue, dict[str, ConfigValue]] = {}  # by mode
+    for config in space.enumerate():
+        if config["num_warps"] == 16 and config["split_k"] == 1 and config.get("precision") != "ieee":
+            sizes = [config[name] for name in ("block_m", "block_k", "num_stages")]
+            known = largest.setdefault(config["mode"], config)
+            if sizes >= [known[name] for name in ("block_m", "block_k", "num_stages")]:
+                largest[config["mode"]] = config
+    assert set(largest) == {"rows", "swap"}
+    for config in largest.values():
+        assert int(config["block_m"]) * int(config["block_n"]) == 32768
+        assert "st.global" in ptx_of(problem, plan_of(problem, config)), config
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"block_n": 512}, "whole rows of 768 columns .* block_n must be as many, in mode rows or swap; it is 512 in"),
+        ({"mode": "vector", "block_m": 1}, "it is 1024 in mode vector"),
+    ],
+)
+def test_a_program_without_whole_rows_is_refused(changes: dict[str, Any], said: str) -> None:
+    problem = sum_and_norm(1, 768, 768, "bfloat16")
+    config = {**default(problem), **changes}
+    with pytest.raises(ValueError, match=said):
+        plan_of(problem, config)
+    space = load_space("generated")["triton"]
+    assert space.violations(config, names_for(Generated().dims(problem), H200))
+
+
+def scores(batch: int, m: int, n: int, k: int, softmax: bool) -> Problem:
+    """Scaled scores of a batch with a mask, of matrices that are seen the other way round."""
+    text = "t0 = bmm(i0, i1); t1 = mul(t0, 0.125); " + (
+        "t2 = add(t1, i2); t3 = convert(t2, float32); t4 = amax(t3); t5 = sub(t3, t4); t6 = exp(t5); t7 = sum(t6); "
+        "t8 = div(t6, t7); o0 = convert(t8, bfloat16)"
+        if softmax
+        else "o0 = add(t1, i2)"
+    )
+    keys = TensorSpec(shape=(batch, k, n), dtype="bfloat16", stride=(n * k, 1, k))
+    operands = (spec(batch, m, k), keys, spec(batch, 1, n))
+    return Problem(op="generated", inputs=operands, device="cuda", scalars=(("program", text),))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "softmax", "programs", "instruction"),
+    [
+        (197, 197, False, 12 * 4 * 4, "m64n64k16.f32.bf16"),
+        (197, 197, True, 12 * 13, "m64n16k16.f32.bf16"),
+        (512, 512, True, 12 * 32, "m64n16k16.f32.bf16"),
+        (1, 512, False, 12 * 128, "fma.rn.f32"),
+    ],
+)
+def test_batches_compile_for_hopper(m: int, n: int, softmax: bool, programs: int, instruction: str, tmp_path: Path) -> None:
+    problem = scores(12, m, n, 64, softmax)
+    config = default(problem)
+    (launch,) = plan_of(problem, config).launches
+    assert launch.grid == (programs, 1, 1)
+    ptx = ptx_of(problem, plan_of(problem, config))
+    assert instruction in ptx
+    assert for_hopper.bytes_of_stack(ptx, tmp_path) == 0
 
 
 def test_statistics_of_rows_are_read_ahead() -> None:

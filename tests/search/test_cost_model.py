@@ -195,6 +195,7 @@ def generated_names(
     dims = {
         "has_gemm": 1, "m": m, "n": 4096 * products, "k": 4096, "num_products": products, "num_reductions": reductions,
         "num_outputs": outputs, "dtype_bytes": size, "out_bytes": size, "scaled": scaled,
+        "whole_rows": 0, "batch": 1,
     }  # fmt: skip
     return names_for(dims, H200)
 
@@ -219,6 +220,8 @@ def test_generated_products_are_taken_for_the_skinny_kernels() -> None:
         (generated_names(1, reductions=1, scaled=1), True),
         (generated_names(2, reductions=1, scaled=1), False),
         ({**generated_names(1), "has_gemm": 0}, False),
+        ({**generated_names(16), "whole_rows": 1}, False),
+        ({**generated_names(16), "batch": 8}, False),
     ],
 )
 def test_which_generated_kernels_are_predicted(names: Names, expected: bool) -> None:

@@ -58,6 +58,18 @@ _ROWS, _WEIGHT, _VECTOR = (2, 8, 64), (96, 64), (64,)
             "t0 = t(i1); t1 = addmm(i2, i0, t0); t2 = relu(t1); o0 = add(t2, i3)",
             "product + bias → relu + residual 16×96×64",
         ),
+        (
+            [(2, 4, 16, 64), (8, 64, 96), (2, 1, 16, 96)],
+            "t0 = reshape(i0, [8, 16, 64]); t1 = bmm(t0, i1); t2 = reshape(t1, [2, 4, 16, 96]); t3 = mul(t2, 0.125); "
+            "t4 = add(t3, i2); t5 = amax(t4); t6 = sub(t4, t5); t7 = exp(t6); t8 = sum(t7); o0 = div(t7, t8)",
+            "product + residual → softmax 8·16×96×64",
+        ),
+        (  # rows are reduced behind the product
+            [(16, 64), _WEIGHT, (16, 96)],
+            "t0 = t(i1); t1 = mm(i0, t0); o0 = add(i2, t1); t2 = pow(o0, 2); t3 = mean(t2); t4 = add(t3, 1e-05); "
+            "t5 = rsqrt(t4); o1 = mul(o0, t5)",
+            "product + residual → rms_norm (2 results) 16×96×64",
+        ),
         (  # silu as Inductor spells it, by one that only the first product passes
             [(16, 64), _WEIGHT, _WEIGHT],
             "t0 = t(i1); t1 = mm(i0, t0); t2 = convert(t1, float32); t3 = neg(t2); t4 = exp(t3); t5 = add(t4, 1); "
