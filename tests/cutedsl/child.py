@@ -4,6 +4,7 @@ child.py compile FOLDER     JSON specs on standard input -> objects in a cache i
 child.py preload            a JSON spec -> its object's digest, and what importing the compilers brought along
 child.py bind               JSON [[object, sizes], ...] -> how far a call with tensors that say they lie on a GPU gets
 child.py epilogues          JSON specs -> the largest errors of their functions, made of torch's activations
+child.py functions          -> of each step, the elements on which CuTe DSL and torch differ
 child.py blackwell FOLDER   JSON [[[problem, position], ...], specs] -> names and bytes of compiled operators of SM100; a line
                             for each spec as above
 """
@@ -27,6 +28,7 @@ from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, SQUARES, K
 from autokernel.errors import CompileError
 from autokernel.ops.epilogue import (
     BINARY_EPILOGUES,
+    FUNCTION_EPILOGUES,
     PER_COLUMN,
     PER_ROW,
     apply_epilogue,
@@ -144,6 +146,37 @@ def epilogues() -> None:
     print(json.dumps(answer))
 
 
+def functions() -> None:
+    """The steps themselves, compiled for this processor: what CuTe DSL makes of them, not what torch would."""
+    with compiler.environment("sm_90a", 132):
+        from cutlass import const_expr, cute, range_constexpr
+        from cutlass.cute.runtime import from_dlpack
+
+        from autokernel.cutedsl.epilogue_source import ARITHMETIC, FUNCTIONS
+
+        steps = {**ARITHMETIC, **FUNCTIONS}
+        values = [0.5, -1.5, 3.0, 2.0, -0.25, 100.0, float("nan"), 1.0, float("inf"), -1.0]
+        others = [2.0, 3.0, -0.75, 7.0, -0.125, 3.0, 1.0, float("nan"), 2.0, float("inf")]
+        x, y = torch.tensor(values), torch.tensor(others)
+        answer: dict[str, list[str]] = {}
+        for name, step in steps.items():
+            alone, num = name in FUNCTION_EPILOGUES, len(values)
+            out = torch.zeros(num)
+
+            @cute.jit
+            def run(x, y, out):  # type: ignore[no-untyped-def]
+                for i in range_constexpr(num):  # noqa: B023
+                    out[i] = step(x[i]) if const_expr(alone) else step(x[i], y[i])  # noqa: B023
+
+            run(from_dlpack(x), from_dlpack(y), from_dlpack(out))
+            by_number = {"div_by": "div", "clamp_min": "maximum", "clamp_max": "minimum"}.get(name, name)
+            wanted = apply_epilogue((by_number,), x.double(), () if alone else (y.double(),))
+            same = torch.isclose(out, wanted.float(), rtol=5e-7, atol=0.0, equal_nan=True)
+            told = zip(values, others, out.tolist(), same.tolist(), strict=True)
+            answer[name] = [f"of {a} and {b}: {c}" for a, b, c, right in told if not right]
+    print(json.dumps(answer))
+
+
 def as_rows(name: str, operand: torch.Tensor) -> torch.Tensor:
     return operand[:, None] if name == SCALE_A or operand_kind(name) == PER_ROW else operand
 
@@ -195,5 +228,6 @@ def blackwell(cache_folder: str) -> None:
 if __name__ == "__main__":
     commands = {
         "compile": compile_all, "preload": preload, "bind": bind_all, "epilogues": epilogues, "blackwell": blackwell,
+        "functions": functions,
     }  # fmt: skip
     commands[sys.argv[1]](*sys.argv[2:])

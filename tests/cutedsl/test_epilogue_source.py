@@ -73,3 +73,13 @@ def test_no_two_epilogues_are_taken_for_one(answer: dict[str, Any]) -> None:
     """Neither by their sources nor by their names, by which quack knows functions of installed packages."""
     assert len(set(answer["digests"])) == len(EPILOGUES)
     assert len(set(answer["by_name"])) == len(EPILOGUES)
+
+
+@pytest.mark.slow
+def test_steps_compute_what_torch_does(child: Any) -> None:
+    """Compiled for this processor, NaN and Inf included; a GPU's own instructions are for tests/gpu."""
+    done = child("functions")
+    assert done.returncode == 0, done.stderr[-3000:]
+    wrong = json.loads(done.stdout.splitlines()[-1])
+    assert sorted(wrong) == sorted((*FUNCTION_EPILOGUES, *MATRIX_EPILOGUES, "div_by", "clamp_min", "clamp_max"))
+    assert {name: said for name, said in wrong.items() if said} == {}
