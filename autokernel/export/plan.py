@@ -243,9 +243,6 @@ class Plan:
         return dict(self.usage)
 
 
-__all__ = ["Gemm", "Plan", "Usage", "gemm_of", "minor", "mismatch"]
-
-
 def _most_first(item: tuple[Entry, Gemm]) -> int:
     return -len(item[1].ns)
 
@@ -267,3 +264,6 @@ def _nearest(ranged: Iterable[tuple[int, Entry]], m: int) -> Entry | None:
     """Of the entries whose range holds m, that of the nearest tuned number of rows."""
     held = [(tuned, entry) for tuned, entry in ranged if entry.rows is not None and entry.rows[0] <= m <= entry.rows[1]]
     return min(held, key=lambda item: (abs(item[0] - m), -item[0]))[1] if held else None
+
+
+__all__ = ["Gemm", "Plan", "Usage", "gemm_of", "minor", "mismatch"]
