@@ -178,6 +178,24 @@ def _lanewise(function: Callable[..., Any]) -> Callable[..., Any]:
     return of_lanes
 
 
+# quack looks into functions of packages that are in no folder of the interpreter's, and cannot look into those of CuTe DSL: they
+# are named by their module
+def _abs(x: Any) -> Any:
+    return cute.math.absf(x)
+
+
+def _exp(x: Any) -> Any:
+    return cute.math.exp(x)
+
+
+def _sqrt(x: Any) -> Any:
+    return cute.math.sqrt(x)
+
+
+def _rsqrt(x: Any) -> Any:
+    return cute.math.rsqrt(x)
+
+
 def _larger(x: Any, other: Any) -> Any:
     """As torch's it hands NaN on."""
     return Float32(arith.maximumf(Float32(x).ir_value(), Float32(other).ir_value()))
@@ -204,10 +222,10 @@ ARITHMETIC: Mapping[str, Callable[..., Any]] = {
 }
 _PRODUCTS = {BIAS: "add", **dict.fromkeys((SCALE_A, SCALE_B, TENSOR_SCALE_A, TENSOR_SCALE_B), "mul")}
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    "abs": _lanewise(cute.math.absf),
-    "exp": _lanewise(cute.math.exp),
-    "sqrt": _lanewise(cute.math.sqrt),
-    "rsqrt": _lanewise(cute.math.rsqrt),
+    "abs": _lanewise(_abs),
+    "exp": _lanewise(_exp),
+    "sqrt": _lanewise(_sqrt),
+    "rsqrt": _lanewise(_rsqrt),
     "reciprocal": _lanewise(lambda x: _quotient(1.0, x)),
     "div": _lanewise(_quotient),
     "rdiv": _lanewise(lambda x, other: _quotient(other, x)),

@@ -114,7 +114,8 @@ def written_attention(product: Node) -> WrittenAttention | None:
         key=keys.source,
         value=values.source,
         mask=scores.mask,
-        scale=queries.scale * keys.scale * scores.scale,
+        # a square of its root is off by the last digits, and would be another problem each time that it is compiled
+        scale=float(f"{queries.scale * keys.scale * scores.scale:.12g}"),
         out=last[-1],
         nodes=(*nodes, *last),
     )

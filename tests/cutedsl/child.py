@@ -143,6 +143,8 @@ def epilogues() -> None:
             answer["errors"].append(float((got - expected(spec, acc, operands)).abs().max()))
         identity._is_extern_function = lambda function: True  # as for an installed autokernel
         answer["by_name"] = [epilogue_of(spec).semantic_digest for spec in specs]
+        identity._is_extern_function = lambda function: False  # as where all packages are in a folder of their own
+        answer["by_source"] = [epilogue_of(spec).semantic_digest for spec in specs]
     print(json.dumps(answer))
 
 

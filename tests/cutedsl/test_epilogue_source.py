@@ -70,9 +70,10 @@ def test_all_steps_are_there(answer: dict[str, Any]) -> None:
 
 
 def test_no_two_epilogues_are_taken_for_one(answer: dict[str, Any]) -> None:
-    """Neither by their sources nor by their names, by which quack knows functions of installed packages."""
+    """Neither by their sources nor by their names, by which quack knows functions of packages in the interpreter's folders."""
     assert len(set(answer["digests"])) == len(EPILOGUES)
     assert len(set(answer["by_name"])) == len(EPILOGUES)
+    assert len(set(answer["by_source"])) == len(EPILOGUES), "of packages elsewhere it looks into all functions"
 
 
 @pytest.mark.slow

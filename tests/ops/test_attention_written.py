@@ -104,6 +104,21 @@ def test_the_compiled_reference_has_the_very_same_problem(mask: str | None, grou
     torch.testing.assert_close(reference(*given), call(*given))
 
 
+@pytest.mark.parametrize("scale", [0.125, 128**-0.5, 0.3])
+def test_a_scale_whose_root_is_no_number_is_the_same_when_it_is_compiled_again(scale: float, post_grad: PostGrad) -> None:
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return scaled_dot_product_attention(q, k, v, scale=scale) + 1
+
+    given = operands()
+    given[0] = given[0].transpose(1, 2)
+    (found,) = regions(post_grad(Fn(call), *given)[0])
+    assert dict(found.problem.scalars)["scale"] == pytest.approx(scale, rel=1e-11)
+    reference = Fn(lambda *x: get_op("attention").reference(found.problem, *x)[0] + 1)
+    (again,) = regions(post_grad(reference, *given)[0])
+    assert region_key(again.problem) == region_key(found.problem)
+
+
 def _rounded_between(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Scores that are rounded to 16 bits: not what the library computes, and not what its reference would."""
     scores = (q.transpose(1, 2).float() @ k.float().transpose(-1, -2)).bfloat16().float()
