@@ -92,11 +92,12 @@ def test_illegal_configs_are_refused() -> None:
     ("problem", "known"),
     [
         (DECODING, {"stock", "grouped", "cudnn"}),
-        (attention(64, (32, 8), 1, 2048), {"stock", "grouped", "flash", "cudnn"}),
-        (attention(1, (4, 4), 64, 64, causal=True), {"stock", "flash", "cudnn"}),
+        (attention(64, (32, 8), 1, 2048), {"stock", "grouped", "flash", "efficient", "cudnn"}),
+        (attention(1, (4, 4), 64, 64, causal=True), {"stock", "flash", "efficient", "cudnn"}),
         (attention(1, (4, 4), 32, 64, causal=True), {"stock"}),
         (attention(1, (4, 4), 37, 37, dim=20), {"stock"}),
         (attention(1, (12, 12), 37, 37, dim=64, dtype="float32", mask="float32"), {"stock"}),
+        (attention(1, (12, 12), 37, 37, dim=64, dtype="float32"), {"stock", "efficient"}),
     ],
 )
 def test_the_librarys_kernels_are_tried_where_they_can_be_right(problem: Problem, known: set[str]) -> None:

@@ -248,7 +248,8 @@ def test_it_is_one_of_several(sampler: str) -> None:
         ),
         (  # a region of rows: k is 0
             Problem(op="generated", device="cuda", inputs=(TensorSpec.contiguous((64, 768), "bfloat16"),)),
-            {"has_gemm": 0, "m": 64, "n": 768, "k": 0, "num_products": 0, "num_reductions": 1, "scaled": 0, "dtype_bytes": 2},
+            {"has_gemm": 0, "m": 64, "n": 768, "k": 0, "num_products": 0, "num_reductions": 1, "scaled": 0, "dtype_bytes": 2,
+             "batch": 1, "whole_rows": 0},
         ),
     ],
     ids=["attention", "rows"],
