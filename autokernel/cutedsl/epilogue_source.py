@@ -178,8 +178,8 @@ def _lanewise(function: Callable[..., Any]) -> Callable[..., Any]:
     return of_lanes
 
 
-# quack looks into functions of packages that are in no folder of the interpreter's, and cannot look into those of CuTe DSL: they
-# are named by their module
+# quack looks into functions of packages that are in no folder of the interpreter's, and cannot look into those of CuTe DSL:
+# they are named by their module
 def _abs(x: Any) -> Any:
     return cute.math.absf(x)
 
