@@ -196,12 +196,12 @@ def sum_and_norm(m: int, n: int, k: int, dtype: str) -> Problem:
 @pytest.mark.parametrize(
     ("m", "n", "k", "dtype", "instruction", "programs"),
     [
-        (197, 768, 768, "bfloat16", "m64n16k16.f32.bf16", 13 * 6),  # a ViT-Base's projection
-        (37, 768, 3072, "float32", "m16n8k8.row.col.f32.tf32", 3 * 6),  # Chronos-2's second layer
-        (1, 768, 768, "bfloat16", "m64n16k16.f32.bf16", 6),
+        (1970, 768, 768, "bfloat16", "m64n16k16.f32.bf16", 124),  # a ViT-Base's projection, ten images
+        (1031, 768, 3072, "float32", "m16n8k8.row.col.f32.tf32", 65 * 2),  # Chronos-2's second layer, of batches
+        (1024, 768, 768, "bfloat16", "m64n16k16.f32.bf16", 64 * 2),
         (2048, 1024, 1024, "bfloat16", "m64n16k16.f32.bf16", 128),
-        (64, 2048, 2048, "bfloat16", "m64n16k16.f32.bf16", 4 * 6),
-        (64, 40, 64, "bfloat16", "m64n16k16.f32.bf16", 4),
+        (1088, 2048, 2048, "bfloat16", "m64n16k16.f32.bf16", 68),
+        (8192, 40, 64, "bfloat16", "m64n16k16.f32.bf16", 512),
     ],
 )
 def test_whole_rows_lie_in_the_registers_of_a_program(
@@ -218,7 +218,13 @@ def test_whole_rows_lie_in_the_registers_of_a_program(
     assert for_hopper.bytes_of_stack(ptx, tmp_path) <= 64, "16 numbers of a thread at most"
 
 
-@pytest.mark.parametrize(("m", "n", "dtype"), [(197, 768, "bfloat16"), (37, 768, "float32"), (64, 2048, "bfloat16")])
+@pytest.mark.parametrize("m", [1, 64, 1023, 8193])
+def test_whole_rows_are_tried_with_many_rows_alone(m: int) -> None:
+    problem = sum_and_norm(m, 768, 768, "bfloat16")
+    assert load_space("generated")["triton"].default(names_for(Generated().dims(problem), H200)) is None
+
+
+@pytest.mark.parametrize(("m", "n", "dtype"), [(1970, 768, "bfloat16"), (1031, 768, "float32"), (1088, 2048, "bfloat16")])
 def test_the_largest_blocks_of_whole_rows_have_registers(m: int, n: int, dtype: str) -> None:
     """A program of 16 warps has 128 registers a thread: the assembler refuses what cannot lie in them."""
     problem = sum_and_norm(m, n, 768, dtype)
@@ -245,7 +251,7 @@ def test_the_largest_blocks_of_whole_rows_have_registers(m: int, n: int, dtype: 
 )
 def test_a_program_without_whole_rows_is_refused(changes: dict[str, Any], said: str) -> None:
     problem = sum_and_norm(1, 768, 768, "bfloat16")
-    config = {**default(problem), **changes}
+    config = {**default(sum_and_norm(1024, 768, 768, "bfloat16")), **changes}
     with pytest.raises(ValueError, match=said):
         plan_of(problem, config)
     space = load_space("generated")["triton"]
