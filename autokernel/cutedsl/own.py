@@ -31,12 +31,16 @@ def compile_spec(
     """
     m, n, k = cute.sym_int(), cute.sym_int(divisibility=_ELEMENTS), cute.sym_int(divisibility=_ELEMENTS)
     a, b, out = (_DTYPES[matrix.dtype] for matrix in matrices)
-    arguments = (_symbolic(b, n, k), _symbolic(a, m, k), _symbolic(out, m, n), cute.runtime.make_fake_stream())
+    columns = cute.runtime.make_fake_tensor(b, (k, n), stride=(1, _stride()), assumed_align=ALIGNMENT_BYTES)
+    arguments = (columns, _symbolic(a, m, k), _symbolic(out, m, n), cute.runtime.make_fake_stream())
     compiled = cute.compile(ClusterGemm(spec.cute), *arguments, options="--enable-tvm-ffi")
-    return compiled, Launch(function=function, arguments=("b^T", "a", "out", "stream"), transposed=True)
+    return compiled, Launch(function=function, arguments=("b", "a", "out", "stream"), transposed=True)
 
 
 def _symbolic(dtype: Any, rows: Any, columns: Any) -> Any:
     """A matrix of any size, with 16-byte aligned rows."""
-    stride = (cute.sym_int64(divisibility=_ELEMENTS), 1)
-    return cute.runtime.make_fake_tensor(dtype, (rows, columns), stride=stride, assumed_align=ALIGNMENT_BYTES)
+    return cute.runtime.make_fake_tensor(dtype, (rows, columns), stride=(_stride(), 1), assumed_align=ALIGNMENT_BYTES)
+
+
+def _stride() -> Any:
+    return cute.sym_int64(divisibility=_ELEMENTS)

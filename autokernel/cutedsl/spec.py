@@ -9,7 +9,7 @@ from autokernel.cutedsl.config import AT_CALLS, CuteConfig
 from autokernel.ops.epilogue import BINARY_EPILOGUES, GATED_EPILOGUES, MATRIX_EPILOGUES
 from autokernel.records import ConfigValue, Record, canonical_json, digest_of
 
-REVISION = 5  # of our own part in a shared object: raised, every one is compiled again
+REVISION = 6  # of our own part in a shared object: raised, every one is compiled again
 BIAS = "bias"  # a vector of N elements, added to each row
 SCALE_A, SCALE_B = "scale_a", "scale_b"  # fp32 vectors of M and of N elements, by which rows and columns are multiplied
 TENSOR_SCALE_A, TENSOR_SCALE_B = "tensor_scale_a", "tensor_scale_b"  # fp32 tensors of one element, [1]

@@ -267,6 +267,7 @@ def _constants(problem: Problem) -> dict[str, Operand | int | float | bool]:
         "BLOCK_D": max(_MIN_TILE, _power_of_two(sizes.head_dim)),
         "BLOCK_E": max(_MIN_TILE, _power_of_two(sizes.v_dim)),
         "MASK": 0 if mask is None else 1 if problem.inputs[mask].dtype == "bool" else 2,
+        "GUARDED": int(dict(problem.scalars).get("written") != "eager"),
     }
     for name, spec in zip("QKV", problem.inputs, strict=False):
         found |= {f"{name}_{axis}": stride for axis, stride in zip("BHSD", spec.stride, strict=True)}

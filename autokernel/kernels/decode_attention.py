@@ -83,7 +83,8 @@ def _add_parts(parts, states, first, left, r, e, top, total, rows, ROWS: tl.cons
 
 @triton.jit
 def _combine(parts, states, rows_at, pair, e, HEADS: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr,
-             V_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+             V_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+             GUARDED: tl.constexpr):  # fmt: skip
     """All rows that share a head of k, BLOCK at a time; the first one lies at `rows_at`."""
     for start in range(0, ROWS, BLOCK):
         r = start + tl.arange(0, BLOCK)
@@ -96,7 +97,7 @@ def _combine(parts, states, rows_at, pair, e, HEADS: tl.constexpr, ROWS: tl.cons
             )
         row_at = rows_at + (r % Q_LEN * HEADS + r // Q_LEN)[:, None] * V_DIM + e[None, :]
         inside = (r < ROWS)[:, None] & (e < V_DIM)[None, :]
-        tl.store(row_at, divided(rows, total).to(rows_at.dtype.element_ty), mask=inside)
+        tl.store(row_at, divided(rows, total, GUARDED).to(rows_at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -125,7 +126,7 @@ def _ask_and_wait(k_at, v_at, tile, count, KV_LEN: tl.constexpr, K_S: tl.constex
 @triton.jit
 def _join(parts, states, counters, rows_at, rows, top, total, pair, split, r, e, HEADS: tl.constexpr,
           ROWS: tl.constexpr, Q_LEN: tl.constexpr, V_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-          CHUNK: tl.constexpr):  # fmt: skip
+          CHUNK: tl.constexpr, GUARDED: tl.constexpr):  # fmt: skip
     """Store what the rows of one split have seen; the last one of them to come combines all."""
     place = (pair * SPLITS + split) * ROWS + r
     tl.store(parts + place[:, None] * V_DIM + e[None, :], rows, mask=(r < ROWS)[:, None] & (e < V_DIM)[None, :])
@@ -134,7 +135,7 @@ def _join(parts, states, counters, rows_at, rows, top, total, pair, split, r, e,
     tl.debug_barrier()  # every thread's part is stored before the one atomic that publishes it
     if tl.atomic_add(counters + pair, 1, sem="acq_rel") == SPLITS - 1:
         tl.store(counters + pair, 0)
-        _combine(parts, states, rows_at, pair, e, HEADS, ROWS, Q_LEN, V_DIM, SPLITS, BLOCK, CHUNK)
+        _combine(parts, states, rows_at, pair, e, HEADS, ROWS, Q_LEN, V_DIM, SPLITS, BLOCK, CHUNK, GUARDED)
 
 
 @triton.jit
@@ -148,7 +149,7 @@ def decode_attention_kernel(
     MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_H: tl.constexpr, MASK_Q: tl.constexpr, MASK_S: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     SPLITS: tl.constexpr, COMBINE_R: tl.constexpr, COMBINE_S: tl.constexpr, SKIP: tl.constexpr, TF32X3: tl.constexpr,
-    PREFETCH: tl.constexpr, AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr, AHEAD: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """softmax(q k' * SCALE + mask) v; grid: [batch * GROUPS * SPLITS].
 
@@ -164,6 +165,7 @@ def decode_attention_kernel(
         COMBINE_R, COMBINE_S: rows and parts that are put together at a time.
         TF32X3: whether products in fp32 are three of the matrix instruction's.
         PREFETCH, AHEAD: keys and values are asked for before q is read; and before the kernel in front has ended.
+        GUARDED: whether a row that sees nothing is zero, or NaN.
     """
     ROWS: tl.constexpr = REPEAT * Q_LEN
     HEADS: tl.constexpr = GROUPS * REPEAT
@@ -214,7 +216,7 @@ def decode_attention_kernel(
     out_at = out + batch * (Q_LEN * HEADS * V_DIM)
     if SPLITS == 1:
         at = out_at + (r_position * HEADS + r_head)[:, None] * V_DIM + e[None, :]
-        tl.store(at, divided(rows, total).to(out.dtype.element_ty), mask=(r < ROWS)[:, None] & (e < V_DIM)[None, :])
+        tl.store(at, divided(rows, total, GUARDED).to(out.dtype.element_ty), mask=(r < ROWS)[:, None] & (e < V_DIM)[None, :])
     else:
         _join(parts, states, counters, out_at + group * REPEAT * V_DIM, rows, top, total, pair, split, r, e, HEADS, ROWS,
-              Q_LEN, V_DIM, SPLITS, COMBINE_R, COMBINE_S)  # fmt: skip
+              Q_LEN, V_DIM, SPLITS, COMBINE_R, COMBINE_S, GUARDED)  # fmt: skip

@@ -117,6 +117,7 @@ def flash_attention_kernel(
     MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_H: tl.constexpr, MASK_Q: tl.constexpr, MASK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     SKIP: tl.constexpr, MASK_HEADS: tl.constexpr, MASK_ROWS: tl.constexpr, MAX_TILES: tl.constexpr, TF32X3: tl.constexpr,
+    GUARDED: tl.constexpr,
 ):  # fmt: skip
     """softmax(q k' * SCALE + mask) v; grid: [blocks of q * HEADS * B].
 
@@ -128,6 +129,7 @@ def flash_attention_kernel(
         out: [B, Q_LEN, HEADS, V_DIM] row-major.
         tiles: what `mask_tiles_kernel` found; not read without SKIP, like MASK_HEADS, MASK_ROWS and MAX_TILES.
         TF32X3: whether products in fp32 are three of the matrix instruction's.
+        GUARDED: whether a row that sees nothing is zero, or NaN.
     """
     BLOCKS: tl.constexpr = (Q_LEN + BLOCK_M - 1) // BLOCK_M
     TILES: tl.constexpr = (KV_LEN + BLOCK_N - 1) // BLOCK_N
@@ -186,4 +188,4 @@ def flash_attention_kernel(
             KV_LEN, HEAD_DIM, V_DIM, K_S, K_D, V_S, V_D, MASK, MASK_S, BLOCK_N, BLOCK_D, BLOCK_E, TF32X3,
         )  # fmt: skip
     at = out + batch * (Q_LEN * HEADS * V_DIM) + (m * HEADS + head)[:, None] * V_DIM + e[None, :]
-    tl.store(at, divided(rows, total).to(out.dtype.element_ty), mask=(m < Q_LEN)[:, None] & (e < V_DIM)[None, :])
+    tl.store(at, divided(rows, total, GUARDED).to(out.dtype.element_ty), mask=(m < Q_LEN)[:, None] & (e < V_DIM)[None, :])

@@ -123,6 +123,8 @@ def absorb_products(products, values, top, total, rows, SCALE: tl.constexpr, TF3
 
 
 @triton.jit
-def divided(rows, total):
-    """Weighted values over the sum of weights; a row that saw nothing is zero."""
-    return rows / tl.where(total == 0.0, 1.0, total)[:, None]
+def divided(rows, total, GUARDED: tl.constexpr):
+    """Weighted values over the sum of weights; a row that saw nothing is zero, or NaN where the model does not guard it."""
+    if GUARDED:
+        total = tl.where(total == 0.0, 1.0, total)
+    return rows / total[:, None]

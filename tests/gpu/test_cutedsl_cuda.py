@@ -299,8 +299,8 @@ def test_a_kernel_runs_where_its_operands_lie(config: dict[str, ConfigValue], ca
 
 @pytest.mark.parametrize(
     ("config", "epilogue"),
-    [(PINGPONG, ()), (PINGPONG, ("bias", "silu", "add")), (OPERATORS, ())],
-    ids=["quack", "fused", "operators"],
+    [(PINGPONG, ()), (PINGPONG, ("bias", "silu", "add")), (OPERATORS, ()), (CLUSTER, ())],
+    ids=["quack", "fused", "operators", "cluster"],
 )
 def test_a_call_costs_the_host_little(config: dict[str, ConfigValue], epilogue: tuple[str, ...], cache: ObjectCache) -> None:
     """Through the operator, as compiled models call it; the GPU is kept behind by small sizes."""

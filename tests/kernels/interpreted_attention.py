@@ -193,6 +193,24 @@ def nonfinite_wrong(config: dict[str, ConfigValue]) -> str | None:
     return None if bool(same.all()) and torch.isnan(expected).any() else f"{int((~same).sum())} elements misplaced"
 
 
+def wrong_unguarded(config: dict[str, ConfigValue]) -> str | None:
+    """Rows that see nothing are NaN where a model writes its softmax without a guard, and zero where it has one."""
+    q, k, v = tensors("float32", (1, 2, 20, 16), (1, 1, 45, 16), None)
+    mask = torch.where(mask_like("empty rows", 20, 45), 0.0, -torch.inf)
+    inputs = [q, k, v, mask]
+    specs = tuple(TensorSpec(shape=tuple(x.shape), dtype="float32", stride=tuple(x.stride())) for x in inputs)
+    for style, empty in (("eager", torch.isnan), ("math", lambda x: x == 0)):
+        problem = Problem(op="attention", inputs=specs, device="cpu", scalars=(("scale", 0.3), ("written", style)))
+        out = twice(plan_of(problem, config), inputs)
+        (expected,) = get_op("attention").reference(problem, *(x.double() for x in inputs))
+        if out is None or not torch.allclose(out.double(), expected, rtol=0, atol=1e-5, equal_nan=True):
+            return f"{style}: not as the model has it"
+        seen_by_none = (mask == -torch.inf).all(-1)[0, 0]
+        if not seen_by_none.any() or not bool(empty(expected[:, :, seen_by_none]).all()):
+            return f"{style}: the case does not tell"
+    return None
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     for config, dtype, q, kv, mask, causal in CASES:
@@ -208,6 +226,10 @@ if __name__ == "__main__":
         wrong = wrong_of_structure(name, position % 3 == 0, rows, keys, kind)
         if wrong:
             print(name, wrong)
+    for config in ({**DECODE, "num_splits": 2}, WHOLE, FLASH, FLASH_SKIP):
+        wrong = wrong_unguarded(config)
+        if wrong:
+            print("unguarded", config, wrong)
     for config in ({**DECODE, "num_splits": 2}, WHOLE, FLASH):
         wrong = nonfinite_wrong(config)
         if wrong:
