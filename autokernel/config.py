@@ -55,6 +55,7 @@ class SearchSection(Section):
     )
     without: tuple[str, ...] = Field((), description="ops to leave alone, by name: `[generated]` searches no generated fusions")
     hotspots: PositiveInt = Field(16, description="how many of the ranked hotspots to search at most")
+    all_gemms: bool = Field(False, description="search GEMMs of lower rank as well, which fusions with more to gain outrank")
     min_weight: float = Field(0.01, ge=0, lt=1, description="leave hotspots below this share of the whole run alone")
     seed: Seed = Field(0, description="of samplers, and of the inputs that candidates are checked on")
     max_copies: int = Field(

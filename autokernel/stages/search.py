@@ -243,7 +243,7 @@ def open_hunts(context: RunContext, profiled: Profiled) -> dict[str, Hunt]:
     names: dict[str, Names] = {}
     for hotspot in worth_searching(profiled, settings):
         key, op = hotspot.problem.key, hotspot.problem.op
-        if op in settings.without:
+        if op in settings.without or (len(chosen) >= settings.hotspots and not gemm_of(hotspot.problem)):
             continue
         if op not in by_op:
             by_op[op] = load_space(op, folder)
@@ -252,7 +252,7 @@ def open_hunts(context: RunContext, profiled: Profiled) -> dict[str, Hunt]:
         if sum(space.count(known_names, 2) for space in found.values()) < 2:
             continue  # stock code alone: there is nothing to choose, and others want the place
         chosen[key], spaces[key], names[key] = hotspot, found, known_names
-        if len(chosen) == settings.hotspots:
+        if len(chosen) == settings.hotspots and not settings.all_gemms:
             break
     # nobody gets more trials than there are
     sizes = {key: sum(space.count(names[key], settings.trials) for space in spaces[key].values()) for key in chosen}

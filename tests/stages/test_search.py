@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 from autokernel.search.tuner import Tuner
 from autokernel.stages.confirm import is_stock
-from autokernel.stages.search import Hunt, _next, search, study_name
+from autokernel.stages.search import Hunt, _next, open_hunts, search, study_name
 from autokernel.tracking.state import RunState
 
 
@@ -136,3 +136,22 @@ def test_a_search_that_is_over_needs_no_database(searched: Any) -> None:
     assert found == {MM.key: [event.evaluation for event in journal]}
     with pytest.raises(StorageError):
         searched(journal, elsewhere)
+
+
+def test_gemms_that_fusions_outrank_are_searched_where_all_are_asked_for(tmp_path: Path) -> None:
+    q, longer = (TensorSpec.contiguous((1, 4, length, 16), "float32") for length in (8, 16))
+    fused = Problem(op="attention", device="cpu", inputs=(q, q, q), scalars=(("scale", 0.25),))
+    narrow = replace(MM, inputs=(MM.inputs[0], TensorSpec(shape=(256, 128), dtype="bfloat16", stride=(1, 256))))
+    ranked = (MM, fused, replace(fused, inputs=(longer, longer, longer)), narrow)
+    hotspots = tuple(replace(PROFILED.hotspots[0], problem=problem, time_us=40.0 - i) for i, problem in enumerate(ranked))
+    profiled = replace(PROFILED, hotspots=hotspots)
+
+    def searched(*overrides: str) -> list[Problem]:
+        given = [f"storage=sqlite:///{tmp_path / 'optuna.db'}", "search.hotspots=2", "backends=[aten, inductor]", *overrides]
+        hunts = open_hunts(context_of(Instant(), "cpu", Listener(), overrides=given), profiled)
+        for hunt in hunts.values():
+            hunt.tuner.close()
+        return [hunt.hotspot.problem for hunt in hunts.values()]
+
+    assert searched("search.all_gemms=false") == [MM, fused]
+    assert searched("search.all_gemms=true") == [MM, fused, narrow]
