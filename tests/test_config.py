@@ -96,7 +96,7 @@ def test_a_good_experiment_has_its_defaults(write: Any) -> None:
     [
         ({"serch": {}}, "serch: unknown key; did you mean `search`?"),
         ({"search.trails": 5}, "search.trails: unknown key; did you mean `trials`?"),
-        ({"search.zzz": 5}, "search.zzz: unknown key; known keys: hotspots, max_copies, min_trials, "),
+        ({"search.zzz": 5}, "search.zzz: unknown key; known keys: all_gemms, hotspots, max_copies, "),
         ({"scenarios.one.lenght": 5}, "scenarios.one.lenght: unknown key; known keys: batch, inputs, kind"),
         ({"validation.eval": {"limt": 1}}, "validation.eval.limt: unknown key; did you mean `limit`?"),
         ({"search.trials": "many"}, "search.trials: 'many' must be a whole number"),
