@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from autokernel.export.matching import gemm_of
+from autokernel.ops import get_op
 from autokernel.ops.program import GEMMS, REDUCTIONS, program_of, results_of
 from autokernel.records import Hotspot, Problem
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us
@@ -35,7 +36,7 @@ def kind_of(problem: Problem) -> str:
     """Of `KINDS`; whatever is fused with a product is a GEMM."""
     if problem.op == "attention":
         return "attention"
-    if gemm_of(problem) is not None:
+    if gemm_of(problem) is not None or _products_in(problem):
         return "GEMMs"
     lines = {line.op for line in program_of(problem).lines} if is_generated(problem) else set()
     if lines.intersection(GEMMS):
@@ -43,12 +44,24 @@ def kind_of(problem: Problem) -> str:
     return "norms" if problem.op.endswith("norm") or lines.intersection(REDUCTIONS) else "other"
 
 
+def _products_in(problem: Problem) -> list[Shape]:
+    """Shapes of the products that an op of its own has behind or before something else: by the names of its dimensions."""
+    if is_generated(problem):
+        return []
+    dims = get_op(problem.op).dims(problem)
+    if not {"m", "n", "k"} <= dims.keys():
+        return []
+    if "hidden" in dims:
+        return [(1, dims["m"], dims["hidden"], dims["k"]), (1, dims["m"], dims["n"], dims["hidden"])]
+    return [(1, dims["m"], dims["n"], dims["k"])]
+
+
 def products_of(problem: Problem) -> Counter[Shape]:
     """Shapes of the products in a problem."""
     gemm = gemm_of(problem)
     if gemm is not None:
         return Counter((gemm.batch, gemm.m, n, gemm.k) for n in gemm.ns)
-    found: Counter[Shape] = Counter()
+    found: Counter[Shape] = Counter(_products_in(problem))
     if is_generated(problem):
         results = results_of(problem)
         for line in program_of(problem).lines:

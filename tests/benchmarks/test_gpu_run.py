@@ -145,6 +145,15 @@ def test_products_of_a_program() -> None:
     assert run_where.products_of(batch) == {(6, 8, 32, 16): 1}
 
 
+def test_what_has_a_product_in_it_is_a_gemm() -> None:
+    """Norms behind a linear layer and such: counted as norms, their products would be there twice."""
+    x, w = TensorSpec.contiguous((1, 8, 16), "bfloat16"), TensorSpec.contiguous((16, 32), "bfloat16")
+    norm = Problem(op="linear_rms_norm", device="cuda", inputs=(x, w), constants=(1,), scalars=(("residual", False),))
+    assert (run_where.kind_of(norm), run_where.products_of(norm)) == ("GEMMs", {(1, 8, 32, 16): 1})
+    alone = Problem(op="rms_norm", device="cuda", inputs=(x, TensorSpec.contiguous((16,), "bfloat16")))
+    assert (run_where.kind_of(alone), run_where.products_of(alone)) == ("norms", {})
+
+
 def test_tables(run: dict[str, Any]) -> None:
     text = run_markdown.markdown([{"run": run}])
     assert "| decode | generated product + residual 1×96×64 bf16 | 12.0 (0.28) | 8.0 (0.42) | 1.500 [1.400, 1.600] |" in text
