@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from autokernel.evaluate.timing import pin_threads
-from autokernel.workers.device_lock import device_lock
+from autokernel.workers.device_lock import device_lock, lock_name
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,22 @@ class JobTurns:
             import torch
 
             torch.cuda.synchronize()
+
+    @contextmanager
+    def tuning(self) -> Iterator[None]:
+        """One job tunes at a time, and has the device for it, but others may come in between, where a block says `aside`.
+
+        Inductor's file of timings is read before the first benchmark and written behind the last: jobs that tuned at the same
+        time would lose each other's.
+        """
+        if self._holder == threading.get_ident():
+            yield
+            return
+        asked = time.monotonic()
+        with device_lock(f"{lock_name(self.device)}-tuning", exclusive=True):
+            self.waited_s += time.monotonic() - asked
+            with self.alone(patient=True):
+                yield
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -209,6 +225,8 @@ def _benchmarks_take_turns(turns: JobTurns) -> Iterator[None]:
     stock: Any = benchmarker.benchmark_gpu
 
     def alone(*args: Any, **kwargs: Any) -> Any:
+        with turns.aside():
+            pass  # whoever waits comes first: a GEMM has dozens of choices, of a fifth of a second each
         with turns.alone():
             return stock(*args, **kwargs)
 
@@ -221,10 +239,9 @@ def _benchmarks_take_turns(turns: JobTurns) -> Iterator[None]:
 
 @contextmanager
 def _tuning_takes_turns(turns: JobTurns) -> Iterator[None]:
-    """Autotuning of one GEMM has the device from its first benchmark to its last; coordinate descent lets go while it compiles.
+    """One job tunes at a time, and lets others have the device between two benchmarks, and while coordinate descent compiles.
 
-    All choices of a GEMM are compiled before the first is timed, so nothing is compiled under the lock. Inductor's file of
-    timings is read and written under it as well: jobs that tune at the same time would lose each other's.
+    All choices of a GEMM are compiled before the first is timed, so nothing is compiled under the lock.
     """
     from torch._inductor.codecache import PersistentCache
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
@@ -236,7 +253,7 @@ def _tuning_takes_turns(turns: JobTurns) -> Iterator[None]:
         timings = lookup(self, choices, op, inputs, None, **options)
         if benchmark is None or len(timings) == len(choices):
             return timings
-        with turns.alone():
+        with turns.tuning():
             return lookup(self, choices, op, inputs, benchmark, **options)
 
     def compile_aside(self: Any, *args: Any) -> Any:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from autokernel.environment import current_environment
 from autokernel.errors import WorkerError
 from autokernel.evaluate import modes
 from autokernel.evaluate.end_to_end import BUNDLE, Contender, ScenarioTiming, TimeScenario, scenario_result
-from autokernel.evaluate.whole_model import JobTurns, _tuning_takes_turns
+from autokernel.evaluate.whole_model import JobTurns, _benchmarks_take_turns, _tuning_takes_turns
 from autokernel.events import ModeTiming
 from autokernel.export.bundle import Bundle
 from autokernel.profiling import workload
@@ -149,14 +150,28 @@ def test_a_patient_job_lets_others_in_where_it_says_so(monkeypatch: pytest.Monke
         assert is_free()
 
 
-def test_autotuning_has_the_device_to_itself_but_compiles_aside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_autotuning_lets_others_in_between_benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torch._inductor.codecache import PersistentCache
+    from torch._inductor.runtime.benchmarking import benchmarker
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(PersistentCache, "get_local_cache", lambda self: {})
     monkeypatch.setattr(PersistentCache, "update_local_cache", lambda self, cache: None)
     turns = JobTurns("cpu")
+
+    def is_free(name: str, timeout_s: float = 0.2) -> bool:
+        got = threading.Event()
+
+        def take() -> None:
+            with device_lock(name, exclusive=True):
+                got.set()
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+        return got.is_set()
+
     monkeypatch.setattr(CachingAutotuner, "_precompile_config", lambda self, config: turns._holder)
     lookup, compile_config = PersistentCache.lookup, CachingAutotuner._precompile_config
     cache, tuner = PersistentCache.__new__(PersistentCache), CachingAutotuner.__new__(CachingAutotuner)
@@ -169,10 +184,19 @@ def test_autotuning_has_the_device_to_itself_but_compiles_aside(monkeypatch: pyt
 
     def benchmark(choices: list[Choice]) -> dict[Choice, float]:
         assert turns._holder == threading.get_ident()
-        assert tuner._precompile_config(None) == turns._holder, "between two benchmarks nobody else may come"
+        assert not is_free("cpu")
+        assert not is_free("cpu-tuning"), "one job tunes at a time"
+        came: list[bool] = []
+        waiting = threading.Thread(target=lambda: came.append(is_free("cpu", 5)))
+        waiting.start()
+        time.sleep(0.3)
+        assert not came
+        assert benchmarker.benchmark_gpu(lambda: waiting.join(5) or list(came)) == [True], "who waits comes before a benchmark"
+        assert turns._holder == threading.get_ident()
         return dict.fromkeys(choices, 1.0)
 
-    with _tuning_takes_turns(turns):
+    monkeypatch.setattr(type(benchmarker), "benchmark_gpu", lambda self, call: call())
+    with _benchmarks_take_turns(turns), _tuning_takes_turns(turns):
         assert cache.lookup([choice], "mm", "in", benchmark) == {choice: 1.0}
         assert turns._holder is None
         assert cache.lookup([choice], "mm", "in", None) == {}
