@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _TIMEOUT_S = 1800
 _TUNED = "max-autotune"
 _COMPILED = "default", _TUNED
-_WHOLE_SHARE = 1 / 8  # of the room on the device: larger models are rehearsed with few layers
+_WHOLE_SHARE = 0.4  # of the room on the device: larger models are rehearsed with few layers
 _NICE = 5  # stages' own jobs come first on the cores
 
 
