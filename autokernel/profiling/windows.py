@@ -25,7 +25,7 @@ def _layer_class() -> type[Any]:
     """Made when it is asked for: importing transformers takes seconds."""
     from transformers.cache_utils import StaticSlidingWindowLayer
 
-    class FullWindow(StaticSlidingWindowLayer):
+    class FullWindow(StaticSlidingWindowLayer):  # type: ignore[misc]
         def update(
             self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:

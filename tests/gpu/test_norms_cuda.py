@@ -89,10 +89,10 @@ def test_rotary_embedding_in_halves(dtype: str) -> None:
     assert_ok(problem, "inductor", {"implementation": "halves"})
 
 
-@pytest.mark.parametrize("name", ["by_sigmoid", "by_tanh"])
-def test_gates(name: str) -> None:
+@pytest.mark.parametrize(("activation", "name"), [("silu", "by_sigmoid"), ("silu", "by_tanh"), ("gelu_tanh", "by_sigmoid")])
+def test_gates(activation: str, name: str) -> None:
     specs = (TensorSpec.contiguous((64, 14336), "bfloat16"),) * 2
-    problem = Problem(op="gated", inputs=specs, device="cuda", scalars=(("activation", "silu"),))
+    problem = Problem(op="gated", inputs=specs, device="cuda", scalars=(("activation", activation),))
     assert_ok(problem, "inductor", {"implementation": name})
 
 
