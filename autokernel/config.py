@@ -85,7 +85,8 @@ class ProfileSection(Section):
         None,
         ge=2,
         description="capture a model of so many layers (`model.depth_key`) and one of half as many, and reckon from both what "
-        "all layers take; where layers differ in kind, the whole model is captured all the same",
+        "all layers take; where the config has kinds of layers that take turns, of at most so many, whole turns apart; where "
+        "layers differ in kind otherwise, the whole model is captured all the same",
     )
 
 

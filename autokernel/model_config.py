@@ -317,7 +317,9 @@ class DecodeScenario(_ScenarioSection):
 
     kind: Literal["decode"]
     batch: PositiveInt = Field(1, description="samples, or sequences, in one call")
-    context: PositiveInt = Field(description="tokens already in the cache; the cache has room for a few more")
+    context: PositiveInt = Field(
+        description="tokens already in the cache, which has room for a few more; a sliding window holds the last of them"
+    )
     sample: Literal["none", "argmax", "top_k"] = Field(
         "none",
         description="what the step ends with instead of logits; argmax: the likeliest token of each sequence; top_k: the "

@@ -3,6 +3,14 @@
 from pathlib import Path
 
 SMALL = {
+    # two layers with a window, one without, and both again; contexts fill the windows
+    "gemma": (
+        "model.config_overrides={num_hidden_layers: 6, hidden_size: 64, intermediate_size: 160, head_dim: 32, "
+        "num_attention_heads: 4, num_key_value_heads: 2, vocab_size: 2000, sliding_window: 32, sliding_window_pattern: 3}",
+        "scenarios.decode-b1.context=40",
+        "scenarios.decode-b16.context=40",
+        "scenarios.prefill-1x2048.length=64",
+    ),
     "vit": (
         "model.config={num_labels: 5, num_hidden_layers: 1, hidden_size: 32, num_attention_heads: 2, intermediate_size: 64}",
     ),

@@ -93,6 +93,33 @@ def test_a_run_from_end_to_end_with_ray_optuna_and_mlflow(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_language_model_that_samples_from_end_to_end(tmp_path: Path) -> None:
+    """Windows that are full, tokens in place of logits, and products with GELU behind them."""
+    others = ", ".join(op.name for op in OPS if op.name not in ("merged_mm", "gated"))
+    keys = "num_hidden_layers: 3, hidden_size: 128, intermediate_size: 1024, head_dim: 32, num_attention_heads: 4, "
+    keys += "num_key_value_heads: 2, vocab_size: 2000, sliding_window: 32, sliding_window_pattern: 3"
+    overrides = (
+        "device=cpu",
+        "backends=[aten, inductor]",
+        f"model.config_overrides={{{keys}}}",
+        "scenarios={decode-b16: {kind: decode, batch: 16, context: 40, sample: top_k}}",
+        f"search={{trials: 10, seconds: 600, min_trials: 3, workers: 1, without: [{others}]}}",
+        "plan.enabled=false",
+        "graph.enabled=false",
+        "validation={min_gain: 0, confirm_rounds: 11, end_to_end_rounds: 11, baselines: [eager, default], ablation: false}",
+        "cluster={address: inline}",
+        "threads=1",
+    )
+    listener = Listener()
+    experiment = DATA.parent.parent / "experiments" / "gemma.yaml"
+    outcome = run(experiment, overrides=overrides, runs_folder=tmp_path / "runs", recorders=[listener])
+    assert outcome.outcome in ("won", "stock")
+    check_consistent(outcome, listener)
+    searched = {event.evaluation.candidate.problem.op for event in listener.of(Evaluated)}
+    assert searched == {"merged_mm", "gated"}
+
+
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_node_that_dies_in_mid_search_changes_nothing(tmp_path: Path) -> None:
     """Two emulated nodes, two candidates per problem; one node is killed while it works."""

@@ -69,7 +69,7 @@ class CuteCall:
 def what_is_left(region: Region) -> Callable[..., tuple[torch.Tensor, ...]]:
     """The region's results, from what `CuteCall.insert` returns."""
     shape = region.outputs[0].meta["val"].shape
-    norm = {name: value for name, value in region.problem.scalars if name in ("eps", "rounded")}
+    norm = {name: value for name, value in region.problem.scalars if name in ("eps", "rounded", "offset")}
 
     def function(total: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         normed = norm_of_squares(total, squares, weight, **norm)  # type: ignore[arg-type]

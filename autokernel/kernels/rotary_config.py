@@ -129,6 +129,7 @@ def plan_rotary(problem: Problem, config: Mapping[str, ConfigValue]) -> KernelPl
         **{f"{name}{i}": stride[dim] for name, stride in named for i, dim in enumerate([*order, _DIMS - 1])},
         "HALF": head_dim // 2,
         "EPS": float(scalars.get("eps", 0.0)),
+        "OFFSET": float(scalars.get("offset", 0.0)),
         "NORM": "eps" in scalars,
         "NEIGHBOURS": tables == 1,
         "WIDE": any(part.is_wide for part in rows),

@@ -30,7 +30,7 @@ def places(row, column, SIZE_1: tl.constexpr, SIZE_2: tl.constexpr, S0: tl.const
 @triton.jit
 def row_norm_kernel(
     x, weight, residual, factor, y, total,
-    ROWS: tl.constexpr, COLS: tl.constexpr, SIZE_1: tl.constexpr, SIZE_2: tl.constexpr, EPS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, SIZE_1: tl.constexpr, SIZE_2: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
     X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, W: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, R3: tl.constexpr,
     F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
@@ -39,7 +39,7 @@ def row_norm_kernel(
     SUM: tl.constexpr, SCALE: tl.constexpr, GATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, REPEAT: tl.constexpr, BLOCK_COLS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """y = norm(x) * weight, of `ROWS` rows with `COLS` columns; strides are those of four dimensions.
+    """y = norm(x) * (weight + OFFSET), of `ROWS` rows with `COLS` columns; strides are those of four dimensions.
 
     SUM: of x + residual, which is written to `total`. SCALE: times 1 + factor. GATE: times factor, plus residual. What a
     mode does not use is not read. AHEAD: the weight is read before the kernel in front has ended.
@@ -47,6 +47,8 @@ def row_norm_kernel(
     column = tl.arange(0, BLOCK_COLS)
     in_row = column < COLS
     gain = tl.load(weight + column * W, mask=in_row, other=0.0).to(tl.float32)
+    if OFFSET != 0.0:
+        gain += OFFSET
     if AHEAD:
         tl.extra.cuda.gdc_wait()
     block = tl.program_id(0).to(tl.int64) * REPEAT

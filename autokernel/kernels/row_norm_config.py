@@ -96,7 +96,7 @@ def plan_row_norm(problem: Problem, config: Mapping[str, ConfigValue]) -> Kernel
     from autokernel.ops import get_op
     from autokernel.ops.fusion import PatternFusion
 
-    parameters, form = RowNormConfig.from_entry(config), _FORMS[problem.op]
+    parameters, form, scalars = RowNormConfig.from_entry(config), _FORMS[problem.op], dict(problem.scalars)
     x = problem.inputs[0]
     rows, cols = x.num_elements // x.shape[-1], x.shape[-1]
     wrong = _problem(problem, form) or parameters.problem(rows, cols)
@@ -129,7 +129,8 @@ def plan_row_norm(problem: Problem, config: Mapping[str, ConfigValue]) -> Kernel
                     "COLS": cols,
                     "SIZE_1": sizes[1],
                     "SIZE_2": sizes[2],
-                    "EPS": float(dict(problem.scalars)["eps"]),
+                    "EPS": float(scalars["eps"]),
+                    "OFFSET": float(scalars.get("offset", 0.0)),
                     **strides,
                     "W": problem.inputs[form.weight].stride[0],
                     "SUM": form.sums,

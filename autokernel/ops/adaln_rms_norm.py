@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def _around(norm: Norm) -> Spelling:
     def adaln_rms_norm(
-        x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, eps: float, rounded: str = "early"
+        x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, eps: float, rounded: str = "early", offset: float = 0.0
     ) -> tuple[torch.Tensor, ...]:
         return (norm(x, weight, eps) * (scale + 1.0),)
 

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 def _around(norm: Norm) -> Spelling:
     def add_rms_norm(
-        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float, rounded: str = "early"
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        *,
+        eps: float,
+        rounded: str = "early",
+        offset: float = 0.0,
     ) -> tuple[torch.Tensor, ...]:
         total = x + residual
         return total, norm(total, weight, eps)

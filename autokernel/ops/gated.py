@@ -75,11 +75,11 @@ class Gated(PatternFusion):
     )
 
     def dims(self, problem: Problem) -> Mapping[str, int]:
-        """`rows`, `cols`, `dtype_bytes`, and `silu`: 1 where that is the activation."""
+        """`rows`, `cols`, `dtype_bytes`, and `silu` and `gelu_tanh`: 1 where that is the activation."""
         *rows, cols = problem.inputs[0].shape
-        is_silu = int(dict(problem.scalars)["activation"] == "silu")
-        size = DTYPE_BYTES[problem.inputs[0].dtype]
-        return {"rows": math.prod(rows), "cols": cols, "dtype_bytes": size, "silu": is_silu}
+        activation = dict(problem.scalars)["activation"]
+        kinds = {name: int(activation == name) for name in ("silu", "gelu_tanh")}
+        return {"rows": math.prod(rows), "cols": cols, "dtype_bytes": DTYPE_BYTES[problem.inputs[0].dtype], **kinds}
 
     def flops(self, problem: Problem) -> int:
         """About ten for each element."""

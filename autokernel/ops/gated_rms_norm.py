@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 
 def _around(norm: Norm) -> Spelling:
     def gated_rms_norm(
-        x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor, *, eps: float, rounded: str = "early"
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        gate: torch.Tensor,
+        residual: torch.Tensor,
+        *,
+        eps: float,
+        rounded: str = "early",
+        offset: float = 0.0,
     ) -> tuple[torch.Tensor, ...]:
         return (residual + gate * norm(x, weight, eps),)
 

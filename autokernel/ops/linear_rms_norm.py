@@ -44,6 +44,7 @@ def _around(norm: Norm, residual: bool, joined: bool) -> Spelling:
         eps: float,
         residual: bool,
         rounded: str = "early",
+        offset: float = 0.0,
     ) -> tuple[torch.Tensor, ...]:
         import torch
 
@@ -72,7 +73,7 @@ def _patterns(residual: bool, joined: bool, rows: tuple[int, ...]) -> tuple[Patt
 
 
 def norm_of_squares(
-    total: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor, *, eps: float, rounded: str = "early"
+    total: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor, *, eps: float, rounded: str = "early", offset: float = 0.0
 ) -> torch.Tensor:
     """The norm of rows whose squares are summed already, in parts.
 
@@ -84,14 +85,15 @@ def norm_of_squares(
         squares: fp32 [rows, parts], with parts <= cols; their sums may be of the values before rounding.
         weight: [cols].
         eps: added to the mean of the squares.
-        rounded: as of `rms_norm`.
+        rounded, offset: as of `rms_norm`.
     """
     import torch
 
     cols, parts = total.shape[1], squares.shape[1]
     sums = torch.nn.functional.pad(squares, (0, cols - parts)).sum(-1, keepdim=True)
     normed = wide(total) * torch.rsqrt(sums / cols + eps)
-    return (normed * weight).to(total.dtype) if (("rounded", rounded),) == LATE else normed.to(total.dtype) * weight
+    gain = wide(weight) + offset if offset else weight
+    return (normed * gain).to(total.dtype) if (("rounded", rounded),) == LATE else normed.to(total.dtype) * gain
 
 
 def as_matrix(spec: TensorSpec) -> TensorSpec:

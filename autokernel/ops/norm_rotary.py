@@ -24,6 +24,7 @@ def _around(norm: Norm) -> Spelling:
         *,
         eps: float,
         rounded: str = "early",
+        offset: float = 0.0,
         heads: str = "behind",
     ) -> tuple[torch.Tensor, ...]:
         normed = norm(x, weight, eps)

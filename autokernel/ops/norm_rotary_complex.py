@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def _around(norm: Norm) -> Spelling:
     def norm_rotary_complex(
-        x: torch.Tensor, weight: torch.Tensor, turns: torch.Tensor, *, eps: float, rounded: str = "early"
+        x: torch.Tensor, weight: torch.Tensor, turns: torch.Tensor, *, eps: float, rounded: str = "early", offset: float = 0.0
     ) -> tuple[torch.Tensor, ...]:
         return rotate(norm(x, weight, eps), turns)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # How the graph spells a norm: norm(x, weight, eps)
 Norm = Callable[["torch.Tensor", "torch.Tensor", float], "torch.Tensor"]
 LATE = (("rounded", "late"),)  # the weight is multiplied before rounding to 16 bits, not behind it
+OFFSET = (("offset", 1.0),)  # is added to the weight, in float32: such weights are trained around 0
 
 
 def norm_early(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -43,6 +44,22 @@ def norm_by_product(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
     return (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
+def norm_offset(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `norm_late`, by 1 + weight."""
+    import torch
+
+    y = wide(x)
+    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * (wide(weight) + 1.0)).to(x.dtype)
+
+
+# What tells them apart -> how they are spelled. In float32 the second sees `1 + weight` as a weight: the first comes before.
+_NORMS: tuple[tuple[tuple[tuple[str, ConfigValue], ...], tuple[Norm, ...]], ...] = (
+    ((*OFFSET, *LATE), (norm_offset,)),
+    ((), (norm_early, norm_by_product)),
+    (LATE, (norm_late,)),
+)
+
+
 def norm_patterns(
     op: str,
     around: Callable[[Norm], Spelling],
@@ -56,10 +73,9 @@ def norm_patterns(
         around: for a norm, the function of the inputs and of `eps` that has it in it.
         inputs, fixed: see `Pattern`.
     """
-    early = tuple(around(norm) for norm in (norm_early, norm_by_product))
-    return (
-        Pattern(op=op, spellings=early, inputs=inputs, scalars=("eps",), fixed=fixed),
-        Pattern(op=op, spellings=(around(norm_late),), inputs=inputs, scalars=("eps",), fixed=(*LATE, *fixed)),
+    return tuple(
+        Pattern(op=op, spellings=tuple(map(around, norms)), inputs=inputs, scalars=("eps",), fixed=(*kind, *fixed))
+        for kind, norms in _NORMS
     )
 
 
@@ -92,8 +108,8 @@ def example(dtype: str, *shapes: tuple[int, ...]) -> tuple[TensorSpec, ...]:
 
 def _alone(norm: Norm) -> Spelling:
     def rms_norm(
-        x: torch.Tensor, weight: torch.Tensor, *, eps: float, rounded: str = "early"
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        x: torch.Tensor, weight: torch.Tensor, *, eps: float, rounded: str = "early", offset: float = 0.0
+    ) -> tuple[torch.Tensor, ...]:
         return (norm(x, weight, eps),)
 
     return rms_norm
@@ -102,7 +118,8 @@ def _alone(norm: Norm) -> Spelling:
 class RmsNorm(RowFusion):
     """x / sqrt(mean(x^2) + eps) * weight.
 
-    Inputs: x of any rank, and the weight `[cols]`. Scalars: `eps`; `rounded` where the weight comes before the rounding.
+    Inputs: x of any rank, and the weight `[cols]`. Scalars: `eps`; `rounded` where the weight comes before the rounding;
+    `offset` where something is added to the weight.
     """
 
     name = "rms_norm"

@@ -12,10 +12,13 @@ from torch import nn
 
 from autokernel.errors import WorkloadError
 from autokernel.profiling.precision import is_quantized
+from autokernel.profiling.windows import full_window
 
 _CACHE_ROOM = 16  # tokens behind the context
 _MAX_PROMPTS = 8  # distinct contexts in a cache; the rows of a larger batch repeat them
 _EXACT_ROWS = 8  # rows of a step in higher precision at a time
+_WINDOW = "StaticSlidingWindowLayer"
+_KINDS = ("StaticLayer", _WINDOW, "FullWindow")  # of cache layers that a step can be repeated on
 
 
 class Prefill(nn.Module):
@@ -54,7 +57,7 @@ class Decode(nn.Module):
 
     transformers' static cache counts its own length up with each call. The step starts by setting the counters, which are
     tensors, from the positions: every call is the same step, replays of a CUDA graph included, and overwrites the one slot
-    that the call before wrote.
+    that the call before wrote. So it is where a sliding window is full (`windows.full_window`).
     """
 
     def __init__(self, model: nn.Module, prompt: torch.Tensor, *, choose: Choose | None = None) -> None:
@@ -120,19 +123,24 @@ class Decode(nn.Module):
         from transformers import StaticCache
 
         config: Any = self.model.config
-        return StaticCache(config=config, max_cache_len=self.num_slots)
+        cache = StaticCache(config=config, max_cache_len=self.num_slots)
+        in_chunks = getattr(config.get_text_config(), "attention_chunk_size", None) is not None
+        for number, layer in enumerate(cache.layers):
+            if type(layer).__name__ == _WINDOW and layer.max_cache_len <= self.context and not in_chunks:
+                cache.layers[number] = full_window(layer.max_cache_len)
+        return cache
 
     def _check_layers(self) -> None:
         for number, layer in enumerate(self.cache.layers):
             kind = type(layer).__name__
-            if type(layer).__name__ not in ("StaticLayer", "StaticSlidingWindowLayer"):
+            if kind not in _KINDS:
                 raise WorkloadError(
                     f"decode: layer {number} keeps its state in a {kind}, which a step cannot be repeated on; "
                     "decode scenarios take models whose layers all have attention with plain keys and values"
                 )
-            if self.context + 1 > layer.max_cache_len:
+            if self.context + 1 > layer.max_cache_len and kind == _WINDOW:  # of attention in chunks, whose masks count places
                 raise WorkloadError(
-                    f"decode: context {self.context} does not fit into the sliding window of layer {number}, which has "
+                    f"decode: context {self.context} does not fit into the chunk of layer {number}, which has "
                     f"{layer.max_cache_len} tokens: the oldest would be dropped at each step; use a context of at most "
                     f"{layer.max_cache_len - 1}"
                 )

@@ -36,20 +36,21 @@ class ProfileScenario(ModelJob):
 
     def __call__(self) -> CapturedScenario | None:
         """What was captured; None where layers differ in kind, so that a part of them does not tell of the rest."""
-        from autokernel.profiling.extrapolation import extrapolated
+        from autokernel.profiling.extrapolation import depths_of, extrapolated, period_of
 
         with model_job(self.device, self.threads) as turns:
-            whole, alike = _layers_of(self.loaded) if self.layers is not None else (0, True)
+            kinds = _kinds_of(self.loaded) if self.layers is not None else []
+            whole, period = len(kinds), period_of(kinds)
             if self.layers is None or whole <= self.layers:
                 return self._capture(None, turns)
-            if not alike:
+            depths = depths_of(self.layers, whole, period) if period is not None else None
+            if depths is None or (period != 1 and _kinds_of(with_layers(self.loaded, depths[1])) != kinds[: depths[1]]):
                 return None
-            depths = self.layers // 2, self.layers
             fewer = self._capture(depths[0], turns)
             with turns.alone():
                 free_memory()
             more = self._capture(depths[1], turns)
-        return extrapolated(fewer, more, depths, whole)
+        return extrapolated(fewer, more, depths, whole, period or 1)
 
     def _capture(self, layers: int | None, turns: JobTurns) -> CapturedScenario:
         import torch
@@ -64,20 +65,20 @@ class ProfileScenario(ModelJob):
         return replace(captured, peak_bytes=torch.cuda.max_memory_reserved()) if on_gpu else captured
 
 
-def _layers_of(loaded: LoadedExperiment) -> tuple[int, bool]:
-    """How many the whole model has (0 where there is no telling), and whether its config has them all of one kind.
+def _kinds_of(loaded: LoadedExperiment) -> list[tuple[Any, ...]]:
+    """For each layer of the whole model what its config says of that layer alone; none where there is no telling their number.
 
     The first few may all be of the same kind where later ones are not: captures of those alone would not show it.
     """
     from autokernel.profiling.workload import model_config
 
     if not loaded.experiment.model.by_auto_class:
-        return loaded.experiment.model.depth or 0, True
+        return [()] * (loaded.experiment.model.depth or 0)
     config = model_config(loaded).get_text_config()
     whole = int(getattr(config, "num_hidden_layers", 0))
     facts = [getattr(config, name) for name in dir(config) if "layer" in name]
     lists = [fact for fact in facts if isinstance(fact, list) and len(fact) == whole]
-    return whole, all(kind == kinds[0] for kinds in lists for kind in kinds)
+    return [tuple(kinds[number] for kinds in lists) for number in range(whole)]
 
 
 def _captures(context: RunContext, scenarios: Sequence[str], layers: int | None) -> list[tuple[str, str, Callable[[], Any]]]:

@@ -146,8 +146,12 @@ class _Reading:
         return {name: word for name, word in said.items() if name in before or self.above[name] & products}
 
     def _is_vector(self, name: str) -> bool:
-        """Whether it is an input with one number for each column."""
-        return self.views[name].startswith("i") and len(self.shapes[self.views[name]]) == 1
+        """Whether it is an input with one number for each column, or that and a number, as `1 + weight`."""
+        source = self.views[name]
+        line = next((made for made in self.program.lines if made.name == source), None)
+        if line is not None and line.op in ("add", "mul") and len(line.operands) == 1:
+            return self._is_vector(line.operands[0])
+        return source.startswith("i") and len(self.shapes[source]) == 1
 
     def _reductions(self) -> list[Line]:
         return [line for line in self.program.lines if line.op in REDUCTIONS]

@@ -31,14 +31,14 @@ TILE: dict[str, ConfigValue] = {"source": "quack", "tile_m": 64, "tile_n": 128, 
 Layer = Callable[..., Any]
 
 
-def problem(*rows: int, residual: bool = True, late: bool = False) -> Problem:
+def problem(*rows: int, residual: bool = True, late: bool = False, offset: bool = False) -> Problem:
     weight = TensorSpec(shape=(K, N), dtype="bfloat16", stride=(1, K))
     return Problem(
         op="linear_rms_norm",
         inputs=(spec(*rows, K), weight, spec(N), *[spec(*rows, N)] * residual),
         device="cuda",
         constants=(1, 2),
-        scalars=(*[("rounded", "late")] * late, ("residual", residual), ("eps", 1e-5)),
+        scalars=(*[("offset", 1.0)] * offset, *[("rounded", "late")] * late, ("residual", residual), ("eps", 1e-5)),
     )
 
 
@@ -50,6 +50,11 @@ def norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
 def late_norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     wide = x.to(torch.float32)
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * gain).to(x.dtype)
+
+
+def norm_from_zero(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    wide = x.to(torch.float32)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * (1.0 + gain.float())).to(x.dtype)
 
 
 def layer(x: torch.Tensor, w: torch.Tensor, gain: torch.Tensor, residual: torch.Tensor) -> Any:
@@ -115,13 +120,17 @@ def test_inductor_writes_one_kernel_behind_the_call(tmp_path: Path, rows: tuple[
 
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "residual", "late"), [((2, 9), True, False), ((2, 9), False, True), ((7,), True, True), ((7,), False, False)]
-)
+    ("rows", "residual", "spelled"),
+    [
+        ((2, 9), True, norm), ((2, 9), False, late_norm), ((7,), True, late_norm), ((7,), False, norm),
+        ((2, 9), False, norm_from_zero), ((7,), True, norm_from_zero),
+    ],
+)  # fmt: skip
 def test_results_are_those_of_the_layer(
-    tmp_path: Path, rows: tuple[int, ...], residual: bool, late: bool, swap: bool
+    tmp_path: Path, rows: tuple[int, ...], residual: bool, spelled: Layer, swap: bool
 ) -> None:  # fmt: skip
     """In its shapes and layouts, and as exact."""
-    wanted, spelled = problem(*rows, residual=residual, late=late), late_norm if late else norm
+    wanted = problem(*rows, residual=residual, late=spelled is not norm, offset=spelled is norm_from_zero)
 
     def end(x: torch.Tensor, w: torch.Tensor, gain: torch.Tensor, *added: torch.Tensor) -> Any:
         total = x @ w.t()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,6 +36,11 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+def norm_from_zero(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    wide = x.to(torch.float32)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight.float())).to(x.dtype)
+
+
 def block(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor, *gains: torch.Tensor) -> Any:
     """What is around the layers of a diffusion transformer, then of a language model."""
     x = x + gate * norm(branch, gains[0])
@@ -58,6 +64,25 @@ def test_the_row_kernel_takes_the_place_of_every_norm() -> None:
     assert [(usage.hits, usage.reasons) for usage in plan.usage.values()] == [(1, [])] * 3
     assert len(re.findall(r"row_norm_kernel_\d+\.run\(", code)) == 3
     assert "rsqrt" not in re.sub(r"def row_norm_kernel.*?'''", "", code, flags=re.DOTALL), "no norm of Inductor's own is left"
+
+
+def test_the_row_kernel_adds_one_to_the_weight() -> None:
+    """A model's weights go into the kernel as they are: no kernel of Inductor's computes `1 + weight`."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+
+    def half_layer(x: torch.Tensor, branch: torch.Tensor, *gains: torch.Tensor) -> Any:
+        total = x + norm_from_zero(branch, gains[0])
+        return total, norm_from_zero(total, gains[1])
+
+    scalars: tuple[tuple[str, ConfigValue], ...] = (("offset", 1.0), ("rounded", "late"), ("eps", 1e-6))
+    entries = [
+        Entry(problem=replace(found, scalars=scalars), backend="triton", config=ROW_NORM)
+        for found in (problem("add_rms_norm", ROW, ROW, GAIN), problem("rms_norm", ROW, GAIN))
+    ]
+    code, plan = code_of(half_layer, [TensorSpec.contiguous(s, "bfloat16") for s in (ROW, ROW, GAIN, GAIN)], *entries)
+    assert [(usage.hits, usage.reasons) for usage in plan.usage.values()] == [(1, [])] * 2
+    assert len(re.findall(r"row_norm_kernel_\d+\.run\(", code)) == 2
+    assert "async_compile.triton('triton_" not in code, "nothing is left for Inductor"
 
 
 def test_what_the_kernel_does_not_take_stays_inductors() -> None:

@@ -137,15 +137,15 @@ def test_sums_and_their_squares_are_right(name: str, sizes: tuple[int, int, int]
         assert torch.equal(again[1], squares)
 
 
-@pytest.mark.parametrize("rounded", ["early", "late"])
-def test_the_norm_of_them_is_within_the_budget(rounded: str, cache: ObjectCache) -> None:
+@pytest.mark.parametrize(("rounded", "offset"), [("early", 0.0), ("late", 0.0), ("late", 1.0)])
+def test_the_norm_of_them_is_within_the_budget(rounded: str, offset: float, cache: ObjectCache) -> None:
     m, n, k = 130, 4104, 1024
     spec = kernel_spec(PINGPONG)
     a, b, added = operands(spec, m, n, k)
     gain = draw((n,), "bfloat16", 0.5)
     total, squares = load(str(cache.get_or_compile(spec)[1]))(a, b, added)
-    mine = norm_of_squares(total, squares, gain, eps=1e-5, rounded=rounded)
-    problem = norm_problem((m,), n, k, late=rounded == "late")
+    mine = norm_of_squares(total, squares, gain, eps=1e-5, rounded=rounded, offset=offset)
+    problem = norm_problem((m,), n, k, late=rounded == "late", offset=bool(offset))
     own = get_op(problem.op).reference(problem, a, b, gain, *added)[1]
     right = get_op(problem.op).reference(problem, *(x.double() for x in (a, b, gain, *added)))[1]
     assert error_of(mine, right) <= 2 * error_of(own, right) + 1e-6
@@ -191,8 +191,9 @@ def test_it_runs_on_the_current_stream_and_waits_for_nothing(cache: ObjectCache)
 
 
 def norm_problem(
-    rows: tuple[int, ...], n: int, k: int, *, dtype: str = "bfloat16", residual: bool = True, late: bool = False
-) -> Problem:
+    rows: tuple[int, ...], n: int, k: int, *, dtype: str = "bfloat16", residual: bool = True, late: bool = False,
+    offset: bool = False,
+) -> Problem:  # fmt: skip
     x, gain = TensorSpec.contiguous((*rows, k), dtype), TensorSpec.contiguous((n,), dtype)
     matrix = TensorSpec(shape=(k, n), dtype=dtype, stride=(1, k))
     added = [TensorSpec.contiguous((*rows, n), dtype)] * residual
@@ -201,7 +202,7 @@ def norm_problem(
         inputs=(x, matrix, gain, *added),
         device="cuda",
         constants=(1, 2),
-        scalars=(*[("rounded", "late")] * late, ("residual", residual), ("eps", 1e-5)),
+        scalars=(*[("offset", 1.0)] * offset, *[("rounded", "late")] * late, ("residual", residual), ("eps", 1e-5)),
     )
 
 
@@ -210,6 +211,7 @@ EVALUATED: dict[str, tuple[Problem, Config]] = {
     "prompt, swizzle": (norm_problem((1, 2048), 4096, 1024), {**PINGPONG, "swizzle": 2}),
     "prompt, large tile": (norm_problem((2048,), 4096, 1024), CONFIGS["large"]),
     "no residual, rounded late": (norm_problem((3, 333), 2056, 1024, residual=False, late=True), COOPERATIVE),
+    "decode, from zero": (norm_problem((16, 1), 2560, 2048, residual=False, late=True, offset=True), SWAP),
     "half": (norm_problem((512,), 4096, 1024, dtype="float16"), PINGPONG),
     "half, swap": (norm_problem((4, 16), 4096, 1024, dtype="float16", late=True), SWAP),
     "decode": (norm_problem((16, 1), 4096, 4096), SWAP),

@@ -21,18 +21,21 @@ pytestmark = [
 
 Config = Mapping[str, ConfigValue]
 EPS = (("eps", 1e-5),)
+FROM_ZERO = (("offset", 1.0), ("rounded", "late"))
 
 
 def row_norm(rows: int, repeat: int, num_warps: int) -> Config:
     return {"kernel": "row_norm", "rows": rows, "repeat": repeat, "num_warps": num_warps}
 
 
-def norm(op: str, dtype: str, *shapes: tuple[int, ...], stride: tuple[int, ...] | None = None) -> Problem:
+def norm(
+    op: str, dtype: str, *shapes: tuple[int, ...], stride: tuple[int, ...] | None = None, offset: bool = False
+) -> Problem:  # fmt: skip
     specs = [TensorSpec.contiguous(shape, dtype) for shape in shapes]
     if stride is not None:
         specs[0] = TensorSpec(shape=shapes[0], dtype=dtype, stride=stride)
     constants = (2,) if op == "add_rms_norm" else (1,)
-    return Problem(op=op, inputs=tuple(specs), device="cuda", constants=constants, scalars=EPS)
+    return Problem(op=op, inputs=tuple(specs), device="cuda", constants=constants, scalars=(*FROM_ZERO * offset, *EPS))
 
 
 LLAMA, DECODE = (512, 4096), (64, 4096)
@@ -47,6 +50,11 @@ CASES: Mapping[str, tuple[Problem, Config]] = {
     "permuted": (norm("rms_norm", "float32", (37, 2, 768), (768,), stride=(768, 28416, 1)), row_norm(1, 1, 4)),
     "residual": (norm("add_rms_norm", "bfloat16", DECODE, DECODE, (4096,)), row_norm(1, 1, 8)),
     "residual in fp32": (norm("add_rms_norm", "float32", (1, 37, 768), (1, 37, 768), (768,)), row_norm(1, 1, 2)),
+    "from zero": (norm("rms_norm", "bfloat16", DECODE, (4096,), offset=True), row_norm(1, 1, 16)),
+    "residual, from zero": (
+        norm("add_rms_norm", "bfloat16", (16, 1, 2560), (16, 1, 2560), (2560,), offset=True),
+        row_norm(1, 1, 8),
+    ),
     "condition": (norm("adaln_rms_norm", "bfloat16", ZIMAGE, WIDTH, SCALE), row_norm(1, 2, 8)),
     "gate": (norm("gated_rms_norm", "bfloat16", ZIMAGE, WIDTH, SCALE, ZIMAGE), row_norm(1, 1, 8)),
 }
@@ -81,10 +89,10 @@ def test_rotary_embedding_in_halves(dtype: str) -> None:
     assert_ok(problem, "inductor", {"implementation": "halves"})
 
 
-@pytest.mark.parametrize("name", ["by_sigmoid", "by_tanh"])
-def test_gates(name: str) -> None:
+@pytest.mark.parametrize(("activation", "name"), [("silu", "by_sigmoid"), ("silu", "by_tanh"), ("gelu_tanh", "by_sigmoid")])
+def test_gates(activation: str, name: str) -> None:
     specs = (TensorSpec.contiguous((64, 14336), "bfloat16"),) * 2
-    problem = Problem(op="gated", inputs=specs, device="cuda", scalars=(("activation", "silu"),))
+    problem = Problem(op="gated", inputs=specs, device="cuda", scalars=(("activation", activation),))
     assert_ok(problem, "inductor", {"implementation": name})
 
 

@@ -74,6 +74,13 @@ CASES: Mapping[str, tuple[Problem, Config]] = {
         problem("norm_rotary", spec(2, 77, 6, 96), spec(96), *(spec(1, 1, 77, 96),) * 2, constants=(1,), scalars=EPS),
         rotary(8, 4),
     ),
+    "heads first, from zero": (
+        problem(
+            "rotary_qk", heads(16, 1, 8, 256), spec(256), heads(16, 1, 4, 256), spec(256), *(spec(16, 1, 1, 256),) * 2,
+            constants=(1, 3), scalars=(("offset", 1.0), ("rounded", "late"), ("heads", "first"), *EPS),
+        ),
+        rotary(4, 2),
+    ),
     "fp16, heads first": (
         problem(
             "norm_rotary", heads(2, 33, 4, 64, "float16"), spec(64, dtype="float16"),

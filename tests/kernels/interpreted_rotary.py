@@ -18,6 +18,7 @@ Scalars = tuple[tuple[str, object], ...]
 ONE = {"kernel": "rotary", "block_rows": 1, "num_warps": 1}
 MANY = {"kernel": "rotary", "block_rows": 8, "num_warps": 2}
 EPS, FIRST = (("eps", 1e-5),), (("heads", "first"), ("eps", 1e-5))
+FROM_ZERO = (("offset", 1.0), ("rounded", "late"))
 # op, config, dtype, scalars, heads of each, [batch, length, head_dim] and whether x is a part of what lies in memory
 CASES = (
     ("rotary", ONE, "float32", (), (3,), (2, 5, 8), False),
@@ -26,6 +27,7 @@ CASES = (
     ("norm_rotary", ONE, "float32", EPS, (2,), (1, 1, 24), True),
     ("norm_rotary", MANY, "float32", FIRST, (3,), (2, 5, 16), True),
     ("norm_rotary", MANY, "float32", (*EPS, ("rounded", "late")), (3,), (2, 5, 16), True),
+    ("norm_rotary", MANY, "float16", (*FROM_ZERO, *FIRST), (3,), (2, 5, 24), True),
     ("rotary_complex", MANY, "float16", (), (3,), (2, 5, 24), True),
     ("rotary_complex", ONE, "float32", (), (1,), (1, 3, 2), False),
     ("norm_rotary_complex", MANY, "float32", EPS, (5,), (1, 9, 40), True),
@@ -33,6 +35,8 @@ CASES = (
     ("rotary_qk", ONE, "float16", EPS, (4, 1), (2, 3, 16), True),
     ("rotary_qk", MANY, "float32", FIRST, (4, 1), (3, 1, 16), False),
     ("rotary_qk", MANY, "float16", (*EPS, ("complex", True)), (3, 3), (1, 11, 24), False),
+    ("rotary_qk", MANY, "float32", (*FROM_ZERO, *FIRST), (4, 2), (2, 5, 32), False),
+    ("rotary_qk", MANY, "float32", (*FROM_ZERO, *EPS, ("complex", True)), (3, 3), (1, 11, 24), False),
 )
 
 

@@ -15,6 +15,8 @@ from autokernel.records import Problem, TensorSpec
 
 ONE = {"kernel": "row_norm", "rows": 1, "repeat": 1, "num_warps": 1}
 MANY = {"kernel": "row_norm", "rows": 4, "repeat": 3, "num_warps": 1}
+EPS = (("eps", 1e-5),)
+FROM_ZERO = (("offset", 1.0), ("rounded", "late"), *EPS)
 # op, config, dtype, x's [shape] as stored, order of its dimensions, shapes of the inputs behind the weight or before it
 CASES = (
     ("rms_norm", ONE, "float32", (5, 40), (0, 1), ()),
@@ -27,6 +29,14 @@ CASES = (
     ("adaln_rms_norm", ONE, "float16", (3, 5, 32), (0, 1, 2), ((32,),)),
     ("gated_rms_norm", MANY, "float16", (2, 9, 40), (0, 1, 2), ((2, 1, 40), (2, 9, 40))),
     ("gated_rms_norm", ONE, "float32", (2, 9, 40), (0, 1, 2), ((1, 9, 1), (2, 9, 40))),
+)
+# the same with other scalars
+OFFSET_CASES = (
+    ("rms_norm", MANY, "float16", (13, 33), (0, 1), ()),
+    ("rms_norm", ONE, "float32", (2, 3, 4, 32), (0, 2, 1, 3), ()),
+    ("add_rms_norm", MANY, "float32", (13, 64), (0, 1), ((13, 64),)),
+    ("adaln_rms_norm", ONE, "float16", (3, 5, 32), (0, 1, 2), ((32,),)),
+    ("gated_rms_norm", MANY, "float32", (2, 9, 40), (0, 1, 2), ((2, 1, 40), (2, 9, 40))),
 )
 
 
@@ -44,13 +54,13 @@ def tensors(op: str, dtype: str, stored: tuple[int, ...], order: tuple[int, ...]
     return [*found, *wide, weight] if op == "add_rms_norm" else [*found, weight, *wide]
 
 
-def wrong(op: str, config: dict[str, object], *case: object) -> str | None:
+def wrong(op: str, config: dict[str, object], scalars: tuple[tuple[str, object], ...], *case: object) -> str | None:
     """What is wrong with one case, None if nothing is."""
     inputs = tensors(op, *case)  # type: ignore[arg-type]
     specs = tuple(
         TensorSpec(shape=tuple(x.shape), dtype=str(x.dtype).removeprefix("torch."), stride=x.stride()) for x in inputs
     )
-    problem = Problem(op=op, inputs=specs, device="cuda", scalars=(("eps", 1e-5),))
+    problem = Problem(op=op, inputs=specs, device="cuda", scalars=scalars)  # type: ignore[arg-type]
     plan = plan_of(problem, config)  # type: ignore[arg-type]
     eager = get_op(op).reference(problem, *inputs)
     exact = get_op(op).reference(problem, *(x.double() for x in inputs))
@@ -67,8 +77,9 @@ def wrong(op: str, config: dict[str, object], *case: object) -> str | None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for op, config, *case in CASES:
-        problem = wrong(op, config, *case)  # type: ignore[arg-type]
-        if problem:
-            print(op, config, case, problem)
+    for cases, scalars in ((CASES, EPS), (OFFSET_CASES, FROM_ZERO)):
+        for op, config, *case in cases:
+            problem = wrong(op, config, scalars, *case)  # type: ignore[arg-type]
+            if problem:
+                print(op, config, scalars, case, problem)
     print("done")

@@ -12,7 +12,7 @@ from torch import nn
 from autokernel.export.plan import region_key
 from autokernel.ops import FusionOp, get_op
 from autokernel.ops.linear_rms_norm import as_matrix, norm_of_squares
-from autokernel.ops.rms_norm import norm_early, norm_late
+from autokernel.ops.rms_norm import norm_early, norm_late, norm_offset
 from autokernel.records import Problem, TensorSpec
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -40,6 +40,15 @@ class LlamaNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.to(torch.float32)
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+class FromZero(LlamaNorm):
+    """By 1 + weight, and rounded at the end."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return (normed * (1.0 + self.weight.float())).type_as(x)
 
 
 def problems(graph: Any, op: str = OP) -> list[Problem]:
@@ -84,6 +93,20 @@ def test_torchs_own_norm_rounds_behind_the_weight(post_grad: Any) -> None:
     assert_found_in_its_reference(post_grad, problem)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("rows", [(6,), (2, 3)])
+def test_a_weight_that_one_is_added_to(
+    post_grad: Any, rows: tuple[int, ...], residual: bool, dtype: torch.dtype
+) -> None:  # fmt: skip
+    x, added = torch.randn(*rows, 16).to(dtype), torch.randn(*rows, 32).to(dtype)
+    graph, constants = post_grad(Ending(FromZero(), residual).to(dtype), x, added)
+    (site,) = get_op(OP).find(graph, constants, "cuda")
+    assert dict(site.problem.scalars) == {"offset": 1.0, "rounded": "late", "residual": residual, "eps": 1e-5}
+    assert (site.problem.inputs[2].shape, site.problem.constants) == ((32,), (1, 2))
+    assert_found_in_its_reference(post_grad, site.problem)
+
+
 @pytest.mark.parametrize("rows", [(6,), (2, 3)])
 def test_a_bias_is_no_residual(post_grad: Any, rows: tuple[int, ...]) -> None:
     def biased(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -115,14 +138,14 @@ def test_a_language_model_of_transformers(post_grad: Any) -> None:
 
 
 @pytest.mark.parametrize("tile", [128, 160])
-@pytest.mark.parametrize("rounded", ["early", "late"])
+@pytest.mark.parametrize(("rounded", "offset"), [("early", 0.0), ("late", 0.0), ("late", 1.0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_norm_from_sums_of_squares(dtype: torch.dtype, rounded: str, tile: int) -> None:
+def test_a_norm_from_sums_of_squares(dtype: torch.dtype, rounded: str, offset: float, tile: int) -> None:
     """Of sums before they are rounded, as a kernel has them: nearer to the exact norm than twice the reference's own error."""
     generator = torch.Generator().manual_seed(tile)
     shapes = ((7, 64), (64, 416), (416,), (7, 416))
     inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    fixed = (("rounded", rounded),) * (rounded == "late")
+    fixed = ((("offset", offset),) if offset else ()) + (("rounded", rounded),) * (rounded == "late")
     scalars = (*fixed, ("residual", True), ("eps", 1e-5))
     specs = tuple(TensorSpec.contiguous(shape, str(dtype).removeprefix("torch.")) for shape in shapes)
     problem, op = Problem(op=OP, inputs=specs, device="cuda", scalars=scalars), get_op(OP)
@@ -131,9 +154,9 @@ def test_a_norm_from_sums_of_squares(dtype: torch.dtype, rounded: str, tile: int
     wide = inputs[0].float() @ inputs[1].float() + inputs[3].float()
     squares = torch.stack([part.square().sum(-1) for part in wide.split(tile, dim=-1)], dim=-1)
     total = wide.to(dtype)
-    norm = norm_of_squares(total, squares, inputs[2], eps=1e-5, rounded=rounded)
+    norm = norm_of_squares(total, squares, inputs[2], eps=1e-5, rounded=rounded, offset=offset)
     assert norm.dtype == dtype
-    spelled = (norm_late if fixed else norm_early)(total, inputs[2], 1e-5)
+    spelled = (norm_offset if offset else norm_late if fixed else norm_early)(total, inputs[2], 1e-5)
     if dtype is torch.bfloat16:
         assert float((norm == spelled).float().mean()) > 0.9, "rounded where the op rounds"
     for got, mine, right in zip((total, norm), own, exact, strict=True):

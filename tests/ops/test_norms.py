@@ -54,6 +54,12 @@ def by_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight * (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-6)).type_as(x)
 
 
+def from_zero(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Of weights around 0, all of it in float32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight.float())).type_as(x)
+
+
 @pytest.mark.parametrize("spelling", [llama, t5, diffusers, by_product])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_spellings_of_a_norm(post_grad: Any, spelling: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
@@ -74,6 +80,24 @@ def test_torchs_own_norm_rounds_behind_the_weight(post_grad: Any) -> None:
     assert_found_in_its_reference(post_grad, problem)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_that_one_is_added_to(post_grad: Any, dtype: torch.dtype) -> None:
+    """The sum is part of the norm, in float32 too, where `1 + weight` could as well be a weight."""
+    x, weight = torch.randn(2, 3, 16).to(dtype), torch.randn(16).to(dtype)
+    (problem,) = found(post_grad, "rms_norm", lambda x, w: from_zero(x.relu(), w) * 2, x, weight)
+    name = str(dtype).removeprefix("torch.")
+    assert problem.key == f"cpu: rms_norm({name}[2x3x16], {name}[16], offset=1.0, rounded=late, eps=1e-06)"
+    assert_found_in_its_reference(post_grad, problem)
+    exact = from_zero(x.double(), weight.double())  # in float32, of the same numbers
+    torch.testing.assert_close(get_op("rms_norm").reference(problem, x, weight)[0], exact.to(dtype))
+
+
+def test_a_sum_that_was_rounded_is_a_weight_of_its_own(post_grad: Any) -> None:
+    x, weight = torch.randn(6, 16).bfloat16(), torch.randn(16).bfloat16()
+    (problem,) = found(post_grad, "rms_norm", lambda x, w: functional.rms_norm(x, (16,), 1 + w, 1e-5), x, weight)
+    assert dict(problem.scalars) == {"rounded": "late", "eps": pytest.approx(1e-5)}
+
+
 def test_a_permuted_view_keeps_its_strides(post_grad: Any) -> None:
     x, weight = torch.randn(3, 5, 16), torch.randn(16)
     (problem,) = found(post_grad, "rms_norm", lambda x, w: t5(x.transpose(0, 1), w), x, weight)
@@ -82,10 +106,26 @@ def test_a_permuted_view_keeps_its_strides(post_grad: Any) -> None:
 
 
 AROUND: dict[str, Callable[..., Any]] = {
-    "add_rms_norm": lambda x, r, w, s, g: ((r + x) * 2, llama(r + x, w)),
-    "adaln_rms_norm": lambda x, r, w, s, g: diffusers(x, w) * (1 + s),
-    "gated_rms_norm": lambda x, r, w, s, g: r + g.tanh() * diffusers(x, w),
+    "add_rms_norm": lambda x, r, w, s, g, norm=llama: ((r + x) * 2, norm(r + x, w)),
+    "adaln_rms_norm": lambda x, r, w, s, g, norm=diffusers: norm(x, w) * (1 + s),
+    "gated_rms_norm": lambda x, r, w, s, g, norm=diffusers: r + g.tanh() * norm(x, w),
 }
+
+
+@pytest.mark.parametrize("op", AROUND)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_what_is_fused_with_a_norm_from_zero(post_grad: Any, op: str, dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, 3, 16).to(dtype), torch.randn(2, 3, 16).to(dtype)
+    weight, chunks = torch.randn(16).to(dtype), torch.randn(2, 1, 32).to(dtype)
+
+    def around(*inputs: torch.Tensor) -> Any:
+        return AROUND[op](*inputs, norm=from_zero)
+
+    (problem,) = found(post_grad, op, around, x, residual, weight, *chunks.chunk(2, -1))
+    assert dict(problem.scalars) == {"offset": 1.0, "rounded": "late", "eps": 1e-6}
+    assert (16,) in [spec.shape for spec in problem.inputs]
+    assert {spec.dtype for spec in problem.inputs} == {str(dtype).removeprefix("torch.")}
+    assert_found_in_its_reference(post_grad, problem)
 
 
 @pytest.mark.parametrize("op", AROUND)
@@ -123,7 +163,8 @@ def test_gated_activations(post_grad: Any, name: str, activation: Callable[..., 
     a, b = torch.randn(6, 16).to(dtype), torch.randn(6, 16).to(dtype)
     (problem,) = found(post_grad, "gated", lambda a, b: b.relu() * activation(a), a, b)
     assert dict(problem.scalars) == {"activation": name}
-    assert get_op("gated").dims(problem)["silu"] == (name == "silu")
+    dims = get_op("gated").dims(problem)
+    assert (dims["silu"], dims["gelu_tanh"]) == (name == "silu", name == "gelu_tanh")
     assert_found_in_its_reference(post_grad, problem)
 
 

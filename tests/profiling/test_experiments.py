@@ -15,14 +15,15 @@ from autokernel.profiling.workload import build_scenario, load_model
 
 FORECASTS = "models/forecasts.py:quantile_losses"
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-SHAPES = {"vit": (1, 5), "chronos2": (1, 21, 64), "zimage": (16, 1, 16, 16)}
+SHAPES = {"gemma": (1, 1, 2000), "vit": (1, 5), "chronos2": (1, 21, 64), "zimage": (16, 1, 16, 16)}
+LOGITS = {"gemma": ("scenarios.decode-b1.sample=none",)}  # tokens have no spread
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_a_step_is_one_graph(name: str) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name], reason="needs the extra `models`")
-    overrides = ("device=cpu", "backends=[aten]", *SMALL[name])
+    overrides = ("device=cpu", "backends=[aten]", *SMALL[name], *LOGITS.get(name, ()))
     loaded = load_experiment(EXPERIMENTS / f"{name}.yaml", overrides)
     model, dtype = load_model(loaded, "cpu"), loaded.experiment.model.dtype
     scenario = next(iter(loaded.experiment.scenarios))

@@ -10,7 +10,7 @@ import pytest
 from autokernel.evaluate.roofline import Ceilings
 from autokernel.ops import Site
 from autokernel.profiling.capture import CapturedScenario
-from autokernel.profiling.extrapolation import extrapolated
+from autokernel.profiling.extrapolation import depths_of, extrapolated, period_of
 from autokernel.profiling.hotspots import rank
 from autokernel.records import Problem, TensorSpec
 
@@ -64,6 +64,48 @@ def test_hotspots_count_and_cost_all_calls() -> None:
     assert found[INNER.key].share == pytest.approx(128 / whole.step_us)
     assert found[INNER.key].roofline_us == pytest.approx(64 / 8 * rank([FOUR], ceilings)[0].roofline_us, rel=0.5)
     assert len(found[INNER.key].sites) == 8
+
+
+@pytest.mark.parametrize(
+    ("kinds", "period"),
+    [
+        ("", None),
+        ("a", None),
+        ("aa", 1),
+        ("ab", None),
+        ("abab", 2),
+        ("ababa", 2),
+        ("aab" * 4 + "a", 3),
+        ("aaabaaa", None),
+        ("aaab", None),
+    ],
+)
+def test_kinds_that_take_turns(kinds: str, period: int | None) -> None:
+    assert period_of(kinds) == period
+
+
+@pytest.mark.parametrize(
+    ("most", "layers", "period", "depths"),
+    [
+        (4, 32, 1, (2, 4)), (5, 32, 1, (2, 5)), (2, 32, 1, (1, 2)), (10, 34, 6, (4, 10)), (12, 34, 6, (4, 10)),
+        (12, 36, 6, (6, 12)), (9, 34, 6, None), (24, 48, 6, (12, 24)), (4, 8, 2, (2, 4)), (4, 9, 2, (1, 3)),
+    ],
+)  # fmt: skip
+def test_depths_differ_from_the_whole_by_whole_turns(
+    most: int, layers: int, period: int, depths: tuple[int, int] | None
+) -> None:  # fmt: skip
+    found = depths_of(most, layers, period)
+    assert found == depths
+    assert all((layers - depth) % period == 0 for depth in found or ())
+
+
+def test_what_a_turn_adds_is_added_for_every_turn() -> None:
+    """Five layers of one kind, one of the other; at last four of the first."""
+    four, ten = captured({INNER: 8, HEAD: 1}, 100), captured({INNER: 18, LAST: 1, HEAD: 1}, 220)
+    whole = extrapolated(four, ten, (4, 10), 34, 6)
+    assert whole is not None
+    assert whole.num_calls == {INNER.key: 58, LAST.key: 5, HEAD.key: 1}
+    assert whole.step_us == 220 + 24 * 20
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import nn
 
 from autokernel.config import CallScenario, DecodeScenario, LoadedExperiment, PrefillScenario, load_experiment
 from autokernel.errors import ConfigError, WorkloadError
-from autokernel.profiling.workload import ScenarioProgram, build_scenario, load_model
+from autokernel.profiling.workload import ScenarioProgram, build_scenario, draw_tokens, load_model
 
 TINY = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -211,9 +211,36 @@ def test_a_language_scenario_needs_a_language_model() -> None:
 
 
 def test_decode_refuses_states_that_a_step_cannot_be_repeated_on(write: Any) -> None:
-    sliding = TINY | {"model_type": "mistral", "sliding_window": 8}
-    model = load_model(write({"config": sliding}), "cpu")
+    chunks = TINY | {"model_type": "llama4_text", "attention_chunk_size": 8, "intermediate_size_mlp": 64, "head_dim": 8}
+    model = load_model(write({"config": chunks | {"num_local_experts": 2, "layer_types": ["chunked_attention"]}}), "cpu")
     program = build_scenario(model, DecodeScenario(kind="decode", context=6), "d", 0, "cpu", "float32")
     assert torch.equal(run(program), run(program))
-    with pytest.raises(WorkloadError, match=r"context 12 does not fit into the sliding window of layer 0.*at most 7"):
+    with pytest.raises(WorkloadError, match=r"context 12 does not fit into the chunk of layer 0.*at most 7"):
         build_scenario(model, DecodeScenario(kind="decode", context=12), "d", 0, "cpu", "float32")
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("mistral", 2), ("gemma2", 3), ("gemma3_text", 6)])
+@pytest.mark.parametrize("context", [7, 8, 21])
+def test_a_full_window_forgets_its_oldest_token_at_each_step(write: Any, kind: str, layers: int, context: int) -> None:
+    """The same step each time, and what reading one token more would say; of layers that see all tokens beside it."""
+    keys = TINY | {"model_type": kind, "sliding_window": 8, "head_dim": 8, "num_hidden_layers": layers}
+    model = load_model(write({"config": keys}), "cpu")
+    scenario = DecodeScenario(kind="decode", batch=2, context=context)
+    program = build_scenario(model, scenario, "d", 0, "cpu", "float32")
+    step: Any = program.module
+    assert {layer.max_cache_len for layer in step.cache.layers} == {8} | ({32, 48} & {step.num_slots} if layers > 2 else set())
+    first = run(program)
+    assert torch.equal(first, run(program))
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(*program.inputs), first, rtol=1e-4, atol=1e-5)
+        exact = step.exact(*program.inputs, torch.float64)
+    torch.testing.assert_close(first, exact.float(), rtol=1e-4, atol=1e-5)
+    tokens, _ = program.inputs
+    text = draw_tokens(None, keys["vocab_size"], 2, context + 1, 0)  # as the scenario drew it
+    assert torch.equal(text[:, -1:], tokens)
+    with torch.no_grad():
+        read = model(input_ids=text, use_cache=False, logits_to_keep=1).logits
+    torch.testing.assert_close(first, read, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()

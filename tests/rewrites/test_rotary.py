@@ -9,6 +9,8 @@ from autokernel.evaluate.candidate import EvaluateCandidate
 from autokernel.ops import get_op
 from autokernel.records import Candidate, Problem, Status, TensorSpec
 from autokernel.rewrites import REWRITES, find_rewrite
+from autokernel.search.space import DeviceFacts, names_for
+from autokernel.search.space_file import load_space
 
 
 def rotary(shape: tuple[int, ...], table: tuple[int, ...], stride: tuple[int, ...] | None = None) -> Problem:
@@ -30,6 +32,7 @@ def gated(shape: tuple[int, ...], activation: str = "silu") -> Problem:
         (rotary((2, 5, 3, 6), (2, 5, 1, 6)), "halves"),
         (gated((7, 33)), "by_sigmoid"),
         (gated((2, 3, 5)), "by_tanh"),
+        (gated((7, 33), "gelu_tanh"), "by_sigmoid"),
     ],
 )
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
@@ -45,6 +48,16 @@ def test_every_rewriting_is_tried() -> None:
     assert {name: set(REWRITES[name]) for name in ("rotary", "gated")} == {
         "rotary": {"halves"}, "gated": {"by_sigmoid", "by_tanh"},
     }  # fmt: skip
+
+
+def test_a_gate_by_the_error_function_has_no_other_way() -> None:
+    """Of the others the space knows which way is whose."""
+    space, cpu = load_space("gated")["inductor"], DeviceFacts(device="cpu", threads=2)
+    found = {}
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        names = names_for(get_op("gated").dims(gated((4, 8), activation)), cpu)
+        found[activation] = [config["implementation"] for config in space.enumerate(names)]
+    assert found == {"silu": ["by_sigmoid", "by_tanh"], "gelu": [], "gelu_tanh": ["by_sigmoid"]}
 
 
 def test_heads_that_are_permuted_keep_their_layout() -> None:

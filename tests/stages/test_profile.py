@@ -88,6 +88,19 @@ def test_of_any_class_whose_file_says_what_counts_its_layers(tmp_path: Path) -> 
     assert calls(loaded, 4) == whole
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [7, 8])
+def test_layers_that_take_turns_tell_those_of_all(tmp_path: Path, num_layers: int) -> None:
+    """Two of three have a window, and another problem of attention, then one sees all tokens."""
+    kinds = {"model_type": "gemma3_text", "sliding_window": 4, "sliding_window_pattern": 3, "head_dim": 32}
+    loaded = experiment(tmp_path, **kinds, num_hidden_layers=num_layers)
+    whole = calls(loaded, None)
+    assert whole is not None
+    attention = [count for key, count in whole.items() if " attention(" in key]
+    assert sorted(attention) == [2, num_layers - 2]
+    assert calls(loaded, 5) == whole
+
+
 @pytest.mark.parametrize("model", ["gemma3_text", "jamba"])
 def test_layers_that_a_config_calls_different_are_not_reckoned_from_the_first(tmp_path: Path, model: str) -> None:
     """The first four are alike, and a later one is not."""

@@ -47,6 +47,12 @@ _ROWS, _WEIGHT, _VECTOR = (2, 8, 64), (96, 64), (64,)
         ),
         ([_ROWS, _VECTOR], _NORM.replace("t7", "o0"), "rms_norm 16×64"),
         (
+            [_ROWS, _VECTOR],
+            f"{_NORM.partition('; t6')[0]}; t6 = convert(i1, float32); t7 = add(t6, 1); t8 = mul(t5, t7); "
+            "o0 = convert(t8, bfloat16)",
+            "rms_norm 16×64",
+        ),
+        (
             [_ROWS, _VECTOR, _ROWS],
             "o0 = add(i0, i2); t0 = mul(o0, o0); t1 = mean(t0); t2 = add(t1, 1e-05); t3 = rsqrt(t2); t4 = mul(o0, t3); "
             "o1 = mul(i1, t4)",
