@@ -94,6 +94,7 @@ HOMES = {
         "export.cutedsl",
         "export.chain",
         "export.aoti",
+        "ops.program",
         "export.prove",
         "backends.compiled",
         "profiling.capture",

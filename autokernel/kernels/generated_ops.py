@@ -35,6 +35,13 @@ def _larger(a, b):
     """The larger one; NaN where there is one."""
     return tl.where((a > b) | (a != a), a, b)
 ''',
+    "_exponentials": '''@triton.jit
+def _exponentials(total, largest, x):
+    """The sum of exp(v - largest) over the v before x as that with x: of the two exponentials one is of 0."""
+    far = x - largest
+    e = tl.exp(-tl.abs(far))
+    return tl.where(x == -float("inf"), total, tl.where(far > 0, total * e + 1.0, total + e))
+''',
     "_smaller": '''@triton.jit
 def _smaller(a, b):
     """The smaller one; NaN where there is one."""

@@ -49,11 +49,14 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """A number per row. `level` says how many walks over the row come before the one that it is found in."""
+    """A number per row. `level` says how many walks over the row come before the one that it is found in.
+
+    "softmax" is two numbers that one walk finds: the largest one, `name.0`, and the sum of exp(x - largest), `name.1`.
+    """
 
     name: str
     source: str
-    kind: str  # "sum", "mean", "amax", "var"
+    kind: str  # "sum", "mean", "amax", "var", "softmax"
     level: int
     divisor: float = 1.0
     center: str = ""  # of "var": the statistic that is subtracted first, in fp32
@@ -189,7 +192,8 @@ class Writer:
                 left = max(0.0, columns - float(line.arguments[1]))  # type: ignore[arg-type]
                 found[line.name] = [mean, Statistic(f"{line.name}.0", source, "var", level + 1, left, mean.name)]
             else:
-                found[line.name] = [Statistic(line.name, source, line.op, level, float(columns))]
+                kind = "softmax" if line.op == "prepare_softmax_online" else line.op
+                found[line.name] = [Statistic(line.name, source, kind, level, float(columns))]
         return sorted((s for parts in found.values() for s in parts), key=lambda s: s.level)
 
     def walk(self, names: set[str], columns: Columns, lines: list[str], smem_bytes: int = 0) -> None:
@@ -218,18 +222,27 @@ class Writer:
 
     def begin(self, statistic: Statistic, columns: Columns, lines: list[str]) -> None:
         """What it is before any tile of the row."""
-        start = reduction_of(statistic).start
-        lines.append(f"{_variable(statistic)}_sum = tl.full([{self.row_block}, {columns.block}], {start}, tl.float32)")
+        start, size = reduction_of(statistic).start, f"[{self.row_block}, {columns.block}]"
+        lines.append(f"{_variable(statistic)}_sum = tl.full({size}, {start}, tl.float32)")
+        if statistic.kind == "softmax":
+            lines.append(f"{_variable(statistic)}_exp = tl.zeros({size}, tl.float32)")
 
     def join(self, statistic: Statistic, scope: Scope) -> None:
         """With the scope's tile."""
         running = f"{_variable(statistic)}_sum"
         value = self._guarded(statistic, scope)
+        if statistic.kind == "softmax":  # of what was the largest one until now
+            total = f"{_variable(statistic)}_exp"
+            scope.lines.append(f"{total} = _exponentials({total}, {running}, {value})")
         scope.lines.append(f"{running} = {reduction_of(statistic).join(running, value)}")
 
     def finish(self, statistic: Statistic, lines: list[str]) -> None:
         """Behind the last tile; it is known everywhere then."""
-        self._finish(statistic, f"{_variable(statistic)}_sum", lines)
+        running = f"{_variable(statistic)}_sum"
+        if statistic.kind == "softmax":
+            self._finish_softmax(statistic, running, lines, f"{_variable(statistic)}_exp * ")
+        else:
+            self._finish(statistic, running, lines)
 
     def _stages(self, scope: Scope, smem_bytes: int) -> int:
         """Tiles of each operand that fit into so much shared memory, 3 at most: loads then hide most of each other's time."""
@@ -240,10 +253,13 @@ class Writer:
     def at_once(self, names: set[str], scope: Scope) -> None:
         """Find the statistics of rows that a tile holds whole, without those that are known."""
         for statistic in self.statistics(names):
-            if statistic.name in self.fixed:
+            if statistic.name in self.fixed or f"{statistic.name}.0" in self.fixed:
                 continue
             value = self._guarded(statistic, scope)
-            self._finish(statistic, value, scope.lines)
+            if statistic.kind == "softmax":
+                self._finish_softmax(statistic, value, scope.lines)
+            else:
+                self._finish(statistic, value, scope.lines)
 
     def _guarded(self, statistic: Statistic, scope: Scope) -> str:
         """The tile that is reduced, with what changes nothing in the columns that are not there."""
@@ -271,10 +287,25 @@ class Writer:
         lines.append(f"{variable} = {rounded(text, line.op, dtype)}")
         self.fixed[statistic.name] = variable
 
+    def _finish_softmax(self, statistic: Statistic, largest: str, lines: list[str], times: str = "") -> None:
+        """The largest number of a row and the sum of exponentials; NaN where all of a row is -inf, as in eager PyTorch.
+
+        Args:
+            statistic: of kind "softmax".
+            largest: the tile, or what each lane has seen of the row.
+            lines: what is added to.
+            times: what stands before the exponential of a lane.
+        """
+        variable, dtype = _variable(statistic), self.results[statistic.name].dtype
+        exponentials = f"{times}tl.exp({largest} - {variable}_0)"
+        lines.append(f"{variable}_0 = {largest_of_row().finish(largest)}")  # a number of the row, which needs no rounding
+        lines.append(f"{variable}_1 = {rounded(sum_of_row().finish(exponentials), 'sum', dtype)}")
+        self.fixed[f"{statistic.name}.0"], self.fixed[f"{statistic.name}.1"] = f"{variable}_0", f"{variable}_1"
+
 
 def reduction_of(statistic: Statistic) -> Reduction:
     """How the statistic's tiles are joined."""
-    return largest_of_row() if statistic.kind == "amax" else sum_of_row()
+    return largest_of_row() if statistic.kind in ("amax", "softmax") else sum_of_row()
 
 
 def row_terms(spec: TensorSpec, frame: tuple[int, ...], row: str) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autokernel.ops.matching import op_name, tensor_spec
-from autokernel.ops.program import ARITY, BINARY, COMPARISONS, REDUCTIONS, UNARY, Argument
+from autokernel.ops.program import ARITY, BINARY, COMPARISONS, PAIRS, REDUCTIONS, UNARY, Argument
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -92,7 +92,7 @@ def refusal(node: Node, rows: int, columns: int) -> Broken | None:
     call = call_of(node)
     if call is None:
         return _why_no_call(node)
-    specs = [tensor_spec(user) for user in node.users] if call.op == "var_mean" else [tensor_spec(node)]
+    specs = [tensor_spec(user) for user in node.users] if call.op in PAIRS else [tensor_spec(node)]
     if not specs or any(spec is None for spec in specs):
         value = node.meta.get("val")
         dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
@@ -128,6 +128,11 @@ def is_full(shape: tuple[int, ...], rows: int, columns: int) -> bool:
 def is_free(node: Node) -> bool:
     """Whether it costs nothing to have the node in several kernels: a constant, or a weight seen the other way round."""
     return op_name(node) == "aten.full"
+
+
+def is_pair(node: Any) -> bool:
+    """Whether the node has two results, which others take apart."""
+    return op_name(node) in ("aten.var_mean", "prims.prepare_softmax_online")
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
@@ -232,14 +237,21 @@ def _reduction(node: Node) -> Call | None:
     return Call(short, (node.args[0], correction)) if isinstance(correction, (int, float)) else None  # type: ignore[arg-type]
 
 
+def _prepare_softmax(node: Node) -> Call | None:
+    """Over the last dimension; it always keeps it."""
+    source, dim = node.args
+    last = isinstance(dim, int) and dim in (-1, len(shape_of(source)) - 1)
+    return Call("prepare_softmax_online", (source,)) if last else None  # type: ignore[arg-type]
+
+
 def _getitem(node: Node) -> Call | None:
-    pair = op_name(node.args[0]) == "aten.var_mean"  # type: ignore[arg-type]
-    return Call("getitem", (node.args[0], node.args[1])) if pair else None  # type: ignore[arg-type]
+    return Call("getitem", (node.args[0], node.args[1])) if is_pair(node.args[0]) else None  # type: ignore[arg-type]
 
 
 _SPECIAL: dict[str, Any] = {
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(("aten.sum", "aten.mean", "aten.amax", "aten.var_mean"), _reduction),
+    "prims.prepare_softmax_online": _prepare_softmax,
     "aten.expand": _expand,
     "prims.convert_element_type": _convert,
     "aten.full": _full,

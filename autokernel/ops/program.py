@@ -4,7 +4,8 @@
 
 A line is one ATen call of the graph in the graph's own dtype, implicit promotion included. Operands are inputs (`i0`),
 earlier lines (`t0`) and outputs (`o0`, which later lines may read as well), numbers, dtypes and shapes. Names follow the
-order in which values are needed, so that equal regions have equal text. Reductions are over the last dimension and keep it.
+order in which values are needed, so that equal regions have equal text. Reductions are over the last dimension and keep it;
+`prepare_softmax_online`, which is Inductor's own, makes a row's largest number and the sum of exp(x - largest).
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ UNARY: tuple[str, ...] = (
 )  # fmt: skip
 COMPARISONS: tuple[str, ...] = ("eq", "ne", "lt", "le", "gt", "ge")
 BINARY: tuple[str, ...] = ("add", "sub", "mul", "div", "maximum", "minimum", *COMPARISONS)
-REDUCTIONS: tuple[str, ...] = ("sum", "mean", "amax", "var_mean")
+PAIRS: tuple[str, ...] = ("var_mean", "prepare_softmax_online")  # two results, each had by `getitem`
+REDUCTIONS: tuple[str, ...] = ("sum", "mean", "amax", *PAIRS)
 GEMMS: tuple[str, ...] = ("mm", "addmm", "bmm", "baddbmm")
 VIEWS: tuple[str, ...] = ("reshape", "t", "getitem")
 # name -> numbers of arguments
 ARITY: Mapping[str, int] = {
-    **dict.fromkeys((*UNARY, "clone", "t", "sum", "mean", "amax"), 1),
+    **dict.fromkeys((*UNARY, "clone", "t", "sum", "mean", "amax", "prepare_softmax_online"), 1),
     **dict.fromkeys((*BINARY, "pow", "gelu", "convert", "var_mean", "mm", "bmm", "reshape", "getitem"), 2),
     **dict.fromkeys(("where", "addmm", "baddbmm", "full"), 3),
 }
@@ -157,7 +159,7 @@ def run(problem: Problem, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def results_of(problem: Problem) -> dict[str, TensorSpec]:
-    """What every line makes, by name, without running anything; a pair (`var_mean`) by its first result."""
+    """What every line makes, by name, without running anything; a pair by its first result."""
     import torch
 
     values: dict[str, Any] = {
@@ -236,6 +238,10 @@ def _call(op: str, given: list[Any], wide: torch.dtype | None, device: torch.dev
         return aten.amax.default(given[0], [-1], True)
     if op == "var_mean":
         return aten.var_mean.correction(given[0], [-1], correction=given[1], keepdim=True)
+    if op == "prepare_softmax_online":
+        from torch._inductor.inductor_prims import prepare_softmax_online
+
+        return prepare_softmax_online(given[0], -1)
     if op == "gelu":
         return aten.gelu.default(given[0], approximate=given[1])
     return _plain(op)(*given)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from autokernel.ops.growth import Found, Growth, Notes, is_work, without_first_views, without_last_views
-from autokernel.ops.legality import Broken, Rule, call_of, fits, is_free, is_full, refusal, shape_of
+from autokernel.ops.legality import Broken, Rule, call_of, fits, is_free, is_full, is_pair, refusal, shape_of
 from autokernel.ops.matching import op_name
 from autokernel.ops.program import REDUCTIONS
 
@@ -54,7 +54,7 @@ class RowRegions:
         if wrong is not None or columns == 1:
             notes.whole = wrong or Broken(Rule.REDUCTION, seed.name, "rows of one element")
             return frozenset()
-        held = frozenset({seed, *(seed.users if op_name(seed) == "aten.var_mean" else ())})
+        held = frozenset({seed, *(seed.users if is_pair(seed) else ())})
         refused: dict[Node, Broken] = {}
         grown = True
         while grown:
@@ -87,15 +87,16 @@ class RowRegions:
         return [*before, *sorted(behind, key=self.order.__getitem__)]
 
     def _additions(self, node: Node, held: frozenset[Node], rows: int, columns: int) -> list[frozenset[Node]]:
-        """A node with the lines before it that serve it alone; or alone."""
-        pair = set(node.users) if op_name(node) == "aten.var_mean" else {node.all_input_nodes[0]} if _is_pair(node) else set()
+        """A node with the lines before it that serve it alone; or alone. Pairs come with both of their results."""
+        both = node.all_input_nodes[0] if op_name(node) == "getitem" else node
+        pair = {both, *both.users} if is_pair(both) else set()
         more = self._growth.small_operands(node, set(held), rows, columns)
         return [frozenset({node, *pair, *more}), frozenset({node, *pair})]
 
 
 def _not_whole(node: Node, held: frozenset[Node], rows: int, columns: int) -> Broken | None:
     """What keeps a neighbour out: results are whole rows, or an element for each; others serve the region alone."""
-    if is_free(node) or op_name(node) == "aten.var_mean":
+    if is_free(node) or is_pair(node):
         return None
     shape = shape_of(node)
     if not is_full(shape, rows, columns):
@@ -103,7 +104,3 @@ def _not_whole(node: Node, held: frozenset[Node], rows: int, columns: int) -> Br
             return None
         return Broken(Rule.USER if fits(shape, rows, columns) else Rule.BROADCAST, node.name)
     return None
-
-
-def _is_pair(node: Node) -> bool:
-    return op_name(node) == "getitem"

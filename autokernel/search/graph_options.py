@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from autokernel.config import parse_yaml_mapping
 from autokernel.errors import ConfigError
 from autokernel.records import ConfigValue
+from autokernel.requirements import out_of_range
 from autokernel.search.space_file import default_spaces_folder
 
 Options = dict[str, ConfigValue]
 
 FILE = "graph.yaml"
+VERSIONS = "torch"  # in a set: for which versions of torch it is
+_RANGE = re.compile(r"(>=|<=|==|<)[0-9][0-9.]*(,(>=|<=|==|<)[0-9][0-9.]*)*")
 
 
-def load_graph_options(device: str, folder: Path | None = None) -> list[Options]:
+def load_graph_options(device: str, folder: Path | None = None, torch: str | None = None) -> list[Options]:
     """Option sets for a device, in the order in which they are worth trying.
+
+    Args:
+        device: "cpu" or "cuda".
+        folder: of `search_spaces/`; the package's own where it has no such file.
+        torch: the version that they are for; sets for others are left out. None: all.
 
     Raises:
         ConfigError: the file is missing or says something else than sets of options.
@@ -38,7 +47,13 @@ def load_graph_options(device: str, folder: Path | None = None) -> list[Options]
         for name, value in options.items():
             if not isinstance(value, (bool, int, float, str)):
                 raise ConfigError(f"{path}: {device}.{number}.{name}: {value!r} must be a number, a boolean or a string")
-    return [dict(options) for options in sets]
+        wanted = options.get(VERSIONS)
+        if wanted is not None and not (isinstance(wanted, str) and _RANGE.fullmatch(wanted)):
+            raise ConfigError(f'{path}: {device}.{number}.{VERSIONS}: must be a range like ">=2.13,<2.15", not {wanted!r}')
+        if set(options) == {VERSIONS}:
+            raise ConfigError(f"{path}: {device}.{number}: must have an option beside the versions that it is for")
+    fitting = [options for options in sets if torch is None or out_of_range(torch, str(options.get(VERSIONS, ""))) is None]
+    return [{name: value for name, value in options.items() if name != VERSIONS} for options in fitting]
 
 
 def merged(sets: list[Options]) -> Options:

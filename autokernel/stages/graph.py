@@ -72,7 +72,8 @@ def jobs_ahead(context: RunContext, bundle: Bundle, undecided: Collection[str]) 
 def _sets(context: RunContext) -> list[Options]:
     """The option sets to try."""
     spaces = context.experiment.search.spaces
-    sets = load_graph_options(context.device, context.loaded.resolve(spaces) if spaces is not None else None)
+    folder = context.loaded.resolve(spaces) if spaces is not None else None
+    sets = load_graph_options(context.device, folder, context.environment.torch)
     return list(sets[: context.experiment.graph.trials])
 
 

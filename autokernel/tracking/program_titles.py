@@ -19,8 +19,9 @@ _VIEWS = ("convert", "reshape", "t", "getitem", "clone")  # the same numbers as 
 _SILENT = (*_VIEWS, *COMPARISONS, "full", "isnan", "logical_not")
 _MAX_WORDS = 5  # of one side of the products
 _MAX_EXPRESSION = 300  # characters; the longest activation has about 100
-_REDUCED = {"sum": "sum", "mean": "mean", "amax": "max", "var_mean": "variance"}
-_SOFTMAX = ("max", "sub", "exp", "sum", "div")
+_BOTH = "max, sum of exp"
+_REDUCED = {"sum": "sum", "mean": "mean", "amax": "max", "var_mean": "variance", "prepare_softmax_online": _BOTH}
+_SOFTMAXES = (("max", "sub", "exp", "sum", "div"), (_BOTH, "sub", "exp", "div"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,9 +267,10 @@ def _joined(words: Iterable[str]) -> str:
 
 def _with_softmax(words: Sequence[str]) -> list[str]:
     found = list(words)
-    for at in range(len(found) - len(_SOFTMAX) + 1):
-        if tuple(found[at : at + len(_SOFTMAX)]) == _SOFTMAX:
-            return [*found[:at], "softmax", *_with_softmax(found[at + len(_SOFTMAX) :])]
+    for at in range(len(found)):
+        for softmax in _SOFTMAXES:
+            if tuple(found[at : at + len(softmax)]) == softmax:
+                return [*found[:at], "softmax", *_with_softmax(found[at + len(softmax) :])]
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from export.pretended_h200 import generated_code, plan_with
 from torch.nn import functional
 
+from autokernel.export.apply import inductor_options
 from autokernel.export.bundle import Entry
 from autokernel.export.regions import RegionPass
 from autokernel.ops import Region
@@ -95,6 +96,27 @@ def test_rows_are_one_kernel(regions: list[Region]) -> None:
     assert len(re.findall(r"extern_kernels\.\w+\(", code)) == 3
     assert "triton_red" not in code, "no kernel for the norm is left"
     assert "triton_per" not in code
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_softmax_is_what_the_profiler_saw_of_it(dtype: str) -> None:
+    """The profiler looks at the graph where the pass of production does: behind the one that makes two reductions one."""
+    specs, seen = [TensorSpec.contiguous((M, 12, 197), dtype)], []
+
+    def softmax(x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.sin(x).softmax(-1),)
+
+    def keep(graph: torch.fx.Graph) -> None:
+        seen.extend(Generated().find(graph, frozenset(), "cuda"))
+
+    generated_code(softmax, specs, {"post_grad_custom_post_pass": keep})
+    (site,) = seen
+    assert "prepare_softmax_online" in str(site.problem)
+    plan = plan_with([Entry(problem=site.problem, backend="triton", config=ROWS)])
+    code = generated_code(softmax, specs, inductor_options(plan, {}, frozen=False))
+    assert [(usage.hits, usage.reasons) for usage in plan.usage.values()] == [(1, [])]
+    assert len(re.findall(r"generated_\w+\.run\((.*)", code)) == 1
+    assert "triton_per" not in code, "nothing of the softmax is left"
 
 
 def test_stock_code_stays_where_sizes_differ_or_the_kernel_does_not_take_the_config(regions: list[Region]) -> None:

@@ -102,6 +102,31 @@ def test_whole_rows_and_batches_are_right_in_both_modes_and_in_parts_of_k(name: 
             assert (out.double() - expected).norm() / expected.norm() < 2 * limit + 1e-6, (mode, block_m, split_k)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [197, 8192, 50257])
+def test_a_softmax_is_a_region_on_the_card_and_right(columns: int, dtype: torch.dtype) -> None:
+    regions = []
+
+    def keep(graph: torch.fx.Graph) -> None:
+        regions.extend(Generated().match(graph, frozenset(), "cuda"))
+
+    torch.manual_seed(0)
+    x = torch.randn(12, columns, device="cuda", dtype=dtype)
+    x[1], x[2, 1:5], x[3, 7], x[4, 7] = -torch.inf, -torch.inf, torch.inf, torch.nan
+    torch._dynamo.reset()
+    with torch.no_grad():
+        options = {"post_grad_custom_post_pass": keep, "fx_graph_cache": False}
+        torch.compile(lambda x: x.softmax(-1), options=options)(x)
+    (region,) = regions
+    assert "prepare_softmax_online" in str(region.problem)
+    expected = x.double().softmax(-1)
+    chosen, limit = default(region.problem), 1e-5 if dtype is torch.float32 else 1e-2
+    for block_k in (0, 1024) if columns <= 8192 else (1024, 4096):
+        (out,) = launch(plan_of(region.problem, {**chosen, "block_m": 1, "block_k": block_k, "num_warps": 8}), x)
+        assert out.dtype is dtype
+        torch.testing.assert_close(out.double(), expected, rtol=limit, atol=1e-9, equal_nan=True)
+
+
 class Layer(torch.nn.Module):
     """A norm, gate, up and down with the residual: in bf16, as Llama has them."""
 

@@ -36,6 +36,16 @@ SOFTMAX = (
     "t0 = mm(i0, i1); t1 = mul(t0, 0.5); t2 = where(i2, t1, i3); t3 = convert(t2, float32); t4 = amax(t3); t5 = sub(t3, t4); "
     "t6 = exp(t5); t7 = sum(t6); t8 = div(t6, t7); o0 = convert(t8, {d})"
 )
+# the same as Inductor has it on a GPU, in one pass
+ONLINE = (
+    "t0 = mm(i0, i1); t1 = mul(t0, 0.5); t2 = where(i2, t1, i3); t3 = convert(t2, float32); t4 = prepare_softmax_online(t3); "
+    "t5 = getitem(t4, 0); t6 = sub(t3, t5); t7 = exp(t6); o1 = getitem(t4, 1); t8 = div(t7, o1); o0 = convert(t8, {d})"
+)
+# of rows alone, in the dtype of the input: both numbers and the logarithm of a softmax, of which one is computed with again
+ONLINE_ROWS = (
+    "t0 = prepare_softmax_online(i0); o0 = getitem(t0, 0); t1 = sub(i0, o0); o1 = getitem(t0, 1); t2 = log(o1); "
+    "o2 = sub(t1, t2); t3 = mean(o2); o3 = sub(o2, t3)"
+)
 # a norm, two products, SwiGLU, and two norms of what comes of it, the second one of the first
 GATED = (
     "t0 = convert(i0, float32); t1 = pow(t0, 2); t2 = mean(t1); t3 = add(t2, 1e-06); t4 = rsqrt(t3); t5 = mul(t0, t4); "
@@ -54,6 +64,14 @@ SCORES = (
 VALUES = (
     "t0 = convert(i0, float32); t1 = amax(t0); t2 = sub(t0, t1); t3 = exp(t2); t4 = sum(t3); t5 = div(t3, t4); "
     "t6 = convert(t5, {d}); t7 = reshape(t6, [6, {m}, {k}]); o0 = bmm(t7, i1)"
+)
+ONLINE_SCORES = SCORES.partition("t4 =")[0] + (
+    "t4 = prepare_softmax_online(o0); t5 = getitem(t4, 0); t6 = sub(o0, t5); t7 = exp(t6); t8 = getitem(t4, 1); "
+    "o1 = div(t7, t8)"
+)
+ONLINE_VALUES = (
+    "t0 = convert(i0, float32); t1 = prepare_softmax_online(t0); t2 = getitem(t1, 0); t3 = sub(t0, t2); t4 = exp(t3); "
+    "t5 = getitem(t1, 1); t8 = div(t4, t5); t6 = convert(t8, {d}); t7 = reshape(t6, [6, {m}, {k}]); o0 = bmm(t7, i1)"
 )
 # a bias of each of the batch, and of each row, and a product that shares the left matrix
 BIASES = (
@@ -79,6 +97,11 @@ class Case:
 def whole_rows(d: str) -> Iterator[Case]:
     """Ragged and full sizes of rows, columns and K, in both modes, with parts of K and without."""
     yield Case(NARROW.format(d=d), [spec(d, 7, 1), spec(d, 7, 64)], [WHOLE, TILED])
+    for columns in (100, 64):
+        for config in (WHOLE, {**TILED, "block_m": 4}):
+            yield Case(ONLINE_ROWS, [spec(d, 5, columns)], [config])
+            masked = "t9 = where(i1, i0, i2); " + ONLINE_ROWS.replace("i0", "t9")
+            yield Case(masked, [spec(d, 5, columns), spec("bool", 5, columns), spec(d)], [config])
     for m, n, k in ((17, 40, 72), (3, 64, 64), (1, 48, 96), (33, 100, 40)):
         rows = {**ROWS, "block_n": max(16, 1 << (n - 1).bit_length()), "block_m": 32 if m == 33 else 16}
         swap = {**rows, "mode": "swap"}
@@ -89,6 +112,7 @@ def whole_rows(d: str) -> Iterator[Case]:
         yield Case(SUM_AND_NORM.format(**sizes), [x, weight, spec(d, m, 1, n), vector], configs)
         yield Case(LAYER_NORM.format(**sizes), [x, weight, vector, spec(d, m, n, stride=(1, m)), vector, vector], configs)
         yield Case(SOFTMAX.format(**sizes), [x, wide, spec("bool", m, n), spec(d)], configs)
+        yield Case(ONLINE.format(**sizes), [x, wide, spec("bool", m, n), spec(d)], configs)
         yield Case(GATED.format(**sizes), [x, weight, wide, spec(d, 1, n)], configs)
 
 
@@ -105,6 +129,9 @@ def batches(d: str) -> Iterator[Case]:
         whole = [{**config, "block_n": 64, "block_m": 16} for config in few if config["mode"] != "vector"]
         yield Case(SCORES.format(**sizes), [heads, keys, spec(d, 2, 1, m, n)], whole)
         yield Case(VALUES.format(**sizes), [spec(d, 2, 3, m, k), shared], few)
+        if m == 5:
+            yield Case(ONLINE_SCORES.format(**sizes), [heads, keys, spec(d, 2, 1, m, n)], whole)
+            yield Case(ONLINE_VALUES.format(**sizes), [spec(d, 2, 3, m, k), shared], few)
         biases = [spec(d, 6, m, k), spec(d, 6, 1, n), keys, spec(d, 1, m, n), padded, spec(d, 6, 1, 1)]
         yield Case(BIASES.format(**sizes), biases, few)
         yield Case(SCALED.format(**sizes), [spec(d, 6, m, k), padded, spec(d, m, n, stride=(1, m))], few)

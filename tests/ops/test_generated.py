@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.generated_problems import PROGRAMS, SOFTMAX
+from gpu.generated_problems import PROGRAMS
 from gpu.generated_problems import problem as measured_problem
 from ops.generated_graphs import OP, SQUARE, K, Make, N, V, W, found, graph_of, only, ops_of, rms, rows
 from torch import nn
@@ -67,7 +67,7 @@ def test_a_program_compiled_alone_is_the_same_region(llama: Graph, post_grad: An
         assert [region.problem.key for region in found(graph)].count(problem.key) == 2, problem.key
 
 
-@pytest.mark.parametrize("name", [*PROGRAMS, *SOFTMAX])
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_what_is_measured_on_a_gpu_is_spelled_as_it_is_found(name: str, post_grad: Any) -> None:
     problem = replace(measured_problem(name, 16), device="cpu", constants=())
     examples = [torch.empty_strided(s.shape, s.stride, dtype=getattr(torch, s.dtype)) for s in problem.inputs]

@@ -86,13 +86,20 @@ def test_options_that_do_not_compile_are_a_failed_trial() -> None:
 
 
 def test_the_package_s_own_sets_name_real_options() -> None:
+    import torch
     import torch._inductor.config as config
 
     for device in ("cpu", "cuda"):
-        for options in load_graph_options(device):
+        for options in load_graph_options(device, torch=torch.__version__):
             for name in options:
                 if name not in OWN_OPTIONS:
                     assert name in config._config, f"{name} is no option of this torch"
+
+
+@pytest.mark.parametrize(("version", "names"), [("2.11.0+cu130", "ab"), ("2.13.0", "ac"), ("2.15.1", "a"), (None, "abc")])
+def test_sets_are_for_the_versions_that_they_say(tmp_path: Path, version: str | None, names: str) -> None:
+    (tmp_path / "graph.yaml").write_text('cuda: [{a: 1}, {b: 1, torch: "<2.13"}, {torch: ">=2.13,<2.15", c: 1}]')
+    assert load_graph_options("cuda", tmp_path, version) == [{name: 1} for name in names]
 
 
 def test_merging_sets_keeps_the_first_word() -> None:
@@ -106,6 +113,9 @@ def test_merging_sets_keeps_the_first_word() -> None:
         ("gpu: []", "gpu: unknown section; there are cpu and cuda"),
         ("cpu: [1]", r"cpu\.0: must be a set of options"),
         ("cpu: [{a: [1]}]", r"cpu\.0\.a: \[1\] must be a number"),
+        ("cpu: [{a: 1}, {a: 1, torch: 2.13}]", r'cpu\.1\.torch: must be a range like ">=2\.13,<2\.15", not 2\.13'),
+        ("cpu: [{a: 1, torch: new}]", r"cpu\.0\.torch: must be a range like .*, not 'new'"),
+        ('cpu: [{torch: ">=2.13"}]', r"cpu\.0: must have an option beside the versions that it is for"),
     ],
 )
 def test_a_wrong_file_is_a_clear_error(tmp_path: Path, text: str, message: str) -> None:

@@ -103,6 +103,17 @@ _ROWS, _WEIGHT, _VECTOR = (2, 8, 64), (96, 64), (64,)
             "t0 = amax(i0); t1 = sub(i0, t0); t2 = exp(t1); t3 = sum(t2); o0 = div(t2, t3)",
             "softmax 16×64",
         ),
+        (  # as Inductor has it on a GPU
+            [(16, 64)],
+            "t0 = prepare_softmax_online(i0); t1 = getitem(t0, 0); t2 = sub(i0, t1); t3 = exp(t2); t4 = getitem(t0, 1); "
+            "o0 = div(t3, t4)",
+            "softmax 16×64",
+        ),
+        (
+            [(16, 64)],
+            "t0 = prepare_softmax_online(i0); t1 = getitem(t0, 1); o0 = log(t1)",
+            "max, sum of exp · log 16×64",
+        ),
         ([(16, 64)], "t0 = pow(i0, 2); o0 = mean(t0)", "mean 16×64"),
         ([(16, 64)], "t0 = mean(i0); o0 = sub(i0, t0)", "mean · sub 16×64"),
         (
