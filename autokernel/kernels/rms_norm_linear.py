@@ -225,8 +225,7 @@ def rms_norm_linear_kernel(
     TILES_0: tl.constexpr = TILES_M * ((N0 + BLOCK_N - 1) // BLOCK_N)
     TILES_1: tl.constexpr = TILES_M * ((N1 + BLOCK_N - 1) // BLOCK_N)
     TILES: tl.constexpr = TILES_0 + TILES_1 + TILES_M * ((N2 + BLOCK_N - 1) // BLOCK_N)
-    whole = tl.program_id(0) // SPLIT_K
-    split = tl.program_id(0) % SPLIT_K
+    whole, split = tl.program_id(0) // SPLIT_K, tl.program_id(0) % SPLIT_K
     # which product, and which of its tiles
     tile = whole
     w, bias, y, n_size, w_n, b_step, has_bias = w0, b0, y0, N0, W0_N, B0, BIAS0
@@ -242,7 +241,10 @@ def rms_norm_linear_kernel(
     n = (tile // TILES_M) * BLOCK_N + tl.arange(0, BLOCK_N)
     # what is not there is read from the last row or column, and never stored
     x_at = x + row_places(tl.minimum(m, ROWS - 1), SIZE_1, SIZE_2, X0, X1, X2)[:, None]
-    w_at = w + tl.minimum(n, n_size - 1)[:, None] * w_n
+    if N0 % BLOCK_N == 0 and N1 % BLOCK_N == 0 and N2 % BLOCK_N == 0:
+        w_at = w + n[:, None] * w_n
+    else:
+        w_at = w + tl.minimum(n, n_size - 1)[:, None] * w_n
     PER_SPLIT: tl.constexpr = (K + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K) * BLOCK_K
     first = split * PER_SPLIT
     end = tl.minimum(first + PER_SPLIT, K)

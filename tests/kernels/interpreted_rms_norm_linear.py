@@ -54,6 +54,7 @@ CASES = (
     Case({**ROWS, "split_k": 2}, "float16", (128,), 64, (40, 24, 24)),
     Case({**ROWS, **TWICE, "BLOCK_M": 16}, "float16", (17,), 48, (16,)),
     Case(VECTOR, "float16", (1,), 64, (24, 9, 8), "011"),
+    Case(SWAP, "float16", (3,), 64, (32, 64, 32), "100", by_columns=False),
     Case({**VECTOR, **TWICE}, "float16", (1, 1), 100, (24,), "1"),
 )  # fmt: skip
 # What x * g is rounded to does not hold the first row of these, or its squares do not fit; the second one is zeros.

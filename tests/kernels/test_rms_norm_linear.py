@@ -126,10 +126,23 @@ def test_the_space_has_configs_for_few_rows_alone() -> None:
             assert load_space(case.op)["triton"].default(names) is None
 
 
-def row_major(case: Problem, which: int) -> Problem:
-    inputs = list(case.inputs)
-    inputs[which] = TensorSpec.contiguous(inputs[which].shape, inputs[which].dtype)
+def row_major(case: Problem, *which: int) -> Problem:
+    inputs = [
+        TensorSpec.contiguous(spec.shape, spec.dtype) if i in which else spec for i, spec in enumerate(case.inputs)
+    ]  # fmt: skip
     return dataclasses.replace(case, inputs=tuple(inputs))
+
+
+@pytest.mark.parametrize(
+    "case", [problem(), row_major(problem(columns=(4096, 4096)), 2, 3), row_major(problem(columns=(96,)), 2)]
+)
+def test_weights_come_ahead_16_bytes_at_a_time_whichever_way_they_lie(case: Problem) -> None:
+    """Which of up to three a program reads is known when it runs, and how they lie is the same for all."""
+    ragged = case.inputs[2].shape[1] % 64 > 0
+    kernel = compiled(case, plan_of(case, {**default(problem()), "BLOCK_N": 64, "split_k": 1}))
+    copies = [line for line in str(kernel.asm["ttgir"]).splitlines() if "async_copy_global_to_local" in line]
+    assert any("64x64" in line or "memdesc<64x64" in line for line in copies) != ragged, "past the edge, one by one"
+    assert ragged or "st.global.v4" in str(kernel.asm["ptx"])
 
 
 @pytest.mark.parametrize(
