@@ -142,11 +142,11 @@ def few_rows(x: TensorSpec) -> bool:
 
 def weights_of(problem: Problem) -> tuple[TensorSpec, ...]:
     """The right matrices among the inputs: behind them are biases, of one dimension."""
-    return tuple(spec for spec in problem.inputs[2:] if len(spec.shape) == 2)
+    return tuple([spec for spec in problem.inputs[2:] if len(spec.shape) == 2])
 
 
 def biases_of(problem: Problem) -> tuple[int | None, ...]:
     """For each right matrix the position of its bias among the inputs; None if it has none."""
     said, at = dict(problem.scalars)["bias"], 2 + len(weights_of(problem))
     there = [digit == "1" for digit in said] if isinstance(said, str) else [bool(said)]
-    return tuple(at + sum(there[:i]) if has_bias else None for i, has_bias in enumerate(there))
+    return tuple([at + sum(there[:i]) if has_bias else None for i, has_bias in enumerate(there)])

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autokernel.ops.base import Region, Site, sites_of
-from autokernel.ops.fusion import pattern_of
 from autokernel.ops.gemm import scalars_of
 from autokernel.ops.matching import is_reshape, op_name, settled, tensor_spec
 from autokernel.ops.patterns import Order, Writes, can_be_one, writes_in
-from autokernel.ops.rms_norm import RmsNorm
+from autokernel.ops.rms_norm import LATE, RmsNorm, norm_early, norm_late
 from autokernel.ops.rms_norm_linear import NormedProducts, biases_of, few_rows, has_normed_products, weights_of
 from autokernel.records import Problem, TensorSpec
 
@@ -39,8 +38,9 @@ class RmsNormQkv(NormedProducts):
         """See `Op.reference`."""
         import torch
 
-        norm = self.launched(problem)
-        (normed,) = pattern_of(RmsNorm.patterns, norm).spellings[0](*inputs[:2], **dict(norm.scalars))
+        scalars = dict(problem.scalars)
+        norm = norm_late if (("rounded", scalars.get("rounded")),) == LATE else norm_early
+        normed = norm(inputs[0], inputs[1], float(scalars["eps"]))
         rows = normed.reshape(-1, normed.shape[-1])
         outputs = []
         for number, bias in enumerate(biases_of(problem)):
