@@ -240,13 +240,15 @@ def references() -> str | None:
     from autokernel.records import Problem, TensorSpec
 
     x, weight, scale = (TensorSpec.contiguous(shape, "float32") for shape in ((2, 3, 8), (8,), (2, 1, 8)))
-    heads = TensorSpec.contiguous((2, 4, 3, 8), "float32")
+    heads, square = (TensorSpec.contiguous(shape, "float32") for shape in ((2, 4, 3, 8), (8, 8)))
     eps, program = (("eps", 1e-5),), (("program", "t0 = mul(i0, i0); t1 = mean(t0); o0 = add(t1, i0)"),)
     for op, specs, scalars in (
         ("rms_norm", (x, weight), eps),
         ("rms_norm", (x, weight), (("rounded", "late"), *eps)),
         ("add_rms_norm", (x, x, weight), eps),
-        ("linear_rms_norm", (x, TensorSpec.contiguous((8, 8), "float32"), weight, x), (("residual", True), *eps)),
+        ("linear_rms_norm", (x, square, weight, x), (("residual", True), *eps)),
+        ("rms_norm_linear", (x, weight, square, weight), (("bias", True), *eps)),
+        ("rms_norm_qkv", (x, weight, square, square, weight), (("bias", "10"), ("rounded", "late"), *eps)),
         ("adaln_rms_norm", (x, weight, scale), eps),
         ("gated_rms_norm", (x, weight, scale, x), eps),
         ("gated", (x, x), (("activation", "silu"),)),

@@ -14,6 +14,7 @@ from autokernel.kernels.launch import KernelPlan
 from autokernel.kernels.lm_head_argmax_config import plan_lm_head
 from autokernel.kernels.lm_head_topk_config import plan_topk
 from autokernel.kernels.mlp_config import plan_mlp
+from autokernel.kernels.rms_norm_linear_config import plan_rms_norm_linear
 from autokernel.kernels.rotary_config import plan_rotary
 from autokernel.kernels.row_norm_config import plan_row_norm
 from autokernel.records import ConfigValue, Problem
@@ -25,6 +26,8 @@ PLANNERS: Mapping[str, Mapping[str, Planner]] = {
     "attention": {"decode_attention": plan_decode, "flash_attention": plan_flash},
     "lm_head_argmax": {"lm_head_argmax": plan_lm_head},
     "lm_head_topk": {"lm_head_topk": plan_topk},
+    "rms_norm_linear": {"rms_norm_linear": plan_rms_norm_linear},
+    "rms_norm_qkv": {"rms_norm_linear": plan_rms_norm_linear},
     "rms_norm": {"row_norm": plan_row_norm},
     "add_rms_norm": {"row_norm": plan_row_norm},
     "adaln_rms_norm": {"row_norm": plan_row_norm},

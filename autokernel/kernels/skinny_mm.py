@@ -139,10 +139,19 @@ def _store(y, bias, total, m, n, M: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.
 
 
 @triton.jit
-def _count_in(counter, share, whole):
+def count_in(counter, share, whole):
     """Count this program's share of a tile, whose part it has stored; whether the tile is complete now."""
     tl.debug_barrier()  # every thread's part is stored before the one atomic that publishes it
     return tl.atomic_add(counter, share, sem="acq_rel") + share == whole
+
+
+@triton.jit
+def added_parts(parts, tile, place, SPLIT_K: tl.constexpr, SIZE: tl.constexpr):
+    """The sum of a tile's parts, in order; `place` says where its elements lie in each, of SIZE elements."""
+    whole = tl.zeros(place.shape, dtype=tl.float32)
+    for other in tl.static_range(SPLIT_K):
+        whole += tl.load(parts + (tile * SPLIT_K + other) * SIZE + place, cache_modifier=".cg")
+    return whole
 
 
 @triton.jit
@@ -191,10 +200,8 @@ def skinny_mm_kernel(
             _store(y, bias, total, m, n, M, N, HAS_BIAS)
         else:
             tl.store(parts + (tile * SPLIT_K + split) * SIZE + place, total)
-            if _count_in(counters + tile, 1, SPLIT_K):
-                whole = tl.zeros(total.shape, dtype=tl.float32)
-                for other in tl.static_range(SPLIT_K):
-                    whole += tl.load(parts + (tile * SPLIT_K + other) * SIZE + place, cache_modifier=".cg")
+            if count_in(counters + tile, 1, SPLIT_K):
+                whole = added_parts(parts, tile, place, SPLIT_K, SIZE)
                 tl.store(counters + tile, 0)
                 _store(y, bias, whole, m, n, M, N, HAS_BIAS)
     else:
@@ -212,7 +219,7 @@ def skinny_mm_kernel(
                 _store(y, bias, total, m, n, M, N, HAS_BIAS)
             else:
                 tl.store(parts + slot * SIZE + place, total)
-                if _count_in(counters + tile, count, BLOCKS):
+                if count_in(counters + tile, count, BLOCKS):
                     whole = tl.zeros(total.shape, dtype=tl.float32)
                     first = tile * BLOCKS // PER_PROGRAM
                     last = (tile * BLOCKS + BLOCKS - 1) // PER_PROGRAM

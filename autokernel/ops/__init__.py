@@ -26,6 +26,8 @@ from autokernel.ops.mm import Mm
 from autokernel.ops.norm_rotary import NormRotary
 from autokernel.ops.norm_rotary_complex import NormRotaryComplex
 from autokernel.ops.rms_norm import RmsNorm
+from autokernel.ops.rms_norm_linear import RmsNormLinear
+from autokernel.ops.rms_norm_qkv import RmsNormQkv
 from autokernel.ops.rotary import Rotary
 from autokernel.ops.rotary_complex import RotaryComplex
 from autokernel.ops.rotary_qk import RotaryQk
@@ -51,6 +53,8 @@ OPS: tuple[Op, ...] = (
     GatedRmsNorm(),
     AdalnRmsNorm(),
     LinearRmsNorm(),
+    RmsNormQkv(),
+    RmsNormLinear(),
     AddRmsNorm(),
     RmsNorm(),
     Gated(),

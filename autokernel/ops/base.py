@@ -120,6 +120,15 @@ class ChoosingOp(Op, Protocol):
 
 
 @runtime_checkable
+class LaunchingOp(Op, Protocol):
+    """An op whose stock code begins with a kernel of Inductor's, in front of the library's calls."""
+
+    def launched(self, problem: Problem) -> Problem:
+        """What that kernel computes. Where x comes from another such kernel, Inductor makes one of the two."""
+        ...
+
+
+@runtime_checkable
 class MixedOp(Op, Protocol):
     """An op whose inputs do not say by themselves what dtype it computes in."""
 

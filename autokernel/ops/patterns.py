@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from autokernel.ops.base import Region
-from autokernel.ops.matching import op_name, settled, source_of, spec_of, tensor_spec
+from autokernel.ops.matching import computed_before, op_name, settled, source_of, spec_of, tensor_spec
 from autokernel.ops.spelling import (
     COMMUTATIVE,
     CONVERT,
@@ -330,3 +330,15 @@ def written_between(
     first, last = min(order[node] for node in inner), max(order[node] for node in outputs)
     sources = {source_of(node) for node in inputs}
     return any(first < position < last and written in sources for position, written in writes)
+
+
+def can_be_one(inputs: Sequence[Node], outputs: tuple[Node, ...], inner: frozenset[Node], order: Order, writes: Writes) -> bool:
+    """Whether one call can stand for several results: all inputs are there before anything is computed from any of them.
+
+    And stay as they are meanwhile.
+    """
+    last = max(inputs, key=order.__getitem__)
+    early = computed_before(last, outputs, inner, order)
+    if (inner | {*early}) & {*inputs} or written_between(inputs, inner, outputs, order, writes):
+        return False
+    return not early or not any(order[early[0]] <= position <= order[last] for position, _ in writes)

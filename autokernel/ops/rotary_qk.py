@@ -5,15 +5,15 @@ Neither depends on the other, and each is small where a model decodes: most of w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from autokernel.ops.base import Region, Site, sites_of
 from autokernel.ops.fusion import pattern_of
-from autokernel.ops.matching import computed_before, identity
+from autokernel.ops.matching import identity
 from autokernel.ops.norm_rotary import NormRotary
 from autokernel.ops.norm_rotary_complex import NormRotaryComplex
-from autokernel.ops.patterns import Order, Writes, writes_in, written_between
+from autokernel.ops.patterns import Order, Writes, can_be_one, writes_in
 from autokernel.ops.rotary import Rotary
 from autokernel.ops.rotary_complex import RotaryComplex
 from autokernel.records import DTYPE_BYTES, Problem, TensorSpec
@@ -125,7 +125,7 @@ def _pair(one: Region, other: Region, order: Order, writes: Writes) -> Region | 
         return None
     inputs = (*a.inputs[:-tables], *b.inputs[:-tables], *a.inputs[-tables:])
     outputs, inner = (*a.outputs, *b.outputs), a.inner | b.inner
-    if not _can_be_one(inputs, outputs, inner, order, writes):
+    if not can_be_one(inputs, outputs, inner, order, writes):
         return None
     problem = Problem(
         op=RotaryQk.name,
@@ -140,14 +140,3 @@ def _rank(region: Region, order: Order) -> tuple[int, tuple[int, ...], int]:
     """Larger ones first: a graph may have them in either order."""
     x = region.problem.inputs[0]
     return -x.num_elements, x.stride, order[region.name_of]
-
-
-def _can_be_one(
-    inputs: Sequence[Node], outputs: tuple[Node, ...], inner: frozenset[Node], order: Order, writes: Writes
-) -> bool:
-    """Whether all inputs can be there before anything is computed from either result, and stay as they are meanwhile."""
-    last = max(inputs, key=order.__getitem__)
-    early = computed_before(last, outputs, inner, order)
-    if (inner | {*early}) & {*inputs} or written_between(inputs, inner, outputs, order, writes):
-        return False
-    return not early or not any(order[early[0]] <= position <= order[last] for position, _ in writes)

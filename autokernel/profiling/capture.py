@@ -255,7 +255,7 @@ def _shares(profiler: Any, device: str, step_us: float) -> tuple[dict[Call, floa
     kernels: list[float] = []
     num_calls: Counter[Call] = Counter()
     for start, end in spans:
-        inside = [e for e in events if start <= e.time_range.start and e.time_range.end <= end and e.name in _MATRICES]
+        inside = [e for e in events if start <= e.time_range.start and e.time_range.end <= end and e.name in MATRICES]
         found = [(_call_of(event), _event_us(event, device)) for event in inside]
         for call, us in found:
             per_call.setdefault(call, []).append(us)
@@ -279,7 +279,7 @@ def _lower_quartile(samples: Sequence[float]) -> float:
 
 
 # Where the two matrices are among the inputs of a call.
-_MATRICES: Mapping[str, tuple[int, int]] = {
+MATRICES: Mapping[str, tuple[int, int]] = {
     "aten::mm": (0, 1),
     "aten::addmm": (1, 2),
     "aten::bmm": (0, 1),
@@ -291,7 +291,7 @@ _MATRICES: Mapping[str, tuple[int, int]] = {
 
 
 def _call_of(event: Any) -> Call:
-    first, second = _MATRICES[event.name]
+    first, second = MATRICES[event.name]
     shapes = event.input_shapes
     strides = getattr(event, "structured_input_strides", None) or ()  # torch 2.13 has them
     known = len(strides) > second
@@ -357,8 +357,8 @@ def calls_of(problem: Problem) -> list[Call]:
     class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = str(func.overloadpacket).replace("aten.", "aten::")
-            if name in _MATRICES:
-                matrices = [args[i] for i in _MATRICES[name]]
+            if name in MATRICES:
+                matrices = [args[i] for i in MATRICES[name]]
                 calls.append(_call(name, [(x.shape, x.stride()) for x in matrices]))
             return func(*args, **(kwargs or {}))
 

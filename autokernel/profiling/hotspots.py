@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from autokernel.evaluate.roofline import Ceilings
-from autokernel.ops import OPS, Op, Site
-from autokernel.ops.base import compute_dtype
-from autokernel.profiling.capture import CapturedScenario
+from autokernel.ops import OPS, Op, Site, get_op
+from autokernel.ops.base import LaunchingOp, compute_dtype
+from autokernel.profiling.capture import MATRICES, CapturedScenario
 from autokernel.records import Hotspot, Problem, digest_of
 
 # What a kernel takes beyond its roofline, at least: its launch within a CUDA graph, or its call and its threads' meeting. What
 # Inductor's own kernels take is not known by their nodes; a fusion's time is measured when stock code for it is.
 _KERNEL_US = {"cuda": 2.5, "cpu": 5.0}
+
+# What a kernel of Inductor's cannot be one with: inputs of the graph, and what library calls leave.
+_STORED = frozenset({"input", *(call.replace("aten::", "aten.") for call in MATRICES)})
 
 _DIGEST = 10  # hex digits: to tell the calls of one graph apart
 
@@ -64,6 +67,19 @@ class _Limits:
         flops_per_us = self._ceilings.peak_tflops(compute_dtype(op, problem)) * 1e6
         return max(self._num_bytes[key] / self._bytes_per_us, op.flops(problem) / flops_per_us)
 
+    def launch_us(self, problem: Problem, sites: Sequence[Site]) -> float:
+        """What a call's own kernel in front of its library calls takes, on average over the sites; 0 where there is none.
+
+        Where Inductor computes x, one kernel does both, and is launched for x in any case.
+        """
+        op = self._ops[problem.op]
+        if not isinstance(op, LaunchingOp):
+            return 0.0
+        alone = sum(not _STORED.isdisjoint(site.producers[:1]) for site in sites) / len(sites)
+        launched = op.launched(problem)
+        least_us = get_op(launched.op).num_bytes(launched) / self._bytes_per_us
+        return alone * (least_us + _KERNEL_US[problem.device])
+
 
 def _by_problem(scenario: CapturedScenario) -> dict[str, list[Site]]:
     groups: dict[str, list[Site]] = {}
@@ -85,7 +101,8 @@ def _hotspot(
     least_us = limits.least_us(key, problem)
     estimated = key not in scenario.call_us
     rivals = tuple(other for other, names in nodes.items() if other != key and not names.isdisjoint(nodes[key]))
-    time_us = (least_us + _KERNEL_US[problem.device] if estimated else scenario.call_us[key]) * num_calls
+    call_us = least_us + _KERNEL_US[problem.device] if estimated else scenario.call_us[key]
+    time_us = (call_us + limits.launch_us(problem, sites)) * num_calls
     share = time_us / scenario.step_us
     return Hotspot(
         problem=problem,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable
 
 from autokernel.ops.attention import Attention, mask_position, sizes_of
@@ -18,7 +19,12 @@ _AS_ONE = (  # parameters that are one word
     ("tile", ("tile_m", "tile_n")),
     ("cluster", ("cluster_m", "cluster_n")),
 )
-_FIRST_MATRIX = {"mm": 0, "bmm": 0, "linear": 0, "merged_mm": 0, "addmm": 1, "baddbmm": 1, "scaled_mm": 0, "int_mm": 0}
+_FIRST_MATRIX = {
+    "mm": 0, "bmm": 0, "linear": 0, "merged_mm": 0, "addmm": 1, "baddbmm": 1, "scaled_mm": 0, "int_mm": 0,
+    "rms_norm_linear": 0, "rms_norm_qkv": 0,
+}  # fmt: skip
+_NORMED = ("rms_norm_linear", "rms_norm_qkv")  # whose rows are counted through all dimensions but the last
+_WITH_VECTORS = ("merged_mm", *_NORMED)  # among their matrices, or behind them: a norm's weight, biases
 
 
 def problem_title(problem: Problem) -> str:
@@ -39,7 +45,7 @@ def problem_title(problem: Problem) -> str:
     shape, specs = _gemm_shape(problem), problem.inputs
     if shape:
         at = _FIRST_MATRIX[problem.op]
-        specs = tuple(s for s in specs[at:] if len(s.shape) > 1) if problem.op == "merged_mm" else specs[at : at + 2]
+        specs = tuple(s for s in specs[at:] if len(s.shape) > 1) if problem.op in _WITH_VECTORS else specs[at : at + 2]
     else:
         first = specs[0].shape if specs else ()
         told = [spec.shape for at, spec in enumerate(specs) if at == 0 or not _broadcasts(spec.shape, first)]
@@ -77,13 +83,16 @@ def _gemm_shape(problem: Problem) -> str:
     if at is None or len(problem.inputs) < at + 2:
         return ""
     left, *rights = problem.inputs[at:]
-    rights = [r for r in rights if len(r.shape) > 1] if problem.op == "merged_mm" else rights[:1]  # behind its weights: biases
+    rights = [r for r in rights if len(r.shape) > 1] if problem.op in _WITH_VECTORS else rights[:1]
     if len(left.shape) < 2 or any(len(r.shape) < 2 or r.shape[-2] != left.shape[-1] for r in rights):
         return ""
-    batch = "".join(f"{size}·" for size in left.shape[:-2])
+    *batches, rows, depth = left.shape
+    if problem.op in _NORMED:
+        batches, rows = [], math.prod(left.shape[:-1])
+    batch = "".join(f"{size}·" for size in batches)
     columns = "+".join(str(r.shape[-1]) for r in rights)
     columns = f"({columns})" if len(rights) > 1 else columns
-    return f"{batch}{left.shape[-2]}×{columns}×{left.shape[-1]}"
+    return f"{batch}{rows}×{columns}×{depth}"
 
 
 def config_title(candidate: Candidate) -> str:

@@ -134,3 +134,23 @@ def test_how_many_calls_a_rival_takes_nodes_of() -> None:
     found = {hotspot.problem: hotspot for hotspot in rank([fewer], CEILINGS)}
     assert (found[products[0]].rivals, found[products[0]].rival_calls) == ((products[1].key,), (6,))
     assert (found[products[1]].rivals, found[products[1]].rival_calls) == ((products[0].key,), (6,))
+
+
+def test_a_norm_is_a_launch_where_nobody_computes_x_beside_it() -> None:
+    """Behind a sum Inductor makes one kernel of both, and is spared nothing: a region costs what its products do."""
+    specs = [TensorSpec.contiguous(shape, "bfloat16") for shape in ((4, 100), (100,), (100, 1000))]
+    scalars = (("bias", False), ("eps", 1e-5))
+    normed = Problem(op="rms_norm_linear", inputs=tuple(specs), device="cuda", constants=(1, 2), scalars=scalars)
+    captured = scenario("s", 1000, (normed, 4, 250.0))
+    found = {}
+    makers_of = {"sums": ("aten.add",), "inputs": ("input",), "products": ("aten.mm",), "both": ("aten.addmm", "aten.add")}
+    for name, of_some in makers_of.items():
+        makers = of_some * (4 // len(of_some))
+        sites = tuple(dataclasses.replace(site, producers=(maker,)) for site, maker in zip(captured.sites, makers, strict=True))
+        (found[name],) = rank([dataclasses.replace(captured, sites=sites)], CEILINGS)
+    norm_us = 2.5 + 2 * (400 + 100 + 400) / 1000  # rows read and written, the weight read
+    assert found["sums"].time_us == pytest.approx(1000)
+    assert found["inputs"].time_us == found["products"].time_us == pytest.approx(1000 + 4 * norm_us)
+    assert found["both"].time_us == pytest.approx(1000 + 2 * norm_us)
+    assert found["sums"].attainable_gain < found["both"].attainable_gain < found["inputs"].attainable_gain
+    assert len({hotspot.roofline_us for hotspot in found.values()}) == 1

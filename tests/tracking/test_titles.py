@@ -151,6 +151,18 @@ def test_shapes_that_broadcast_to_the_first_say_nothing(shapes: tuple[tuple[int,
     assert problem_title(Problem(op="norm", inputs=specs, device="cpu")) == title
 
 
+@pytest.mark.parametrize(
+    ("op", "shapes", "title"),
+    [
+        ("rms_norm_linear", ((2, 8, 64), (64,), (64, 96), (96,)), "rms_norm_linear 16×96×64 bf16"),
+        ("rms_norm_qkv", ((16, 64), (64,), (64, 96), (64, 32), (96,)), "rms_norm_qkv 16×(96+32)×64 bf16"),
+    ],
+)
+def test_a_norm_with_products_has_their_sizes(op: str, shapes: tuple[tuple[int, ...], ...], title: str) -> None:
+    specs = tuple(TensorSpec.contiguous(shape, "bfloat16") for shape in shapes)
+    assert problem_title(Problem(op=op, inputs=specs, device="cuda")) == title
+
+
 def test_reasons_have_titles_in_place_of_keys() -> None:
     plain = _generated([(16, 64), (96, 64)], "t0 = t(i1); o0 = mm(i0, t0)")
     problems = [synthetic.UP, replace(synthetic.UP, epilogue=("silu",)), plain]
