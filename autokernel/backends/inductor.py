@@ -5,7 +5,8 @@ thread count along each axis), `block_m/n/k` (cache blocks, in register blocks),
 Inductor. Inductor has these as process-wide options; `export/pins.py` sets them kernel by kernel.
 
 On a GPU its Triton templates. Config: `template` ("mm", "mm_persistent_tma", "bmm") with `BLOCK_M/N/K`, `num_stages`,
-`num_warps` and `GROUP_M`; or `template` "decompose_k" with `k_split`. `export/templates.py` builds exactly these.
+`num_warps` and `GROUP_M`; or `template` "decompose_k" with `k_split`. `export/templates.py` builds exactly these. A product of
+one row may have `template` "reduction" (`export/one_row.py`): a sum along K, which is what max-autotune makes of it.
 
 Where GEMMs share an input, `merge` says how: "none", "concat", and on a CPU "grouped".
 
@@ -22,14 +23,15 @@ from autokernel.backends import Built, Refused
 from autokernel.backends.aten import refuse_unknown_implementation
 from autokernel.backends.compiled import build, refuse_without_constant_weight
 from autokernel.export.matching import is_transposed, weights_of_merged
+from autokernel.export.one_row import DTYPES, REDUCTION
 from autokernel.export.templates import DECOMPOSE_K, TILE, template_of
 from autokernel.records import DTYPE_BYTES, Candidate, ConfigValue, Problem, TensorSpec
 from autokernel.rewrites import REWRITES
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _CUDA_TEMPLATES = {
-    "mm": ("mm", "mm_persistent_tma", DECOMPOSE_K),
-    "addmm": ("mm", "mm_persistent_tma"),
+    "mm": ("mm", "mm_persistent_tma", DECOMPOSE_K, REDUCTION),
+    "addmm": ("mm", "mm_persistent_tma", REDUCTION),
     "merged_mm": ("mm", "mm_persistent_tma"),
     "bmm": ("bmm",),
     "baddbmm": ("bmm",),
@@ -101,6 +103,9 @@ def _refuse_illegal_on_cuda(candidate: Candidate) -> None:
     allowed = _CUDA_TEMPLATES[problem.op]
     if template not in allowed:
         raise Refused(f"template {template} is not one of {', '.join(allowed)}, which are for {problem.op}")
+    if template == REDUCTION:
+        _refuse_reduction(problem)
+        return
     if template_of(template) is None:
         raise Refused(f"torch {torch.__version__} has no template {template}")
     needed = ("k_split",) if template == DECOMPOSE_K else TILE
@@ -120,6 +125,15 @@ def _refuse_illegal_on_cuda(candidate: Candidate) -> None:
                 raise Refused(
                     f"TMA reads rows of multiples of {_TMA_BYTES} bytes; the {name} matrix has rows of {row} {spec.dtype}"
                 )
+
+
+def _refuse_reduction(problem: Problem) -> None:
+    """Raises Refused if the product does not become a reduction."""
+    left, right = _matrices(problem)
+    if left.shape[0] != 1:
+        raise Refused(f"template {REDUCTION} is for products of one row; this one has {left.shape[0]}")
+    if problem.inputs[0].dtype not in DTYPES or right.stride[0] != 1:
+        raise Refused(f"template {REDUCTION} sums along a K that is contiguous, of {', '.join(DTYPES)}; right is {right}")
 
 
 def _matrices(problem: Problem) -> tuple[TensorSpec, TensorSpec]:

@@ -318,7 +318,7 @@ def test_blackwell_has_seeds_without_a_card(letters: str, m: int, n: int, k: int
 @pytest.mark.parametrize("shape", [(1, 4096, 4096), (64, 6144, 4096), (2048, 4096, 14336)])
 def test_inductors_own_configs_are_seeds_on_a_gpu(op: str, templates: set[str], shape: tuple[int, int, int]) -> None:
     ctx = context(problem(*shape, device="cuda", op=op), H200)
-    seeds = [s for s in stock_seeds(ctx) if s.origin == "inductor"]
+    seeds = [s for s in stock_seeds(ctx) if s.origin == "inductor" and s.candidate.config != inductor_lists.REDUCTION]
     assert 1 <= len(seeds) <= inductor_lists.MAX_CONFIGS
     assert len({s.candidate.id for s in seeds}) == len(seeds)
     for seed in seeds:
@@ -326,6 +326,18 @@ def test_inductors_own_configs_are_seeds_on_a_gpu(op: str, templates: set[str], 
         assert config["template"] in templates
         assert ctx.spaces["inductor"].violations(config, ctx.names) == []
         assert config["BLOCK_M"] < 2 * max(16, shape[0])
+
+
+@pytest.mark.parametrize("op", ["mm", "addmm"])
+def test_what_max_autotune_makes_of_one_row_comes_right_behind_stock(op: str) -> None:
+    one = problem(1, 4096, 14336, device="cuda", op=op)
+    stock, second, *rest = stock_seeds(context(one, H200))
+    assert (stock.origin, second.origin, dict(second.candidate.config)) == ("stock", "inductor", {"template": "reduction"})
+    assert all(seed.candidate.config.get("template") != "reduction" for seed in rest)
+    row_major = dataclasses.replace(one, inputs=(*one.inputs[:-1], TensorSpec.contiguous((14336, 4096), "bfloat16")))
+    for other in (problem(2, 4096, 14336, device="cuda", op=op), row_major):
+        seeds = stock_seeds(context(other, H200))
+        assert all(seed.candidate.config.get("template") != "reduction" for seed in seeds)
 
 
 def test_the_table_is_what_this_torch_has() -> None:
