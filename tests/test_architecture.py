@@ -96,6 +96,7 @@ HOMES = {
         "export.aoti",
         "export.prove",
         "backends.compiled",
+        "backends.max_autotune",
         "profiling.capture",
         "evaluate.whole_model",
     ),

@@ -47,7 +47,8 @@ def stock_seeds(context: SeedContext) -> list[Seed]:
     for backend, space in context.spaces.items():
         if backend == "inductor" and _sums_one_row(context.problem) and not space.violations(REDUCTION, context.names):
             candidate = Candidate(problem=context.problem, backend=backend, config=REDUCTION)
-            seeds.append(Seed(candidate=candidate, origin="inductor"))
+            # of no rule that a cost model ranks better than
+            seeds.append(Seed(candidate=candidate, origin="max-autotune"))
         config = space.default(context.names)
         if config is not None:
             # only ATen is what runs without us: the speed-up of a trial is over the origin "stock"
