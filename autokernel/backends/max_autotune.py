@@ -62,7 +62,7 @@ class Picks:
     @property
     def text(self) -> str:
         """The picks in words."""
-        return ", ".join(dict.fromkeys(self.names)) or "the only choice it has"
+        return ", ".join(dict.fromkeys(self.names)) or "nothing to choose from"
 
     def note(self, timings: Mapping[Any, float], *_: Any) -> None:
         """Inductor's hook: the time of each kernel that it chose from; of one product, when it is lowered."""

@@ -23,7 +23,7 @@ from autokernel.ops.base import compute_dtype
 from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Hotspot, Problem, RunnerUp, Status, Winner
 from autokernel.search.plans import WITHIN_MODEL
 from autokernel.stages.context import RunContext
-from autokernel.stages.picks import asks, is_slower, over_max_autotune, picked, why_refused
+from autokernel.stages.picks import asks, is_slower, may_win, over_max_autotune, picked, why_refused
 from autokernel.tracking.titles import problem_title
 
 log = logging.getLogger(__name__)
@@ -108,11 +108,13 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
     for key, found in evaluations.items():
         if key in decided or key not in hotspots:
             continue
-        slack = slack_of(hotspots[key].problem, ceilings)
-        finalists, baselines = finalists_of(found, settings.confirm_top, slack)
-        if finalists and baselines:
+        problem = hotspots[key].problem
+        finalists, baselines = finalists_of(found, settings.confirm_top, slack_of(problem, ceilings))
+        # on a GPU, what max-autotune picks may be faster than stock where nothing was that the search tried
+        pick_alone = problem.device == "cuda" and may_win(context.experiment, problem) and any(map(is_stock, baselines))
+        if (finalists or pick_alone) and baselines:
             job = ConfirmCandidates(
-                problem=hotspots[key].problem,
+                problem=problem,
                 finalists=finalists,
                 baselines=baselines,
                 rounds=settings.confirm_rounds,
@@ -121,12 +123,12 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
                 ceilings=ceilings,
                 deterministic_required=settings.deterministic,
                 max_copies=context.experiment.search.max_copies,
-                max_autotune=asks(context.experiment, hotspots[key].problem),
-                pick_may_win="inductor" in context.experiment.backends,
+                max_autotune=asks(context.experiment, problem),
+                pick_may_win=may_win(context.experiment, problem),
             )
             jobs.append((hotspots[key], job))
         elif (why := _without_stock(found)) is not None:
-            log.warning("%s stays with stock code, for that was not measured: %s", problem_title(hotspots[key].problem), why)
+            log.warning("%s stays with stock code, for that was not measured: %s", problem_title(problem), why)
     with context.stage("confirm", total=len(jobs)):
         for hotspot, confirmation in confirmations(context, jobs):
             if confirmation.asked_s:
@@ -166,7 +168,7 @@ def confirmations(
                 log.info("%s is confirmed later: %s", job.problem.key, error)
                 lost.append((tag, job))
             except WorkerError as error:
-                if not job.max_autotune:
+                if not (job.max_autotune and job.finalists):
                     log.warning("%s was not confirmed: %s", job.problem.key, error)
                     continue
                 log.warning("%s is confirmed without a look at max-autotune: %s", job.problem.key, error)

@@ -21,6 +21,11 @@ def asks(experiment: Experiment, problem: Problem) -> bool:
     return settings.max_autotune_picks and MODE in settings.baselines and get_op(problem.op).dims(problem).get("k", 0) > 0
 
 
+def may_win(experiment: Experiment, problem: Problem) -> bool:
+    """Whether a bundle may have Inductor's pick: what is asked of it, and the experiment allows."""
+    return "inductor" in experiment.backends and asks(experiment, problem)
+
+
 def over_max_autotune(confirmation: Confirmation, contender: Contender) -> Speedup | None:
     """How many times as fast as max-autotune a contender is, by the paired rounds; None where that did not take part."""
     rival, comparison = confirmation.max_autotune, confirmation.comparison

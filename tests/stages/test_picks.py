@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from pretended_run import Listener, context_of
-from stages.test_confirm import MM, PASSED, STOCK, evaluation, hotspot, profiled, raced, resumed
+from stages.test_confirm import MM, PASSED, STOCK, evaluation, failed, hotspot, product, profiled, raced, resumed
 
 from autokernel.backends.max_autotune import max_autotune_of
 from autokernel.errors import JobCrashed, JobTimeout
@@ -135,3 +135,49 @@ def test_its_pick_is_no_entry_where_the_experiment_leaves_inductor_out() -> None
     context = context_of(pool, "cpu", overrides=["backends=[aten, triton]"])
     confirm(context, profiled(MM), {MM.key: [STOCK, evaluation(MM, 8, "triton", k=0)]})
     assert [job.pick_may_win for job in pool.asked] == [False, False]
+
+
+class Racing(Crashing):
+    """A pool that answers with this race, whoever takes part; or fails."""
+
+    def __init__(self, problem: Problem, error: Exception | None) -> None:
+        super().__init__(error or JobCrashed(""), {"inductor": [10.0, 10.1, 10.2]})
+        self.problem, self.fails = problem, error is not None
+
+    def submit(self, job: ConfirmCandidates, timeout_s: float) -> Future[Confirmation]:
+        if self.fails:
+            return super().submit(job, timeout_s)
+        self.asked.append(job)
+        future: Future[Confirmation] = Future()
+        future.set_result(raced(self.times, self.problem))
+        return future
+
+
+@pytest.mark.parametrize("error", [None, JobCrashed("signal 11")], ids=["it runs", "it crashes"])
+def test_where_nothing_was_faster_its_pick_alone_meets_stock_on_a_gpu(error: Exception | None) -> None:
+    problem = product(16, "cuda")
+    found = {problem.key: [evaluation(problem, 10, prepack=False), evaluation(problem, 11, "triton", k=0)]}
+    pool = Racing(problem, error)
+    winners = confirm(context_of(pool), profiled(problem), found)
+    assert [(job.finalists, job.max_autotune, job.pick_may_win) for job in pool.asked] == [((), True, True)], "and never again"
+    assert [winner.evaluation.candidate.backend for winner in winners] == ([] if error else ["inductor"])
+
+
+@pytest.mark.parametrize(
+    ("device", "override"),
+    [("cpu", ""), ("cuda", "validation.max_autotune_picks=false"), ("cuda", "backends=[aten, triton]")],
+    ids=["cpu", "switched off", "no entry"],
+)
+def test_elsewhere_nobody_is_raced_where_nothing_was_faster(device: str, override: str) -> None:
+    problem = product(16, device)
+    pool = Racing(problem, None)
+    found = {problem.key: [evaluation(problem, 10, prepack=False)]}
+    assert confirm(context_of(pool, device, overrides=[override] if override else []), profiled(problem), found) == []
+    assert pool.asked == []
+
+
+def test_without_a_stock_time_nobody_is_raced() -> None:
+    problem = product(16, "cuda")
+    pool = Racing(problem, None)
+    assert confirm(context_of(pool), profiled(problem), {problem.key: [failed(problem, k=0)]}) == []
+    assert pool.asked == []
