@@ -151,6 +151,11 @@ class ValidationSection(Section):
         description="stock modes to be compared with; on a GPU all of them run from a CUDA graph that is captured by hand, but "
         "for reduce-overhead, which captures its own",
     )
+    max_autotune_picks: bool = Field(
+        True,
+        description="where max-autotune is a baseline: have what it makes of each matrix product meet the finalists, and "
+        "refuse those that are slower; this has Inductor build and time its whole list for each",
+    )
     ablation: bool = Field(
         False, description="compile the model without each entry in turn, and drop entries that it is faster without"
     )

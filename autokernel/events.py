@@ -82,7 +82,7 @@ class SearchPlanned(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Record):
-    """One finished trial. `origin` says who proposed it: "stock", "history", "nvmatmul", or the sampler."""
+    """One finished trial. `origin` says who proposed it: "stock", "history", "nvmatmul", "max-autotune", or the sampler."""
 
     evaluation: Evaluation
     origin: str
@@ -91,7 +91,11 @@ class Evaluated(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confirmed(Record):
-    """A finalist against the strongest stock choice, paired and interleaved."""
+    """A finalist against the strongest stock choice, paired and interleaved.
+
+    `over_max_autotune` is its speed-up over what max-autotune runs for the problem, in the same rounds; `max_autotune` says
+    what that is, or why it did not take part. Empty where it was not asked, and in older journals.
+    """
 
     problem_key: str
     candidate: Candidate
@@ -101,6 +105,8 @@ class Confirmed(Record):
     reason: str
     winner: Winner | None = None
     conditions: Mapping[str, float] = field(default_factory=dict)  # clock, power, temperature and load, before_ and after_
+    over_max_autotune: Speedup | None = None
+    max_autotune: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,6 +97,7 @@ HOMES = {
         "ops.program",
         "export.prove",
         "backends.compiled",
+        "backends.max_autotune",
         "profiling.capture",
         "evaluate.whole_model",
     ),

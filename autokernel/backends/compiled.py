@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -109,17 +109,16 @@ class _Gate:
         return run
 
 
-def _stock(gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
-    return compile_fx(gm, list(inputs))
-
-
-def build(candidate: Candidate, constants: list[list[torch.Tensor]], *, stock: bool) -> Built:
+def build(
+    candidate: Candidate, constants: list[list[torch.Tensor]], *, stock: bool, options: Mapping[str, Any] | None = None
+) -> Built:
     """Compile copies of a candidate's problem. On a GPU nothing runs yet: the first call does (it tunes pointwise kernels).
 
     Args:
         candidate: its config becomes the one entry of a bundle.
         constants: per copy, the problem's constant inputs in order.
         stock: compile with Inductor's defaults and no bundle instead.
+        options: of Inductor, for stock code.
 
     Raises:
         BuildError: the compiler failed.
@@ -129,7 +128,11 @@ def build(candidate: Candidate, constants: list[list[torch.Tensor]], *, stock: b
     problem = candidate.problem
     module = Copies(problem, constants).eval()
     entry = Entry(problem=problem, backend=candidate.backend, config=dict(candidate.config))
-    backend: Any = _stock
+
+    def compile_stock(gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
+        return compile_fx(gm, list(inputs), config_patches=dict(options) if options else None)
+
+    backend: Any = compile_stock
     if not stock:
         environment = current_environment(problem.device)
         entries = expanded(entry)

@@ -5,9 +5,12 @@ thread count along each axis), `block_m/n/k` (cache blocks, in register blocks),
 Inductor. Inductor has these as process-wide options; `export/pins.py` sets them kernel by kernel.
 
 On a GPU its Triton templates. Config: `template` ("mm", "mm_persistent_tma", "bmm") with `BLOCK_M/N/K`, `num_stages`,
-`num_warps` and `GROUP_M`; or `template` "decompose_k" with `k_split`. `export/templates.py` builds exactly these.
+`num_warps` and `GROUP_M`; or `template` "decompose_k" with `k_split`. `export/templates.py` builds exactly these. A product of
+one row may have `template` "reduction" (`export/one_row.py`): a sum along K, which is what max-autotune makes of it.
 
 Where GEMMs share an input, `merge` says how: "none", "concat", and on a CPU "grouped".
+
+`mode` "max-autotune" is a stock choice, for comparison (`max_autotune.py`).
 
 Fusions have `implementation`: what of `autokernel.rewrites` Inductor compiles into kernels of its own.
 """
@@ -21,19 +24,14 @@ import torch
 from autokernel.backends import Built, Refused
 from autokernel.backends.aten import refuse_unknown_implementation
 from autokernel.backends.compiled import build, refuse_without_constant_weight
+from autokernel.backends.max_autotune import TEMPLATES, is_max_autotune, options
 from autokernel.export.matching import is_transposed, weights_of_merged
+from autokernel.export.one_row import DTYPES, REDUCTION
 from autokernel.export.templates import DECOMPOSE_K, TILE, template_of
 from autokernel.records import DTYPE_BYTES, Candidate, ConfigValue, Problem, TensorSpec
 from autokernel.rewrites import REWRITES
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_CUDA_TEMPLATES = {
-    "mm": ("mm", "mm_persistent_tma", DECOMPOSE_K),
-    "addmm": ("mm", "mm_persistent_tma"),
-    "merged_mm": ("mm", "mm_persistent_tma"),
-    "bmm": ("bmm",),
-    "baddbmm": ("bmm",),
-}
 _TMA_BYTES = 16  # rows that TMA reads are multiples of this
 
 
@@ -66,6 +64,8 @@ class InductorBackend:
 
     def build(self, candidate: Candidate, constants: list[list[torch.Tensor]]) -> Built:
         config, problem = candidate.config, candidate.problem
+        if is_max_autotune(candidate):
+            return build(candidate, constants, stock=True, options=options())
         if problem.op in REWRITES:
             refuse_unknown_implementation(candidate)
             return build(candidate, constants, stock=False)
@@ -83,11 +83,13 @@ class InductorBackend:
         return build(candidate, constants, stock=False)
 
     def export(self, candidate: Candidate) -> Mapping[str, ConfigValue]:
+        if is_max_autotune(candidate):
+            raise ValueError(f"{candidate.label} is stock code, which no entry can stand for")
         return dict(candidate.config)
 
 
 def _supports_cuda(problem: Problem) -> str | None:
-    if problem.op not in _CUDA_TEMPLATES:
+    if problem.op not in TEMPLATES:
         return f"Inductor has no Triton template for {problem.op}"
     if problem.inputs[0].dtype not in _DTYPES:
         return f"the Triton templates take {', '.join(_DTYPES)}, not {problem.inputs[0].dtype}"
@@ -98,9 +100,12 @@ def _refuse_illegal_on_cuda(candidate: Candidate) -> None:
     """Raises Refused if Inductor's templates cannot have this config, or not for this problem."""
     config, problem = candidate.config, candidate.problem
     template = str(config.get("template"))
-    allowed = _CUDA_TEMPLATES[problem.op]
+    allowed = TEMPLATES[problem.op]
     if template not in allowed:
         raise Refused(f"template {template} is not one of {', '.join(allowed)}, which are for {problem.op}")
+    if template == REDUCTION:
+        _refuse_reduction(problem)
+        return
     if template_of(template) is None:
         raise Refused(f"torch {torch.__version__} has no template {template}")
     needed = ("k_split",) if template == DECOMPOSE_K else TILE
@@ -120,6 +125,15 @@ def _refuse_illegal_on_cuda(candidate: Candidate) -> None:
                 raise Refused(
                     f"TMA reads rows of multiples of {_TMA_BYTES} bytes; the {name} matrix has rows of {row} {spec.dtype}"
                 )
+
+
+def _refuse_reduction(problem: Problem) -> None:
+    """Raises Refused if the product does not become a reduction."""
+    left, right = _matrices(problem)
+    if left.shape[0] != 1:
+        raise Refused(f"template {REDUCTION} is for products of one row; this one has {left.shape[0]}")
+    if problem.inputs[0].dtype not in DTYPES or right.stride[0] != 1:
+        raise Refused(f"template {REDUCTION} sums along a K that is contiguous, of {', '.join(DTYPES)}; right is {right}")
 
 
 def _matrices(problem: Problem) -> tuple[TensorSpec, TensorSpec]:

@@ -38,6 +38,9 @@ class HotspotRow:
     by_backend: Mapping[str, float]  # time of each backend's fastest, as screened, in us
     rows: tuple[int, int] | None  # that the winner holds for, where other rows than its own were asked for
     rows_held: str  # the same in words
+    over_max_autotune: Speedup | None  # of what was confirmed, in the same race
+    max_autotune: str  # what it runs for the problem, or why that did not take part
+    against_max_autotune: str  # both in words
     runner_up: tuple[str, float] | None  # the best other backend, and its time over that of the one that is used
 
 
@@ -79,6 +82,9 @@ def _row(problem: ProblemSummary, judged: bool) -> HotspotRow:
         by_backend={name: latency_us(trial) for name, trial in problem.by_backend.items()},
         rows=problem.rows.held if problem.rows is not None and problem.verdict == "won" else None,
         rows_held=problem.rows_held,
+        over_max_autotune=final.over_max_autotune if final is not None else None,
+        max_autotune=final.max_autotune if final is not None else "",
+        against_max_autotune=problem.against_max_autotune,
         runner_up=(second[0].evaluation.candidate.backend, second[1]) if second is not None else None,
     )
 
@@ -121,6 +127,8 @@ def hotspot_json(row: HotspotRow) -> dict[str, Any]:
         "label": config_title(row.candidate) if row.candidate is not None else None,
         "candidate_us": row.candidate_us,
         "speedup": row.speedup.to_json() if row.speedup is not None else None,
+        "over_max_autotune": row.over_max_autotune.to_json() if row.over_max_autotune is not None else None,
+        "max_autotune": row.max_autotune,
         "screened_ratio": row.screened,
         "verdict": row.verdict,
         "why": row.why,

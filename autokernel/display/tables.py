@@ -214,6 +214,8 @@ def _detail(row: HotspotRow) -> Text:
         text.append(f": {config_title(row.candidate)}", "default" if row.verdict in ("won", "searched") else "dim")
     if row.rows_held:
         text.append(f"; {row.rows_held}", "dim")
+    if row.against_max_autotune:
+        text.append(f"; {row.against_max_autotune}", "dim")
     if row.why and row.verdict != "won":
         text.append(f"; {row.why}", "yellow" if row.verdict == "dropped" else "dim")
     return text

@@ -1,4 +1,11 @@
-"""The job that confirms finalists: against the strongest stock choice, in one process, interleaved, on fresh inputs."""
+"""The job that confirms finalists: against the strongest stock choice, in one process, interleaved, on fresh inputs.
+
+What max-autotune makes of the problem takes part where it is asked for, and so does what Inductor picked, as a finalist. To
+know it is a compilation in which Inductor builds and times its whole list for each product. On a GPU that list has some twenty
+kernels, each reckoned as a second of one core, in which others have the device, and a tenth of a second of the device alone:
+twenty seconds of a worker and two of the device for each product. Its timings stay in Inductor's own file: what finds a product
+there, like rehearsals and validation, neither builds nor times it again.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +17,22 @@ from typing import TYPE_CHECKING
 
 from autokernel.backends import Built
 from autokernel.evaluate.caches import cache_bytes
-from autokernel.evaluate.candidate import build_or_fail, describe_failures, lost_without_room, one_line, prepare, start_clean
+from autokernel.evaluate.candidate import (
+    Task,
+    build_or_fail,
+    describe_failures,
+    lost_without_room,
+    one_line,
+    prepare,
+    start_clean,
+)
 from autokernel.evaluate.numerics import Checker
 from autokernel.evaluate.probes import MAX_COPIES, derived_seed, is_cold
 from autokernel.evaluate.roofline import Ceilings, may_split_fp32, sound_physics_check
 from autokernel.evaluate.room import raise_if_full
 from autokernel.evaluate.timing import Comparison, Step, compare, describe_regime, make_step
 from autokernel.evaluate.turns import Turns, leave, wake
+from autokernel.evaluate.whole_model import JobTurns
 from autokernel.events import MeasuredRow
 from autokernel.ops import Op
 from autokernel.records import Candidate, Evaluation, Measurement, Problem, Record, Speedup, Status, Verdict
@@ -45,6 +61,9 @@ class Confirmation(Record):
     The baseline was chosen on rounds of its own (`baselines` holds those times, and the chosen one's from the comparison
     itself). It is None if no baseline passed its checks; then nothing was compared. `failures` are the candidates of either
     kind that dropped out.
+
+    `max_autotune` is what max-autotune makes of the problem, in the same race, where it was asked and passed its checks.
+    `picked` says in words what that is, `asked_s` how long it took to know.
     """
 
     problem: Problem
@@ -53,6 +72,9 @@ class Confirmation(Record):
     finalists: tuple[Contender, ...] = ()
     failures: tuple[Evaluation, ...] = ()
     comparison: Comparison | None = None
+    max_autotune: Contender | None = None
+    picked: str = ""
+    asked_s: float = 0.0
 
 
 def measured_row(m: int, confirmation: Confirmation) -> MeasuredRow:
@@ -73,6 +95,21 @@ class _Runner:
     step: Step | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Answer:
+    """What max-autotune makes of a problem: built, and its picks as far as they may be finalists."""
+
+    rival: Candidate
+    built: Built
+    picks: tuple[Candidate, ...]
+    text: str
+    seconds: float
+
+
+def _run_once(runner: _Runner) -> None:
+    runner.built.run(*(x for copy in runner.checker.timing_inputs() for x in copy))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfirmCandidates:
     """A job for a pool.
@@ -88,6 +125,8 @@ class ConfirmCandidates:
         deterministic_required: drop candidates whose output differs between two runs.
         max_copies: most sets of inputs to rotate among.
         alone: no other job is on the device, so that a candidate for which there is no room needs too much.
+        max_autotune: have what max-autotune makes of the problem take part.
+        pick_may_win: its pick is a finalist, if an entry can stand for it.
     """
 
     problem: Problem
@@ -100,6 +139,8 @@ class ConfirmCandidates:
     deterministic_required: bool = False
     max_copies: int = MAX_COPIES
     alone: bool = False
+    max_autotune: bool = False
+    pick_may_win: bool = False
 
     def __post_init__(self) -> None:
         strangers = [c.label for c in (*self.finalists, *self.baselines) if c.problem != self.problem]
@@ -136,8 +177,12 @@ class ConfirmCandidates:
                 turns.go_on(None)
             else:
                 turn.close()
+            answer = self._ask_max_autotune(task, turns, failures) if self.max_autotune else None
+            picks = answer.picks if answer is not None else ()
             with turns.take("the builds", exclusive=False) if on_cpu else contextlib.nullcontext():
-                built = self._build_all(task.constants, failures)
+                built = self._build_all(task.constants, failures, picks)
+            if answer is not None:
+                built.append((answer.rival, answer.built))
             if task.alone:
                 turns.go_on("the confirmation")
             else:
@@ -147,14 +192,52 @@ class ConfirmCandidates:
                 for c, b in built
             ]
             runners = self._keep(runners, lambda r: r.checker.before_timing(), failures)
-            return self._compare(op, runners, failures, len(task.constants))
+            return self._compare(op, runners, failures, len(task.constants), answer)
 
-    def _build_all(self, constants: list[list[torch.Tensor]], failures: list[Evaluation]) -> list[tuple[Candidate, Built]]:
+    def _ask_max_autotune(self, task: Task, turns: Turns, failures: list[Evaluation]) -> _Answer | None:
+        """Compile the problem under max-autotune, and on a GPU run it once: that is when coordinate descent tunes its kernels.
+
+        Whatever Inductor times, it times alone on the device. None if it does not compile or run.
+        """
+        from autokernel.backends import get_backend
+        from autokernel.backends.max_autotune import listening, max_autotune_of
+
+        rival, began = max_autotune_of(self.problem), time.monotonic()
+        jobs = JobTurns(self.problem.device)
+        on_gpu = self.problem.device == "cuda"
+        ours = on_gpu and not task.alone  # else this job has the device already, or takes all of it
+        with (
+            jobs.building() if ours else contextlib.nullcontext(),
+            turns.take("max-autotune", exclusive=True) if not on_gpu else contextlib.nullcontext(),
+        ):
+            with listening(self.problem) as picks:
+                built = build_or_fail(rival, get_backend(rival.backend), task.constants, began, alone=self.alone)
+            if not isinstance(built, Built):
+                failures.append(built)
+                return None
+            runner = _Runner(
+                candidate=rival, built=built, checker=Checker(self.problem, built, task.constants, task.expectation)
+            )
+            if on_gpu:
+                with jobs.alone(patient=True) if ours else contextlib.nullcontext():
+                    if not self._keep([runner], _run_once, failures):
+                        return None
+        return _Answer(
+            rival=rival,
+            built=built,
+            picks=tuple(picks.candidates) if self.pick_may_win else (),
+            text=picks.text,
+            seconds=time.monotonic() - began,
+        )
+
+    def _build_all(
+        self, constants: list[list[torch.Tensor]], failures: list[Evaluation], picks: Sequence[Candidate]
+    ) -> list[tuple[Candidate, Built]]:
         """Every distinct candidate that builds; all share the same weights."""
         from autokernel.backends import get_backend
 
         built = []
-        for candidate in dict.fromkeys((*self.baselines, *self.finalists)):
+        for candidate in dict.fromkeys((*self.baselines, *self.finalists, *picks)):
             backend = get_backend(candidate.backend)
             result = build_or_fail(candidate, backend, constants, time.monotonic(), alone=self.alone)
             if isinstance(result, Built):
@@ -183,7 +266,11 @@ class ConfirmCandidates:
                 failures.append(Evaluation(candidate=runner.candidate, status=Status.WRONG, verdict=verdict, message=message))
         return kept
 
-    def _compare(self, op: Op, runners: list[_Runner], failures: list[Evaluation], num_copies: int) -> Confirmation:
+    def _compare(
+        self, op: Op, runners: list[_Runner], failures: list[Evaluation], num_copies: int, answer: _Answer | None
+    ) -> Confirmation:
+        finalists = (*self.finalists, *(answer.picks if answer is not None else ()))
+        rival = answer.rival if answer is not None else None
         if not any(r.candidate in self.baselines for r in runners):
             return Confirmation(problem=self.problem, baseline=None, failures=tuple(failures))
         inputs = [x for copy in runners[0].checker.timing_inputs() for x in copy]
@@ -195,7 +282,7 @@ class ConfirmCandidates:
         stock = [r for r in runners if r.candidate in self.baselines]
         chosen, choosing = self._strongest(stock)
         baseline = chosen.candidate
-        racing = [r for r in runners if r is chosen or r.candidate in self.finalists]
+        racing = [r for r in runners if r is chosen or r.candidate in finalists or r.candidate == rival]
         comparison = self._race(racing, chosen, self.rounds, "race")
         medians = {**choosing.medians_us, **comparison.medians_us}
         spreads = {**choosing.spreads_us, **comparison.spreads_us}
@@ -225,9 +312,12 @@ class ConfirmCandidates:
             problem=self.problem,
             baseline=baseline,
             baselines=tuple(contenders[r.candidate.id] for r in sound if r.candidate in self.baselines),
-            finalists=tuple(contenders[r.candidate.id] for r in sound if r.candidate in self.finalists and r is not chosen),
+            finalists=tuple(contenders[r.candidate.id] for r in sound if r.candidate in finalists and r is not chosen),
             failures=tuple(failures),
             comparison=comparison,
+            max_autotune=next((contenders[r.candidate.id] for r in sound if r.candidate == rival), None),
+            picked=answer.text if answer is not None else "",
+            asked_s=answer.seconds if answer is not None else 0.0,
         )
 
     def _strongest(self, stock: list[_Runner]) -> tuple[_Runner, Comparison]:

@@ -39,7 +39,7 @@ from autokernel.export.freezing import (
 from autokernel.export.isa_probes import built_ahead
 from autokernel.export.matching import Gemm
 from autokernel.export.missed import MissedPass
-from autokernel.export.one_row import ALL, OPTION, OneRowPass
+from autokernel.export.one_row import ALL, OPTION, OneRowPass, ReductionPass, is_reduction
 from autokernel.export.passes import MergePass, SitePass
 from autokernel.export.pins import install
 from autokernel.export.plan import Plan, Usage, mismatch
@@ -303,10 +303,13 @@ def inductor_options(
         # when this model was profiled: entries are for the model's own sizes, and nothing is timed
         options["shape_padding"] = False
         # Inductor's default for every GEMM but those with an entry
-        passes: list[CustomGraphPass] = [RegionPass(plan), TemplatePass(plan), SubstitutionPass(plan), CutePass(plan)]
-        if OPTION in chosen:
+        passes: list[CustomGraphPass] = [
+            RegionPass(plan), TemplatePass(plan), SubstitutionPass(plan), CutePass(plan), ReductionPass(plan),
+        ]  # fmt: skip
+        if OPTION in chosen or any(map(is_reduction, plan.bundle.entries)):
             # else Inductor would time a second block size of such a reduction in every new process
             options["dynamic_scale_rblock"] = False
+        if OPTION in chosen:
             passes.insert(0 if chosen[OPTION] == ALL else len(passes), OneRowPass(plan, chosen[OPTION]))
         options["post_grad_custom_post_pass"] = PassChain(plan, passes)
     if any(has_template(entry) for entry in plan.bundle.entries):

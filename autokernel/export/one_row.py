@@ -1,4 +1,4 @@
-"""Products of one row as reductions: the graph option `one_row`.
+"""Products of one row as reductions: the graph option `one_row`, and entries with `template: reduction`.
 
 A product of one row reads its weight once, and Inductor writes that as a reduction along K, which it fuses with what comes
 behind it (activations, residuals) and with products of the same size beside it. Inductor does so itself only under
@@ -14,6 +14,7 @@ from torch._inductor import ir
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from autokernel.errors import BundleError
+from autokernel.export.bundle import Entry
 from autokernel.export.plan import Plan
 from autokernel.export.templates import gemm_of_node
 from autokernel.records import ConfigValue
@@ -56,6 +57,35 @@ class OneRowPass(CustomGraphPass):
         gemm = gemm_of_node(node)
         entry = self.plan.find_or_merged(gemm) if gemm is not None else None
         return entry is not None and entry.backend == "aten" and entry.config.get("merge") == "concat"
+
+
+class ReductionPass(CustomGraphPass):
+    """The same for products that have an entry of this kind, and for no others."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def uuid(self) -> str:
+        return f"autokernel-reductions-1-{self.plan.digest}"
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if not self.plan.active:
+            return
+        for node in list(graph.nodes):
+            gemm = gemm_of_node(node) if node.target in TARGETS else None
+            entry = self.plan.find(gemm) if gemm is not None else None
+            if entry is None or not is_reduction(entry):
+                continue
+            if is_one_row(node):
+                _reduce(graph, node)
+                self.plan.hit(entry)
+            else:
+                self.plan.skip(entry, f"at {node.name} it is scaled, or its matrices are laid out in another way")
+
+
+def is_reduction(entry: Entry) -> bool:
+    """Whether an entry says that its product of one row becomes a reduction."""
+    return entry.backend == "inductor" and entry.config.get("template") == REDUCTION
 
 
 def is_one_row(node: torch.fx.Node) -> bool:

@@ -13,6 +13,7 @@ from autokernel.records import ConfigValue
 from autokernel.search.space import BoundSpace, Config
 
 MAX_CONFIGS = 4
+REDUCTION: Mapping[str, ConfigValue] = {"template": "reduction"}  # of a product of one row
 _MIN_BLOCK = 16
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autokernel.records import Candidate, Evaluation, Problem, Status
-from autokernel.search.inductor_lists import inductor_configs
+from autokernel.search.inductor_lists import REDUCTION, inductor_configs
 from autokernel.search.space import Names, Space
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,16 @@ Seeder = Callable[[SeedContext], list[Seed]]
 
 
 def stock_seeds(context: SeedContext) -> list[Seed]:
-    """The default config of each backend, in the order of the backends; then what Inductor itself would try on a GPU."""
+    """The default config of each backend, in the order of the backends; then what Inductor itself would try on a GPU.
+
+    Of a product of one row its max-autotune makes a reduction, without a look at anything else: that comes right after stock.
+    """
     seeds: list[Seed] = []
     for backend, space in context.spaces.items():
+        if backend == "inductor" and _sums_one_row(context.problem) and not space.violations(REDUCTION, context.names):
+            candidate = Candidate(problem=context.problem, backend=backend, config=REDUCTION)
+            # of no rule that a cost model ranks better than
+            seeds.append(Seed(candidate=candidate, origin="max-autotune"))
         config = space.default(context.names)
         if config is not None:
             # only ATen is what runs without us: the speed-up of a trial is over the origin "stock"
@@ -52,6 +59,11 @@ def stock_seeds(context: SeedContext) -> list[Seed]:
             candidate = Candidate(problem=context.problem, backend="inductor", config=config)
             seeds.append(Seed(candidate=candidate, origin="inductor"))
     return seeds
+
+
+def _sums_one_row(problem: Problem) -> bool:
+    """Whether a product on a GPU has one row, and a K that is contiguous in its right matrix."""
+    return problem.device == "cuda" and problem.op in ("mm", "addmm") and problem.inputs[-1].stride[0] == 1
 
 
 def history_seeds(context: SeedContext) -> list[Seed]:

@@ -23,6 +23,7 @@ from autokernel.ops.base import compute_dtype
 from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Hotspot, Problem, RunnerUp, Status, Winner
 from autokernel.search.plans import WITHIN_MODEL
 from autokernel.stages.context import RunContext
+from autokernel.stages.picks import asks, is_slower, may_win, over_max_autotune, picked, why_refused
 from autokernel.tracking.titles import problem_title
 
 log = logging.getLogger(__name__)
@@ -107,11 +108,13 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
     for key, found in evaluations.items():
         if key in decided or key not in hotspots:
             continue
-        slack = slack_of(hotspots[key].problem, ceilings)
-        finalists, baselines = finalists_of(found, settings.confirm_top, slack)
-        if finalists and baselines:
+        problem = hotspots[key].problem
+        finalists, baselines = finalists_of(found, settings.confirm_top, slack_of(problem, ceilings))
+        # on a GPU, what max-autotune picks may be faster than stock where nothing was that the search tried
+        pick_alone = problem.device == "cuda" and may_win(context.experiment, problem) and any(map(is_stock, baselines))
+        if (finalists or pick_alone) and baselines:
             job = ConfirmCandidates(
-                problem=hotspots[key].problem,
+                problem=problem,
                 finalists=finalists,
                 baselines=baselines,
                 rounds=settings.confirm_rounds,
@@ -120,12 +123,16 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
                 ceilings=ceilings,
                 deterministic_required=settings.deterministic,
                 max_copies=context.experiment.search.max_copies,
+                max_autotune=asks(context.experiment, problem),
+                pick_may_win=may_win(context.experiment, problem),
             )
             jobs.append((hotspots[key], job))
         elif (why := _without_stock(found)) is not None:
-            log.warning("%s stays with stock code, for that was not measured: %s", problem_title(hotspots[key].problem), why)
+            log.warning("%s stays with stock code, for that was not measured: %s", problem_title(problem), why)
     with context.stage("confirm", total=len(jobs)):
         for hotspot, confirmation in confirmations(context, jobs):
+            if confirmation.asked_s:
+                log.info("%s: max-autotune took %.1f s", problem_title(hotspot.problem), confirmation.asked_s)
             # the winner first: whoever resumes takes a problem for decided by any line of it, and the next one may be lost
             for event in sorted(_judge(hotspot, confirmation, settings.min_gain), key=lambda event: not event.accepted):
                 context.emit(event)
@@ -139,6 +146,8 @@ def confirmations(
     context: RunContext, jobs: Sequence[tuple[T, ConfirmCandidates]], stage: str = "confirm"
 ) -> Iterator[tuple[T, Confirmation]]:
     """Each as soon as it is there. What was lost, for want of room on the device or of a worker, gets a second try alone.
+
+    What fails while max-autotune takes part gets another without it: compiling and timing its list may crash, or take too long.
 
     Args:
         context: whose pool runs them.
@@ -159,7 +168,12 @@ def confirmations(
                 log.info("%s is confirmed later: %s", job.problem.key, error)
                 lost.append((tag, job))
             except WorkerError as error:
-                log.warning("%s was not confirmed: %s", job.problem.key, error)
+                if not (job.max_autotune and job.finalists):
+                    log.warning("%s was not confirmed: %s", job.problem.key, error)
+                    continue
+                log.warning("%s is confirmed without a look at max-autotune: %s", job.problem.key, error)
+                job = replace(job, max_autotune=False)
+                running[context.pool.submit(job, _TIMEOUT_S)] = (tag, job)
     if lost:
         context.pool.renew()  # idle workers hold memory, too
     for done, (tag, job) in enumerate(lost, start=len(jobs) - len(lost)):
@@ -178,8 +192,10 @@ def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> lis
         log.warning("%s: no stock choice passed its checks; nothing is claimed", hotspot.problem.key)
         return []
     baseline = next(c for c in confirmation.baselines if c.candidate == confirmation.baseline)
-    passed = [c for c in confirmation.finalists if c.speedup is not None and c.speedup.low > 1 + min_gain]
-    best = _simplest(passed, confirmation.finalists, confirmation.comparison, min_gain)
+    over = {c.candidate.id: over_max_autotune(confirmation, c) for c in confirmation.finalists}
+    level = [c for c in confirmation.finalists if not is_slower(over[c.candidate.id])]
+    passed = [c for c in level if c.speedup is not None and c.speedup.low > 1 + min_gain]
+    best = _simplest(passed, level, confirmation.comparison, min_gain)
     events = []
     for contender in confirmation.finalists:
         speedup = contender.speedup
@@ -200,6 +216,8 @@ def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> lis
             reason = f"lower bound {speedup.low:.3f} is above {1 + min_gain:.3f}"
         elif contender in passed:
             reason = "another finalist of this hotspot is faster, or simpler and as fast"
+        elif speedup.low > 1 + min_gain and (slower := over[contender.candidate.id]) is not None:
+            reason = why_refused(confirmation, slower)
         else:
             reason = f"lower bound {speedup.low:.3f} is not above {1 + min_gain:.3f}"
         events.append(
@@ -212,6 +230,8 @@ def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> lis
                 reason=reason,
                 winner=winner,
                 conditions=confirmation.comparison.conditions if confirmation.comparison is not None else {},
+                over_max_autotune=over[contender.candidate.id],
+                max_autotune=picked(confirmation),
             )
         )
     return events

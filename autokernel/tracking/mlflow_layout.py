@@ -335,6 +335,8 @@ def hotspot_note(p: ProblemSummary) -> str:
     parts = [f"`{p.problem.key}`", f"**{p.verdict}**" + (f": {p.reason}" if p.reason else "")]
     if p.rows_held:
         parts.append(f"The winner {p.rows_held}.")
+    if p.against_max_autotune:
+        parts.append(f"Confirmed: {p.against_max_autotune}.")
     if p.hotspots:
         head = ("scenario", "calls", "µs a step", "share", "roofline µs", "sites")
         rows: list[tuple[object, ...]] = [

@@ -76,6 +76,17 @@ class ProblemSummary:
         return max(self.confirmed, key=lambda c: (c.accepted, c.speedup.ratio), default=None)
 
     @property
+    def against_max_autotune(self) -> str:
+        """`1.02× [1.01, 1.03] max-autotune (aten mm)` of the confirmation that decided; else why it is not known, or empty."""
+        final = self.finalist
+        if final is None or not final.max_autotune:
+            return ""
+        over = final.over_max_autotune
+        if over is None:
+            return f"max-autotune: {final.max_autotune}"
+        return f"{over.ratio:.2f}× [{over.low:.2f}, {over.high:.2f}] max-autotune ({final.max_autotune})"
+
+    @property
     def baseline_us(self) -> float | None:
         """As confirmed where there is a winner, as screened otherwise."""
         if self.winner is not None:

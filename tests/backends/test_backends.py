@@ -130,26 +130,29 @@ TILE: dict[str, ConfigValue] = {
     "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_stages": 2, "num_warps": 4, "GROUP_M": 8,
 }  # fmt: skip
 ON_GPU = replace(MM, device="cuda")
+ROW_MAJOR = replace(ON_GPU, inputs=(spec(1, 32), spec(32, N)))
 UNALIGNED = replace(ON_GPU, inputs=(spec(M, 33), TensorSpec(shape=(33, N), dtype="float32", stride=(1, 33))))
 
 
 @pytest.mark.parametrize(
     ("tried", "reason"),
     [
-        (candidate(ON_GPU, "inductor", template="cpp_gemm"), "mm, mm_persistent_tma, decompose_k, which are for mm"),
+        (candidate(ON_GPU, "inductor", template="cpp_gemm"), "mm, mm_persistent_tma, decompose_k, reduction, which are for mm"),
         (candidate(replace(MERGED, device="cuda"), "inductor", template="decompose_k", k_split=2), "which are for merged_mm"),
         (
             candidate(ON_GPU, "inductor", template="mm", BLOCK_M=16),
             "BLOCK_N, BLOCK_K, num_stages, num_warps, GROUP_M is missing",
         ),
         (candidate(ON_GPU, "inductor", template="decompose_k", k_split=5), "5 does not divide 32"),
+        (candidate(ON_GPU, "inductor", template="reduction"), "products of one row; this one has"),
+        (candidate(ROW_MAJOR, "inductor", template="reduction"), "K that is contiguous"),
         (candidate(UNALIGNED, "inductor", template="mm_persistent_tma", **TILE), "the left matrix has rows of 33 float32"),
         (
             candidate(replace(MERGED, device="cuda", constants=()), "inductor", template="mm", merge="concat", **TILE),
             "no constant input",
         ),
     ],
-    ids=["template", "template of another op", "field", "split", "alignment", "merging what changes"],
+    ids=["template", "template of another op", "field", "split", "rows", "layout", "alignment", "merging what changes"],
 )
 def test_illegal_templates_are_refused(tried: Candidate, reason: str) -> None:
     with pytest.raises(Refused, match=reason):

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from autokernel.errors import BundleError
 from autokernel.export.apply import inductor_options
 from autokernel.export.bundle import Bundle, Entry
-from autokernel.export.one_row import OneRowPass
+from autokernel.export.one_row import OneRowPass, ReductionPass
 from autokernel.export.plan import Plan, minor
 from autokernel.records import ConfigValue, Problem, TensorSpec
 
@@ -216,6 +216,54 @@ def test_an_entry_keeps_its_product_unless_all_are_meant(
     assert left not in code
     assert plan.usage[entry.key].hits == 0
     assert (len(found), code.count("tl.sum(")) == (2, 3)
+
+
+REDUCTION: dict[str, ConfigValue] = {"template": "reduction"}
+
+
+def small(op: str, *inputs: TensorSpec) -> Problem:
+    return Problem(op=op, inputs=inputs, device="cuda", constants=(len(inputs) - 1,))
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [(linear, small("mm", spec(1, K), weight(K, N))), (biased, small("addmm", spec(N), spec(1, K), weight(K, N)))],
+    ids=["mm", "addmm"],
+)
+def test_an_entry_makes_its_own_product_a_reduction(function: Callable[..., Any], problem: Problem) -> None:
+    entry = Entry(problem=problem, backend="inductor", config=REDUCTION)
+    plan = Plan(Bundle(name="t", created="", version="", environment=H200, entries=(entry,)))
+    module = traced(function)
+    ReductionPass(plan)(module.graph)
+    assert not any("mm" in name for name in names(module))
+    assert (plan.usage[entry.key].hits, plan.usage[entry.key].reasons) == (1, [])
+    for other in (traced(function, rows=2), traced(function, device="cpu")):
+        ReductionPass(plan)(other.graph)
+        assert any("mm" in name for name in names(other))
+    assert plan.usage[entry.key].hits == 1
+
+
+def test_an_entry_says_why_its_product_stays() -> None:
+    entry = Entry(problem=small("mm", spec(1, K), weight(K, N)), backend="inductor", config=REDUCTION)
+    plan = Plan(Bundle(name="t", created="", version="", environment=H200, entries=(entry,)))
+    module = traced(row_major)
+    ReductionPass(plan)(module.graph)
+    assert "aten.mm.default" in names(module)
+    assert plan.usage[entry.key].hits == 0
+    assert "laid out in another way" in plan.usage[entry.key].reasons[0]
+
+
+@needs_codegen
+def test_one_entry_leaves_the_other_products_to_cublas() -> None:
+    pytest.importorskip("triton", reason="Inductor's kernels for GPUs are Triton's")
+    entry = Entry(problem=DOWN, backend="inductor", config=REDUCTION)
+    plan = Plan(Bundle(name="t", created="", version="", environment=H200, entries=(entry,)))
+    code = generated_code(gated_mlp, MLP, inductor_options(plan, {}, frozen=False, merges=True))
+    assert code.count("extern_kernels.mm(") == 2
+    assert code.count("tl.sum(") == 1
+    assert "r0_1 + 14336*x0)" in code
+    assert "'dynamic_scale_rblock': False" in code, "nothing is left to be timed"
+    assert plan.usage[entry.key].hits == 1
 
 
 @pytest.mark.parametrize(("device", "said"), [("cuda", False), ("cpu", None)])

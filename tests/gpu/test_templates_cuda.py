@@ -122,6 +122,19 @@ def test_k_is_decomposed_where_inductor_would_not() -> None:
     assert "triton_tem" not in code
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_row_is_a_reduction(biased: bool) -> None:
+    n, k = 4096, 14336
+    problem = mm_problem(1, n, k)
+    if biased:
+        problem = replace(problem, op="addmm", inputs=(spec(n), *problem.inputs), constants=(0, 2))
+    inputs = [tensor(0, 1, k), tensor(1, n, k), *([tensor(2, n)] if biased else [])]
+    code, usage = compile_and_check(F.linear, inputs, entry(problem, template="reduction"))
+    assert [(item.hits, item.reasons) for item in usage] == [(1, [])]
+    assert "extern_kernels." not in code
+    assert "triton_red_" in code
+
+
 @pytest.mark.parametrize("template", ["mm", "mm_persistent_tma"])
 def test_bias(template: str) -> None:
     problem = Problem(op="addmm", inputs=(spec(N), spec(64, K), weight(K, N)), device="cuda", constants=(0, 2))

@@ -14,6 +14,7 @@ from autokernel.cutedsl.config import BLACKWELL_PROBLEMS
 from autokernel.ops import get_op
 from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Problem, Status, TensorSpec
 from autokernel.search import inductor_lists, nvmatmul, nvmatmul_cute, nvmatmul_library
+from autokernel.search.proposals import SEEDED_BY_RULE
 from autokernel.search.seeds import SeedContext, history_seeds, seeds_from, stock_seeds
 from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
@@ -326,6 +327,19 @@ def test_inductors_own_configs_are_seeds_on_a_gpu(op: str, templates: set[str], 
         assert config["template"] in templates
         assert ctx.spaces["inductor"].violations(config, ctx.names) == []
         assert config["BLOCK_M"] < 2 * max(16, shape[0])
+
+
+@pytest.mark.parametrize("op", ["mm", "addmm"])
+def test_what_max_autotune_makes_of_one_row_comes_right_behind_stock(op: str) -> None:
+    one = problem(1, 4096, 14336, device="cuda", op=op)
+    stock, second, *rest = stock_seeds(context(one, H200))
+    assert (stock.origin, second.origin, dict(second.candidate.config)) == ("stock", "max-autotune", {"template": "reduction"})
+    assert second.origin not in SEEDED_BY_RULE, "a cost model that knows the backend would leave it out"
+    assert all(seed.candidate.config.get("template") != "reduction" for seed in rest)
+    row_major = dataclasses.replace(one, inputs=(*one.inputs[:-1], TensorSpec.contiguous((14336, 4096), "bfloat16")))
+    for other in (problem(2, 4096, 14336, device="cuda", op=op), row_major):
+        seeds = stock_seeds(context(other, H200))
+        assert all(seed.candidate.config.get("template") != "reduction" for seed in seeds)
 
 
 def test_the_table_is_what_this_torch_has() -> None:

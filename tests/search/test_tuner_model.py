@@ -141,6 +141,15 @@ def test_seeds_of_a_backend_that_the_model_does_not_know_take_turns_with_what_it
     assert {proposal.origin for proposal in proposals if proposal.candidate.backend == "inductor"} == {"model"}
 
 
+def test_one_row_as_a_reduction_is_tried_with_the_first_although_the_model_knows_the_backend() -> None:
+    problem = replace(PROBLEM, inputs=(TensorSpec.contiguous((1, 4096), "bfloat16"), PROBLEM.inputs[1]))
+    names = NAMES | {"m": 1}
+    search = tuner(load_model(), problem=problem, spaces=load_space("mm"), names=names)
+    search.enqueue(seeds_from(("stock", "nvmatmul"), SeedContext(problem=problem, spaces=load_space("mm"), names=names)))
+    labels = [proposal.candidate.label for proposal in search.ask(4)]
+    assert labels[:2] == ["aten prepack=False", "inductor template=reduction"]
+
+
 @pytest.mark.parametrize(("dtype_bytes", "origins"), [(2, {"model"}), (1, {"model", "nvmatmul", "default"})])
 def test_rules_seed_kernels_of_other_dtypes_than_the_recorded_one(dtype_bytes: int, origins: set[str]) -> None:
     spaces = {"cutedsl": load_space("mm")["cutedsl"]}
