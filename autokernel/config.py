@@ -149,7 +149,7 @@ class ValidationSection(Section):
         ("eager", "default", "max-autotune"),
         min_length=1,
         description="stock modes to be compared with; on a GPU all of them run from a CUDA graph that is captured by hand, but "
-        "for reduce-overhead, which captures its own",
+        "for reduce-overhead, which captures its own and is left out, with the reason, where it cannot, as on a CPU",
     )
     max_autotune_picks: bool = Field(
         True,
@@ -212,6 +212,8 @@ class Experiment(Section):
             gpu_only = sorted({"triton", "cutedsl"} & set(self.backends))
             if gpu_only:
                 raise ValueError(f"backends: {gpu_only} need a GPU, but device is cpu: remove them or set `device: cuda`")
+        if self.device == "cpu" and set(self.validation.baselines) == {"reduce-overhead"}:
+            raise ValueError("validation.baselines: reduce-overhead alone leaves nothing to compare with on a CPU: add default")
         metric = self.validation.eval.metric if self.validation.eval is not None else ""
         if not self.model.by_auto_class and metric in ("bits_per_byte", "perplexity"):
             raise ValueError(

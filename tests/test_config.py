@@ -163,6 +163,10 @@ def test_a_good_experiment_has_its_defaults(write: Any) -> None:
             "yaml: backends: ['cutedsl', 'triton'] need a GPU, but device is cpu: remove them or set `device: cuda`",
         ),
         (
+            {"device": "cpu", "validation.baselines": ["reduce-overhead"]},
+            "yaml: validation.baselines: reduce-overhead alone leaves nothing to compare with on a CPU: add default",
+        ),
+        (
             {"validation.eval": {"metric": "perplexity", "data": "x"}},
             "yaml: validation.eval.metric: perplexity is for language models",
         ),

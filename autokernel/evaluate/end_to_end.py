@@ -2,7 +2,8 @@
 
 On a GPU every contender runs from a CUDA graph that is captured by hand, so that nothing of the host's part counts. They
 share the weights, one KV cache (each step writes the same slot of it) and the memory of their graphs; what fails to be
-captured is no contender, and the result says why.
+captured is no contender, and the result says why. What captures its own graphs (reduce-overhead) is called as it is, its copies
+of inputs and outputs included; where it falls back to launches one by one it is no contender either.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from autokernel.config import LoadedExperiment
 from autokernel.errors import WorkerError
 from autokernel.evaluate.modes import (
     BUNDLE,
+    CAPTURES_ITSELF,
     STOCK_MODES,
     Contender,
     Prepared,
@@ -47,7 +49,6 @@ _SCREEN_ROUNDS = 7
 _MIN_SAMPLE_US = 2000
 _ROUNDS_S = 10.0  # steps of hundreds of milliseconds get fewer rounds than asked for, if these do not fit in, ...
 _LEAST_ROUNDS = 11  # ... but no fewer than these
-_CAPTURES_ITSELF = ("reduce-overhead",)
 _AGAIN = "the baseline again"
 _MOST_NOISE = 0.1  # on a machine so busy that the same code differs by more from itself, anything could pass as equal
 
@@ -236,7 +237,7 @@ class TimeScenario(ModelJob):
         found: _Found,
     ) -> None:
         """Compile, check if asked to, and capture one contender."""
-        if contender.name == "eager" or contender.name in _CAPTURES_ITSELF:
+        if contender.name == "eager" or contender.name in CAPTURES_ITSELF:
             with turns.alone():  # no telling where their device work begins
                 prepared = prepare(contender, program, turns)
         else:
@@ -246,7 +247,7 @@ class TimeScenario(ModelJob):
             if self.check and contender.bundle is not None:
                 found.check = check_program(self.loaded, self.scenario, program, model, prepared.forward, self.seed)
                 program.reset()
-            if contender.name in _CAPTURES_ITSELF:
+            if contender.name in CAPTURES_ITSELF:
                 found.calls[contender.name] = prepared.call
             else:
                 found.calls[contender.name] = _Replay(capturer.capture(prepared.call), prepared)

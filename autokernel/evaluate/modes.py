@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from autokernel.config import LoadedExperiment
 from autokernel.evaluate.turns import wake
-from autokernel.evaluate.whole_model import JobTurns, stock_backend, unknown_options
+from autokernel.evaluate.whole_model import JobTurns, cuda_graphs_or_error, stock_backend, unknown_options
 from autokernel.export.bundle import OWN_OPTIONS, Bundle
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 STOCK_MODES = ("eager", "default", "max-autotune")
 BUNDLE = "bundle"
+CAPTURES_ITSELF = ("reduce-overhead",)
+_CAPTURED_RUNS = 2  # more than the first: one that warms up and records, one that replays
 _COMPILER_MODES = {
     "default": "default",
     "max-autotune": "max-autotune-no-cudagraphs",  # a CUDA graph is captured by hand, as for the others
@@ -100,7 +102,7 @@ def load_scenario(
 
 
 def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | None = None) -> Prepared:
-    """Compile a contender for a program and run it twice.
+    """Compile a contender for a program and run it twice; one that captures its own CUDA graphs until it replays them.
 
     Args:
         contender: what to compile.
@@ -129,6 +131,8 @@ def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | No
     elif contender.name in ("default", "max-autotune") and on_gpu and turns is not None:
         used = turns.first_run_alone(stock_backend(_COMPILER_MODES[contender.name]), compiled)
         forward = torch.compile(forward, backend=used, fullgraph=True, dynamic=False)
+    elif contender.name in CAPTURES_ITSELF and not any(x.is_cuda for x in program.inputs):
+        raise NotImplementedError(f"{contender.name} is Inductor's default with CUDA graphs, and there are none on a CPU")
     elif contender.name in _COMPILER_MODES:
         forward = torch.compile(forward, mode=_COMPILER_MODES[contender.name], fullgraph=True, dynamic=False)
     elif contender.name != "eager":
@@ -140,13 +144,16 @@ def prepare(contender: Contender, program: ScenarioProgram, turns: JobTurns | No
         with torch.no_grad():
             return forward(*inputs)
 
-    program.reset()
-    start = time.perf_counter()
-    call()
-    compile_s = time.perf_counter() - start
-    with turns.alone() if on_gpu and turns is not None else contextlib.nullcontext():
+    own_graphs = contender.name in CAPTURES_ITSELF
+    with cuda_graphs_or_error() if own_graphs else contextlib.nullcontext():
         program.reset()
+        start = time.perf_counter()
         call()
+        compile_s = time.perf_counter() - start
+        with turns.alone() if on_gpu and turns is not None else contextlib.nullcontext():
+            for _ in range(_CAPTURED_RUNS if own_graphs else 1):
+                program.reset()
+                call()
     usage = backend.usage() if backend is not None else {}
     return Prepared(
         call=call,

@@ -209,6 +209,18 @@ def stock_backend(mode: str) -> Backend:
     return compile_graph
 
 
+@contextmanager
+def cuda_graphs_or_error() -> Iterator[None]:
+    """Inductor says why it captures no CUDA graph, as a RuntimeError, instead of launching kernels one by one.
+
+    It finds out in the first runs of compiled code as well as while it compiles.
+    """
+    import torch._inductor.config as options
+
+    with options.patch({"triton.cudagraph_or_error": True}):
+        yield
+
+
 def unknown_options(names: Sequence[str]) -> list[str]:
     """Those that the installed torch does not have."""
     import torch._inductor

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from autokernel.environment import current_environment
 from autokernel.errors import WorkerError
 from autokernel.evaluate import modes
 from autokernel.evaluate.end_to_end import BUNDLE, Contender, ScenarioTiming, TimeScenario, scenario_result
-from autokernel.evaluate.whole_model import JobTurns, _benchmarks_take_turns, _tuning_takes_turns
+from autokernel.evaluate.whole_model import JobTurns, _benchmarks_take_turns, _tuning_takes_turns, cuda_graphs_or_error
 from autokernel.events import ModeTiming
 from autokernel.export.bundle import Bundle
 from autokernel.profiling import workload
@@ -63,6 +64,56 @@ def test_modes_are_compared_and_failures_say_why(loaded: LoadedExperiment) -> No
     assert timing.check is None
     assert timing.spread > 0, "the baseline was timed against itself"
     assert ScenarioTiming.from_json(json.loads(json.dumps(timing.to_json()))) == timing
+
+
+def test_a_mode_of_cuda_graphs_is_left_out_on_a_cpu_and_says_why(loaded: LoadedExperiment) -> None:
+    contenders = (Contender(name="reduce-overhead"), Contender(name="eager"), Contender(name=BUNDLE, bundle=bundle()))
+    timing = job(loaded, *contenders, baselines=("reduce-overhead", "eager"))()
+    assert timing.baseline == "eager"
+    assert {mode.mode for mode in timing.modes} == {"eager", BUNDLE}
+    assert "Inductor's default with CUDA graphs, and there are none on a CPU" in timing.failures["reduce-overhead"]
+
+
+def test_a_graph_that_is_not_captured_is_an_error_while_that_is_asked_for() -> None:
+    from torch._inductor.cudagraph_utils import log_cudagraph_skip_and_bump_counter as skip
+
+    with cuda_graphs_or_error(), pytest.raises(RuntimeError, match="skipping cudagraphs due to mutated inputs"):
+        skip("skipping cudagraphs due to mutated inputs (1 instances)")
+    skip("skipping cudagraphs due to mutated inputs (1 instances)")
+
+
+@pytest.mark.parametrize("answer", ["works", "falls back"])
+def test_what_captures_its_own_graphs_runs_until_it_replays_them(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With inputs that claim to be on a GPU; in place of Inductor a backend that finds out in its second run."""
+    import torch
+    from torch._inductor.cudagraph_utils import log_cudagraph_skip_and_bump_counter as skip
+
+    runs: list[str] = []
+
+    def compiled(forward: Any, **options: Any) -> Any:
+        assert options == {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
+
+        def run(*inputs: Any) -> Any:
+            runs.append("run")
+            if answer == "falls back" and len(runs) == 2:
+                skip("skipping cudagraphs due to mutated inputs (1 instances)")
+            return forward(*inputs)
+
+        return run
+
+    class There(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    x = torch.randn(2, 3).as_subclass(There)
+    program: Any = SimpleNamespace(module=torch.nn.Identity(), inputs=(x,), reset=lambda: runs.append("reset"))
+    if answer == "works":
+        prepared = modes.prepare(Contender(name="reduce-overhead"), program)
+        assert runs == ["reset", "run"] * 3, "one to warm up, one to record, one to replay"
+        assert torch.equal(prepared.call(), x)
+    else:
+        with pytest.raises(RuntimeError, match="mutated inputs"):
+            modes.prepare(Contender(name="reduce-overhead"), program)
 
 
 def test_without_a_baseline_there_is_no_result(loaded: LoadedExperiment) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from autokernel.evaluate.end_to_end import (
     TimeScenario,
     against_stock,
     build_program,
+    compile_errors,
     prepare,
     scenario_result,
 )
@@ -172,6 +175,30 @@ def test_every_mode_runs_from_a_graph_and_the_bundle_is_checked(loaded: LoadedEx
     assert verdict.passed, verdict.failures
     assert timing.check.num_tokens >= 256
     assert scenario_result(timing).best_stock == timing.baseline
+
+
+def test_reduce_overhead_is_timed_as_it_is_called(tmp_path: Path) -> None:
+    model = {"class_path": "transformers:ViTForImageClassification", "config": {"num_hidden_layers": 4}}
+    inputs = {"pixel_values": {"shape": ["batch", 3, 224, 224]}}
+    scenarios = {"images": {"kind": "call", "batch": 32, "inputs": inputs, "outputs": ["logits"]}}
+    path = tmp_path / "vit.yaml"
+    path.write_text(json.dumps({"name": "vit", "model": model, "device": "cuda", "scenarios": scenarios}))
+    contenders = against_stock(stock_bundle(), ("default", "reduce-overhead"))
+    timing = job(load_experiment(path), "images", *contenders, baselines=("default", "reduce-overhead"))()
+    assert timing.failures == {}
+    medians = {mode.mode: mode.median_us for mode in timing.modes}
+    assert medians["reduce-overhead"] < 2 * medians["default"], "milliseconds of replay, and a copy of its inputs"
+
+
+def test_reduce_overhead_that_falls_back_is_no_contender() -> None:
+    class Counts(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.add_(1)
+            return x.sin()
+
+    program: Any = SimpleNamespace(module=Counts(), inputs=(torch.zeros(4, 4, device="cuda"),), reset=lambda: None)
+    with torch.no_grad(), pytest.raises(compile_errors(), match="mutated inputs"):
+        prepare(Contender(name="reduce-overhead"), program, JobTurns("cuda"))
 
 
 def test_a_wrong_model_fails_its_check(loaded: LoadedExperiment) -> None:
