@@ -111,7 +111,9 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
         problem = hotspots[key].problem
         finalists, baselines = finalists_of(found, settings.confirm_top, slack_of(problem, ceilings))
         # on a GPU, what max-autotune picks may be faster than stock where nothing was that the search tried
-        pick_alone = problem.device == "cuda" and may_win(context.experiment, problem) and any(map(is_stock, baselines))
+        # (of GEMMs by themselves: of fusions without a finalist there may be a hundred)
+        pick_alone = gemm_of(problem) is not None and problem.device == "cuda" and may_win(context.experiment, problem)
+        pick_alone = pick_alone and any(map(is_stock, baselines))
         if (finalists or pick_alone) and baselines:
             job = ConfirmCandidates(
                 problem=problem,
