@@ -163,7 +163,7 @@ def decode_attention_kernel(
         states: fp32 scratch, [B * GROUPS * SPLITS, REPEAT * Q_LEN, 2]: largest score and sum of weights.
         counters: int32 zeros, one for each batch and head of k.
         COMBINE_R, COMBINE_S: rows and parts that are put together at a time.
-        TF32X3: whether products in fp32 are three of the matrix instruction's. GUARDED: a row that sees nothing is zero, not NaN.
+        TF32X3: whether products in fp32 are three of the matrix instruction's. GUARDED: who sees nothing gets zeros, not NaN.
         PREFETCH, AHEAD: keys and values are asked for before q is read; and before the kernel in front has ended.
     """
     ROWS: tl.constexpr = REPEAT * Q_LEN

@@ -115,9 +115,8 @@ def flash_attention_kernel(
     K_B: tl.constexpr, K_H: tl.constexpr, K_S: tl.constexpr, K_D: tl.constexpr,
     V_B: tl.constexpr, V_H: tl.constexpr, V_S: tl.constexpr, V_D: tl.constexpr,
     MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_H: tl.constexpr, MASK_Q: tl.constexpr, MASK_S: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, GUARDED: tl.constexpr,
     SKIP: tl.constexpr, MASK_HEADS: tl.constexpr, MASK_ROWS: tl.constexpr, MAX_TILES: tl.constexpr, TF32X3: tl.constexpr,
-    GUARDED: tl.constexpr,
 ):  # fmt: skip
     """softmax(q k' * SCALE + mask) v; grid: [blocks of q * HEADS * B].
 
@@ -128,8 +127,7 @@ def flash_attention_kernel(
         mask: broadcasts to [B, HEADS, Q_LEN, KV_LEN] with strides of 0; not read where MASK is 0 (see `mask_tile`).
         out: [B, Q_LEN, HEADS, V_DIM] row-major.
         tiles: what `mask_tiles_kernel` found; not read without SKIP, like MASK_HEADS, MASK_ROWS and MAX_TILES.
-        TF32X3: whether products in fp32 are three of the matrix instruction's.
-        GUARDED: whether a row that sees nothing is zero, or NaN.
+        TF32X3: whether products in fp32 are three of the matrix instruction's. GUARDED: who sees nothing gets zeros, not NaN.
     """
     BLOCKS: tl.constexpr = (Q_LEN + BLOCK_M - 1) // BLOCK_M
     TILES: tl.constexpr = (KV_LEN + BLOCK_N - 1) // BLOCK_N
