@@ -27,7 +27,7 @@ def completed(config: dict[str, Any]) -> dict[str, Any] | None:
     Those were timed while weights took turns with few copies: what the hints left in L2 was found there by later calls.
     """
     if config["source"] == "operators":
-        return dict(config)
+        return {"family": "persistent", **config}
     if config.get("stream", config["source"] == "cluster" and "tile_k" not in config):
         return None
     return {"tile_k": 0, **{name: value for name, value in config.items() if name != "stream"}}

@@ -13,7 +13,7 @@ import torch
 
 from autokernel.backends import BuildError, Built, Refused
 from autokernel.backends.compiled import build, expanded, refuse_without_constant_weight
-from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, CuteConfig, multiplies
+from autokernel.cutedsl.config import ALIGNMENT_BYTES, DTYPES, TENSOROP, TENSOROP_BATCH, CuteConfig, multiplies
 from autokernel.cutedsl.spec import KernelSpec
 from autokernel.errors import CompileError
 from autokernel.export.bundle import Entry
@@ -146,6 +146,8 @@ def _refuse_illegal(candidate: Candidate) -> None:
         raise Refused(str(error)) from error
     if config.fast_accum and not dict(problem.scalars).get("use_fast_accum", False):
         raise Refused("fast_accum keeps sums in fewer bits than the model asks for (use_fast_accum is off): leave it off")
+    if config.family == TENSOROP and problem.op == "bmm" and problem.inputs[0].shape[0] > TENSOROP_BATCH:
+        raise Refused(f"{TENSOROP} computes up to {TENSOROP_BATCH} products at once, not {problem.inputs[0].shape[0]}")
     if candidate.config.get("merge") == "concat":
         refuse_without_constant_weight(candidate)
     for part in (entry.problem for entry in _entries(candidate)):

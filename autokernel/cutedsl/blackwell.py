@@ -1,7 +1,7 @@
-"""SM100's operators of nvidia-cutlass-operators, by name: dense, block-scaled and grouped. Compiled, never run by us.
+"""SM100's operators of nvidia-cutlass-operators, by name: all that it offers. Compiled, never run by us.
 
 None of their parameters are a `CuteConfig`'s (MMA over two blocks, schedulers, preferred clusters): an operator's name says
-them all. Import this with `compiler.environment` set.
+them all. Ampere's operators are among them, which newer GPUs run slowly. Import this with `compiler.environment` set.
 """
 
 from __future__ import annotations
@@ -13,22 +13,39 @@ from typing import Any
 import torch
 from cutlass import operators
 from cutlass.operators.heuristics import NvMatmulHeuristics
+from cutlass.operators.metadata import Sm100DesignMetadata
 
-from autokernel.cutedsl.config import BLACKWELL_GROUPS, BLACKWELL_PROBLEMS
+from autokernel.cutedsl.config import BLACKWELL_GROUPS, BLACKWELL_OTHERS, BLACKWELL_PROBLEMS
 from autokernel.errors import CompileError
 
 ARCH = "sm_100a"
 NUM_UNITS = 148  # multiprocessors of a B200
+# dtypes of A, B, the result and the sums
+_DTYPES = {
+    "dense": (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32),
+    "batched": (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32),
+    "fused": (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32),
+    "float16": (torch.float16, torch.float16, torch.float16, torch.float32),
+    "float8": (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float32, torch.float32),
+    "int8": (torch.int8, torch.int8, torch.int32, torch.int32),
+    "mixed": (torch.int8, torch.bfloat16, torch.bfloat16, torch.float32),
+}
+_BATCH = 2
+_EPILOGUE = "def epilogue(accum, other):\n    D = relu(accum) + other\n    return D\n"
 
 
-def offered(problem: str, shape: tuple[int, int, int]) -> tuple[str, ...]:
-    """Names of all operators for a problem.
+def offered(problem: str, shape: tuple[int, int, int]) -> dict[str, tuple[str, ...]]:
+    """All operators for a problem: name of the class -> names of its operators.
 
     Args:
-        problem: of `BLACKWELL_PROBLEMS`.
+        problem: of `BLACKWELL_PROBLEMS` or `BLACKWELL_OTHERS`.
         shape: M, N, K; with groups M is that of all together.
     """
-    return tuple(_name(operator) for operator in _listed(arguments_of(problem, shape)))
+    found: dict[str, tuple[str, ...]] = {}
+    for operator in _listed(arguments_of(problem, shape)):
+        kind = type(operator).__name__
+        found[kind] = (*found.get(kind, ()), _name(operator))
+    return found
 
 
 def seeded(shape: tuple[int, int, int], limit: int) -> tuple[str, ...]:
@@ -50,7 +67,8 @@ def named(problem: str, shape: tuple[int, int, int], wanted: Sequence[tuple[int,
         wanted: tile of one block, M and N, and blocks of a cluster, M and N.
     """
     found: list[str] = []
-    operators_of = _listed(arguments_of(problem, shape))
+    listed = _listed(arguments_of(problem, shape))
+    operators_of = [operator for operator in listed if isinstance(operator.metadata.design, Sm100DesignMetadata)]
     for tile_m, tile_n, *cluster in wanted:
         fitting = [operator for operator in operators_of if _tile_of_block(operator) == (tile_m, tile_n)]
         if fitting:
@@ -85,16 +103,15 @@ def compile_operator(name: str, problem: str, shape: tuple[int, int, int]) -> An
 
 
 def arguments_of(problem: str, shape: tuple[int, int, int]) -> Any:
-    """Operands on the CPU, contiguous along K, and a bf16 result.
+    """Operands on the CPU, contiguous along K.
 
     Raises:
         CompileError: no such problem.
     """
     m, n, k = shape
+    if problem in _DTYPES:
+        return _plain_arguments(problem, shape)
     out = torch.empty(m, n, dtype=torch.bfloat16)
-    if problem == "dense":
-        a, b = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(n, k, dtype=torch.bfloat16).mT
-        return operators.GemmArguments(a, b, out, accumulator_type=torch.float32)
     if problem == "grouped":
         a, b = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(BLACKWELL_GROUPS, n, k, dtype=torch.bfloat16).mT
         ends = torch.arange(1, BLACKWELL_GROUPS + 1, dtype=torch.int32) * (m // BLACKWELL_GROUPS)
@@ -109,7 +126,7 @@ def arguments_of(problem: str, shape: tuple[int, int, int]) -> Any:
         a = torch.empty(m, k // 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
         b = torch.empty(n, k // 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).mT
     else:
-        raise CompileError(f"problems for SM100 are {', '.join(BLACKWELL_PROBLEMS)}, not {problem}")
+        raise CompileError(f"problems for SM100 are {', '.join((*BLACKWELL_PROBLEMS, *BLACKWELL_OTHERS))}, not {problem}")
     layout = operators.ScaleSwizzleMode.Swizzle32x4x4
     scaled = []
     for matrix, rows in ((a, m), (b, n)):
@@ -119,9 +136,20 @@ def arguments_of(problem: str, shape: tuple[int, int, int]) -> Any:
     return operators.GemmArguments(*scaled, out, accumulator_type=torch.float32)
 
 
+def _plain_arguments(problem: str, shape: tuple[int, int, int]) -> Any:
+    """Of matrices without scales."""
+    m, n, k = shape
+    lead = (_BATCH,) if problem == "batched" else ()
+    a_dtype, b_dtype, out_dtype, accumulator = _DTYPES[problem]
+    a, b = torch.empty(*lead, m, k, dtype=a_dtype), torch.empty(*lead, n, k, dtype=b_dtype).mT
+    out, epilogue = torch.empty(*lead, m, n, dtype=out_dtype), None
+    if problem == "fused":
+        epilogue = operators.EpilogueArguments(_EPILOGUE, other=torch.empty(m, n, dtype=out_dtype), D=out)
+    return operators.GemmArguments(a, b, out, accumulator_type=accumulator, epilogue=epilogue)
+
+
 def _listed(arguments: Any) -> list[Any]:
-    found = operators.get_operators(arguments, target_sm=_target())
-    return [operator for operator in found if "Sm80" not in _name(operator)]  # older GPUs' kernels run on newer ones, slowly
+    return list(operators.get_operators(arguments, target_sm=_target()))
 
 
 def _name(operator: Any) -> str:

@@ -24,7 +24,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autokernel.cutedsl.config import CLUSTER, DTYPES, OPERATORS, QUACK, multiplies
+from autokernel.cutedsl.config import CLUSTER, DTYPES, OPERATORS, QUACK, TENSOROP, multiplies
 from autokernel.cutedsl.spec import BIAS, SQUARES, KernelSpec, Launch, ObjectInfo
 from autokernel.errors import CompileError
 from autokernel.ops.epilogue import FUNCTION_EPILOGUES, MATRIX_EPILOGUES, UNARY_EPILOGUES, scalar_step
@@ -125,6 +125,10 @@ def refusal(spec: KernelSpec) -> str | None:
         return f"an epilogue is made of scales, steps with numbers, rows or columns, and {names}, not {', '.join(unknown)}"
     if config.source == OPERATORS:
         outputs: tuple[str, ...] = ("int32", "float32", "int8") if spec.dtype == "int8" else (*DTYPES[:4], "float32")
+        if config.family == TENSOROP:
+            outputs = ("bfloat16", "float16", "float32")
+            if spec.dtype in _EIGHT_BITS:
+                return f"operators' family {TENSOROP} multiplies matrices of 16 bits, not {spec.dtype}: leave family out"
         if spec.epilogue:
             return f"operators computes no epilogue, spec has {', '.join(spec.epilogue)}: use quack, or leave it to the graph"
         if len(set(spec.dtypes)) > 1:

@@ -8,7 +8,10 @@ from typing import Any
 
 OPERATORS, QUACK, CLUSTER = "operators", "quack", "cluster"
 SOURCES = (OPERATORS, QUACK, CLUSTER)
+PERSISTENT, TENSOROP = "persistent", "tensorop"
+FAMILIES = (PERSISTENT, TENSOROP)  # of operators
 ROWS, COLUMNS = "rows", "columns"
+SWIZZLES = (1, 2, 4, 8)
 DEFAULT_SWIZZLE = 8
 AT_CALLS: Mapping[str, tuple[str, ...]] = {QUACK: ("swizzle",)}  # source -> see `CuteConfig.at_calls`
 ALIGNMENT_BYTES = 16  # of what is contiguous: TMA reads and writes nothing narrower
@@ -36,8 +39,11 @@ TILES_K = (0, 64, 128, 256, 512)
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of a multiprocessor of sm_90, and by CUDA for each block
 BARRIERS_BYTES = 1024
 BLACKWELL_PROBLEMS = ("dense", "mxfp8", "nvfp4", "grouped")  # what SM100's operators are listed for, by `blackwell.py`
+BLACKWELL_OTHERS = ("batched", "float16", "float8", "int8", "mixed", "fused")  # and what nvMatmulHeuristics is not asked for
 BLACKWELL_GROUPS = 4  # products of one grouped problem, which share its rows
 OPERATORS_TILES = ((64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256))
+TENSOROP_TILES = ((128, 128),)  # operators names three smaller ones, whose machine code is that of this one
+TENSOROP_BATCH = 65535  # products at most: each has blocks of its own, along the third axis of the grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +51,9 @@ class CuteConfig:
     """One kernel of one source.
 
     Args:
-        source: "operators" (nvidia-cutlass-operators' persistent kernel), "quack" (quack-kernels' GEMM) or "cluster" (our own).
+        source: "operators" (nvidia-cutlass-operators' kernels), "quack" (quack-kernels' GEMM) or "cluster" (our own).
+        family: which of operators' kernels: "persistent", made for the architecture, or "tensorop", with Ampere's instructions
+            for 16 bits. The latter has several blocks on a multiprocessor, for products that wait for memory.
         tile_m: rows of a tile of the product as the kernel sees it (columns of the caller's with `swap`).
         tile_n: its columns.
         cluster_m: thread blocks of a cluster along M, which share loads of B.
@@ -66,6 +74,7 @@ class CuteConfig:
     """
 
     source: str
+    family: str = PERSISTENT
     tile_m: int
     tile_n: int
     cluster_m: int = 1
@@ -86,10 +95,8 @@ class CuteConfig:
         """The rule that the parameters break, None if a kernel has them."""
         tile, cluster = (self.tile_m, self.tile_n), (self.cluster_m, self.cluster_n)
         if self.source == OPERATORS:
-            if tile not in OPERATORS_TILES:
-                return f"operators has tiles {_listed(OPERATORS_TILES)}, not {tile[0]}x{tile[1]}"
-            if self.pingpong or self.split_k != 1 or self.fuse or self.fast_accum or self.tile_k:
-                return "operators has neither pingpong nor split_k nor fuse nor fast_accum nor tile_k on SM90: leave them off"
+            if (wrong := self._operators_problem()) is not None:
+                return wrong
         elif self.source == QUACK:
             tiles = PINGPONG_TILES if self.pingpong else COOPERATIVE_TILES
             if tile not in tiles:
@@ -102,9 +109,11 @@ class CuteConfig:
                 return wrong
         else:
             return f"source must be one of {', '.join(SOURCES)}, not {self.source!r}"
+        if self.family != PERSISTENT and self.source != OPERATORS:
+            return f"families are operators': leave family at {PERSISTENT} with {self.source}"
         if any(size not in (1, 2) for size in cluster):
             return f"clusters have 1 or 2 blocks along an axis, not {cluster[0]}x{cluster[1]}"
-        if self.split_k < 1 or self.swizzle not in (1, 2, 4, 8) or self.raster not in (ROWS, COLUMNS):
+        if self.split_k < 1 or self.swizzle not in SWIZZLES or self.raster not in (ROWS, COLUMNS):
             given = f"split_k={self.split_k}, swizzle={self.swizzle}, raster={self.raster}"
             return f"split_k is 1 or more, swizzle 1, 2, 4 or 8, raster rows or columns, not {given}"
         if self.resident != 1 and self.source != CLUSTER:
@@ -115,6 +124,21 @@ class CuteConfig:
             return "ordered says how parts of K are summed: leave it on with split_k=1"
         if self.separate and (self.split_k == 1 or not self.ordered or self.fuse):
             return "separate leaves parts of K to what follows, which sums them in order: with split_k above 1, without fuse"
+        return None
+
+    def _operators_problem(self) -> str | None:
+        """The rule of nvidia-cutlass-operators' kernels that is broken."""
+        tile = (self.tile_m, self.tile_n)
+        if self.family not in FAMILIES:
+            return f"operators has the families {' and '.join(FAMILIES)}, not {self.family}"
+        known, name = (TENSOROP_TILES, TENSOROP) if self.family == TENSOROP else (OPERATORS_TILES, OPERATORS)
+        if tile not in known:
+            return f"{name} has tiles {_listed(known)}, not {tile[0]}x{tile[1]}"
+        if self.pingpong or self.split_k != 1 or self.fuse or self.fast_accum or self.tile_k:
+            return "operators has neither pingpong nor split_k nor fuse nor fast_accum nor tile_k on SM90: leave them off"
+        ordered = (self.cluster_m, self.cluster_n, self.swizzle, self.raster) != (1, 1, DEFAULT_SWIZZLE, ROWS)
+        if self.family == TENSOROP and ordered:
+            return f"{TENSOROP} has no clusters, and orders its tiles itself: leave swizzle and raster out, clusters at 1"
         return None
 
     def _cluster_problem(self) -> str | None:
@@ -175,7 +199,7 @@ class CuteConfig:
                 f"unknown: {', '.join(unknown) or 'none'}, missing: {', '.join(missing) or 'none'}"
             )
         values: dict[str, Any] = {
-            name: str(value) if name in ("source", "raster") else bool(value) if name in _FLAGS else int(str(value))
+            name: str(value) if name in _WORDS else bool(value) if name in _FLAGS else int(str(value))
             for name, value in given.items()
         }
         made = cls(**values)
@@ -184,6 +208,7 @@ class CuteConfig:
         return made
 
 
+_WORDS = ("source", "family", "raster")
 _FLAGS = ("pingpong", "swap", "ordered", "separate", "fuse", "fast_accum")
 _HINTS = "stream"  # in entries of earlier versions: false says nothing
 _OF_ENTRIES = ("merge",)  # what a config says beside the kernel's parameters

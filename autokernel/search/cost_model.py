@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autokernel.cutedsl.config import RESERVED_BYTES, SHARED_BYTES, CuteConfig
+from autokernel.cutedsl.config import RESERVED_BYTES, SHARED_BYTES, TENSOROP, CuteConfig
 from autokernel.records import ConfigValue
 from autokernel.search.space import Config, Names
 
@@ -29,7 +29,7 @@ MODEL_FILE = Path(__file__).with_name("cost_model.json.gz")
 # a template, a mode, or the kind of a CuTe DSL kernel; new ones are appended, for models know them by their place
 KINDS = (
     "mm", "mm_persistent_tma", "bmm", "decompose_k", "rows", "swap", "vector", "operators", "cooperative", "pingpong",
-    "cluster",
+    "cluster", "tensorop",
 )  # fmt: skip
 
 _FORMAT = 1
@@ -38,6 +38,7 @@ _SMEM_PER_UNIT, _SMEM_PER_BLOCK, _SMEM_RESERVED = SHARED_BYTES, SHARED_BYTES - R
 _WARPS_PER_UNIT, _REGISTERS_PER_UNIT = 64, 65536
 _PERSISTENT = tuple(KINDS.index(kind) for kind in ("mm_persistent_tma", "operators", "cooperative", "pingpong"))
 _CUTE_DEPTH_BYTES, _CUTE_EPILOGUE_BYTES = 128, 16384  # of a tile along K; of shared memory that is kept for results
+_TENSOROP_DEPTH_BYTES, _TENSOROP_STAGES = 64.0, 4.0
 _READ_BYTES_PER_US, _FLOP_PER_US = 4.26e6, 0.79e9  # measured on an H200; they only set the scale of some features
 _PRODUCT_US = 3.0  # what one product more costs: a launch, and a first and a last wave
 
@@ -273,7 +274,9 @@ def _of_cute(config: Config, size: float) -> Config:
     kind = _cute_kind(config)
     depth = max(float(config.get("tile_k", 0)) * size, _CUTE_DEPTH_BYTES)  # bytes
     stage = (tile_m + tile_n) * depth
-    if kind == "cluster":
+    if kind == TENSOROP:
+        depth, stages, warps = _TENSOROP_DEPTH_BYTES, _TENSOROP_STAGES, 4.0
+    elif kind == "cluster":
         stages, warps = float(CuteConfig.from_entry(config).cluster_stages), tile_m / 16
     else:
         # two warpgroups share a tile, unless each has its own, or it is small
@@ -291,7 +294,7 @@ def _of_cute(config: Config, size: float) -> Config:
         "num_stages": max(2.0, stages),  # as many as there is room for
         "num_warps": warps,
         "GROUP_M": config.get("swizzle", 1),
-        "tma": True,
+        "tma": kind != TENSOROP,
     }
 
 
@@ -319,6 +322,8 @@ def kind_of(config: Config) -> str | None:
 
 
 def _cute_kind(config: Config) -> str:
+    if config.get("family") == TENSOROP:
+        return TENSOROP
     if config["source"] != "quack":
         return str(config["source"])
     return "pingpong" if config.get("pingpong") else "cooperative"

@@ -16,6 +16,7 @@ from autokernel.cutedsl.config import (
     COOPERATIVE_TILES,
     OPERATORS,
     OPERATORS_TILES,
+    PERSISTENT,
     PINGPONG_TILES,
     QUACK,
     ROWS,
@@ -201,7 +202,8 @@ def _wanted(source: str, row: CuteRow) -> list[dict[str, ConfigValue]]:
         "fast_accum": True,  # where the model allows it
     }
     if source == OPERATORS:
-        return [{**config, "pingpong": False, "swizzle": min(row.swizzle, _MAX_SWIZZLE), "raster": row.raster}]
+        ordered: dict[str, ConfigValue] = {"swizzle": min(row.swizzle, _MAX_SWIZZLE), "raster": row.raster}
+        return [{**config, "family": PERSISTENT, "pingpong": False, **ordered}]
     tile = (row.tile_m, row.tile_n)
     kinds = [kind for kind, tiles in ((True, PINGPONG_TILES), (False, COOPERATIVE_TILES)) if tile in tiles]
     return [{**config, "pingpong": kind, "swizzle": _MAX_SWIZZLE, "raster": ROWS} for kind in kinds]

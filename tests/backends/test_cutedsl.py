@@ -60,6 +60,8 @@ NORM = Problem(
     constants=(1, 2),
     scalars=(("residual", True), ("eps", 1e-5)),
 )
+MANY = replace(BMM, inputs=(spec(65536, M, K), spec(65536, K, N)))
+TENSOROP: dict[str, ConfigValue] = {"source": "operators", "family": "tensorop", "tile_m": 128, "tile_n": 128}
 PLAIN: dict[str, ConfigValue] = {"source": "quack", "tile_m": 128, "tile_n": 64, "swap": True}
 
 
@@ -111,6 +113,13 @@ def test_strides_of_one_row_say_nothing() -> None:
         (MM, {**PLAIN, "BLOCK_M": 64}, "unknown: BLOCK_M"),
         (MM, {**PLAIN, "tile_m": 100}, "quack has cooperative tiles .* not 100x64"),
         (MM, {**PLAIN, "source": "operators", "split_k": 2}, "neither pingpong nor split_k nor fuse"),
+        (MM, {**PLAIN, "family": "tensorop"}, "families are operators'"),
+        (MM, {**TENSOROP, "family": "simt"}, "families persistent and tensorop, not simt"),
+        (MM, {**TENSOROP, "tile_n": 64}, "tensorop has tiles 128x128, not 128x64"),
+        (MM, {**TENSOROP, "cluster_n": 2}, "tensorop has no clusters"),
+        (MM, {**TENSOROP, "swizzle": 1}, "orders its tiles itself"),
+        (MM, {**TENSOROP, "raster": "columns"}, "orders its tiles itself"),
+        (MANY, TENSOROP, "up to 65535 products at once, not 65536"),
         (MM, {**PLAIN, "fuse": True}, "nothing follows this one"),
         (
             replace(SCALED, scalars=(("out_dtype", "bfloat16"), ("use_fast_accum", False))),
@@ -215,6 +224,8 @@ def test_kernels_are_compiled_before_the_graph_and_their_failure_is_the_builds(m
     assert [len(kernel.epilogue) for kernel in cutedsl.kernels_of(scaled)] == [3, 2]
     with pytest.raises(Refused, match="operators computes no epilogue"):
         cutedsl.kernels_of(replace(scaled, config={"source": "operators", "tile_m": 128, "tile_n": 64}))
+    with pytest.raises(Refused, match="tensorop multiplies matrices of 16 bits, not int8"):
+        cutedsl.kernels_of(Candidate(problem=i8, backend="cutedsl", config=TENSOROP))
     with pytest.raises(Refused, match="int8"):
         cutedsl.kernels_of(Candidate(problem=i8, backend="cutedsl", config=PLAIN))
 
@@ -292,9 +303,14 @@ def _kernels() -> list[dict[str, ConfigValue]]:
     """Every legal config of `CuteConfig` with the numbers that the space knows."""
     flags = (False, True)
     found = []
-    tiles = {("operators", False): OPERATORS_TILES, ("quack", False): COOPERATIVE_TILES, ("quack", True): PINGPONG_TILES}
-    tiles["cluster", False] = CLUSTER_TILES
-    for (source, pingpong), known in tiles.items():
+    tiles = {
+        ("quack", "", False): COOPERATIVE_TILES,
+        ("quack", "", True): PINGPONG_TILES,
+        ("cluster", "", False): CLUSTER_TILES,
+        ("operators", "persistent", False): OPERATORS_TILES,
+        ("operators", "tensorop", False): OPERATORS_TILES,
+    }
+    for (source, family, pingpong), known in tiles.items():
         depths = (0,) if source == "operators" else (0, 128, 256)
         residents = (1, 2, 3) if source == "cluster" else (1,)
         for (tile_m, tile_n), swap, cluster_m, cluster_n, split_k, ordered, separate, swizzle, raster, tile_k, resident in (
@@ -308,6 +324,8 @@ def _kernels() -> list[dict[str, ConfigValue]]:
                 "cluster_m": cluster_m, "cluster_n": cluster_n, "split_k": split_k, "ordered": ordered,
                 "separate": separate, "swizzle": swizzle, "raster": raster, "tile_k": tile_k, "resident": resident,
             }  # fmt: skip
+            if family:
+                config["family"] = family
             if CuteConfig(**config).problem() is None:  # type: ignore[arg-type]
                 found.append(config)
     return found
@@ -319,7 +337,8 @@ def _said(config: Mapping[str, ConfigValue], name: str) -> bool:
     split, ordered = quack and config["split_k"] != 1, bool(config["ordered"])
     said = {
         "pingpong": quack, "split_k": quack or cluster, "ordered": split, "separate": split and ordered,
-        "raster": not quack and not cluster, "cluster_n": not cluster, "swizzle": not cluster,
+        "family": not quack and not cluster, "raster": config.get("family") == "persistent",
+        "cluster_n": not cluster, "swizzle": not cluster,
         "tile_k": quack or cluster, "resident": cluster,
     }  # fmt: skip
     return said.get(name, True)

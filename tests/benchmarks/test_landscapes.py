@@ -195,6 +195,7 @@ def test_a_race_of_another_day_is_put_on_the_scale_of_what_both_have() -> None:
         {"config": {**quack, "stream": True, "tile_k": 128}, "us": 8.5},
         {"config": cluster(2, stream=0), "us": 8.0},
     ]
+    assert import_cute.completed({"source": "operators"}) == {"source": "operators", "family": "persistent"}
     assert import_cute.imported(both, race) == 2
     found = {(str(row.config["source"]), row.config.get("tile_k")): (row.us, row.careful_us) for row in both.of(["cutedsl"])}
     assert found == {("quack", 0): (20.0, None), ("quack", 128): (18.0, 19.0), ("cluster", 0): (16.0, None)}

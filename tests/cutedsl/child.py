@@ -5,17 +5,20 @@ child.py preload            a JSON spec -> its object's digest, and what importi
 child.py bind               JSON [[object, sizes], ...] -> how far a call with tensors that say they lie on a GPU gets
 child.py epilogues          JSON specs -> the largest errors of their functions, made of torch's activations
 child.py functions          -> of each step, the elements on which CuTe DSL and torch differ
-child.py blackwell FOLDER   JSON [[[problem, position], ...], specs] -> names and bytes of compiled operators of SM100; a line
-                            for each spec as above
+child.py operators          JSON {"cases": [[dtype, out_dtype, a_major, b_major, batched], ...], "configs": [config, ...]} ->
+                            what Operators offers on SM90, before and after our provider is there, and which of it is chosen
+child.py blackwell FOLDER   JSON specs -> names and bytes of compiled operators of SM100; a line for each spec as above
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from pretended_cuda import on_gpu
 
 from autokernel.cutedsl import compiler
 from autokernel.cutedsl.cache import ObjectCache
+from autokernel.cutedsl.config import CuteConfig
 from autokernel.cutedsl.spec import BIAS, MATRICES, SCALE_A, SCALE_B, SQUARES, KernelSpec
 from autokernel.errors import CompileError
 from autokernel.ops.epilogue import (
@@ -207,22 +211,62 @@ def preload() -> None:
     print(json.dumps({"sha256": info.sha256, "imported": imported}))
 
 
+def operators() -> None:
+    given = json.load(sys.stdin)
+    with compiler.environment("sm_90a", 132), tempfile.TemporaryDirectory() as folder:
+        from cutlass import operators as package
+
+        def arguments(dtype: str, out_dtype: str, a_major: str, b_major: str, batched: bool, k: int = 1024) -> Any:
+            layouts: dict[str, Any] = {"a_major": a_major, "b_major": b_major, "batched": batched}
+            spec = KernelSpec(config={}, dtype=dtype, out_dtype=out_dtype, **layouts)
+            sums = torch.int32 if dtype == "int8" else torch.float32
+            return package.GemmArguments(*matrices(spec, (2,) if batched else (), 512, 768, k), accumulator_type=sums)
+
+        def listed(case: Any, target: str = "90a", **changed: int) -> dict[str, int]:
+            found = package.get_operators(arguments(*case, **changed), target_sm=target)
+            return dict(Counter(type(operator).__name__ for operator in found))
+
+        cases = given["cases"]
+        providers = [*package.available_providers]
+        answer: dict[str, Any] = {"alone": [listed(case) for case in cases]}
+        from autokernel.cutedsl.operators import AutokernelProvider, chosen
+
+        answer["added"] = [name for name in package.available_providers if name not in providers]
+        answer["together"] = [listed(case) for case in cases]
+        answer["on_sm100"], answer["unaligned"] = listed(cases[0], "100a"), listed(cases[0], k=1020)
+        everything = package.get_operators(arguments(*cases[0]), target_sm="90a")
+        name_of = {id(operator): operator.metadata.operator_name for operator in everything}
+        answer["names"] = list(name_of.values())
+        answer["ours"] = [name_of[id(o)] for o in everything if o.metadata.provider is AutokernelProvider]
+        wanted = [chosen(CuteConfig.from_entry(config), "90a") for config in given["configs"]]
+        answer["chosen"] = [[name_of[id(o)] for o in everything if takes(o.metadata)] for takes in wanted]
+        answer["code"] = {}
+        for operator in everything:
+            if "Sm80" in name_of[id(operator)]:
+                compiled = operator.compile(arguments(*cases[0]), target_sm="90a").compiled_obj
+                content = compiler.link(compiled, "kernel", Path(folder))
+                answer["code"][name_of[id(operator)]] = hashlib.sha256(content).hexdigest()
+    print(json.dumps(answer))
+
+
 def blackwell(cache_folder: str) -> None:
-    asked, specs = json.load(sys.stdin)
+    specs = json.load(sys.stdin)
     with compiler.environment("sm_100a", 148), tempfile.TemporaryDirectory() as folder:
         from autokernel.cutedsl import blackwell as sm100
-        from autokernel.cutedsl.config import BLACKWELL_PROBLEMS
+        from autokernel.cutedsl.config import BLACKWELL_OTHERS, BLACKWELL_PROBLEMS
         from autokernel.search.nvmatmul_cute import blackwell_seeds
 
-        answer: dict[str, Any] = {"offered": {}, "compiled": [], "seeded": sm100.seeded((4096, 14336, 4096), 5)}
+        answer: dict[str, Any] = {"offered": {}, "compiled": [], "seeded": sm100.seeded(SEEDED, 5)}
         answer["named"] = {name: sm100.named(name, SEEDED, blackwell_seeds(name, SEEDED)) for name in BLACKWELL_PROBLEMS}
-        chosen = [(problem, SHAPE, sm100.offered(problem, SHAPE), position) for problem, position in asked]
-        for problem, _, names, _ in chosen:
-            answer["offered"][problem] = len(names)
-        chosen += [(problem, SEEDED, names, 0) for problem, names in answer["named"].items() if problem != "dense"]
-        for problem, shape, names, position in chosen:
-            content = compiler.link(sm100.compile_operator(names[position], problem, shape), "kernel", Path(folder))
-            answer["compiled"].append([names[position], len(content)])
+        chosen = [(problem, SEEDED, names[0]) for problem, names in answer["named"].items() if problem != "dense"]
+        for problem in (*BLACKWELL_PROBLEMS, *BLACKWELL_OTHERS):
+            offered = sm100.offered(problem, SHAPE)
+            answer["offered"][problem] = {kind: len(names) for kind, names in offered.items()}
+            ends = (0, -1) if problem == "dense" else (-1,)
+            chosen += [(problem, SHAPE, names[end]) for names in offered.values() for end in ends]
+        for problem, shape, name in chosen:
+            content = compiler.link(sm100.compile_operator(name, problem, shape), "kernel", Path(folder))
+            answer["compiled"].append([problem, name, len(content)])
     compile_all(cache_folder, specs)
     print(json.dumps(answer))
 
@@ -230,6 +274,6 @@ def blackwell(cache_folder: str) -> None:
 if __name__ == "__main__":
     commands = {
         "compile": compile_all, "preload": preload, "bind": bind_all, "epilogues": epilogues, "blackwell": blackwell,
-        "functions": functions,
+        "operators": operators, "functions": functions,
     }  # fmt: skip
     commands[sys.argv[1]](*sys.argv[2:])

@@ -27,7 +27,7 @@ def run_child(*words: str, given: Any = None) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=480,
     )
 
 

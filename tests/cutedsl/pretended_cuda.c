@@ -26,6 +26,7 @@ int cudaLaunchKernelExC(const launch_config *config, const void *kernel, void **
   memcpy(launched.block, &config->block, sizeof launched.block);
   launched.stream = (uint64_t)config->stream;
   launched.programmatic = 0;
+  for (int i = 0; i < 3; i++) launched.cluster[i] = 1;
   for (uint32_t i = 0; i < config->num_attributes; i++) {
     if (attributes[i].id == CLUSTER) memcpy(launched.cluster, attributes[i].value, sizeof launched.cluster);
     if (attributes[i].id == PROGRAMMATIC) launched.programmatic = attributes[i].value[0];

@@ -18,6 +18,7 @@ from autokernel.cutedsl.spec import KernelSpec, ObjectInfo
 from autokernel.errors import CompileError
 
 OPERATORS = {"source": "operators", "tile_m": 128, "tile_n": 128, "cluster_m": 1, "cluster_n": 2}
+TENSOROP = {"source": "operators", "family": "tensorop", "tile_m": 128, "tile_n": 128}
 COOPERATIVE = {"source": "quack", "tile_m": 256, "tile_n": 128, "cluster_m": 2, "cluster_n": 1}
 PINGPONG = {"source": "quack", "tile_m": 128, "tile_n": 192, "cluster_m": 1, "cluster_n": 2, "pingpong": True}
 FP8 = {"dtype": "float8_e4m3fn", "out_dtype": "bfloat16"}
@@ -34,6 +35,8 @@ CLUSTER = {"source": "cluster", "tile_m": 128, "tile_n": 16, "cluster_m": 2, "sp
 PARTS = {**COOPERATIVE, "split_k": 4, "separate": True}
 SPECS = {
     "operators": spec(OPERATORS),
+    "tensorop, any majors, batched": spec(TENSOROP, a_major="m", b_major="n", batched=True),
+    "tensorop, swapped, fp16 in fp32": spec({**TENSOROP, "swap": True}, dtype="float16", out_dtype="float32"),
     "fused": spec({**PINGPONG, "fuse": True}, epilogue=("bias", "silu", "add")),
     "operators, any majors, batched": spec(OPERATORS, a_major="m", b_major="n", batched=True),
     "operators, fp8 from Hopper's other format": spec(OPERATORS, dtype="float8_e5m2", out_dtype="float16"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.cute_cases import EVALUATED, NEVER, NEW_IN_CUBLAS, Kind, kind_of, product
+from gpu.cute_cases import EVALUATED, NEVER, NEW_IN_CUBLAS, Kind, N, kind_of, product
 
 from autokernel.backends import Refused, cutedsl, get_backend
 from autokernel.cutedsl.config import DTYPES
@@ -20,7 +20,7 @@ from autokernel.search.space import DeviceFacts, names_for
 from autokernel.search.space_file import load_space
 
 H200 = DeviceFacts(device="cuda", isa="sm_90", num_units=132, smem_bytes=232_448, l2_bytes=60 << 20)
-ROWS = (1, 16, 64, 512, 2048)
+SIZES = ((1, N), (16, N), (64, N), (256, 3 * N), (512, N), (2048, N))  # M and N
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +36,11 @@ def problems() -> Iterator[Problem]:
         "scaled_mm": tuple(itertools.product(scaled_mm.DTYPES, repeat=2)),
         "int_mm": ((int_mm.DTYPE, int_mm.DTYPE),),
     }
-    for op, m in itertools.product(cutedsl._OPS, ROWS):
+    for op, (m, n) in itertools.product(cutedsl._OPS, SIZES):
         for left, right in pairs.get(op, tuple((dtype, dtype) for dtype in DTYPES)):
             for follows in ((), (GATED_EPILOGUES[0],) if op == "merged_mm" else ("relu",)):
                 for rows in (False, True) if op == "scaled_mm" else (False,):
-                    yield product(op, left, right, m=m, follows=follows, rows=rows)
+                    yield product(op, left, right, m=m, n=n, follows=follows, rows=rows)
 
 
 def proposed() -> set[Kind]:

@@ -28,6 +28,7 @@ M, N, K = 48, 512, 256
 COOPERATIVE = {"source": "quack", "tile_m": 128, "tile_n": 128, "cluster_n": 2}
 PINGPONG = {**COOPERATIVE, "pingpong": True}
 LARGE = {"source": "quack", "tile_m": 256, "tile_n": 128, "cluster_m": 2, "cluster_n": 1}
+TENSOROP = {"source": "operators", "family": "tensorop", "tile_m": 128, "tile_n": 128}
 OPERATORS = {"source": "operators", "tile_m": 64, "tile_n": 128, "cluster_m": 2}
 
 
@@ -92,6 +93,8 @@ CASES = {
     "our own": spec({"source": "cluster", "tile_m": 128, "tile_n": 16, "cluster_m": 2, "swap": True}),
     "operators": spec(OPERATORS),
     "operators, swapped": spec({**OPERATORS, "swap": True, "swizzle": 4, "raster": "columns"}),
+    "tensorop": spec(TENSOROP, batched=True),
+    "tensorop, swapped": spec({**TENSOROP, "swap": True}),
     "operators, int8": spec(OPERATORS, dtype="int8", out_dtype="int32"),
 }
 

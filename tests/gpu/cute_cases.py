@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from autokernel.cutedsl.config import CLUSTER, OPERATORS, QUACK
+from autokernel.cutedsl.config import CLUSTER, OPERATORS, QUACK, TENSOROP, CuteConfig
 from autokernel.ops.epilogue import BINARY_EPILOGUES, PER_COLUMN, PER_ROW, operand_kind
 from autokernel.ops.scaled_mm import ROW_WISE, TENSOR_WISE
 from autokernel.records import ConfigValue, Problem, TensorSpec
@@ -24,6 +24,7 @@ SWAP: Config = {"source": QUACK, "tile_m": 128, "tile_n": 128, "cluster_n": 2, "
 CONFIGS: dict[str, Config] = {
     QUACK: PINGPONG,
     OPERATORS: {"source": OPERATORS, "tile_m": 128, "tile_n": 128, "cluster_m": 2},
+    TENSOROP: {"source": OPERATORS, "family": TENSOROP, "tile_m": 128, "tile_n": 128},
     CLUSTER: {"source": CLUSTER, "tile_m": 128, "tile_n": 16, "split_k": 2, "swap": True},
 }
 # none is steep near zero, where the order of a product's sums would decide the result
@@ -45,6 +46,7 @@ class Kind:
     right: str
     scaling: str  # of `scaled_mm`
     source: str
+    family: str  # of `operators`
     fused: bool
 
 
@@ -53,7 +55,9 @@ def kind_of(problem: Problem, config: Config) -> Kind:
     left, right = (spec.dtype for spec in problem.inputs[first : first + 2])
     rows = problem.op == "scaled_mm" and problem.inputs[2].shape != ()
     scaling = "" if problem.op != "scaled_mm" else ROW_WISE if rows else TENSOR_WISE
-    return Kind(problem.op, left, right, scaling, str(config["source"]), bool(config.get("fuse", False)))
+    source, fused = str(config["source"]), bool(config.get("fuse", False))
+    family = CuteConfig.from_entry(config).family if source == OPERATORS else ""
+    return Kind(problem.op, left, right, scaling, source, family, fused)
 
 
 def weight(dtype: str = "bfloat16", n: int = N, k: int = K) -> TensorSpec:
@@ -61,8 +65,8 @@ def weight(dtype: str = "bfloat16", n: int = N, k: int = K) -> TensorSpec:
 
 
 def product(
-    op: str, dtype: str = "bfloat16", right: str = "", *, m: int = 64, follows: tuple[str, ...] = (), rows: bool = False,
-    bias: bool = False, out: str = "bfloat16", fast: bool = False,
+    op: str, dtype: str = "bfloat16", right: str = "", *, m: int = 64, n: int = N, follows: tuple[str, ...] = (),
+    rows: bool = False, bias: bool = False, out: str = "bfloat16", fast: bool = False,
 ) -> Problem:  # fmt: skip
     """A problem of an op of these dtypes.
 
@@ -71,6 +75,7 @@ def product(
         dtype: of the left matrix, and of all else that is not said.
         right: of the right one.
         m: rows.
+        n: columns.
         follows: names of `ops.epilogue`.
         rows: of `scaled_mm`: a scale for each row and column.
         bias: of `scaled_mm`: with one. `addmm` always has one.
@@ -78,22 +83,22 @@ def product(
         fast: of `scaled_mm`: `use_fast_accum`.
     """
     right, wide = right or dtype, out if op == "scaled_mm" else dtype
-    x, w, vector = TensorSpec.contiguous((m, K), dtype), weight(right), TensorSpec.contiguous((N,), wide)
-    shapes = {PER_ROW: (m, 1), PER_COLUMN: (N,), "": (m, N)}
+    x, w, vector = TensorSpec.contiguous((m, K), dtype), weight(right, n), TensorSpec.contiguous((n,), wide)
+    shapes = {PER_ROW: (m, 1), PER_COLUMN: (n,), "": (m, n)}
     behind = [TensorSpec.contiguous(shapes[operand_kind(name)], wide) for name in follows if name in BINARY_EPILOGUES]
     if op == "addmm":
         return Problem(op=op, inputs=(vector, x, w, *behind), device="cuda", constants=(0, 2), epilogue=follows)
     if op == "bmm":
         lead = [TensorSpec.contiguous((3, *s.shape), s.dtype) if len(s.shape) == 2 else s for s in behind]
-        left, stack = TensorSpec.contiguous((3, m, K), dtype), TensorSpec(shape=(3, K, N), dtype=right, stride=(N * K, 1, K))
+        left, stack = TensorSpec.contiguous((3, m, K), dtype), TensorSpec(shape=(3, K, n), dtype=right, stride=(n * K, 1, K))
         return Problem(op=op, inputs=(left, stack, *lead), device="cuda", epilogue=follows)
     if op == "merged_mm":
         return Problem(op=op, inputs=(x, w, w), device="cuda", constants=(1, 2), epilogue=follows)
     if op == "linear_rms_norm":
-        inputs = (x, w, vector, TensorSpec.contiguous((m, N), dtype))
+        inputs = (x, w, vector, TensorSpec.contiguous((m, n), dtype))
         return Problem(op=op, inputs=inputs, device="cuda", constants=(1, 2), scalars=(("residual", True), *EPS))
     if op == "scaled_mm":
-        scales = [TensorSpec.contiguous(shape, "float32") for shape in (((m, 1), (1, N)) if rows else ((), ()))]
+        scales = [TensorSpec.contiguous(shape, "float32") for shape in (((m, 1), (1, n)) if rows else ((), ()))]
         return Problem(
             op=op,
             inputs=(x, w, *scales, *[vector] * bias, *behind),
@@ -106,7 +111,7 @@ def product(
 
 
 def _sixteen_bits(dtype: str) -> Iterator[tuple[str, Case]]:
-    """Of one dtype: each op by each source that has it, and with what follows in the kernel, which quack's have."""
+    """Of one dtype: each op by each source and family that has it, and with what follows in the kernel, which quack's have."""
     for source, config in CONFIGS.items():
         yield f"mm, {dtype}, {source}", (product("mm", dtype), config)
         merged = (product("merged_mm", dtype), {**config, "merge": "concat"})
@@ -153,6 +158,8 @@ def _configs() -> Iterator[tuple[str, Case]]:
         constants=(2,),
     )
     yield "operators, swapped", (product("mm", m=16), {**CONFIGS[OPERATORS], "swap": True})
+    yield "tensorop, swapped", (product("mm", m=16), {**CONFIGS[TENSOROP], "swap": True})
+    yield "tensorop, an odd number of rows", (product("bmm", m=129), CONFIGS[TENSOROP])
     yield "a residual behind it", (residual, PINGPONG)
     yield "fused residual", (residual, {**SWAP, "fuse": True})
     yield "bias and residual", (down, {**PINGPONG, "fuse": True})

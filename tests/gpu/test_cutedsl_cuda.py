@@ -49,6 +49,7 @@ PINGPONG: dict[str, ConfigValue] = {**QUACK, "pingpong": True}
 SWAP: dict[str, ConfigValue] = {**QUACK, "swap": True}
 CLUSTER: dict[str, ConfigValue] = {"source": "cluster", "tile_m": 128, "tile_n": 16, "split_k": 2, "swap": True}
 OPERATORS: dict[str, ConfigValue] = {"source": "operators", "tile_m": 128, "tile_n": 128, "cluster_m": 2}
+TENSOROP: dict[str, ConfigValue] = {"source": "operators", "family": "tensorop", "tile_m": 128, "tile_n": 128}
 MAX_CALL_US = 15.0  # host time of one call in the eager regime
 
 
@@ -170,6 +171,13 @@ def all_cases() -> dict[str, dict[str, Any]]:
         "operators, swap": {"config": {**OPERATORS, "tile_m": 64, "tile_n": 64, "swap": True}},
         "operators, batched": {"config": OPERATORS, "batched": True},
         "operators, int8": {"config": OPERATORS, "dtype": "int8", "out_dtype": "int32"},
+        "tensorop": {"config": TENSOROP},
+        "tensorop, swap": {"config": {**TENSOROP, "swap": True}},
+        "tensorop, batched": {"config": TENSOROP, "batched": True},
+        "tensorop, both": {"config": TENSOROP, "a_major": "m", "b_major": "n"},
+        "tensorop, both, swap": {"config": {**TENSOROP, "swap": True}, "a_major": "m", "b_major": "n"},
+        "tensorop, half": {"config": TENSOROP, "dtype": "float16", "out_dtype": "float16"},
+        "tensorop, fp32 result": {"config": TENSOROP, "out_dtype": "float32"},
         "operators, e4m3": {"config": OPERATORS, "dtype": "float8_e4m3fn"},
         "e4m3": {"config": QUACK, "dtype": "float8_e4m3fn"},
         "e5m2": {"config": PINGPONG, "dtype": "float8_e5m2"},
@@ -241,8 +249,8 @@ def some_kernel(
 
 @pytest.mark.parametrize(
     "config",
-    [PINGPONG, {**SWAP, "split_k": 4}, OPERATORS, CLUSTER],
-    ids=["quack", "split_k", "operators", "cluster"],
+    [PINGPONG, {**SWAP, "split_k": 4}, OPERATORS, TENSOROP, CLUSTER],
+    ids=["quack", "split_k", "operators", "tensorop", "cluster"],
 )
 def test_a_captured_graph_follows_its_inputs(config: dict[str, ConfigValue], cache: ObjectCache) -> None:
     kernel, a, b = some_kernel(cache, config)
@@ -256,7 +264,7 @@ def test_a_captured_graph_follows_its_inputs(config: dict[str, ConfigValue], cac
         assert error_of(y, a.double() @ b.double()) <= LIMITS["bfloat16"]
 
 
-@pytest.mark.parametrize("config", [PINGPONG, OPERATORS, CLUSTER], ids=["quack", "operators", "cluster"])
+@pytest.mark.parametrize("config", [PINGPONG, OPERATORS, TENSOROP, CLUSTER], ids=["quack", "operators", "tensorop", "cluster"])
 def test_it_runs_on_the_current_stream_and_waits_for_nothing(config: dict[str, ConfigValue], cache: ObjectCache) -> None:
     kernel, a, b = some_kernel(cache, config)
     reference = kernel(a, b)
@@ -286,8 +294,8 @@ def test_one_object_serves_every_swizzle(cache: ObjectCache) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(
     "config",
-    [PINGPONG, {**SWAP, "split_k": 4}, OPERATORS, CLUSTER],
-    ids=["quack", "split_k", "operators", "cluster"],
+    [PINGPONG, {**SWAP, "split_k": 4}, OPERATORS, TENSOROP, CLUSTER],
+    ids=["quack", "split_k", "operators", "tensorop", "cluster"],
 )
 def test_a_kernel_runs_where_its_operands_lie(config: dict[str, ConfigValue], cache: ObjectCache) -> None:
     kernel, a, b = some_kernel(cache, config)

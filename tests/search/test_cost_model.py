@@ -63,6 +63,10 @@ def test_features_of_cute_kernels_are_in_the_callers_rows_and_columns() -> None:
     kinds = [of("kind"), of("kind", pingpong=True, tile_m=64), of("kind", source="operators")]
     assert [KINDS[int(kind)] for kind in kinds] == ["cooperative", "pingpong", "operators"]
     assert (of("log_block_k"), of("log_block_k", tile_k=128)) == (6.0, 7.0)
+    kept = {"source": "operators", "family": "tensorop", "tile_n": 128, "cluster_m": 1}
+    ampere = [of(name, **kept) for name in ("kind", "tma", "log_block_k", "stages", "log_accumulators")]
+    assert ampere == [KINDS.index("tensorop"), 0.0, 5.0, 4.0, 7.0]
+    assert of("log_resident", m=2048, **kept) > 0.0, "no persistent kernel: a multiprocessor has several blocks"
     # a tile by two warpgroups, or by one
     assert of("log_accumulators") == math.log2(128 * 64 / 256)
     assert of("log_accumulators", pingpong=True) == math.log2(128 * 64 / 128)

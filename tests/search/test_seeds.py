@@ -186,6 +186,7 @@ def test_nvmatmul_gives_legal_cute_configs_of_both_sources(op: str, shape: tuple
     of_source = {source: [c for c in configs if c["source"] == source] for source in ("operators", "quack")}
     assert all(1 <= len(found) <= nvmatmul_cute.MAX_SEEDS for found in of_source.values())
     assert {config["source"] for config in configs[:2]} == {"operators", "quack"}  # by turns
+    assert {config["family"] for config in of_source["operators"]} == {"persistent"}, "the library knows Hopper's instructions"
     swapped = {config["swap"] for config in configs}
     assert swapped == ({False, True} if shape[0] <= 512 else {False})
     if shape == (2048, 28672, 4096):
