@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from pretended_run import Listener, context_of
-from stages.test_confirm import MM, PASSED, STOCK, evaluation, failed, hotspot, product, profiled, raced, resumed
+from stages.test_confirm import MERGED, MM, PASSED, STOCK, evaluation, failed, hotspot, product, profiled, raced, resumed
 
 from autokernel.backends.max_autotune import max_autotune_of
 from autokernel.errors import JobCrashed, JobTimeout
@@ -177,7 +177,9 @@ def test_elsewhere_nobody_is_raced_where_nothing_was_faster(device: str, overrid
 
 
 def test_without_a_stock_time_nobody_is_raced() -> None:
-    problem = product(16, "cuda")
-    pool = Racing(problem, None)
-    assert confirm(context_of(pool), profiled(problem), {problem.key: [failed(problem, k=0)]}) == []
+    """A separate way to run products that could be merged is a baseline, but not stock."""
+    merged = replace(MERGED, device="cuda")
+    pool = Racing(merged, None)
+    found = {merged.key: [failed(merged, k=0), evaluation(merged, 10, "inductor", merge="none")]}
+    assert confirm(context_of(pool), profiled(merged), found) == []
     assert pool.asked == []
