@@ -94,8 +94,8 @@ def test_a_run_from_end_to_end_with_ray_optuna_and_mlflow(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_language_model_that_samples_from_end_to_end(tmp_path: Path) -> None:
-    """Windows that are full, tokens in place of logits, and products with GELU behind them."""
-    others = ", ".join(op.name for op in OPS if op.name not in ("merged_mm", "gated"))
+    """Behind windows that are full, to tokens in place of logits."""
+    others = ", ".join(op.name for op in OPS if op.name != "merged_mm")
     keys = "num_hidden_layers: 3, hidden_size: 128, intermediate_size: 1024, head_dim: 32, num_attention_heads: 4, "
     keys += "num_key_value_heads: 2, vocab_size: 2000, sliding_window: 32, sliding_window_pattern: 3"
     overrides = (
@@ -115,8 +115,8 @@ def test_a_language_model_that_samples_from_end_to_end(tmp_path: Path) -> None:
     outcome = run(experiment, overrides=overrides, runs_folder=tmp_path / "runs", recorders=[listener])
     assert outcome.outcome in ("won", "stock")
     check_consistent(outcome, listener)
-    searched = {event.evaluation.candidate.problem.op for event in listener.of(Evaluated)}
-    assert searched == {"merged_mm", "gated"}
+    timed = [event.evaluation.candidate for event in listener.of(Evaluated) if event.evaluation.status is Status.OK]
+    assert {candidate.backend for candidate in timed} == {"aten", "inductor"}
 
 
 @pytest.mark.slow
