@@ -46,6 +46,15 @@ def _weights(at, k, K: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def _gains(at, k, K: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The norm's weight, with what is added to it, in fp32."""
+    gains = _tile_along_k(at, k, K, STEP, BLOCK_K).to(tl.float32)
+    if OFFSET != 0.0:
+        gains += OFFSET
+    return gains
+
+
+@triton.jit
 def _left(rows, gains, scale, dtype: tl.constexpr, SPELLED: tl.constexpr, LATE: tl.constexpr, EXACT: tl.constexpr):
     """What is multiplied by the weights: x * g; or, SPELLED, the normed values, which are rounded once (LATE) or twice.
 
@@ -89,7 +98,7 @@ def _squares(x_at, K: tl.constexpr, X: tl.constexpr, BLOCK_M: tl.constexpr, BLOC
 @triton.jit
 def _products(
     x_at, gain, w_at, ahead, scale, first, end,
-    K: tl.constexpr, X: tl.constexpr, G: tl.constexpr, W_K: tl.constexpr,
+    K: tl.constexpr, X: tl.constexpr, G: tl.constexpr, OFFSET: tl.constexpr, W_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     MODE: tl.constexpr, SPELLED: tl.constexpr, LATE: tl.constexpr, TF32X3: tl.constexpr,
     STAGES: tl.constexpr, AHEAD: tl.constexpr,
@@ -116,7 +125,7 @@ def _products(
     if AHEAD:
         k = first + tl.arange(0, BLOCK_K)[None, :]
         rows = _tile_along_k(x_at, k, K, X, BLOCK_K).to(tl.float32)
-        gains = _tile_along_k(gain, k, K, G, BLOCK_K).to(tl.float32)
+        gains = _gains(gain, k, K, G, OFFSET, BLOCK_K)
         if not SPELLED:
             apart += rows * rows
         total = _added(ahead, _left(rows, gains, scale, dtype, SPELLED, LATE, True), total, MODE, TF32X3)
@@ -125,7 +134,7 @@ def _products(
         k = start + tl.arange(0, BLOCK_K)[None, :]
         weights = _weights(w_at, k, K, W_K, BLOCK_K)
         rows = _tile_along_k(x_at, k, K, X, BLOCK_K).to(tl.float32)
-        gains = _tile_along_k(gain, k, K, G, BLOCK_K).to(tl.float32)
+        gains = _gains(gain, k, K, G, OFFSET, BLOCK_K)
         left = _left(rows, gains, scale, dtype, SPELLED, LATE, MODE == 2)
         if not SPELLED and MODE == 2:
             apart += rows * rows
@@ -145,7 +154,7 @@ def _products(
 @triton.jit
 def _scaled(
     total, squares, of_left, x_at, gain, w_at,
-    K: tl.constexpr, EPS: tl.constexpr, X: tl.constexpr, G: tl.constexpr, W_K: tl.constexpr,
+    K: tl.constexpr, EPS: tl.constexpr, X: tl.constexpr, G: tl.constexpr, OFFSET: tl.constexpr, W_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     MODE: tl.constexpr, LATE: tl.constexpr, TF32X3: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -162,8 +171,9 @@ def _scaled(
     total *= scale[:, None]
     if tl.max(wrong.to(tl.int32), axis=0) > 0:
         spelled, _, _ = _products(
-            x_at, gain, w_at, 0.0, scale, 0, K, K, X, G, W_K, BLOCK_M, BLOCK_N, BLOCK_K, MODE, True, LATE, TF32X3, STAGES, False
-        )
+            x_at, gain, w_at, 0.0, scale, 0, K, K, X, G, OFFSET, W_K, BLOCK_M, BLOCK_N, BLOCK_K, MODE, True, LATE, TF32X3,
+            STAGES, False,
+        )  # fmt: skip
         total = tl.where(wrong[:, None], spelled, total)
     return total
 
@@ -200,7 +210,7 @@ def rms_norm_linear_kernel(
     x, gain, w0, w1, w2, b0, b1, b2, y0, y1, y2, parts, counters,
     ROWS: tl.constexpr, K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     SIZE_1: tl.constexpr, SIZE_2: tl.constexpr, EPS: tl.constexpr,
-    X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, G: tl.constexpr,
+    X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, G: tl.constexpr, OFFSET: tl.constexpr,
     W_K: tl.constexpr, W0_N: tl.constexpr, W1_N: tl.constexpr, W2_N: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
     BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, LATE: tl.constexpr,
@@ -211,7 +221,7 @@ def rms_norm_linear_kernel(
 
     Args:
         x: [ROWS, K], its rows counted through three dimensions with strides X0, X1 and X2; columns have stride X3.
-        gain: [K], stride G: the norm's weight.
+        gain: [K], stride G: the norm's weight, to which OFFSET is added.
         w0, w1, w2: [K, N0], ..., with strides W_K and W0_N, ...; N1 or N2 of 0: there is none.
         b0, b1, b2: [N0], ..., with strides B0, ...; not read without BIAS0, ...
         y0, y1, y2: [ROWS, N0], ..., row-major; written.
@@ -257,8 +267,8 @@ def rms_norm_linear_kernel(
     if not ONE_PASS:
         scale = tl.rsqrt(_squares(x_at, K, X3, BLOCK_M, BLOCK_S) / K + EPS)
     total, squares, of_left = _products(
-        x_at, gain, w_at, ahead, scale, first, end, K, X3, G, W_K, BLOCK_M, BLOCK_N, BLOCK_K, MODE, not ONE_PASS, LATE,
-        TF32X3, STAGES, AHEAD,
+        x_at, gain, w_at, ahead, scale, first, end, K, X3, G, OFFSET, W_K, BLOCK_M, BLOCK_N, BLOCK_K, MODE, not ONE_PASS,
+        LATE, TF32X3, STAGES, AHEAD,
     )  # fmt: skip
     last = True
     if SPLIT_K > 1:
@@ -268,8 +278,8 @@ def rms_norm_linear_kernel(
             total, squares, of_left = _joined(parts, counters, whole, BLOCK_M, BLOCK_N, TILES, SPLIT_K)
         if ONE_PASS:
             total = _scaled(
-                total, squares, of_left, x_at, gain, w_at, K, EPS, X3, G, W_K, BLOCK_M, BLOCK_N, BLOCK_K, MODE, LATE, TF32X3,
-                STAGES,
+                total, squares, of_left, x_at, gain, w_at, K, EPS, X3, G, OFFSET, W_K, BLOCK_M, BLOCK_N, BLOCK_K, MODE, LATE,
+                TF32X3, STAGES,
             )  # fmt: skip
         if BIAS0 or BIAS1 or BIAS2:
             there = (n < n_size) & has_bias

@@ -135,7 +135,8 @@ def _numbers(
     numbers: dict[str, int | float | bool] = {
         "ROWS": m, "K": k, "SIZE_1": shape[1], "SIZE_2": shape[2], "EPS": float(scalars["eps"]),
         **{f"X{i}": stride for i, stride in enumerate(broadcast_strides(x, x.shape))},
-        "G": gain.stride[0], "W_K": weights[0].stride[0], "LATE": (("rounded", scalars.get("rounded")),) == LATE,
+        "G": gain.stride[0], "OFFSET": float(scalars.get("offset", 0.0)), "W_K": weights[0].stride[0],
+        "LATE": (("rounded", scalars.get("rounded")),) == LATE,
         "MODE": MODES.index(chosen.mode), "ONE_PASS": chosen.one_pass,
         "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k, "BLOCK_S": chosen.block_s,
         "SPLIT_K": chosen.split_k, "TF32X3": chosen.precision == "tf32x3", "STAGES": chosen.num_stages, AHEAD: 0,

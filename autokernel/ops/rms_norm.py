@@ -60,6 +60,13 @@ _NORMS: tuple[tuple[tuple[tuple[str, ConfigValue], ...], tuple[Norm, ...]], ...]
 )
 
 
+def norm_of(scalars: Mapping[str, ConfigValue]) -> Norm:
+    """How the norm of a problem with these scalars is spelled."""
+    told = ("offset", "rounded")
+    found = {name: scalars[name] for name in told if name in scalars}
+    return next(spellings[0] for kind, spellings in _NORMS if dict(kind) == found)
+
+
 def norm_patterns(
     op: str,
     around: Callable[[Norm], Spelling],

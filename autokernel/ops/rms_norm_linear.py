@@ -46,6 +46,7 @@ def _around(norm: Norm, bias: bool, joined: bool) -> Spelling:
         eps: float,
         bias: bool,
         rounded: str = "early",
+        offset: float = 0.0,
     ) -> tuple[torch.Tensor, ...]:
         import torch
 

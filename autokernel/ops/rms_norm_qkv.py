@@ -13,7 +13,7 @@ from autokernel.ops.base import Region, Site, sites_of
 from autokernel.ops.gemm import scalars_of
 from autokernel.ops.matching import is_reshape, op_name, settled, tensor_spec
 from autokernel.ops.patterns import Order, Writes, can_be_one, writes_in
-from autokernel.ops.rms_norm import LATE, RmsNorm, norm_early, norm_late
+from autokernel.ops.rms_norm import RmsNorm, norm_of
 from autokernel.ops.rms_norm_linear import NormedProducts, biases_of, few_rows, has_normed_products, weights_of
 from autokernel.records import Problem, TensorSpec
 
@@ -39,8 +39,7 @@ class RmsNormQkv(NormedProducts):
         import torch
 
         scalars = dict(problem.scalars)
-        norm = norm_late if (("rounded", scalars.get("rounded")),) == LATE else norm_early
-        normed = norm(inputs[0], inputs[1], float(scalars["eps"]))
+        normed = norm_of(scalars)(inputs[0], inputs[1], float(scalars["eps"]))
         rows = normed.reshape(-1, normed.shape[-1])
         outputs = []
         for number, bias in enumerate(biases_of(problem)):

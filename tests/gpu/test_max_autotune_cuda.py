@@ -43,9 +43,11 @@ def test_a_products_pick_is_raced(m: int) -> None:
     over = result.comparison.faster(finalist.id, max_autotune_of(problem).id)
     assert over.low <= over.ratio <= over.high
     if result.picked.startswith("inductor "):
-        (pick,) = [candidate for candidate in raced if candidate.label == result.picked]
-        same = result.comparison.faster(pick.id, max_autotune_of(problem).id)
-        assert 0.9 < same.ratio < 1.1, "an entry with the pick's config is the pick"
+        names = result.picked.split(", ")  # copies of the weight may have picks of their own: nearly equal ones
+        picks = [candidate for candidate in raced if candidate.label in names]
+        assert picks, f"{result.picked} is none of {sorted(candidate.label for candidate in raced)}"
+        same = [result.comparison.faster(pick.id, max_autotune_of(problem).id).ratio for pick in picks]
+        assert all(0.9 < ratio < 1.1 for ratio in same), "an entry with the pick's config is the pick"
 
 
 def test_one_row_is_a_reduction_that_coordinate_descent_has_tuned() -> None:

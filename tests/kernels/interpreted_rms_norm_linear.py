@@ -39,6 +39,7 @@ class Case:
     columns: tuple[int, ...]
     bias: str = "000"
     late: bool = False
+    offset: bool = False
     by_columns: bool = False
     eps: float = 1e-5
 
@@ -56,6 +57,9 @@ CASES = (
     Case(VECTOR, "float16", (1,), 64, (24, 9, 8), "011"),
     Case(SWAP, "float16", (3,), 64, (32, 64, 32), "100", by_columns=False),
     Case({**VECTOR, **TWICE}, "float16", (1, 1), 100, (24,), "1"),
+    Case(SWAP, "float32", (5,), 70, (48, 33, 17), "101", late=True, offset=True),
+    Case({**SWAP, **TWICE, "split_k": 2}, "float16", (2, 3), 50, (36,), late=True, offset=True),
+    Case(VECTOR, "float16", (1,), 100, (24, 12), late=True, offset=True),
 )  # fmt: skip
 # What x * g is rounded to does not hold the first row of these, or its squares do not fit; the second one is zeros.
 EXTREMES = (("float16", 6e4), ("float16", 3e-6), ("float32", 1e30), ("float32", 1e-30), ("float32", 1e38))
@@ -76,7 +80,8 @@ def problem_of(case: Case, inputs: list[torch.Tensor]) -> Problem:
     specs = tuple(TensorSpec(shape=tuple(t.shape), dtype=case.dtype, stride=t.stride()) for t in inputs)
     parts = len(case.columns)
     said: ConfigValue = case.bias[:parts] if parts > 1 else case.bias[0] == "1"
-    scalars = (("bias", said), *((("rounded", "late"),) if case.late else ()), ("eps", case.eps))
+    told = (*((("offset", 1.0),) if case.offset else ()), *((("rounded", "late"),) if case.late else ()))
+    scalars = (("bias", said), *told, ("eps", case.eps))
     op = "rms_norm_qkv" if parts > 1 else "rms_norm_linear"
     return Problem(op=op, inputs=specs, device="cuda", scalars=scalars)
 

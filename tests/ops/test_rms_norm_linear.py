@@ -44,6 +44,11 @@ def torchs(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return functional.rms_norm(x, x.shape[-1:], weight, 1e-6)
 
 
+def around_one(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight.float())).type_as(x)
+
+
 class Half(nn.Module):
     """What half of a layer begins with: a norm, and linear layers behind it."""
 
@@ -57,7 +62,7 @@ class Half(nn.Module):
         return tuple(layer(normed).reshape(*x.shape[:-1], -1, 4).transpose(-2, -3) for layer in self.layers)
 
 
-@pytest.mark.parametrize("norm", [llama, t5, by_product, torchs])
+@pytest.mark.parametrize("norm", [llama, t5, by_product, torchs, around_one])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("columns", "bias"), [((32,), "0"), ((8, 32, 8), "000")])
 def test_spellings_of_a_norm(
@@ -75,8 +80,9 @@ def test_spellings_of_a_norm(
     assert problem.constants == tuple(range(1, 2 + len(columns)))
     assert scalars["eps"] == pytest.approx(1e-6)
     # in fp32 nothing is rounded on the way, and torch's own is as the others are
-    late = norm is torchs and dtype is not torch.float32
+    late = norm is around_one or (norm is torchs and dtype is not torch.float32)
     assert scalars.get("rounded", "early") == ("late" if late else "early")
+    assert scalars.get("offset", 0.0) == (1.0 if norm is around_one else 0.0)
     assert site.producers == ("aten.exp",)
     assert len(set(site.consumers)) == 1
     assert_found_in_its_reference(post_grad, problem)
