@@ -24,6 +24,7 @@ class BesideJob:
     job: Callable[[], object]
     size: int  # bytes of the device
     timeout_s: float
+    smaller: BesideJob | None = None  # what is started in its place where there is room for that alone
 
 
 @dataclass(slots=True)
@@ -44,9 +45,11 @@ class Beside:
         They have half of the workers at most, so that stages always find one.
         """
         for job in sorted(self.waiting, key=lambda job: -job.size):
-            if len(self.running) < pool.num_workers // 2 and self.size + job.size <= min(_SHARE * room, room - used):
+            left = min(_SHARE * room, room - used) - self.size
+            chosen = next((one for one in (job, job.smaller) if one is not None and one.size <= left), None)
+            if chosen is not None and len(self.running) < pool.num_workers // 2:
                 self.waiting.remove(job)
-                self.running[pool.submit(job.job, job.timeout_s)] = (job, time.monotonic())
+                self.running[pool.submit(chosen.job, chosen.timeout_s)] = (chosen, time.monotonic())
 
     def settled(self, done: Iterable[Future[Any]]) -> list[Future[Any]]:
         """Note which of them are done; the other futures are for whoever asked."""

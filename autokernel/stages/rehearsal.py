@@ -97,14 +97,18 @@ def rehearse_beside(context: RunContext) -> None:
             continue
         size = lookalike_size(whole, part, name)
         fits = size is not None and size <= most
-        job = Rehearse(
+        few = Rehearse(
             loaded=loaded,
-            whole=context.loaded if fits else None,
+            whole=None,
             scenario=name,
-            modes=tuple(mode for mode in _COMPILED if mode in baselines) if fits else (_TUNED,),
+            modes=(_TUNED,),
             device=context.device,
             threads=context.threads,
             seed=context.seed,
         )
-        bytes_taken = size if size is not None and fits else size_of(part, name, None)
-        context.beside.waiting.append(BesideJob(label=f"rehearsal {name}", job=job, size=bytes_taken, timeout_s=_TIMEOUT_S))
+        label = f"rehearsal {name}"
+        job = BesideJob(label=label, job=few, size=size_of(part, name, None), timeout_s=_TIMEOUT_S)
+        if size is not None and fits:
+            deep = replace(few, whole=context.loaded, modes=tuple(mode for mode in _COMPILED if mode in baselines))
+            job = BesideJob(label=label, job=deep, size=size, timeout_s=_TIMEOUT_S, smaller=job)
+        context.beside.waiting.append(job)

@@ -397,3 +397,21 @@ def test_the_proof_compiles_scenarios_with_ranges_of_rows_at_other_batches_too()
     pool = Proofs()
     prove(context_of(pool), bundle, ModelValidated(verdict=Verdict(checks=()), evals=(), scenarios=(result,)))
     assert {name: job.rows[name] for job in pool.jobs for name in job.scenarios} == {"decode-b16": (9, 17), "decode-b64": ()}
+
+
+def test_what_finds_no_room_beside_is_started_as_its_smaller_one() -> None:
+    pool, ends = Threads(num_workers=8), threading.Event()
+    context = context_of(pool)
+
+    def waits(name: str, size: int, smaller: BesideJob | None = None) -> BesideJob:
+        return replace(beside(name, size, Job(name, meet=lambda: ends.wait(60))), smaller=smaller)
+
+    context.beside.waiting = [waits("large", 50, beside("few layers", 8)), waits("small", 12, beside("fewer", 4))]
+    context.beside.start(pool, room=100, used=88)
+    assert [job.label for job, _ in context.beside.running.values()] == ["few layers", "fewer"], "12 were left, then 4"
+    context.beside.waiting = [waits("whole", 6, beside("part", 5)), waits("none", 20, beside("nothing", 19))]
+    context.beside.start(pool, room=100, used=82)
+    assert [job.label for job, _ in context.beside.running.values()][2:] == ["whole"]
+    assert [job.label for job in context.beside.waiting] == ["none"], "until something has ended"
+    ends.set()
+    context.beside.finish()
