@@ -19,6 +19,7 @@ from typing import Any
 from autokernel.export.matching import gemm_of
 from autokernel.ops import get_op
 from autokernel.ops.program import GEMMS, REDUCTIONS, program_of, results_of
+from autokernel.ops.rms_norm_linear import weights_of
 from autokernel.records import Hotspot, Problem
 from autokernel.tracking.summary import ProblemSummary, RunSummary, latency_us
 
@@ -51,6 +52,8 @@ def _products_in(problem: Problem) -> list[Shape]:
     dims = get_op(problem.op).dims(problem)
     if not {"m", "n", "k"} <= dims.keys():
         return []
+    if "num_parts" in dims:
+        return [(1, dims["m"], weight.shape[1], dims["k"]) for weight in weights_of(problem)]
     if "hidden" in dims:
         return [(1, dims["m"], dims["hidden"], dims["k"]), (1, dims["m"], dims["n"], dims["hidden"])]
     return [(1, dims["m"], dims["n"], dims["k"])]

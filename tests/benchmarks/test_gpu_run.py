@@ -150,6 +150,9 @@ def test_what_has_a_product_in_it_is_a_gemm() -> None:
     x, w = TensorSpec.contiguous((1, 8, 16), "bfloat16"), TensorSpec.contiguous((16, 32), "bfloat16")
     norm = Problem(op="linear_rms_norm", device="cuda", inputs=(x, w), constants=(1,), scalars=(("residual", False),))
     assert (run_where.kind_of(norm), run_where.products_of(norm)) == ("GEMMs", {(1, 8, 32, 16): 1})
+    gain, wide = TensorSpec.contiguous((16,), "bfloat16"), TensorSpec.contiguous((16, 64), "bfloat16")
+    several = Problem(op="rms_norm_qkv", device="cuda", inputs=(x, gain, wide, w), scalars=(("bias", "00"), ("eps", 1e-5)))
+    assert (run_where.kind_of(several), run_where.products_of(several)) == ("GEMMs", {(1, 8, 64, 16): 1, (1, 8, 32, 16): 1})
     alone = Problem(op="rms_norm", device="cuda", inputs=(x, TensorSpec.contiguous((16,), "bfloat16")))
     assert (run_where.kind_of(alone), run_where.products_of(alone)) == ("norms", {})
 

@@ -62,7 +62,7 @@ def test_a_kernel_that_is_too_large_for_any_device_is_not(error: Exception) -> N
 def test_no_room_for_what_inductor_folds_reads_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.compile` gives no cause for what its backend raised."""
 
-    def full(*_: Any) -> Any:
+    def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError(FULL)
 
     monkeypatch.setattr(compiled, "compile_fx", full)

@@ -19,6 +19,7 @@ from autokernel.stages.confirm import _judge, confirm
 from autokernel.stages.picks import asks
 
 GAIN = 0.005
+ASKED = "validation.max_autotune_picks=true"  # llama.yaml, which is pretended to run, leaves it to gemms.yaml
 
 
 def against(rounds: dict[str, list[float]], rival_us: list[float], picked: str = "aten mm") -> Confirmation:
@@ -92,10 +93,10 @@ MATRIX = TensorSpec.contiguous((64, 64), "float32")
 @pytest.mark.parametrize(
     ("override", "expected"),
     [("", True), ("validation.max_autotune_picks=false", False), ("validation.baselines=[eager, default]", False)],
-    ids=["by default", "switched off", "no baseline"],
+    ids=["asked for", "switched off", "no baseline"],
 )
 def test_it_is_asked_where_it_is_a_baseline(override: str, expected: bool) -> None:
-    experiment = context_of(None, "cpu", overrides=[override] if override else []).experiment
+    experiment = context_of(None, "cpu", overrides=[ASKED, *([override] if override else [])]).experiment
     norm = Problem(op="rms_norm", inputs=(MATRIX, TensorSpec.contiguous((64,), "float32")), device="cpu")
     mlp = Problem(op="merged_mm", inputs=(MATRIX, MATRIX, MATRIX), device="cpu", constants=(1, 2))
     assert [asks(experiment, problem) for problem in (MM, mlp, norm)] == [expected, expected, False]
@@ -122,7 +123,7 @@ class Crashing:
 def test_a_crash_of_its_costs_no_winner(error: Exception) -> None:
     pool, journal = Crashing(error, {"inductor": [10.0, 10.1, 10.2]}), Listener()
     found = {MM.key: [STOCK, evaluation(MM, 8, "inductor", k=0)]}
-    (winner,) = confirm(context_of(pool, "cpu", journal), profiled(MM), found)
+    (winner,) = confirm(context_of(pool, "cpu", journal, overrides=[ASKED]), profiled(MM), found)
     assert winner.evaluation.candidate.backend == "inductor"
     assert [(job.max_autotune, job.pick_may_win) for job in pool.asked] == [(True, True), (False, True)]
     again = context_of(pool, "cpu")
@@ -132,7 +133,7 @@ def test_a_crash_of_its_costs_no_winner(error: Exception) -> None:
 
 def test_its_pick_is_no_entry_where_the_experiment_leaves_inductor_out() -> None:
     pool = Crashing(JobCrashed("signal 11"), {"inductor": [10.0, 10.1, 10.2]})
-    context = context_of(pool, "cpu", overrides=["backends=[aten, triton]"])
+    context = context_of(pool, "cpu", overrides=[ASKED, "backends=[aten, triton]"])
     confirm(context, profiled(MM), {MM.key: [STOCK, evaluation(MM, 8, "triton", k=0)]})
     assert [job.pick_may_win for job in pool.asked] == [False, False]
 
@@ -158,7 +159,7 @@ def test_where_nothing_was_faster_its_pick_alone_meets_stock_on_a_gpu(error: Exc
     problem = product(16, "cuda")
     found = {problem.key: [evaluation(problem, 10, prepack=False), evaluation(problem, 11, "triton", k=0)]}
     pool = Racing(problem, error)
-    winners = confirm(context_of(pool), profiled(problem), found)
+    winners = confirm(context_of(pool, overrides=[ASKED]), profiled(problem), found)
     assert [(job.finalists, job.max_autotune, job.pick_may_win) for job in pool.asked] == [((), True, True)], "and never again"
     assert [winner.evaluation.candidate.backend for winner in winners] == ([] if error else ["inductor"])
 
@@ -172,7 +173,7 @@ def test_elsewhere_nobody_is_raced_where_nothing_was_faster(device: str, overrid
     problem = product(16, device)
     pool = Racing(problem, None)
     found = {problem.key: [evaluation(problem, 10, prepack=False)]}
-    assert confirm(context_of(pool, device, overrides=[override] if override else []), profiled(problem), found) == []
+    assert confirm(context_of(pool, device, overrides=[ASKED, *([override] if override else [])]), profiled(problem), found) == []
     assert pool.asked == []
 
 
@@ -181,5 +182,5 @@ def test_without_a_stock_time_nobody_is_raced() -> None:
     merged = replace(MERGED, device="cuda")
     pool = Racing(merged, None)
     found = {merged.key: [failed(merged, k=0), evaluation(merged, 10, "inductor", merge="none")]}
-    assert confirm(context_of(pool), profiled(merged), found) == []
+    assert confirm(context_of(pool, overrides=[ASKED]), profiled(merged), found) == []
     assert pool.asked == []
