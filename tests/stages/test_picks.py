@@ -173,7 +173,9 @@ def test_elsewhere_nobody_is_raced_where_nothing_was_faster(device: str, overrid
     problem = product(16, device)
     pool = Racing(problem, None)
     found = {problem.key: [evaluation(problem, 10, prepack=False)]}
-    assert confirm(context_of(pool, device, overrides=[ASKED, *([override] if override else [])]), profiled(problem), found) == []
+    assert (
+        confirm(context_of(pool, device, overrides=[ASKED, *([override] if override else [])]), profiled(problem), found) == []
+    )
     assert pool.asked == []
 
 
