@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import cute_choices
 import cute_kernels
 import gemm_kernels
 import import_cute
@@ -13,7 +14,7 @@ import pytest
 import replay
 import search_efficiency
 import train_cost_model
-from landscape_file import Landscape, Row
+from landscape_file import FOLDER, Landscape, Row, load_all
 from synthetic_landscapes import made_up_landscape
 
 from autokernel.search.space_file import load_space
@@ -236,3 +237,13 @@ def test_rules_of_speed_leave_the_fastest_config_that_was_recorded_in_its_space(
         in_space = min(us for us, outside, _ in timed if us is not None and not outside)
         best = min((row for us, _, row in timed if us == of_all), key=lambda row: str(row.config))
         assert in_space <= 1.005 * of_all, f"{backend}: {best.config} is outside: {space.violations(best.config)}"
+
+
+def test_where_choices_of_cute_kernels_pay_is_read_from_the_landscapes() -> None:
+    landscapes = load_all(FOLDER)
+    down = next(one for one in landscapes if one.name == "llama8b-down-m16")
+    of_either = [cute_choices.best_us(down, lambda c, s=s: bool(c.get("swap")) is s) for s in (False, True)]
+    assert None not in of_either
+    assert min(of_either) == cute_choices.best_us(down, lambda _: True)
+    (line,) = [line for line in cute_choices.table(landscapes).splitlines() if line.startswith("| down | 16 |")]
+    assert f"| {of_either[0]:.1f} | **{of_either[1]:.1f}** |" in line, "the faster one is marked"
