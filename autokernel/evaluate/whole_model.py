@@ -88,10 +88,10 @@ class JobTurns:
 
     @contextmanager
     def tuning(self) -> Iterator[None]:
-        """One job tunes at a time, and has the device for it, but others may come in between, where a block says `aside`.
+        """One job tunes at a time on a device, and has it for that; others may come in between, where a block says `aside`.
 
         Inductor's file of timings is read before the first benchmark and written behind the last: jobs that tuned at the same
-        time would lose each other's.
+        time would lose each other's, and make them again. A job that has the device for all of its work does not wait here.
         """
         if self._holder == threading.get_ident():
             yield

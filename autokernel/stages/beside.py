@@ -39,13 +39,13 @@ class Beside:
         """Bytes of the device that they take now."""
         return sum(job.size for job, _ in self.running.values())
 
-    def start(self, pool: Pool, room: int, used: int) -> None:
-        """Start those that fit, the largest first, into a share of `room` and beside the `used` bytes of stages.
+    def start(self, pool: Pool, room: int, used: int, largest: int = 0) -> None:
+        """Start those that fit, the largest first, into a share of `room`, beside what a stage uses, and its largest job.
 
         They have half of the workers at most, so that stages always find one.
         """
         for job in sorted(self.waiting, key=lambda job: -job.size):
-            left = min(_SHARE * room, room - used) - self.size
+            left = min(_SHARE * room, room - used, room - largest) - self.size
             chosen = next((one for one in (job, job.smaller) if one is not None and one.size <= left), None)
             if chosen is not None and len(self.running) < pool.num_workers // 2:
                 self.waiting.remove(job)

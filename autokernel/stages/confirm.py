@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
 
 from autokernel.backends.aten import is_stock as is_stock_config
-from autokernel.errors import JobLost, WorkerError
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates, Contender
 from autokernel.evaluate.roofline import Ceilings, roofline_us
 from autokernel.evaluate.timing import Comparison
@@ -22,15 +18,13 @@ from autokernel.ops import get_op
 from autokernel.ops.base import compute_dtype
 from autokernel.records import DTYPE_BYTES, Candidate, Evaluation, Hotspot, Problem, RunnerUp, Status, Winner
 from autokernel.search.plans import WITHIN_MODEL
+from autokernel.stages.confirmations import confirmations
 from autokernel.stages.context import RunContext
 from autokernel.stages.picks import asks, is_slower, may_win, over_max_autotune, picked, why_refused
 from autokernel.tracking.titles import problem_title
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_TIMEOUT_S = 900
 _LIBRARY = "aten"  # whose kernels no bundle has to bring along
 # How much slower than stock a finalist may have been as screened, where a GPU's matrix units are the limit. A screen is
 # over before the card reaches its power limit, which slows kernels down by how much energy they take: on an H200, products
@@ -142,48 +136,6 @@ def confirm(context: RunContext, profiled: Profiled, evaluations: Mapping[str, S
                     winners.append(event.winner)
         context.progress("confirm", len(jobs), len(jobs))
     return _by_weight(winners, evaluations)
-
-
-def confirmations(
-    context: RunContext, jobs: Sequence[tuple[T, ConfirmCandidates]], stage: str = "confirm"
-) -> Iterator[tuple[T, Confirmation]]:
-    """Each as soon as it is there. What was lost, for want of room on the device or of a worker, gets a second try alone.
-
-    What fails while max-autotune takes part gets another without it: compiling and timing its list may crash, or take too long.
-
-    Args:
-        context: whose pool runs them.
-        jobs: with what their results are told apart by.
-        stage: that is told how far they are.
-    """
-    running = {context.pool.submit(job, _TIMEOUT_S): (tag, job) for tag, job in jobs}
-    lost: list[tuple[T, ConfirmCandidates]] = []
-    while running:
-        _, oldest = next(iter(running.values()))
-        context.progress(stage, len(jobs) - len(running) - len(lost), len(jobs), problem_title(oldest.problem))
-        wait(running, return_when=FIRST_COMPLETED)
-        for future in [future for future in running if future.done()]:
-            tag, job = running.pop(future)
-            try:
-                yield tag, future.result()
-            except JobLost as error:
-                log.info("%s is confirmed later: %s", job.problem.key, error)
-                lost.append((tag, job))
-            except WorkerError as error:
-                if not (job.max_autotune and job.finalists):
-                    log.warning("%s was not confirmed: %s", job.problem.key, error)
-                    continue
-                log.warning("%s is confirmed without a look at max-autotune: %s", job.problem.key, error)
-                job = replace(job, max_autotune=False)
-                running[context.pool.submit(job, _TIMEOUT_S)] = (tag, job)
-    if lost:
-        context.pool.renew()  # idle workers hold memory, too
-    for done, (tag, job) in enumerate(lost, start=len(jobs) - len(lost)):
-        context.progress(stage, done, len(jobs), job.problem.key)
-        try:
-            yield tag, context.pool.submit(replace(job, alone=True), _TIMEOUT_S).result()
-        except WorkerError as error:
-            log.warning("%s was not confirmed: %s", job.problem.key, error)
 
 
 def _judge(hotspot: Hotspot, confirmation: Confirmation, min_gain: float) -> list[Confirmed]:

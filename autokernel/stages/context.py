@@ -109,7 +109,7 @@ class RunContext:
                     waiting.remove(i)
                     began[i] = time.monotonic()
             if sizes and not waiting:
-                self.beside.start(self.pool, room, sum(weights[j] for j in running.values()))
+                self.beside.start(self.pool, room, sum(weights[j] for j in running.values()), max(weights))
             self.progress(stage, len(values), len(jobs), jobs[next(iter(running.values()))][0] if running else "")
             for future in self.beside.settled(wait([*running, *self.beside.running], return_when=FIRST_COMPLETED).done):
                 i = running.pop(future)

@@ -1,4 +1,4 @@
-"""Part of stage 3: no winner is slower than what max-autotune runs for the same problem, in the same race.
+"""Part of stage 3: no winner with a matrix product in it is slower than what max-autotune runs for the same problem.
 
 Who is slower is refused here, so that what an experiment exports is no slower than eager, Inductor's default and max-autotune,
 kernel by kernel, as far as these races can tell. Where Inductor's pick itself wins, it is the entry.
@@ -16,9 +16,13 @@ MODE = "max-autotune"
 
 
 def asks(experiment: Experiment, problem: Problem) -> bool:
-    """Whether max-autotune is asked about a problem: it chooses among kernels for matrix products, alone or inside a fusion."""
+    """Whether max-autotune is asked about a problem: it chooses among kernels for matrix products, alone or inside a fusion.
+
+    Attention that is written out is two of them; as a call of the library it is none.
+    """
     settings = experiment.validation
-    return settings.max_autotune_picks and MODE in settings.baselines and get_op(problem.op).dims(problem).get("k", 0) > 0
+    has_products = get_op(problem.op).dims(problem).get("k", 0) > 0 or "written" in dict(problem.scalars)
+    return settings.max_autotune_picks and MODE in settings.baselines and has_products
 
 
 def may_win(experiment: Experiment, problem: Problem) -> bool:

@@ -19,7 +19,7 @@ from autokernel.export.bundle import Bundle
 from autokernel.export.matching import Gemm, gemm_of, with_rows
 from autokernel.kernels.config import KERNEL, SkinnyConfig
 from autokernel.records import Candidate, Hotspot, Winner
-from autokernel.stages.confirm import confirmations
+from autokernel.stages.confirmations import confirmations
 from autokernel.stages.context import RunContext
 from autokernel.tracking.titles import problem_title
 

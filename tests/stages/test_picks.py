@@ -11,7 +11,7 @@ from pretended_run import Listener, context_of
 from stages.test_confirm import MERGED, MM, PASSED, STOCK, evaluation, failed, hotspot, product, profiled, raced, resumed
 
 from autokernel.backends.max_autotune import max_autotune_of
-from autokernel.errors import JobCrashed, JobTimeout
+from autokernel.errors import JobCrashed, JobLost, JobTimeout
 from autokernel.evaluate.confirm import Confirmation, ConfirmCandidates, Contender
 from autokernel.events import Confirmed, event_from_json, event_to_json
 from autokernel.records import Evaluation, Measurement, Problem, Status, TensorSpec
@@ -100,6 +100,10 @@ def test_it_is_asked_where_it_is_a_baseline(override: str, expected: bool) -> No
     norm = Problem(op="rms_norm", inputs=(MATRIX, TensorSpec.contiguous((64,), "float32")), device="cpu")
     mlp = Problem(op="merged_mm", inputs=(MATRIX, MATRIX, MATRIX), device="cpu", constants=(1, 2))
     assert [asks(experiment, problem) for problem in (MM, mlp, norm)] == [expected, expected, False]
+    heads = TensorSpec.contiguous((1, 4, 8, 16), "float32")
+    call = Problem(op="attention", inputs=(heads, heads, heads), device="cpu", scalars=(("scale", 0.25),))
+    written = replace(call, scalars=(*call.scalars, ("written", "eager")))
+    assert [asks(experiment, problem) for problem in (call, written)] == [False, expected], "two products, or a call"
 
 
 class Crashing:
@@ -126,9 +130,33 @@ def test_a_crash_of_its_costs_no_winner(error: Exception) -> None:
     (winner,) = confirm(context_of(pool, "cpu", journal, overrides=[ASKED]), profiled(MM), found)
     assert winner.evaluation.candidate.backend == "inductor"
     assert [(job.max_autotune, job.pick_may_win) for job in pool.asked] == [(True, True), (False, True)]
+    assert [event.max_autotune for event in journal.events if isinstance(event, Confirmed)] == [f"not compared: {error}"]
     again = context_of(pool, "cpu")
     again.state = resumed(*(event for event in journal.events if isinstance(event, Confirmed)))
     assert confirm(again, profiled(MM), found) == [winner]
+
+
+def test_a_crash_of_its_costs_no_winner_that_was_lost_before() -> None:
+    """As on a busy device: no room at first, then Inductor's list brings the second try down."""
+
+    class Lost(Crashing):
+        def submit(self, job: ConfirmCandidates, timeout_s: float) -> Future[Confirmation]:
+            future = super().submit(job, timeout_s)
+            if job.alone:
+                return future
+            full: Future[Confirmation] = Future()
+            full.set_exception(JobLost("the device is full"))
+            return full
+
+        def renew(self) -> None:
+            pass
+
+    pool, journal = Lost(JobTimeout("900 s"), {"inductor": [10.0, 10.1, 10.2]}), Listener()
+    found = {MM.key: [STOCK, evaluation(MM, 8, "inductor", k=0)]}
+    (winner,) = confirm(context_of(pool, "cpu", journal, overrides=[ASKED]), profiled(MM), found)
+    assert winner.evaluation.candidate.backend == "inductor"
+    assert [(job.alone, job.max_autotune) for job in pool.asked] == [(False, True), (True, True), (True, False)]
+    assert [event.max_autotune for event in journal.events if isinstance(event, Confirmed)] == ["not compared: 900 s"]
 
 
 def test_its_pick_is_no_entry_where_the_experiment_leaves_inductor_out() -> None:

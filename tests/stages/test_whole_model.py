@@ -344,7 +344,7 @@ def test_stock_modes_are_rehearsed_beside_graph_options() -> None:
     assert search_graph_options(context, stock) == ({}, ())
     context.beside.finish()
     assert len(pool.jobs) == len(SIZES)
-    assert pool.rehearsed == ["decode-b128"]
+    assert pool.rehearsed == ["decode-b64"], "the largest beside which the largest job of the stage still has room"
 
 
 @dataclass
@@ -413,5 +413,8 @@ def test_what_finds_no_room_beside_is_started_as_its_smaller_one() -> None:
     context.beside.start(pool, room=100, used=82)
     assert [job.label for job, _ in context.beside.running.values()][2:] == ["whole"]
     assert [job.label for job in context.beside.waiting] == ["none"], "until something has ended"
+    context.beside.waiting = [waits("in the way", 10, beside("small enough", 2))]
+    context.beside.start(pool, room=100, used=0, largest=80)  # 18 are taken: the stage's largest job would wait for it
+    assert [job.label for job, _ in context.beside.running.values()][3:] == ["small enough"]
     ends.set()
     context.beside.finish()
