@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,23 @@ def test_every_kind_of_kernel_takes_its_arguments(kernels: Kernels, name: str) -
     assert kernel.info.num_bytes == kernel.path.stat().st_size < 400_000
     assert kernel.info.compile_s > 0
     assert "undefined symbol: cuda" in kernel.reached
+
+
+@pytest.mark.slow
+def test_another_process_finds_them_all_and_imports_no_compiler(kernels: Kernels) -> None:
+    """What a second run does: it compiles nothing."""
+    (folder,) = {kernel.path.parent for kernel in kernels.values()}
+    code = (
+        "import json, sys\nfrom pathlib import Path\nfrom autokernel.cutedsl.cache import ObjectCache\n"
+        "from autokernel.cutedsl.spec import KernelSpec\n"
+        f"cache = ObjectCache(Path({str(folder)!r}))\n"
+        "keys = [cache.get_or_compile(KernelSpec.from_json(given))[0].sha256 for given in json.load(sys.stdin)]\n"
+        "assert not {'cutlass', 'quack', 'tvm_ffi'} & set(sys.modules)\nprint(json.dumps(keys))"
+    )
+    given = json.dumps([one.to_json() for one in SPECS.values()])
+    done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == [kernels[name].info.sha256 for name in SPECS]
 
 
 @pytest.mark.slow
